@@ -1,0 +1,100 @@
+"""The restorer: files it reads, sizes it takes, files it refuses."""
+
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from varestorer.conditioning.restorer import Restorer, load_restorer, restorer_from_state_dict
+from varestorer.utils.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def tensors() -> dict[str, Tensor]:
+    """A small SwinIR with the published names: unshuffle by 8, three doublings, window 8."""
+    from spandrel.architectures.SwinIR import SwinIR
+
+    torch.manual_seed(0)
+    size = {"img_size": 16, "embed_dim": 12, "depths": [2], "num_heads": [2], "mlp_ratio": 2.0}
+    form = {"window_size": 8, "upscale": 8, "upsampler": "nearest+conv", "start_unshuffle": 8, "in_chans": 3}
+    network = SwinIR(**size, **form)
+    renamed = {"conv_first.weight": "conv_first.1.weight", "conv_first.bias": "conv_first.1.bias"}
+    return {renamed.get(name, name): tensor.clone() for name, tensor in network.state_dict().items()}
+
+
+def test_plain_wrapped_and_prefixed_files_give_the_same(tensors: dict[str, Tensor], tmp_path: Path) -> None:
+    torch.save(tensors, tmp_path / "plain.pth")
+    torch.save({"state_dict": tensors, "epoch": 3}, tmp_path / "wrapped.ckpt")
+    prefixed = {f"module.{name}": tensor for name, tensor in tensors.items()}
+    torch.save({"state_dict": prefixed}, tmp_path / "general_swinir_v1.ckpt")
+    save_file(tensors, tmp_path / "plain.safetensors")
+    image = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    want = restorer_from_state_dict(tensors)(image)
+    for name in ("plain.pth", "wrapped.ckpt", "general_swinir_v1.ckpt", "plain.safetensors", ""):
+        assert torch.equal(load_restorer(tmp_path / name)(image), want), name
+
+
+@pytest.mark.parametrize("size", [(1, 1), (5, 90), (64, 65), (100, 31)])
+def test_any_size_comes_back_with_its_size(tensors: dict[str, Tensor], size: tuple[int, int]) -> None:
+    image = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(2))
+    out = restorer_from_state_dict(tensors)(image)
+    assert out.shape == image.shape and out.isfinite().all()
+
+
+def test_it_is_frozen_and_stays_in_evaluation_mode(tensors: dict[str, Tensor]) -> None:
+    restorer = restorer_from_state_dict(tensors)
+    owner = torch.nn.ModuleList([restorer]).train()
+    assert not any(part.training for part in owner[0].modules())
+    assert not any(parameter.requires_grad for parameter in restorer.parameters())
+
+
+def test_output_is_not_clamped_and_padding_is_cropped() -> None:
+    class Double(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            assert x.shape[-2:] == (16, 8)
+            return 2 * x
+
+    image = torch.rand(1, 3, 9, 5, generator=torch.Generator().manual_seed(3))
+    torch.testing.assert_close(Restorer(Double(), multiple=8)(image), 2 * image)
+
+
+def test_a_missing_file_is_named_with_where_to_get_it(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nowhere.ckpt.*general_swinir_v1.ckpt.*model\.restorer"):
+        load_restorer(tmp_path / "nowhere.ckpt")
+    with pytest.raises(UserError, match=r"found at .*general_swinir_v1.ckpt"):
+        load_restorer(tmp_path)
+
+
+class _Harmful:
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.target),)
+
+
+def test_files_that_are_not_plain_tensors_are_refused_unopened(tmp_path: Path) -> None:
+    (tmp_path / "evil.ckpt").write_bytes(pickle.dumps({"state_dict": _Harmful(tmp_path / "made")}))
+    torch.save({"state_dict": _Harmful(tmp_path / "made")}, tmp_path / "evil.pth")
+    torch.save([torch.zeros(1)], tmp_path / "list.pth")
+    (tmp_path / "text.safetensors").write_text("not tensors")
+    (tmp_path / "empty.ckpt").write_bytes(b"")
+    for name in ("evil.ckpt", "evil.pth", "list.pth", "text.safetensors", "empty.ckpt"):
+        with pytest.raises(UserError, match=name):
+            load_restorer(tmp_path / name)
+    assert not (tmp_path / "made").exists()
+
+
+def test_tensors_that_do_not_fit_are_named(tensors: dict[str, Tensor], tmp_path: Path) -> None:
+    without = {name: tensor for name, tensor in tensors.items() if name != "conv_hr.bias"}
+    torch.save(without, tmp_path / "less.pth")
+    torch.save(tensors | {"conv_hr.extra": torch.zeros(1)}, tmp_path / "more.pth")
+    torch.save({"weight": torch.zeros(3, 3)}, tmp_path / "other.pth")
+    messages = {"less": r"conv_hr\.bias", "more": r"conv_hr\.extra", "other": "no such architecture"}
+    for name, message in messages.items():
+        with pytest.raises(UserError, match=rf"(?s){name}\.pth.*{message}"):
+            load_restorer(tmp_path / f"{name}.pth")

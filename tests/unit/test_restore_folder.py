@@ -1,0 +1,201 @@
+"""The batch runner with a stand-in for the network."""
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from varestorer.systems.folder import FolderReport, plan_restoration, restore_files, target_names
+from varestorer.utils.errors import UsageError, UserError
+from varestorer.utils.images import load_image
+from varestorer.utils.seeds import derive_seed
+
+
+def double(image_3HW: Tensor, seed: int) -> Tensor:
+    """Twice the size, with one pixel that tells the seed."""
+    out = image_3HW.repeat_interleave(2, 1).repeat_interleave(2, 2)
+    out[:, 0, 0] = seed % 256 / 255
+    return out
+
+
+def write_image(path: Path, size: tuple[int, int] = (6, 4), value: int = 90) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, (value, value, value)).save(path)
+    return path
+
+
+def run(source: Path, output: Path, restore=double, **options) -> tuple[FolderReport, dict]:
+    report = restore_files(plan_restoration(source, output), restore, **options)
+    return report, json.loads(report.path.read_text())
+
+
+def files_in(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_folder_keeps_its_subfolders_and_reports_each_file(tmp_path: Path) -> None:
+    for name in ("a.png", "deep/er/b.jpg", "10.png", "9.png"):
+        write_image(tmp_path / "in" / name)
+    report, entries = run(tmp_path / "in", tmp_path / "out", seed=7, prompt="a dog")
+    assert files_in(tmp_path / "out") == {"a.png", "deep/er/b.png", "10.png", "9.png", "restore.json"}
+    assert (report.num_restored, report.num_skipped, report.failed) == (4, 0, {})
+    assert list(entries) == ["9.png", "10.png", "a.png", "deep/er/b.jpg"]
+    entry = entries["deep/er/b.jpg"]
+    assert (entry["output"], entry["seed"], entry["prompt"]) == ("deep/er/b.png", 7, "a dog")
+    assert entry["seconds"] >= 0
+    assert load_image(tmp_path / "out/deep/er/b.png").shape == (3, 8, 12)
+
+
+def test_colliding_names_keep_their_extension() -> None:
+    assert target_names(["a.jpg", "b.jpg"]) == {"a.jpg": "a.png", "b.jpg": "b.png"}
+    assert target_names(["a.jpg", "x/a.png"]) == {"a.jpg": "a.png", "x/a.png": "x/a.png"}
+    assert target_names(["a.jpg", "a.png"]) == {"a.jpg": "a.jpg.png", "a.png": "a.png.png"}
+    assert target_names(["A.jpg", "a.png"]) == {"A.jpg": "A.jpg.png", "a.png": "a.png.png"}
+    chained = target_names(["a.jpg", "a.png", "a.jpg.png"])
+    assert chained == {"a.jpg": "a.jpg.png", "a.png": "a.png.png", "a.jpg.png": "a.jpg.png.png"}
+
+
+def test_both_of_a_colliding_pair_are_written(tmp_path: Path) -> None:
+    write_image(tmp_path / "in/a.jpg", value=10)
+    write_image(tmp_path / "in/a.png", value=200)
+    run(tmp_path / "in", tmp_path / "out")
+    dark, bright = load_image(tmp_path / "out/a.jpg.png"), load_image(tmp_path / "out/a.png.png")
+    assert dark[0, 5, 5] < 0.1 and bright[0, 5, 5] > 0.7
+
+
+def test_bad_files_are_named_and_the_rest_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source = tmp_path / "in"
+    write_image(source / "good.png", size=(40, 40))
+    (source / "truncated.png").write_bytes((source / "good.png").read_bytes()[:60])
+    (source / "empty.jpg").write_bytes(b"")
+    (source / "text.png").write_text("hello")
+    (source / "notes.txt").write_text("hello")
+    (source / ".hidden").write_text("hello")
+    with caplog.at_level(logging.WARNING):
+        report, entries = run(source, tmp_path / "out")
+    assert report.num_restored == 1
+    assert set(report.failed) == {"truncated.png", "empty.jpg", "text.png", "notes.txt"}
+    assert files_in(tmp_path / "out") == {"good.png", "restore.json"}
+    for name in report.failed:
+        assert set(entries[name]) == {"error"}
+        assert name in caplog.text
+
+
+def test_the_result_depends_on_seed_and_name_only(tmp_path: Path) -> None:
+    for name in ("a.png", "b.png", "c.png"):
+        write_image(tmp_path / "in" / name)
+    run(tmp_path / "in", tmp_path / "all", seed=3)
+    run(tmp_path / "in/b.png", tmp_path / "one", seed=3)
+    run(tmp_path / "in/b.png", tmp_path / "other", seed=4)
+    assert (tmp_path / "all/b.png").read_bytes() == (tmp_path / "one/b.png").read_bytes()
+    assert (tmp_path / "all/b.png").read_bytes() != (tmp_path / "other/b.png").read_bytes()
+    first = round(load_image(tmp_path / "all/b.png")[0, 0, 0].item() * 255)
+    assert first == derive_seed(3, "b.png") % 256
+
+
+def test_results_are_skipped_unless_overwritten_and_keep_their_record(tmp_path: Path) -> None:
+    write_image(tmp_path / "in/a.png")
+    _, before = run(tmp_path / "in", tmp_path / "out", seed=1)
+    write_image(tmp_path / "in/b.png")
+    report, entries = run(tmp_path / "in", tmp_path / "out", seed=2)
+    assert (report.num_restored, report.num_skipped) == (1, 1)
+    assert entries["a.png"] == before["a.png"] | {"skipped": True}
+    assert (entries["a.png"]["seed"], entries["b.png"]["seed"]) == (1, 2)
+    report, entries = run(tmp_path / "in", tmp_path / "out", seed=2, overwrite=True)
+    assert (report.num_restored, entries["a.png"]["seed"]) == (2, 2)
+    assert "skipped" not in entries["a.png"]
+
+
+def test_an_earlier_report_is_kept_for_results_that_exist(tmp_path: Path) -> None:
+    for name in ("a.png", "b.png", "c.png"):
+        write_image(tmp_path / "in" / name)
+        _, entries = run(tmp_path / "in" / name, tmp_path / "out")
+    assert list(entries) == ["a.png", "b.png", "c.png"]
+    (tmp_path / "out/a.png").unlink()
+    _, entries = run(tmp_path / "in/c.png", tmp_path / "out")
+    assert list(entries) == ["b.png", "c.png"]
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", '{"a": 1}', '{"a": {}}', "\x00"])
+def test_a_strange_report_is_replaced(tmp_path: Path, content: str) -> None:
+    write_image(tmp_path / "in/a.png")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/restore.json").write_text(content)
+    _, entries = run(tmp_path / "in", tmp_path / "out")
+    assert list(entries) == ["a.png"]
+
+
+def test_memory_running_out_is_one_files_failure_and_a_bug_is_not(tmp_path: Path) -> None:
+    write_image(tmp_path / "in/a.png", size=(9, 9))
+    write_image(tmp_path / "in/b.png")
+
+    def fail_on_large(error: Exception):
+        def restore(image_3HW: Tensor, seed: int) -> Tensor:
+            if image_3HW.shape[-1] == 9:
+                raise error
+            return image_3HW
+
+        return restore
+
+    on_cpu = RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes")
+    for error in (MemoryError(), torch.cuda.OutOfMemoryError("CUDA"), on_cpu):
+        report, _ = run(tmp_path / "in", tmp_path / "out", fail_on_large(error), overwrite=True)
+        assert "not enough memory" in report.failed["a.png"] and report.num_restored == 1
+    with pytest.raises(RuntimeError, match="a bug"):
+        run(tmp_path / "in", tmp_path / "out", fail_on_large(RuntimeError("a bug")), overwrite=True)
+
+
+def test_an_interrupted_run_reports_what_it_did(tmp_path: Path) -> None:
+    write_image(tmp_path / "in/a.png")
+    write_image(tmp_path / "in/b.png", size=(9, 9))
+
+    def restore(image_3HW: Tensor, seed: int) -> Tensor:
+        if image_3HW.shape[-1] == 9:
+            raise KeyboardInterrupt
+        return image_3HW
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "in", tmp_path / "out", restore)
+    assert files_in(tmp_path / "out") == {"a.png", "restore.json"}
+    assert list(json.loads((tmp_path / "out/restore.json").read_text())) == ["a.png"]
+
+
+def test_an_output_inside_the_input_is_not_restored_again(tmp_path: Path) -> None:
+    write_image(tmp_path / "a.png")
+    run(tmp_path, tmp_path / "restored")
+    report, _ = run(tmp_path, tmp_path / "restored", overwrite=True)
+    assert (report.num_restored, report.failed) == (1, {})
+    assert files_in(tmp_path) == {"a.png", "restored/a.png", "restored/restore.json"}
+
+
+def test_inputs_are_never_overwritten(tmp_path: Path) -> None:
+    image = write_image(tmp_path / "a.png")
+    photo = write_image(tmp_path / "b.jpg")
+    with pytest.raises(UsageError, match="the input folder itself"):
+        plan_restoration(tmp_path, tmp_path / "." / "")
+    with pytest.raises(UsageError, match=r"overwrite its input .*a\.png"):
+        plan_restoration(image, tmp_path)
+    run(photo, tmp_path)
+    assert files_in(tmp_path) == {"a.png", "b.jpg", "b.png", "restore.json"}
+
+
+def test_wrong_commands_are_usage_errors(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"nowhere does not exist"):
+        plan_restoration(tmp_path / "nowhere", tmp_path / "out")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UsageError, match=r"empty has no images"):
+        plan_restoration(tmp_path / "empty", tmp_path / "out")
+    image = write_image(tmp_path / "a.png")
+    with pytest.raises(UsageError, match=r"a\.png is a file"):
+        plan_restoration(image, image)
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    image = write_image(tmp_path / "a.png")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"file"):
+        restore_files(plan_restoration(image, tmp_path / "file/out"), double)

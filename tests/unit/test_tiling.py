@@ -1,0 +1,137 @@
+"""Tiles: where they lie, how they blend, and that an image survives being cut up."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from varestorer.utils.errors import UserError
+from varestorer.utils.tiling import (
+    gaussian_weights,
+    gaussian_window,
+    ramp_window,
+    restore_tiled,
+    scaled_size,
+    tile_positions,
+)
+
+
+@pytest.fixture(scope="module")
+def golden(shared: Path) -> dict:
+    return json.loads((shared / "fixtures/infinity/meta_va.json").read_text())["tiling"]
+
+
+def identity(tiles_B3tt: Tensor, indices: list[int]) -> Tensor:
+    return tiles_B3tt
+
+
+@pytest.mark.parity
+def test_positions_weights_and_sizes_match_the_released_code(golden: dict) -> None:
+    for case in golden["positions"]:
+        assert tile_positions(case["length"], case["tile"], case["overlap"]) == case["out"]
+    weights = gaussian_weights(golden["weights"]["h"], golden["weights"]["w"])
+    for place, value in golden["weights"]["at"].items():
+        y, x = map(int, place.split(","))
+        assert weights[y, x].item() == pytest.approx(value, rel=1e-5)
+    for case in golden["sr_size"]:
+        width, height = case["wh"]
+        assert scaled_size(height, width, case["scale"]) == tuple(reversed(case["out"]))
+
+
+@pytest.mark.parametrize(
+    ("length", "tile", "overlap"), [(1, 8, 3), (8, 8, 0), (9, 8, 7), (100, 16, 0), (97, 16, 5)]
+)
+def test_positions_cover_everything_once_and_end_flush(length: int, tile: int, overlap: int) -> None:
+    positions = tile_positions(length, tile, overlap)
+    assert positions == sorted(set(positions))
+    assert positions[0] == 0 and positions[-1] == max(length - tile, 0)
+    steps = [after - before for before, after in zip(positions, positions[1:], strict=False)]
+    assert all(step <= tile - overlap for step in steps)
+
+
+@pytest.mark.parametrize("overlap", [-1, 16, 40])
+def test_impossible_overlap_is_refused_with_the_numbers(overlap: int) -> None:
+    with pytest.raises(UserError, match=f"16 pixels, got {overlap}"):
+        tile_positions(100, 16, overlap)
+
+
+def test_ramps_facing_each_other_sum_to_one_and_touch_only_the_overlap() -> None:
+    window = ramp_window(16, 6)
+    torch.testing.assert_close(window[:6] + window[-6:], torch.ones(6, dtype=torch.float64))
+    assert (window[6:10] == 1).all()
+    assert (window > 0).all() and window[0] < 0.05
+
+
+@pytest.mark.parametrize("window", [ramp_window, gaussian_window])
+def test_identity_gives_any_image_back(window) -> None:
+    for seed in range(60):
+        draw = random.Random(seed)
+        height, width, tile = draw.randint(1, 200), draw.randint(1, 200), draw.randint(1, 64)
+        overlap, batch = draw.randint(0, tile - 1) // 2, draw.randint(1, 9)
+        image = torch.rand(3, height, width, generator=torch.Generator().manual_seed(seed))
+        out = restore_tiled(image, tile, overlap, batch, identity, window)
+        assert out.shape == image.shape and out.dtype == torch.float32
+        torch.testing.assert_close(out, image, atol=1e-6, rtol=0)
+
+
+def test_a_constant_shift_leaves_no_seam() -> None:
+    image = torch.rand(3, 77, 130, generator=torch.Generator().manual_seed(0))
+    out = restore_tiled(image, 32, 8, 4, lambda tiles, indices: tiles + 0.25)
+    torch.testing.assert_close(out, image + 0.25, atol=1e-6, rtol=0)
+
+
+def test_tiles_that_disagree_are_blended_without_a_jump() -> None:
+    def paint(tiles_B3tt: Tensor, indices: list[int]) -> Tensor:
+        return torch.tensor(indices).view(-1, 1, 1, 1).float().expand_as(tiles_B3tt)
+
+    row = restore_tiled(torch.zeros(3, 32, 56), 32, 8, 1, paint)[0, 0]
+    assert row[0] == 0 and row[-1] == 1
+    assert (row.diff() >= 0).all() and row.diff().max() < 0.25
+
+
+def test_batches_are_full_numbered_in_row_major_order_and_do_not_change_the_result() -> None:
+    image = torch.rand(3, 50, 90, generator=torch.Generator().manual_seed(1))
+
+    def run_with(batch: int) -> tuple[list[list[int]], Tensor]:
+        calls: list[list[int]] = []
+
+        def run(tiles_B3tt: Tensor, indices: list[int]) -> Tensor:
+            calls.append(indices)
+            return tiles_B3tt * torch.tensor(indices).view(-1, 1, 1, 1)
+
+        return calls, restore_tiled(image, 32, 4, batch, run)
+
+    one_by_one, alone = run_with(1)
+    batched, together = run_with(4)
+    assert one_by_one == [[n] for n in range(8)]
+    assert batched == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert torch.equal(alone, together)
+
+
+def test_small_images_are_continued_by_their_mirror_image_never_stretched() -> None:
+    seen: list[Tensor] = []
+
+    def run(tiles_B3tt: Tensor, indices: list[int]) -> Tensor:
+        seen.append(tiles_B3tt)
+        return tiles_B3tt
+
+    image = torch.arange(3.0).view(1, 1, 3).expand(3, 1, 3)
+    assert restore_tiled(image, 6, 0, 1, run).shape == (3, 1, 3)
+    assert seen[0][0, 0].tolist() == [[0, 1, 2, 1, 0, 1]] * 6
+
+
+@pytest.mark.parametrize(
+    ("shape", "batch", "message"),
+    [((3, 8, 8), 0, "batch must be at least 1"), ((3, 0, 8), 1, "with pixels is needed")],
+)
+def test_bad_requests_are_refused(shape: tuple[int, ...], batch: int, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        restore_tiled(torch.zeros(shape), 8, 0, batch, identity)
+
+
+def test_run_must_keep_the_shape_of_its_tiles() -> None:
+    with pytest.raises(ValueError, match="came back as"):
+        restore_tiled(torch.zeros(3, 8, 8), 8, 0, 1, lambda tiles, indices: tiles[..., :4])

@@ -1,0 +1,61 @@
+"""The commands: `varestorer train|eval|restore|parity`, the same as `scripts/<name>.py`.
+
+A command is imported only when it is asked for, so that the list of commands appears at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+COMMANDS = {
+    "train": ("varestorer.commands.train", "train a network, such as the one-step student of the paper"),
+    "eval": ("varestorer.commands.eval", "score a network, or anybody's pictures, on a dataset"),
+    "restore": ("varestorer.commands.restore", "restore one picture or a folder of them"),
+    "parity": ("varestorer.commands.parity", "compare the networks with recorded tensors"),
+}
+USAGE_ERROR = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `varestorer <command> key=value ...`.
+
+    Args:
+        argv: words after `varestorer`; None for the process's own.
+    Returns:
+        exit status: 0 all well, 1 something asked for failed, 2 the command itself was wrong.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help", "help"):
+        sys.stdout.write(overview())
+        return 0 if words else USAGE_ERROR
+    name, *rest = words
+    if name == "--version":
+        import varestorer
+
+        sys.stdout.write(f"varestorer {varestorer.__version__}\n")
+        return 0
+    if name not in COMMANDS:
+        sys.stderr.write(f"error: no command {name!r}; there are {', '.join(COMMANDS)}\n")
+        return USAGE_ERROR
+    module = import_module(COMMANDS[name][0])
+    return int(module.COMMAND.main(rest))
+
+
+def overview() -> str:
+    """The text of `varestorer --help`."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {summary}" for name, (_, summary) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "varestorer: image super-resolution in one step with a visual autoregressive model",
+            "",
+            "usage: varestorer COMMAND [key=value ...]",
+            "",
+            *lines,
+            "",
+            "`varestorer COMMAND --help` explains a command, `varestorer --version` names the version.",
+            "",
+        ]
+    )

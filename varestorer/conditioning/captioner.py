@@ -1,0 +1,64 @@
+"""Captions of images by BLIP, used as prompts."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from varestorer.conditioning.pretrained import load_pretrained
+from varestorer.utils.images import to_uint8
+
+DEFAULT_NAME = "Salesforce/blip-image-captioning-large"
+
+
+class Captioner:
+    """BLIP that is loaded when it is first needed.
+
+    Args:
+        path: folder as transformers saves it, or a name on the hub.
+        device: where it runs.
+        max_tokens: longest caption, in tokens.
+    """
+
+    def __init__(
+        self, path: str = DEFAULT_NAME, device: torch.device | str = "cpu", max_tokens: int = 20
+    ) -> None:
+        self.path = str(path)
+        self.device = torch.device(device)
+        self.max_tokens = max_tokens
+        self._loaded: tuple[Any, Any] | None = None
+
+    @torch.no_grad()
+    def caption(self, images_B3HW: Tensor) -> list[str]:
+        """Describe images in a few words; greedy, so the same image always gets the same caption.
+
+        Args:
+            images_B3HW: RGB in [0, 1], any size (BLIP resizes to its own).
+        Returns:
+            B captions.
+        Raises:
+            UserError: no captioner at `path`.
+        """
+        processor, model = self._load()
+        pixels = processor(images=list(to_uint8(images_B3HW).cpu()), return_tensors="pt").pixel_values
+        tokens = model.generate(
+            pixel_values=pixels.to(self.device), max_new_tokens=self.max_tokens, do_sample=False, num_beams=1
+        )
+        return [text.strip() for text in processor.batch_decode(tokens, skip_special_tokens=True)]
+
+    def release(self) -> None:
+        """Give the memory back; the next `caption` loads again."""
+        self._loaded = None
+
+    def _load(self) -> tuple[Any, Any]:
+        """Processor and model, loaded once."""
+        if self._loaded is None:
+            from transformers import BlipForConditionalGeneration, BlipProcessor
+
+            def load(path: str) -> tuple[Any, Any]:
+                model = BlipForConditionalGeneration.from_pretrained(path)
+                return BlipProcessor.from_pretrained(path), model.eval().requires_grad_(False)
+
+            processor, model = load_pretrained(load, self.path, DEFAULT_NAME, "model.captioner")
+            self._loaded = processor, model.to(self.device)
+        return self._loaded

@@ -1,0 +1,75 @@
+"""The degraded image as tokens of all scales: what the one-step student sees (paper, pyramid conditioning; spec C).
+
+Shapes: `B` batch, `H W` pixels, `L` tokens, `Z` bits per token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from varestorer.tokenizer import MultiScaleTokenizer, ScaleSchedule, TokenPyramid
+from varestorer.transformer.layout import TokenLayout, long_layout, pyramid_layout
+
+
+@dataclass(frozen=True)
+class Condition:
+    """The student's input.
+
+    Attributes:
+        pyramid: tokens of the degraded image.
+        tokens_BLZ: inputs of the transformer after its start token.
+        layout: level and position of start token and inputs.
+    """
+
+    pyramid: TokenPyramid
+    tokens_BLZ: Tensor
+    layout: TokenLayout
+
+
+class PyramidConditioner:
+    """Turns a degraded image into the student's input tokens.
+
+    Args:
+        tokenizer: its encoder and quantiser; frozen.
+        head_dim: of the transformer, for the rotary positions.
+        long_input: append the complete codes at the last scale.
+        long_positions: rotary rows of the appended tokens, see `layout.long_layout`.
+        restorer: optional frozen network that cleans the image first, [0, 1] to [0, 1].
+    """
+
+    def __init__(
+        self,
+        tokenizer: MultiScaleTokenizer,
+        head_dim: int,
+        long_input: bool = True,
+        long_positions: str = "next_scale",
+        restorer: nn.Module | None = None,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.head_dim = head_dim
+        self.long_input = long_input
+        self.long_positions = long_positions
+        self.restorer = restorer
+
+    @torch.no_grad()
+    def __call__(self, lq_B3HW: Tensor, schedule: ScaleSchedule) -> Condition:
+        """Tokens of a degraded image.
+
+        Args:
+            lq_B3HW: in [-1, 1], at the size of the result.
+            schedule: the scales; the last one is H, W over the tokenizer's stride.
+        """
+        if self.restorer is not None:
+            lq_B3HW = self.restorer((lq_B3HW + 1) / 2) * 2 - 1
+        return self.from_pyramid(self.tokenizer.encode(lq_B3HW, schedule), schedule)
+
+    def from_pyramid(self, pyramid: TokenPyramid, schedule: ScaleSchedule) -> Condition:
+        """The student's input from tokens that are there already."""
+        device = pyramid.codes.device
+        if self.long_input:
+            layout = long_layout(schedule, self.head_dim, device, self.long_positions)
+            return Condition(pyramid, pyramid.long_inputs(), layout)
+        return Condition(pyramid, pyramid.inputs(), pyramid_layout(schedule, self.head_dim, device))

@@ -1,0 +1,129 @@
+"""The restorer: a frozen network that cleans a degraded image coarsely before it is tokenised.
+
+VARestorer uses DiffBIR's general SwinIR. The network itself comes from spandrel, which reads its size from
+the weights; any 1x RGB restoration network that spandrel knows fits as well.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from varestorer.utils.errors import UserError
+from varestorer.utils.images import pad_reflect
+from varestorer.weights.files import read_tensors
+
+PUBLISHED_FILE = "general_swinir_v1.ckpt"
+_REMEDY = f"get {PUBLISHED_FILE} (GeneralSwinIR of DiffBIR, hub lxq007/DiffBIR) and set model.restorer to it"
+
+
+class Restorer(nn.Module):
+    """A frozen 1x restoration network that takes any image size.
+
+    Attributes:
+        network: the network; always in evaluation mode, its parameters never ask for gradients.
+        multiple: sides the network sees are multiples of this (pixels).
+        minimum: and at least this (pixels).
+    """
+
+    def __init__(self, network: nn.Module, multiple: int = 1, minimum: int = 1) -> None:
+        super().__init__()
+        self.network = network.eval().requires_grad_(False)
+        self.multiple = multiple
+        self.minimum = max(minimum, 1)
+
+    def train(self, mode: bool = True) -> "Restorer":
+        """Stay in evaluation mode: a frozen network must not drop paths because its owner trains."""
+        return super().train(False)
+
+    def forward(self, image_B3HW: Tensor) -> Tensor:
+        """Restore images.
+
+        Args:
+            image_B3HW: RGB in [0, 1], any size.
+        Returns:
+            RGB of the same size, nominally in [0, 1] and not clamped, as the released code hands it on.
+        """
+        height, width = image_B3HW.shape[-2:]
+        down, right = self._missing(height), self._missing(width)
+        return self.network(pad_reflect(image_B3HW, 0, down, 0, right))[..., :height, :width]
+
+    def _missing(self, length: int) -> int:
+        """Pixels to add to a side of `length` pixels."""
+        wanted = max(length, self.minimum)
+        return -(-wanted // self.multiple) * self.multiple - length
+
+
+def load_restorer(path: str | Path, device: torch.device | str = "cpu") -> Restorer:
+    """Load a restorer from a file, or from a folder that holds the published file under its own name.
+
+    Args:
+        path: `.ckpt`, `.pth` or `.safetensors`; the tensors may lie under `state_dict`, named with or without
+            the prefix `module.`.
+        device: where it runs.
+    Raises:
+        UserError: no such file, a file that is not a plain set of tensors, or not a 1x RGB restorer.
+    """
+    file = Path(path)
+    if file.is_dir():
+        file = file / PUBLISHED_FILE
+    if not file.is_file():
+        raise UserError(f"the restorer's weights were not found at {file}; {_REMEDY}")
+    tensors = read_tensors(file, nested=("state_dict",))
+    try:
+        return restorer_from_state_dict(tensors).to(device)
+    except UserError as error:
+        raise UserError(f"{file}: {error}; {_REMEDY}") from error
+
+
+def restorer_from_state_dict(state_dict: Mapping[str, Any]) -> Restorer:
+    """Build a restorer whose architecture and size are read from its tensors.
+
+    Args:
+        state_dict: tensors by their published names, or wrapped and prefixed as `load_restorer` says; it is
+            left as it is.
+    Raises:
+        UserError: tensors missing, left over or misshapen, or not of a 1x RGB restorer.
+    """
+    from spandrel import ImageModelDescriptor, ModelLoader, UnsupportedModelError, canonicalize_state_dict
+
+    # spandrel renames and pops entries of the dictionary it is given
+    tensors = dict(canonicalize_state_dict(dict(state_dict)))
+    try:
+        found = ModelLoader(device="cpu").load_from_state_dict(tensors)
+    except (UnsupportedModelError, RuntimeError, KeyError) as error:
+        reason = str(error).strip() or "spandrel knows no such architecture"
+        raise UserError(f"the tensors do not make a restorer ({reason})") from error
+    if not isinstance(found, ImageModelDescriptor) or (found.scale, found.input_channels) != (1, 3):
+        got = f"{found.architecture.name}, {found.scale}x, of {found.input_channels} channels"
+        raise UserError(f"a restorer must take RGB images and keep their size, got {got}")
+    sizes = found.size_requirements
+    return Restorer(found.model, multiple=sizes.multiple_of, minimum=sizes.minimum)
+
+
+@torch.no_grad()
+def restorer_intermediates(restorer: Restorer, image_B3HW: Tensor) -> dict[str, Tensor]:
+    """Run a SwinIR and keep what golden tensors are compared with.
+
+    Args:
+        restorer: a restorer whose network is a SwinIR.
+        image_B3HW: RGB in [0, 1].
+    Returns:
+        `conv_first` (B, C, h, w), `layer0`, `layer1`, ... (B, h*w, C) and `image01` (B, 3, H, W).
+    """
+    network: Any = restorer.network
+    parts = {"conv_first": network.conv_first} | {f"layer{i}": part for i, part in enumerate(network.layers)}
+    kept: dict[str, Tensor] = {}
+
+    def keep_as(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
+        return lambda module, inputs, output: kept.update({name: output})
+
+    hooks = [part.register_forward_hook(keep_as(name)) for name, part in parts.items()]
+    try:
+        kept["image01"] = restorer(image_B3HW)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return kept

@@ -1,0 +1,12 @@
+"""Making low-quality pictures out of good ones."""
+
+from varestorer.data.degradation.pipeline import (
+    BicubicDegradation,
+    Degradation,
+    Degrade,
+    RandomBlur,
+    RandomNoise,
+    RandomResize,
+)
+
+__all__ = ["BicubicDegradation", "Degradation", "Degrade", "RandomBlur", "RandomNoise", "RandomResize"]

@@ -1,0 +1,101 @@
+"""The steps a photograph is spoilt by: blur, resize, noise, JPEG, rounding.
+
+Functions of one picture (C, H, W), float32 RGB in [0, 1], on the CPU. Results of blur and bicubic resizing may
+leave [0, 1] a little, as in Real-ESRGAN; noise and JPEG clamp. Randomness comes from the given NumPy generator.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+from torchvision.io import decode_jpeg, encode_jpeg
+
+from varestorer.utils.images import pad_reflect, to_uint8
+
+LUMA = torch.tensor([0.2989, 0.5870, 0.1140])
+
+
+def blur(img_CHW: Tensor, kernel: Tensor) -> Tensor:
+    """Correlate every channel with a kernel; the picture is continued by reflection.
+
+    The work is done by FFT: a 21 x 21 kernel costs no more than a 7 x 7 one, and small pictures take less
+    than half a millisecond.
+
+    Args:
+        img_CHW: picture, of any size (it may be smaller than the kernel).
+        kernel: (size, size), odd size.
+    """
+    height, width = img_CHW.shape[-2:]
+    reach = kernel.shape[-1] // 2
+    padded = pad_reflect(img_CHW, reach, reach, reach, reach)
+    shape = tuple(_fft_length(length) for length in padded.shape[-2:])
+    spectrum = torch.fft.rfft2(padded, s=shape) * torch.fft.rfft2(kernel, s=shape).conj()
+    # the circular wrap of the FFT only reaches what is cut off here
+    return torch.fft.irfft2(spectrum, s=shape)[..., :height, :width]
+
+
+def _fft_length(length: int) -> int:
+    """The next number without a prime factor above 7: other lengths take up to four times as long."""
+    rest = length
+    for factor in (2, 3, 5, 7):
+        while rest % factor == 0:
+            rest //= factor
+    return length if rest == 1 else _fft_length(length + 1)
+
+
+def resample(img_CHW: Tensor, size: tuple[int, int], mode: str) -> Tensor:
+    """Resize as Real-ESRGAN does: `area` averages, `bilinear` and `bicubic` alias (no antialiasing)."""
+    if tuple(img_CHW.shape[-2:]) == size:
+        return img_CHW
+    options = {} if mode == "area" else {"align_corners": False}
+    return interpolate(img_CHW[None], size, mode=mode, **options)[0]
+
+
+def add_gaussian_noise(img_CHW: Tensor, sigma: float, use_grey: bool, rng: np.random.Generator) -> Tensor:
+    """Add white noise of standard deviation `sigma` (8-bit levels), clamped.
+
+    Args:
+        img_CHW: picture.
+        sigma: standard deviation, in levels of 255.
+        use_grey: the same noise in all channels.
+        rng: source of the noise.
+    """
+    shape = (1, *img_CHW.shape[1:]) if use_grey else tuple(img_CHW.shape)
+    noise = torch.from_numpy(rng.standard_normal(shape, dtype=np.float32))
+    return (img_CHW + noise * (sigma / 255)).clamp(0, 1)
+
+
+def add_poisson_noise(img_CHW: Tensor, scale: float, use_grey: bool, rng: np.random.Generator) -> Tensor:
+    """Add shot noise, `scale` times what counting `2^ceil(log2(levels))` photons at white gives, clamped.
+
+    `levels` is the number of different 8-bit levels in the picture, so that flat pictures get more noise
+    (Real-ESRGAN's reference implementation).
+
+    Args:
+        img_CHW: picture.
+        scale: factor on the noise.
+        use_grey: noise of the luma picture, the same in all channels.
+        rng: source of the noise.
+    """
+    source = (img_CHW * LUMA[:, None, None]).sum(0, keepdim=True) if use_grey else img_CHW
+    levels = to_uint8(source).numpy()
+    num_levels = np.count_nonzero(np.bincount(levels.ravel(), minlength=256))
+    photons = float(2 ** np.ceil(np.log2(num_levels)))
+    clean = levels.astype(np.float32) / 255
+    noise = (rng.poisson(clean * photons) / photons - clean).astype(np.float32)
+    return (img_CHW + torch.from_numpy(noise) * scale).clamp(0, 1)
+
+
+def compress_jpeg(img_CHW: Tensor, quality: int) -> Tensor:
+    """Write and read a JPEG file in memory (4:2:0 chroma), clamped.
+
+    Args:
+        img_CHW: RGB picture.
+        quality: 1 to 100 (libjpeg's scale).
+    """
+    return decode_jpeg(encode_jpeg(to_uint8(img_CHW), quality)).float() / 255
+
+
+def round_to_8bit(img: Tensor) -> Tensor:
+    """Clamp to [0, 1] and round to the nearest of 256 levels, as a file on disk would."""
+    return to_uint8(img).float() / 255

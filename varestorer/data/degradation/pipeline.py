@@ -1,0 +1,243 @@
+"""The second-order degradation of Real-ESRGAN (Wang et al. 2021, section 3), as VARestorer's data uses it.
+
+Each random step is a small frozen dataclass of plain numbers; calling it with a picture and a generator draws
+its parameters and applies it. The defaults are the published preset (`configs/degradation/realesrgan.yaml`).
+
+One deviation from the reference code: pictures are resized to whole sizes, so that the content keeps its place
+(the code resizes by a factor and lets up to a pixel drift at the far edge).
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from varestorer.data.degradation.kernels import gaussian_kernel, plateau_kernel, sinc_kernel
+from varestorer.data.degradation.operations import (
+    add_gaussian_noise,
+    add_poisson_noise,
+    blur,
+    compress_jpeg,
+    resample,
+    round_to_8bit,
+)
+from varestorer.utils.errors import UserError
+from varestorer.utils.images import resize
+
+Range = tuple[float, float]
+Degrade = Callable[[Tensor, np.random.Generator], Tensor]  # HQ (3, H, W) to LQ of the same size, both in [0, 1]
+RESAMPLING = ("area", "bilinear", "bicubic")
+
+
+class _Step:
+    """Checks the numbers of a step: lists become tuples, ranges must be (low, high), `*prob` in [0, 1]."""
+
+    def __post_init__(self) -> None:
+        for item in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, item.name)
+            where = f"{type(self).__name__}.{item.name}"
+            if isinstance(value, list | tuple):
+                value = tuple(value)
+                object.__setattr__(self, item.name, value)
+                self._check_tuple(where, value)
+            elif item.name.endswith("prob") and not 0 <= value <= 1:
+                raise UserError(f"{where} must be a probability in [0, 1], got {value}")
+
+    @staticmethod
+    def _check_tuple(where: str, value: tuple[float, ...]) -> None:
+        if where.endswith("probs"):
+            if min(value) < 0 or abs(sum(value) - 1) > 1e-6:
+                raise UserError(f"{where} must be probabilities that sum to 1, got {list(value)}")
+        elif len(value) != 2 or value[0] > value[1]:
+            raise UserError(f"{where} must be a range [low, high], got {list(value)}")
+
+
+def _uniform(rng: np.random.Generator, limits: Range) -> float:
+    return float(rng.uniform(*limits))
+
+
+def _integer(rng: np.random.Generator, limits: tuple[int, int], step: int = 1) -> int:
+    """low, low + step, ..., high, all equally likely."""
+    return int(limits[0] + step * rng.integers((limits[1] - limits[0]) // step + 1))
+
+
+@dataclass(frozen=True)
+class RandomBlur(_Step):
+    """Blur by a kernel of random kind, size and shape.
+
+    Attributes:
+        prob: probability of any blur.
+        sinc_prob: probability of a sinc kernel; otherwise one of the six kinds below.
+        kind_probs: Gaussian isotropic, anisotropic; generalised Gaussian iso-, anisotropic; plateau iso-,
+            anisotropic.
+        sigma: standard deviations, pixels.
+        gaussian_beta: shape of the generalised Gaussian; below and above 1 are equally likely.
+        plateau_beta: shape of the plateau, likewise.
+        size: side of the kernel, odd numbers of this range.
+    """
+
+    prob: float = 1.0
+    sinc_prob: float = 0.1
+    kind_probs: tuple[float, ...] = (0.45, 0.25, 0.12, 0.03, 0.12, 0.03)
+    sigma: Range = (0.2, 3.0)
+    gaussian_beta: Range = (0.5, 4.0)
+    plateau_beta: Range = (1.0, 2.0)
+    size: tuple[int, int] = (7, 21)
+
+    def __call__(self, img_CHW: Tensor, rng: np.random.Generator) -> Tensor:
+        return blur(img_CHW, self.draw_kernel(rng)) if rng.random() < self.prob else img_CHW
+
+    def draw_kernel(self, rng: np.random.Generator) -> Tensor:
+        """(size, size) kernel of a random kind."""
+        size = _integer(rng, self.size, step=2)
+        if rng.random() < self.sinc_prob:
+            # small kernels cannot hold the slow ripples of a low cut-off
+            return sinc_kernel(size, _uniform(rng, (math.pi / 3 if size < 13 else math.pi / 5, math.pi)))
+        family, is_anisotropic = divmod(int(rng.choice(6, p=self.kind_probs)), 2)
+        shape: dict[str, float] = {"sigma_x": _uniform(rng, self.sigma)}
+        if is_anisotropic:
+            shape |= {"sigma_y": _uniform(rng, self.sigma), "theta": _uniform(rng, (-math.pi, math.pi))}
+        if family == 2:
+            return plateau_kernel(size, **shape, beta=self._draw_beta(rng, self.plateau_beta))
+        beta = self._draw_beta(rng, self.gaussian_beta) if family == 1 else 1.0
+        return gaussian_kernel(size, **shape, beta=beta)
+
+    @staticmethod
+    def _draw_beta(rng: np.random.Generator, limits: Range) -> float:
+        """Below and above 1 with equal probability, uniform in either part."""
+        low, high = limits
+        return _uniform(rng, (low, max(low, 1.0)) if rng.random() < 0.5 else (min(high, 1.0), high))
+
+
+@dataclass(frozen=True)
+class RandomResize(_Step):
+    """Resize up, down or not at all, by a random factor and method.
+
+    Attributes:
+        direction_probs: up, down, keep.
+        factor: smallest factor (down) and largest (up); 1 lies between.
+    """
+
+    direction_probs: tuple[float, ...] = (0.2, 0.7, 0.1)
+    factor: Range = (0.3, 1.5)
+
+    def __call__(self, img_CHW: Tensor, rng: np.random.Generator, base: tuple[int, int] | None = None) -> Tensor:
+        """Resize to a random multiple of `base` (height, width); None: of the picture's own size."""
+        low, high = self.factor
+        limits = ((1.0, high), (low, 1.0), (1.0, 1.0))[int(rng.choice(3, p=self.direction_probs))]
+        factor = _uniform(rng, limits)
+        height, width = base or img_CHW.shape[-2:]
+        return resample(img_CHW, (_scaled(height, factor), _scaled(width, factor)), _draw_mode(rng))
+
+
+@dataclass(frozen=True)
+class RandomNoise(_Step):
+    """Gaussian noise or else Poisson noise.
+
+    Attributes:
+        gaussian_prob: probability of Gaussian noise (Poisson otherwise).
+        sigma: standard deviation of Gaussian noise, levels of 255.
+        poisson_scale: factor on Poisson noise.
+        grey_prob: probability of the same noise in all channels.
+    """
+
+    gaussian_prob: float = 0.5
+    sigma: Range = (1.0, 15.0)
+    poisson_scale: Range = (0.05, 2.0)
+    grey_prob: float = 0.4
+
+    def __call__(self, img_CHW: Tensor, rng: np.random.Generator) -> Tensor:
+        use_gaussian, use_grey = rng.random() < self.gaussian_prob, bool(rng.random() < self.grey_prob)
+        if use_gaussian:
+            return add_gaussian_noise(img_CHW, _uniform(rng, self.sigma), use_grey, rng)
+        return add_poisson_noise(img_CHW, _uniform(rng, self.poisson_scale), use_grey, rng)
+
+
+@dataclass(frozen=True)
+class Degradation(_Step):
+    """Real-ESRGAN's order of steps, with `specs` of the VARestorer line of work (no sharpening of the target).
+
+    blur, resize, noise, JPEG; blur, resize to about 1/scale, noise; {resize to 1/scale and sinc} and JPEG in
+    random order; resize back, clamp, round to 8 bit.
+
+    Attributes:
+        scale: how much smaller the picture is just before the last resize.
+        blur1, resize1, noise1: first order.
+        jpeg1: quality of the first JPEG (libjpeg's scale, both ends included).
+        blur2, resize2, noise2: second order; resize2's factors are relative to 1/scale.
+        final_sinc_prob: probability of the final sinc filter.
+        final_sinc_cutoff: its cut-off, radians a pixel.
+        final_sinc_size: its side, odd numbers of this range.
+        jpeg2: quality of the second JPEG.
+    """
+
+    scale: int = 4
+    blur1: RandomBlur = field(default_factory=RandomBlur)
+    resize1: RandomResize = field(default_factory=RandomResize)
+    noise1: RandomNoise = field(default_factory=RandomNoise)
+    jpeg1: tuple[int, int] = (60, 95)
+    blur2: RandomBlur = field(default_factory=lambda: RandomBlur(prob=0.5, sigma=(0.2, 1.5)))
+    resize2: RandomResize = field(default_factory=lambda: RandomResize((0.3, 0.4, 0.3), (0.6, 1.2)))
+    noise2: RandomNoise = field(default_factory=lambda: RandomNoise(sigma=(1.0, 12.0), poisson_scale=(0.05, 1.0)))
+    final_sinc_prob: float = 0.8
+    final_sinc_cutoff: Range = (math.pi / 3, math.pi)
+    final_sinc_size: tuple[int, int] = (7, 21)
+    jpeg2: tuple[int, int] = (60, 100)
+
+    def __call__(self, hq_3HW: Tensor, rng: np.random.Generator) -> Tensor:
+        """Spoil a picture.
+
+        Args:
+            hq_3HW: RGB in [0, 1]; any size, best a multiple of `scale`.
+            rng: the only source of randomness.
+        Returns:
+            (3, H, W) float32 in [0, 1], 8-bit levels, at the size of the input.
+        """
+        full: tuple[int, int] = (hq_3HW.shape[-2], hq_3HW.shape[-1])
+        small = _small_size(full, self.scale)
+        x = self.noise1(self.resize1(self.blur1(hq_3HW.float(), rng), rng), rng)
+        x = compress_jpeg(x, _integer(rng, self.jpeg1))
+        x = self.noise2(self.resize2(self.blur2(x, rng), rng, base=small), rng)
+        if rng.random() < 0.5:
+            x = self._shrink(x, small, rng)
+            x = compress_jpeg(x, _integer(rng, self.jpeg2))
+        else:
+            x = compress_jpeg(x, _integer(rng, self.jpeg2))
+            x = self._shrink(x, small, rng)
+        return round_to_8bit(resample(x, full, _draw_mode(rng)))
+
+    def _shrink(self, x_CHW: Tensor, size: tuple[int, int], rng: np.random.Generator) -> Tensor:
+        """Resize to the small size, then the final sinc filter."""
+        x_CHW = resample(x_CHW, size, _draw_mode(rng))
+        if rng.random() >= self.final_sinc_prob:
+            return x_CHW
+        kernel = sinc_kernel(_integer(rng, self.final_sinc_size, 2), _uniform(rng, self.final_sinc_cutoff))
+        return blur(x_CHW, kernel)
+
+
+@dataclass(frozen=True)
+class BicubicDegradation:
+    """Antialiased bicubic down by `scale` and up again, rounded to 8 bit after both; nothing random."""
+
+    scale: int = 4
+
+    def __call__(self, hq_3HW: Tensor, rng: np.random.Generator | None = None) -> Tensor:
+        """(3, H, W) in [0, 1] to the same size; `rng` is not used."""
+        full: tuple[int, int] = (hq_3HW.shape[-2], hq_3HW.shape[-1])
+        small = round_to_8bit(resize(hq_3HW.float(), _small_size(full, self.scale)))
+        return round_to_8bit(resize(small, full))
+
+
+def _draw_mode(rng: np.random.Generator) -> str:
+    return RESAMPLING[int(rng.integers(len(RESAMPLING)))]
+
+
+def _scaled(length: int, factor: float) -> int:
+    return max(1, int(length * factor))
+
+
+def _small_size(size: tuple[int, int], scale: int) -> tuple[int, int]:
+    return max(1, round(size[0] / scale)), max(1, round(size[1] / scale))

@@ -1,0 +1,1 @@
+"""Evaluation: protocols, the evaluator, its records, the published tables and the report of a run."""

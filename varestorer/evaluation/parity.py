@@ -1,0 +1,409 @@
+"""Comparison of our networks with frozen tensors of the published ones (spec H).
+
+A folder of golden files holds tiny networks of the published form: `meta_va.json` (configuration), `meta_up.json`
+(settings of multi-step generation) and safetensors with weights under published names, inputs, intermediates and
+outputs. Any folder of that form works: the models are built from its own configuration.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from einops import rearrange
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from varestorer.conditioning.pyramid import Condition, PyramidConditioner
+from varestorer.losses.tokens import bit_cross_entropy, token_weights
+from varestorer.tokenizer import MultiScaleTokenizer, ScaleSchedule, TokenizerConfig, TokenPyramid
+from varestorer.tokenizer.residual import resize_area, resize_bilinear, to_tokens
+from varestorer.transformer import TextFeatures, TransformerConfig, VARTransformer
+from varestorer.transformer.adapters import attach_adapters, plain_state_dict
+from varestorer.transformer.generation import SamplingOptions, generate
+from varestorer.transformer.layout import pyramid_layout
+from varestorer.transformer.masks import block_causal_mask
+from varestorer.transformer.rope import rope_table, rotate
+from varestorer.transformer.sampling import bits_to_map, select_bits
+from varestorer.utils.errors import UsageError, UserError
+from varestorer.weights.load import load_published_tokenizer, load_published_transformer
+
+FLOAT_TOLERANCE = 1e-4
+SELF_CORRECTED_SCALES = 3
+
+
+@dataclass(frozen=True)
+class Check:
+    """One golden tensor compared.
+
+    Attributes:
+        name: file and tensor.
+        error: largest absolute difference (inf for another shape).
+        tolerance: largest that is right: 1e-4 for floats, 0 for bits, 1 level for uint8 images.
+    """
+
+    name: str
+    error: float
+    tolerance: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether the difference is within the tolerance (never for NaN)."""
+        return self.error <= self.tolerance
+
+
+class GoldenFolder:
+    """A folder of golden files, with models built from it.
+
+    Raises:
+        UsageError: the folder or one of its files is missing.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.meta = self._json("meta_va.json")
+        self.multi_step = self._json("meta_up.json")
+        config = self.meta["config"]
+        self.config = config
+        self.schedule = ScaleSchedule.template(config["nscale"], config["ratio"])
+        given = tuple((h, w) for _, h, w in self.meta["scale_schedule"])
+        if self.schedule.scales != given:
+            raise UserError(f"{self.folder}: scale_schedule {given} is not the template of ratio {config['ratio']}")
+        self.tokenizer_tensors = self.tensors("vae")
+        self.teacher_tensors = self.tensors("teacher_outputs")
+        self.student_tensors = self.tensors("student")
+
+    def _json(self, name: str) -> dict:
+        try:
+            return json.loads((self.folder / name).read_text())
+        except (OSError, ValueError) as error:
+            raise UsageError(f"fixtures={self.folder}: cannot read {name} ({error})") from error
+
+    def tensors(self, stem: str) -> dict[str, Tensor]:
+        """Content of `<stem>.safetensors`."""
+        path = self.folder / f"{stem}.safetensors"
+        try:
+            return load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise UsageError(f"fixtures={self.folder}: cannot read {path.name} ({error})") from error
+
+    @staticmethod
+    def state_dict(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The weights in a file: the entries under `sd/`."""
+        return {name.removeprefix("sd/"): t for name, t in tensors.items() if name.startswith("sd/")}
+
+    def tokenizer(self) -> MultiScaleTokenizer:
+        """The tokenizer with the folder's weights."""
+        config = TokenizerConfig(
+            channels=self.config["base_ch"], multipliers=self.config["ch_mult"], num_bits=self.config["d"]
+        )
+        tokenizer = MultiScaleTokenizer(config).eval().requires_grad_(False)
+        load_published_tokenizer(tokenizer, self.state_dict(self.tokenizer_tensors), "vae.safetensors")
+        return tokenizer
+
+    def _transformer(self) -> VARTransformer:
+        config = TransformerConfig(
+            width=self.config["C"],
+            depth=self.config["depth"],
+            num_heads=self.config["H"],
+            num_bits=self.config["d"],
+            text_width=self.config["Ct5"],
+            text_length=self.config["tlen"],
+        )
+        return VARTransformer(config).eval().requires_grad_(False)
+
+    def teacher(self) -> VARTransformer:
+        """The base network with the folder's weights."""
+        model = self._transformer()
+        weights = self.state_dict(self.tensors("teacher_weights"))
+        load_published_transformer(model, plain_state_dict(model), weights, "teacher_weights.safetensors")
+        return model
+
+    def student(self) -> VARTransformer:
+        """Base and adapters with the folder's weights, with the traits of the released student."""
+        model = self._transformer()
+        attach_adapters(model, self.config["r"], cross_value_bias=False)
+        weights = self.state_dict(self.student_tensors)
+        load_published_transformer(model, plain_state_dict(model), weights, "student.safetensors")
+        return model
+
+    def text(self, tensors: dict[str, Tensor]) -> TextFeatures:
+        """The two prompts of a file."""
+        ends = tensors["input/text_cu_seqlens"].tolist()
+        packed = tensors["input/text"]
+        return TextFeatures.from_list([packed[a:b] for a, b in zip(ends, ends[1:], strict=False)])
+
+
+@torch.inference_mode()
+def compare(folder: str | Path) -> Iterator[Check]:
+    """Every golden tensor group of a folder, compared one after the other."""
+    golden = GoldenFolder(folder)
+    yield from compare_tokenizer(golden)
+    yield from compare_rope(golden)
+    yield from compare_student(golden)
+    yield from compare_teacher(golden)
+    yield from compare_generation(golden)
+    yield from compare_restorer(golden)
+
+
+def largest_error(ours: Tensor, golden: Tensor) -> float:
+    """Largest absolute difference; infinite where shapes differ, NaN where either is NaN."""
+    if ours.shape != golden.shape:
+        return float("inf")
+    return (ours.double() - golden.double()).abs().max().item() if ours.numel() else 0.0
+
+
+def _float(file: str, tensors: dict[str, Tensor], name: str, ours: Tensor) -> Check:
+    return Check(f"{file}/{name}", largest_error(ours, tensors[name]), FLOAT_TOLERANCE)
+
+
+def _bits(file: str, tensors: dict[str, Tensor], name: str, bits: list[Tensor] | tuple[Tensor, ...]) -> Iterator[Check]:
+    """Bits of all scales, maps (B, Z, h, w), against `<name>_k` stored as (B, 1, h, w, Z) or (B, h * w, Z)."""
+    for k, ours in enumerate(bits):
+        golden = tensors[f"{name}_{k}"]
+        stored = to_tokens(ours) if golden.ndim == 3 else rearrange(ours, "b z h w -> b 1 h w z")
+        yield Check(f"{file}/{name}_{k}", largest_error(stored, golden), 0.0)
+
+
+def _uint8_bgr(image_B3HW: Tensor) -> Tensor:
+    """Image in [-1, 1] as the released scripts write it: truncated to 8 bit, (B, H, W, 3), blue first."""
+    levels = ((image_B3HW + 1) / 2 * 255).to(torch.uint8)
+    return rearrange(levels.flip(1), "b c h w -> b h w c")
+
+
+def _uint8(file: str, tensors: dict[str, Tensor], name: str, image_B3HW: Tensor) -> Check:
+    return Check(f"{file}/{name}", largest_error(_uint8_bgr(image_B3HW), tensors[name]), 1.0)
+
+
+def compare_tokenizer(golden: GoldenFolder) -> Iterator[Check]:
+    """Encode, bits, next-scale inputs, decode, self-correction."""
+    tensors, schedule, tokenizer = golden.tokenizer_tensors, golden.schedule, golden.tokenizer()
+    features = tokenizer.features(tensors["input/image"])
+    pyramid = tokenizer.quantizer(features, schedule)
+    yield _float("vae", tensors, "encode/raw_features", features)
+    yield from _bits("vae", tensors, "encode/bits", pyramid.indices)
+    for k, (total, scale) in enumerate(zip(pyramid.cumulative, schedule.scales[1:], strict=False), start=1):
+        yield _float("vae", tensors, f"encode/var_input_area_{k}", resize_area(total, scale))
+    yield _float("vae", tensors, "encode/summed_codes", pyramid.codes)
+    rebuilt = tokenizer.quantizer.indices_to_codes(pyramid.indices, schedule.latent_size)
+    yield _float("vae", tensors, "decode_from_bits/summed_codes", rebuilt)
+    yield _float("vae", tensors, "decode/image", tokenizer.decode(pyramid.codes))
+    yield from _bits("vae", tensors, "requant/gt_bits", pyramid.indices)
+    yield _float("vae", tensors, "requant/x_wo_prefix", pyramid.inputs())
+    yield _float("vae", tensors, "requant/x_long", pyramid.long_inputs())
+    noisy = tokenizer.quantizer(features, schedule, _recorded_flips(golden, tokenizer))
+    yield from _bits("vae", tensors, "selfcorr/gt_bits", noisy.indices)
+    yield from _bits("vae", tensors, "selfcorr/pred_bits", noisy.predicted[:SELF_CORRECTED_SCALES])
+    yield _float("vae", tensors, "selfcorr/x_wo_prefix", noisy.inputs())
+
+
+def _recorded_flips(golden: GoldenFolder, tokenizer: MultiScaleTokenizer) -> Callable[[int, Tensor], Tensor]:
+    """The bit flips of the fixture: one strength per scale, then uniform noise of shape (B, 1, h, w, Z)."""
+    strengths = np.random.RandomState(golden.config["gs"])
+    generator = torch.Generator().manual_seed(golden.config["gs"])
+
+    def corrupt(scale_number: int, bits: Tensor) -> Tensor:
+        if scale_number >= SELF_CORRECTED_SCALES:
+            return bits
+        strength = torch.tensor(strengths.randint(0, 31) * 0.01)
+        batch_size, num_bits, h, w = bits.shape
+        noise = torch.rand(batch_size, 1, h, w, num_bits, generator=generator)
+        return tokenizer.quantizer.quantiser.flip(bits, rearrange(noise, "b 1 h w z -> b z h w"), strength)
+
+    return corrupt
+
+
+def compare_rope(golden: GoldenFolder) -> Iterator[Check]:
+    """Tables of several templates and head sizes, and their application."""
+    tensors = golden.tensors("rope")
+    for name in sorted(tensors):
+        if not name.endswith("/token_index"):
+            continue
+        group = name.removesuffix("/token_index")
+        head_dim, aspect = (part.lstrip("hdratio") for part in group.split("/"))
+        scales = ScaleSchedule.template("1M", float(aspect)).scales
+        cos, sin = rope_table(scales, int(head_dim))
+        rows = tensors[name]
+        yield _float("rope", tensors, f"{group}/cos", cos[rows])
+        yield _float("rope", tensors, f"{group}/sin", sin[rows])
+    q = tensors["apply/q"]
+    layout = pyramid_layout(golden.schedule, q.shape[-1], torch.device("cpu"))[: q.shape[2]]
+    for name in ("q", "k"):
+        turned = rotate(tensors[f"apply/{name}"], layout.cos_LD, layout.sin_LD)
+        yield _float("rope", tensors, f"apply/{name}_rot", turned)
+
+
+class _Recorder:
+    """Keeps what flows through the first and last block of a transformer, under the names of the fixtures."""
+
+    def __init__(self, model: VARTransformer) -> None:
+        self.seen: dict[str, Tensor] = {}
+        first = model.blocks[0]
+        parts = {
+            "mid/block_0_sa_out_before_gamma": first.self_attention,
+            "mid/block_0_ca_out": first.cross_attention,
+            "mid/block_0_ffn_out_before_gamma": first.ffn,
+        }
+        parts |= {f"mid/block_{k}_out": block for k, block in enumerate(model.blocks)}
+        self.handles = [module.register_forward_hook(self._keep(name)) for name, module in parts.items()]
+        self.handles.append(first.register_forward_pre_hook(self._keep_input))
+
+    def _keep(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
+            self.seen[name] = output
+
+        return hook
+
+    def _keep_input(self, module: nn.Module, args: tuple) -> None:
+        self.seen["mid/block_0_in"] = args[0]
+
+    def checks(self, file: str, tensors: dict[str, Tensor]) -> Iterator[Check]:
+        """Compare what was seen with what the file holds, and stop watching."""
+        for handle in self.handles:
+            handle.remove()
+        for name in sorted(self.seen.keys() & tensors.keys()):
+            yield _float(file, tensors, name, self.seen[name])
+
+
+def compare_student(golden: GoldenFolder) -> Iterator[Check]:
+    """Text path, block intermediates, logits on the long and short input, bits, images."""
+    tensors, schedule = golden.student_tensors, golden.schedule
+    student, tokenizer = golden.student(), golden.tokenizer()
+    text = golden.text(tensors)
+    context = student.text(text)
+    packed_norm = torch.cat(TextFeatures(student.text.norm(text.features_BTE), text.lengths).to_list())
+    packed_memory = torch.cat(TextFeatures(context.memory_BTC, text.lengths).to_list())
+    yield _float("student", tensors, "mid/text_norm", packed_norm)
+    yield _float("student", tensors, "mid/cond", context.cond_BC)
+    yield _float("student", tensors, "mid/cond_gss", context.modulation_B6C)
+    yield _float("student", tensors, "mid/ca_kv", packed_memory)
+
+    head_dim, total = student.config.head_dim, schedule.num_tokens
+    image = golden.tokenizer_tensors["input/image"]
+    condition = PyramidConditioner(tokenizer, head_dim)(image, schedule)
+    yield _float("student", tensors, "input/x_long", condition.tokens_BLZ)
+    recorder = _Recorder(student)
+    logits = student(condition.tokens_BLZ, context, condition.layout)[:, :total]
+    yield from recorder.checks("student", tensors)
+    yield _float("student", tensors, "out/logits_long", logits.flatten(2))
+    short = PyramidConditioner(tokenizer, head_dim, long_input=False)(image, schedule)
+    short_logits = student(short.tokens_BLZ, context, short.layout)
+    yield _float("student", tensors, "out/logits_short", short_logits.flatten(2))
+    yield from _compare_selection(golden, tokenizer, logits)
+    yield _compare_single_call(golden, student, tokenizer, condition, text)
+
+
+def _select_all(logits_BLZ2: Tensor, schedule: ScaleSchedule, generator: torch.Generator | None) -> list[Tensor]:
+    """Bits of all scales; noise, if any, in the order of the released code: per scale (B, h * w * Z, 2)."""
+    bits = []
+    for tokens, scale in zip(schedule.slices, schedule.scales, strict=True):
+        part = logits_BLZ2[:, tokens]
+        batch_size, num_tokens, num_bits, _ = part.shape
+        uniform = None
+        if generator is not None:
+            uniform = torch.rand(batch_size, num_tokens * num_bits, 2, generator=generator).view(part.shape)
+        bits.append(bits_to_map(select_bits(part, uniform), scale))
+    return bits
+
+
+def _compare_selection(golden: GoldenFolder, tokenizer: MultiScaleTokenizer, logits: Tensor) -> Iterator[Check]:
+    tensors, schedule = golden.student_tensors, golden.schedule
+    likelier = _select_all(logits, schedule, None)
+    codes = tokenizer.quantizer.indices_to_codes(likelier, schedule.latent_size)
+    yield from _bits("student", tensors, "argmax/bits", likelier)
+    yield _float("student", tensors, "argmax/summed_codes", codes)
+    yield _float("student", tensors, "argmax/image", tokenizer.decode(codes))
+    sampled = _select_all(logits, schedule, torch.Generator().manual_seed(golden.meta["gumbel_manual_seed"]))
+    codes = tokenizer.quantizer.indices_to_codes(sampled, schedule.latent_size)
+    yield from _bits("student", tensors, "gumbel/bits", sampled)
+    yield _float("student", tensors, "gumbel/summed_codes", codes)
+
+
+def _compare_single_call(
+    golden: GoldenFolder,
+    student: VARTransformer,
+    tokenizer: MultiScaleTokenizer,
+    condition: Condition,
+    text: TextFeatures,
+) -> Check:
+    """The whole student for the first image and prompt alone, with recorded noise."""
+    first = TextFeatures.from_list(text.to_list()[:1])
+    logits = student(condition.tokens_BLZ[:1], first, condition.layout)[:, : golden.schedule.num_tokens]
+    generator = torch.Generator().manual_seed(golden.meta["gumbel_manual_seed"])
+    bits = _select_all(logits, golden.schedule, generator)
+    codes = tokenizer.quantizer.indices_to_codes(bits, golden.schedule.latent_size)
+    return _uint8("student", golden.student_tensors, "gumbel_b1/image_uint8_bgr", tokenizer.decode(codes))
+
+
+def compare_teacher(golden: GoldenFolder) -> Iterator[Check]:
+    """Teacher-forced logits, intermediates and losses."""
+    tensors, schedule, teacher = golden.teacher_tensors, golden.schedule, golden.teacher()
+    layout = pyramid_layout(schedule, teacher.config.head_dim, torch.device("cpu"))
+    pyramid: TokenPyramid = golden.tokenizer().encode(golden.tokenizer_tensors["input/image"], schedule)
+    context = teacher.text(golden.text(tensors))
+    recorder = _Recorder(teacher)
+    logits = teacher(pyramid.inputs(), context, layout, block_causal_mask(layout.levels_L))
+    yield _float("teacher_outputs", tensors, "input/x_wo_prefix", pyramid.inputs())
+    yield _float("teacher_outputs", tensors, "mid/cond", context.cond_BC)
+    yield from recorder.checks("teacher_outputs", tensors)
+    yield _float("teacher_outputs", tensors, "forced/logits", logits.flatten(2))
+    loss_BL = bit_cross_entropy(logits, pyramid.labels_BLZ())
+    weights = token_weights(schedule)
+    yield _float("teacher_outputs", tensors, "forced/loss_plain", loss_BL.mean())
+    yield _float("teacher_outputs", tensors, "forced/loss_weight_per_token", weights)
+    yield _float("teacher_outputs", tensors, "forced/loss_reweighted", (loss_BL * weights).sum(dim=1).mean())
+
+
+def compare_generation(golden: GoldenFolder) -> Iterator[Check]:
+    """Greedy multi-step generation under every setting of guidance, and the area variant."""
+    teacher, tokenizer = golden.teacher(), golden.tokenizer()
+    for name, settings in golden.multi_step.items():
+        yield from _compare_run(golden, teacher, tokenizer, "teacher_outputs", name, settings)
+    area = golden.multi_step["multi_cfg"]
+    yield from _compare_run(golden, teacher, tokenizer, "teacher_outputs_area", "multi_area_cfg", area)
+
+
+def _compare_run(
+    golden: GoldenFolder,
+    teacher: VARTransformer,
+    tokenizer: MultiScaleTokenizer,
+    file: str,
+    name: str,
+    settings: dict,
+) -> Iterator[Check]:
+    tensors = golden.teacher_tensors if file == "teacher_outputs" else golden.tensors(file)
+    negative = golden.teacher_tensors["input/neg_text"]
+    prompt = golden.text(golden.teacher_tensors).to_list()[:1]
+    result = generate(
+        teacher,
+        tokenizer.quantizer,
+        golden.schedule,
+        TextFeatures.from_list(prompt),
+        SamplingOptions(settings["cfg"], settings["tau"], tuple(settings["cfg_insertion_layer"]), top_k=1),
+        negative=TextFeatures.from_list([negative]) if name == "multi_neg" else None,
+        resize=resize_area if "area" in name else resize_bilinear,
+    )
+    for k, raw in result.logits.items():
+        key = f"{name}/raw_logits_{k}"
+        if key in tensors:
+            yield _float(file, tensors, key, raw[: len(tensors[key])].flatten(2))
+    yield from _bits(file, tensors, f"{name}/bits", result.bits)
+    yield _float(file, tensors, f"{name}/summed_codes", result.codes)
+    image = tokenizer.decode(result.codes)
+    if f"{name}/image" in tensors:
+        yield _float(file, tensors, f"{name}/image", image)
+    yield _uint8(file, tensors, f"{name}/image_uint8_bgr", image)
+
+
+def compare_restorer(golden: GoldenFolder) -> Iterator[Check]:
+    """The restorer that spandrel builds from the folder's weights."""
+    from varestorer.conditioning.restorer import restorer_from_state_dict
+
+    tensors = golden.tensors("swinir")
+    restorer = restorer_from_state_dict(golden.state_dict(tensors))
+    yield _float("swinir", tensors, "out/image01", restorer(tensors["input/image01"]))

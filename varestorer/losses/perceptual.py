@@ -1,0 +1,199 @@
+"""Perceptual losses behind one interface: callables `(pred_B3HW, target_B3HW) -> scalar`, images in [-1, 1].
+
+`LPIPSLoss` is what the paper trains with and needs published weights. `EncoderFeatureLoss` and `MSSSIMLoss`
+need none: the first compares features of an encoder that the caller already has (the frozen tokenizer's), the
+second is a formula. All of them are differentiable in the prediction and average over the batch.
+
+Shapes: B batch, C channels, H W image, h w one level.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import avg_pool2d, conv2d
+
+from varestorer.losses.pixel import float32_pair
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+PerceptualLoss = Callable[[Tensor, Tensor], Tensor]
+FeatureExtractor = Callable[[Tensor], Sequence[Tensor]]
+
+LPIPS_METRICS = {"alex": "lpips", "vgg": "lpips-vgg"}
+MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
+"""Weight of each scale, fine to coarse (Wang et al. 2003, Multi-scale structural similarity, section 3.2)."""
+
+
+class LPIPSLoss(nn.Module):
+    """Learned perceptual distance (Zhang et al. 2018) through pyiqa: `L_perc` of the paper.
+
+    Args:
+        net: backbone, `alex` (the one that evaluation uses) or `vgg`.
+        weights_folder: where the weight files lie; default: torch's hub cache.
+        offline: never touch the network; default: only if HF_HUB_OFFLINE says so.
+    Raises:
+        MetricUnavailableError: a weight file is missing (one line: which, and where it belongs).
+        ValueError: unknown `net`.
+    """
+
+    def __init__(
+        self, net: str = "alex", weights_folder: str | Path | None = None, offline: bool | None = None
+    ) -> None:
+        from varestorer.utils.iqa import create_metric
+
+        super().__init__()
+        if net not in LPIPS_METRICS:
+            raise ValueError(f"net must be one of {', '.join(LPIPS_METRICS)}, got {net!r}")
+        metric = create_metric(LPIPS_METRICS[net], weights_folder=weights_folder, offline=offline)
+        self.network = metric.network.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> LPIPSLoss:
+        """Stay in evaluation mode: the linear layers carry dropout, which would make the loss random."""
+        return super().train(False)
+
+    def forward(self, pred_B3HW: Tensor, target_B3HW: Tensor) -> Tensor:
+        """Distance of the two images, mean over the batch: a float32 scalar >= 0."""
+        pred, target = float32_pair(pred_B3HW, target_B3HW)
+        with torch.autocast(pred.device.type, enabled=False):
+            return self.network(pred, target, normalize=False).mean()
+
+
+class EncoderFeatureLoss:
+    """Distance between feature maps of a frozen encoder, each pixel's feature vector scaled to length one.
+
+    The construction of LPIPS without its learned channel weights, so that any encoder can serve. The encoder
+    is only referred to: it is neither moved nor stored in a checkpoint with the loss.
+
+    Args:
+        encoder: image B3HW in [-1, 1] -> feature maps (B, C_i, h_i, w_i), any number; its parameters should
+            not require gradients.
+        level_weights: weight of each map; default: equal, summing to one.
+    """
+
+    def __init__(self, encoder: FeatureExtractor, level_weights: Sequence[float] | None = None):
+        self.encoder = encoder
+        self.level_weights = level_weights
+
+    def __call__(self, pred_B3HW: Tensor, target_B3HW: Tensor) -> Tensor:
+        """Distance of the two images, mean over the batch: a float32 scalar >= 0."""
+        pred, target = float32_pair(pred_B3HW, target_B3HW)
+        with torch.no_grad():
+            target_features = list(self.encoder(target))
+        return feature_distance(list(self.encoder(pred)), target_features, self.level_weights)
+
+
+class MSSSIMLoss:
+    """1 - MS-SSIM: compares structure at several scales and needs no weights; see `ms_ssim`.
+
+    Args:
+        window: side of the Gaussian window (pixels, odd).
+        max_scales: at most this many scales; small images use fewer.
+    """
+
+    def __init__(self, window: int = 11, max_scales: int = 5):
+        self.window = window
+        self.max_scales = max_scales
+
+    def __call__(self, pred_B3HW: Tensor, target_B3HW: Tensor) -> Tensor:
+        """Distance of the two images, mean over the batch: a float32 scalar, 0 for equal images."""
+        pred, target = float32_pair(pred_B3HW, target_B3HW)
+        return 1 - ms_ssim((pred + 1) / 2, (target + 1) / 2, self.window, self.max_scales).mean()
+
+
+def feature_distance(
+    pred_BChw: Sequence[Tensor], target_BChw: Sequence[Tensor], level_weights: Sequence[float] | None = None
+) -> Tensor:
+    """Squared distance of unit-length feature vectors, summed over channels, averaged over pixels and batch.
+
+    Zhang et al. 2018 (LPIPS), equation 1 with w_l = 1; a level lies in [0, 4].
+
+    Args:
+        pred_BChw: feature maps, one per level; their channels and sizes may differ from level to level.
+        target_BChw: the same of the target.
+        level_weights: one per level; default: 1 / number of levels.
+    Returns:
+        A scalar.
+    Raises:
+        ValueError: no feature map at all, or the lists differ in length.
+    """
+    weights = level_weights or [1 / max(len(pred_BChw), 1)] * len(pred_BChw)
+    if not pred_BChw or not len(pred_BChw) == len(target_BChw) == len(weights):
+        counts = f"{len(pred_BChw)}, {len(target_BChw)} and {len(weights)}"
+        raise ValueError(f"wanted as many predicted as target maps and weights, and any, got {counts}")
+    levels = [
+        weight * (_unit_length(pred) - _unit_length(target)).square().sum(dim=1).mean()
+        for pred, target, weight in zip(pred_BChw, target_BChw, weights, strict=True)
+    ]
+    return torch.stack(levels).sum()
+
+
+def ms_ssim(pred_B3HW: Tensor, target_B3HW: Tensor, window: int = 11, max_scales: int = 5) -> Tensor:
+    """Multi-scale structural similarity of RGB images in [0, 1] (Wang et al. 2003, equation 7).
+
+    The paper's five scales want images of 176 pixels. Smaller ones use as many scales as leave the window
+    inside the image (48 pixels: three), with weights scaled to sum to one. Values outside [0, 1] may occur.
+
+    Args:
+        pred_B3HW: images, float.
+        target_B3HW: images of the same shape.
+        window: side of the Gaussian window, sigma 1.5 (pixels, odd); shrinks for images smaller than it.
+        max_scales: 1 to 5.
+    Returns:
+        Similarity of each image (B,), float32; 1 for equal images.
+    """
+    pred, target = float32_pair(pred_B3HW, target_B3HW)
+    shortest = min(pred.shape[-2:])
+    window = min(window, shortest - 1 + shortest % 2)
+    weights = pred.new_tensor(MS_SSIM_WEIGHTS[: num_scales(shortest, window, max_scales)])
+    weights = weights / weights.sum()
+    similarity = pred.new_ones(pred.shape[:2])
+    with torch.autocast(pred.device.type, enabled=False):
+        for level, weight in enumerate(weights):
+            luminance_BC, contrast_BC = _ssim_terms(pred, target, window)
+            is_coarsest = level == len(weights) - 1
+            term_BC = luminance_BC if is_coarsest else contrast_BC
+            # A negative base has no real power; the small floor keeps the gradient finite.
+            similarity = similarity * term_BC.clamp(min=1e-4) ** weight
+            pred, target = avg_pool2d(pred, 2), avg_pool2d(target, 2)
+    return similarity.mean(dim=1)
+
+
+def num_scales(shortest_side: int, window: int = 11, max_scales: int = 5) -> int:
+    """How many halvings, the full size included, keep the shortest side (pixels) at least one window long."""
+    scales = 1
+    while scales < min(max_scales, len(MS_SSIM_WEIGHTS)) and shortest_side // 2**scales >= window:
+        scales += 1
+    return scales
+
+
+def _unit_length(features_BChw: Tensor) -> Tensor:
+    # eps inside the root: the gradient at a zero vector is 1/sqrt(eps), not the 1/eps of functional.normalize
+    features = features_BChw.float()
+    return features * (features.square().sum(dim=1, keepdim=True) + 1e-6).rsqrt()
+
+
+def _ssim_terms(pred_B3hw: Tensor, target_B3hw: Tensor, window: int) -> tuple[Tensor, Tensor]:
+    """SSIM and its contrast-structure part, (B, 3) each, over the windows that lie inside the image."""
+    c1, c2 = 0.01**2, 0.03**2
+    mean_p, mean_t = _blur(pred_B3hw, window), _blur(target_B3hw, window)
+    var_p = _blur(pred_B3hw.square(), window) - mean_p.square()
+    var_t = _blur(target_B3hw.square(), window) - mean_t.square()
+    covariance = _blur(pred_B3hw * target_B3hw, window) - mean_p * mean_t
+    contrast = (2 * covariance + c2) / (var_p + var_t + c2)
+    luminance = (2 * mean_p * mean_t + c1) / (mean_p.square() + mean_t.square() + c1)
+    return (luminance * contrast).mean(dim=(2, 3)), contrast.mean(dim=(2, 3))
+
+
+def _blur(image_B3hw: Tensor, window: int, sigma: float = 1.5) -> Tensor:
+    """Separable Gaussian, no padding."""
+    offsets = torch.arange(window, device=image_B3hw.device, dtype=image_B3hw.dtype) - window // 2
+    kernel = torch.softmax(-offsets.square() / (2 * sigma**2), dim=0)
+    channels = image_B3hw.shape[1]
+    rows = kernel.view(1, 1, window, 1).expand(channels, 1, window, 1)
+    columns = kernel.view(1, 1, 1, window).expand(channels, 1, 1, window)
+    return conv2d(conv2d(image_B3hw, rows, groups=channels), columns, groups=channels)

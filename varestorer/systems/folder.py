@@ -1,0 +1,239 @@
+"""Restoring many files: what goes where, one file after the other, and a record of what became of each.
+
+Knows nothing of networks: a function restores one image. A file that fails is named and the rest goes on.
+"""
+
+import json
+import logging
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from varestorer.utils.errors import UsageError, UserError
+from varestorer.utils.files import atomic_write
+from varestorer.utils.images import IMAGE_EXTENSIONS, list_images, load_image, save_image
+from varestorer.utils.seeds import derive_seed
+
+logger = logging.getLogger(__name__)
+
+REPORT_NAME = "restore.json"
+
+RestoreImage = Callable[[Tensor, int], Tensor]
+"""(image_3HW in [0, 1], seed of this image) -> restored image_3HW in [0, 1]."""
+
+Entry = dict[str, Any]
+"""What `restore.json` says of one input: output, seconds, seed, prompt; or the error."""
+
+_BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}]"
+_SYSTEM_FILES = {"thumbs.db", "desktop.ini", REPORT_NAME}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One file to restore.
+
+    Attributes:
+        source: the file.
+        name: its path inside the input folder, with forward slashes; keys its noise and its entry.
+        target: where the result goes, inside the output folder, with forward slashes.
+    """
+
+    source: Path
+    name: str
+    target: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be restored.
+
+    Attributes:
+        output: folder of the results.
+        jobs: the images, in natural order.
+        rejected: name -> reason, for files of the input folder that are no images.
+    """
+
+    output: Path
+    jobs: list[Job]
+    rejected: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class FolderReport:
+    """What became of the files of a plan.
+
+    Attributes:
+        path: the report, `restore.json`.
+        num_restored: images restored now.
+        num_skipped: images left alone because their result was there.
+        failed: name -> reason.
+    """
+
+    path: Path
+    num_restored: int
+    num_skipped: int
+    failed: dict[str, str]
+
+
+def plan_restoration(source: str | os.PathLike, output: str | os.PathLike) -> Plan:
+    """Decide which files are restored, and to where.
+
+    Results are PNG files called after the stem of their input, in the same subfolders; inputs that differ in
+    nothing but their extension keep it (`a.jpg` and `a.png` become `a.jpg.png` and `a.png.png`). Hidden
+    files, an earlier report and results that lie inside the input folder are no inputs; other files that are
+    no images are rejected.
+
+    Args:
+        source: an image or a folder.
+        output: a folder, which need not exist.
+    Raises:
+        UsageError: no such input, an empty one, an output that is a file or that would overwrite its input.
+    """
+    source, output = Path(source), Path(output)
+    if not source.exists():
+        raise UsageError(f"input={source} does not exist; give an image or a folder of images")
+    if output.exists() and not output.is_dir():
+        raise UsageError(f"output={output} is a file; give a folder for the results")
+    if source.is_dir() and source.resolve() == output.resolve():
+        raise UsageError(f"output={output} is the input folder itself; give another folder for the results")
+    files, rejected = _files_of(source, output) if source.is_dir() else ({source.name: source}, {})
+    if not files and not rejected:
+        raise UsageError(f"input={source} has no images ({' '.join(sorted(IMAGE_EXTENSIONS))})")
+    targets = target_names(files)
+    jobs = [Job(path, name, targets[name]) for name, path in files.items()]
+    for job in jobs:
+        if (output / job.target).resolve() == job.source.resolve():
+            raise UsageError(f"the result would overwrite its input {job.source}; give another output folder")
+    return Plan(output, jobs, rejected)
+
+
+def _files_of(folder: Path, output: Path) -> tuple[dict[str, Path], dict[str, str]]:
+    """Images of a folder by name, and why the other files of it are none."""
+    results = output.resolve()
+
+    def name_of(path: Path) -> str | None:
+        return None if results in path.resolve().parents else path.relative_to(folder).as_posix()
+
+    images = {name: path for path in list_images(folder) if (name := name_of(path))}
+    others = (path for path in sorted(folder.rglob("*")) if path.is_file() and not _is_ignored(path, folder))
+    reason = "not an image (its extension is none that is read)"
+    rejected = {name: reason for path in others if (name := name_of(path)) and name not in images}
+    return images, rejected
+
+
+def _is_ignored(path: Path, folder: Path) -> bool:
+    """Hidden, a file of the operating system, or a report of ours."""
+    parts = path.relative_to(folder).parts
+    return path.name.lower() in _SYSTEM_FILES or any(part[0] == "." or part == "__MACOSX" for part in parts)
+
+
+def target_names(names: Iterable[str]) -> dict[str, str]:
+    """Name of each result: `<stem>.png`, or `<name>.png` wherever two results would get the same name.
+
+    Names that differ in case only count as the same: many file systems cannot hold both.
+    """
+    names = list(names)
+    keeping: set[str] = set()
+    while True:
+        targets = {name: f"{name if name in keeping else os.path.splitext(name)[0]}.png" for name in names}
+        counts = Counter(target.casefold() for target in targets.values())
+        # a kept extension may meet another stem (a.jpg.png), so look again until nothing new collides
+        clashing = {name for name, target in targets.items() if counts[target.casefold()] > 1} - keeping
+        if not clashing:
+            return targets
+        keeping |= clashing
+
+
+def restore_files(
+    plan: Plan, restore: RestoreImage, seed: int = 0, prompt: str | None = None, overwrite: bool = False
+) -> FolderReport:
+    """Restore the files of a plan and write `restore.json` beside the results.
+
+    Each image's seed is derived from `seed` and its name, so its result depends neither on the other files
+    nor on their order. Results appear whole or not at all. The report is written even if the run is interrupted,
+    and keeps earlier entries whose results are still there.
+
+    Args:
+        plan: from `plan_restoration`.
+        restore: restores one image with a seed.
+        seed: of the whole run.
+        prompt: recorded in the report; `restore` already knows it.
+        overwrite: restore again what has a result.
+    Raises:
+        UserError: the output folder or the report cannot be written.
+    """
+    path = plan.output / REPORT_NAME
+    earlier = _earlier_entries(path)
+    entries: dict[str, Entry] = {name: {"error": reason} for name, reason in plan.rejected.items()}
+    try:
+        with logging_redirect_tqdm():
+            for name, reason in plan.rejected.items():
+                logger.warning("%s: %s", name, reason)
+            for job in tqdm(plan.jobs, unit=" images", bar_format=_BAR):
+                if (plan.output / job.target).exists() and not overwrite:
+                    entries[job.name] = earlier.get(job.name, {}) | {"output": job.target, "skipped": True}
+                else:
+                    entries[job.name] = _restore_or_explain(job, plan.output, restore, seed, prompt)
+    finally:
+        _write_report(path, earlier | entries)
+    failed = {name: entry["error"] for name, entry in entries.items() if "error" in entry}
+    num_skipped = sum("skipped" in entry for entry in entries.values())
+    return FolderReport(path, len(entries) - len(failed) - num_skipped, num_skipped, failed)
+
+
+def _restore_or_explain(
+    job: Job, output: Path, restore: RestoreImage, seed: int, prompt: str | None
+) -> Entry:
+    """Restore one file; what is wrong with the file, or too big about it, becomes an entry."""
+    try:
+        image = load_image(job.source)
+        start = time.perf_counter()
+        restored = restore(image, derive_seed(seed, job.name))
+        seconds = time.perf_counter() - start
+        save_image(output / job.target, restored)
+    except UserError as error:
+        reason = str(error)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        reason = f"not enough memory for {job.source}; lower batch, scale or the size of the image"
+    else:
+        return {"output": job.target, "seconds": round(seconds, 4), "seed": seed, "prompt": prompt}
+    logger.warning("%s: %s", job.name, reason)
+    return {"error": reason}
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """On the CPU torch says so in a plain RuntimeError."""
+    return isinstance(error, MemoryError | torch.cuda.OutOfMemoryError) or "allocate memory" in str(error)
+
+
+def _earlier_entries(path: Path) -> dict[str, Entry]:
+    """Entries of an earlier report whose results still exist."""
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+        entries = {name: _without_skip(entry) for name, entry in entries.items() if "error" not in entry}
+        return {name: entry for name, entry in entries.items() if (path.parent / entry["output"]).is_file()}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        logger.warning("%s is no report of ours and is replaced (%s)", path, error)
+        return {}
+
+
+def _without_skip(entry: Entry) -> Entry:
+    return {key: value for key, value in entry.items() if key != "skipped"}
+
+
+def _write_report(path: Path, entries: dict[str, Entry]) -> None:
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(entries, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

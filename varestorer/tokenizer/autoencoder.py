@@ -1,0 +1,172 @@
+"""Convolutional encoder and decoder of the binary spherical tokenizer (BSQ-VAE of Infinity; spec A).
+
+Shapes: `B` batch, `Z` latent channels (bits per token), `H W` pixels, `h w` latent positions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """The autoencoder's normalisation: 32 groups, eps 1e-6, affine."""
+    return nn.GroupNorm(32, channels, eps=1e-6)
+
+
+def conv3x3(channels_in: int, channels_out: int) -> nn.Conv2d:
+    """A 3x3 convolution that keeps the size."""
+    return nn.Conv2d(channels_in, channels_out, 3, padding=1)
+
+
+class ResBlock(nn.Module):
+    """x -> shortcut(x) + conv2(SiLU(norm2(conv1(SiLU(norm1(x)))))); the shortcut is 1x1 when channels change."""
+
+    def __init__(self, channels_in: int, channels_out: int) -> None:
+        super().__init__()
+        self.norm1 = group_norm(channels_in)
+        self.conv1 = conv3x3(channels_in, channels_out)
+        self.norm2 = group_norm(channels_out)
+        self.conv2 = conv3x3(channels_out, channels_out)
+        changes = channels_in != channels_out
+        self.shortcut = nn.Conv2d(channels_in, channels_out, 1) if changes else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return self.shortcut(x) + h
+
+
+class Downsample(nn.Module):
+    """Halves the size: zero padding on the right and bottom only, then a 3x3 convolution of stride 2."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Doubles the size: nearest neighbour, then a 3x3 convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = conv3x3(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Level(nn.Module):
+    """Residual blocks at one resolution, then an optional change of resolution."""
+
+    def __init__(self, blocks: Sequence[nn.Module], resample: nn.Module | None) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(*blocks)
+        self.resample = resample if resample is not None else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.resample(self.blocks(x))
+
+
+def _res_blocks(channels_in: int, channels_out: int, num_blocks: int) -> list[nn.Module]:
+    first = ResBlock(channels_in, channels_out)
+    return [first, *(ResBlock(channels_out, channels_out) for _ in range(num_blocks - 1))]
+
+
+class Encoder(nn.Module):
+    """Image to latent features.
+
+    Args:
+        channels: width of the first level.
+        multipliers: width of each level over `channels`; all levels but the last halve the size.
+        latent_channels: Z.
+        num_blocks: residual blocks per level.
+        patch_size: pixels folded into channels (pixel unshuffle) before the first convolution; 1 is the
+            published network, larger values make a small network much faster.
+    """
+
+    def __init__(
+        self, channels: int, multipliers: Sequence[int], latent_channels: int, num_blocks: int, patch_size: int
+    ) -> None:
+        super().__init__()
+        self.unshuffle = nn.PixelUnshuffle(patch_size)
+        self.conv_in = conv3x3(3 * patch_size**2, channels)
+        widths = [channels, *(channels * m for m in multipliers)]
+        last = len(multipliers) - 1
+        self.levels = nn.ModuleList(
+            Level(
+                _res_blocks(widths[level], widths[level + 1], num_blocks),
+                Downsample(widths[level + 1]) if level < last else None,
+            )
+            for level in range(len(multipliers))
+        )
+        self.middle = nn.Sequential(ResBlock(widths[-1], widths[-1]), ResBlock(widths[-1], widths[-1]))
+        self.norm_out = group_norm(widths[-1])
+        self.conv_out = conv3x3(widths[-1], latent_channels)
+
+    def forward(self, img_B3HW: Tensor) -> Tensor:
+        return self.conv_out(F.silu(self.norm_out(self.features(img_B3HW)[-1])))
+
+    def features(self, img_B3HW: Tensor) -> list[Tensor]:
+        """The outputs of every level and of the middle, fine to coarse (used as a perceptual space)."""
+        x = self.conv_in(self.unshuffle(img_B3HW))
+        outputs = []
+        for level in self.levels:
+            x = level(x)
+            outputs.append(x)
+        outputs[-1] = self.middle(x)
+        return outputs
+
+
+class Decoder(nn.Module):
+    """Latent features to image; mirrors `Encoder`. `levels` runs coarse to fine."""
+
+    def __init__(
+        self, channels: int, multipliers: Sequence[int], latent_channels: int, num_blocks: int, patch_size: int
+    ) -> None:
+        super().__init__()
+        widths = [channels * m for m in multipliers]
+        self.conv_in = conv3x3(latent_channels, widths[-1])
+        self.middle = nn.Sequential(ResBlock(widths[-1], widths[-1]), ResBlock(widths[-1], widths[-1]))
+        incoming = [*widths[1:], widths[-1]]
+        self.levels = nn.ModuleList(
+            Level(
+                _res_blocks(incoming[level], widths[level], num_blocks),
+                Upsample(widths[level]) if level > 0 else None,
+            )
+            for level in reversed(range(len(multipliers)))
+        )
+        self.norm_out = group_norm(widths[0])
+        self.conv_out = conv3x3(widths[0], 3 * patch_size**2)
+        self.shuffle = nn.PixelShuffle(patch_size)
+
+    def forward(self, codes_BZhw: Tensor) -> Tensor:
+        x = self.middle(self.conv_in(codes_BZhw))
+        for level in self.levels:
+            x = level(x)
+        return self.shuffle(self.conv_out(F.silu(self.norm_out(x))))
+
+
+def clamp_keeping_gradient(x: Tensor) -> Tensor:
+    """Clamp to [-1, 1]; the gradient passes unchanged, so that saturated pixels can still be corrected."""
+    return x + (torch.clamp(x, -1.0, 1.0) - x).detach()
+
+
+@torch.no_grad()
+def init_weights(module: nn.Module, generator: torch.Generator | None = None) -> None:
+    """Random convolutions (uniform, by fan-in) and neutral norms, from one generator."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_uniform_(layer.weight, a=math.sqrt(5), generator=generator)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+        elif isinstance(layer, nn.GroupNorm):
+            nn.init.ones_(layer.weight)
+            nn.init.zeros_(layer.bias)

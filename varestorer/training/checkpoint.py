@@ -1,0 +1,266 @@
+"""Checkpoints: the whole of resume, and the way a run's weights are found again.
+
+`<run>/checkpoints/` holds `initial.safetensors` (a start that was drawn at random), a folder per stage with
+`step_000100/` in it, and `latest`, a line of text naming the newest whole checkpoint as `<stage>/<step>`.
+A checkpoint holds `model`, `ema`, `optimizer` and `rng` as safetensors, and `state.json`.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from varestorer.training import storage
+from varestorer.training.ema import Ema
+from varestorer.training.optimisers import load_optimizer_tensors, optimizer_tensors
+from varestorer.training.rng import capture_rng, restore_rng
+from varestorer.utils.errors import UserError
+from varestorer.utils.files import atomic_write
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+LOG = logging.getLogger(__name__)
+FOLDER = "checkpoints"
+INITIAL = "initial.safetensors"
+LATEST = "latest"
+
+
+@dataclass
+class Trained:
+    """All that changes while a stage trains, beside the generators and the position in the data."""
+
+    parameters: dict[str, nn.Parameter]
+    optimizer: Optimizer
+    ema: Ema
+    step: int = 0  # optimiser steps taken
+    samples: int = 0  # samples seen: the position in the endless sequence of the data
+
+
+@dataclass(frozen=True)
+class Checkpointer:
+    """Saves and restores one stage of a run.
+
+    Attributes:
+        run_dir: the run's folder.
+        stage: name of the stage; `stage_index` its place among the run's stages.
+        accelerator: of this process; every process calls `save`, the first one writes.
+        frozen_sha256: of the tensors that do not train, which a checkpoint relies on without holding them.
+        keep_last: newest checkpoints of the stage to keep.
+    """
+
+    run_dir: Path
+    stage: str
+    stage_index: int
+    accelerator: Accelerator
+    frozen_sha256: str
+    keep_last: int = 2
+
+    def save(self, trained: Trained, schedule: Mapping[str, Any]) -> None:
+        """Write a checkpoint of the present state, then point `latest` to it and drop old ones.
+
+        Args:
+            trained: what to save.
+            schedule: what the learning rate follows, for the reader of `state.json`.
+        Raises:
+            UserError: it cannot be written; older checkpoints are untouched.
+        """
+        from accelerate.utils import gather_object
+
+        generators = gather_object([capture_rng()])
+        if self.accelerator.is_main_process:
+            folder = self.run_dir / FOLDER / self.stage / f"step_{trained.step:06d}"
+            with storage.atomic_folder(folder) as temporary:
+                self._write(temporary, trained, schedule, generators)
+            with atomic_write(folder.parents[1] / LATEST) as temporary:
+                temporary.write_text(f"{self.stage}/{folder.name}\n", encoding="utf-8")
+                storage.sync(temporary)
+            self._prune(folder.parent)
+        self.accelerator.wait_for_everyone()
+
+    def restore(self, trained: Trained) -> None:
+        """Put the newest whole checkpoint of this stage into `trained` and the generators, if there is one.
+
+        Raises:
+            UserError: the checkpoint was made on another frozen base, or holds other parameters.
+        """
+        folder = newest_checkpoint(self.run_dir, self.stage)
+        if folder is None:
+            return
+        state = storage.read_json(folder / "state.json")
+        if state["frozen_sha256"] != self.frozen_sha256:
+            raise UserError(
+                f"{folder} was trained on other frozen weights (sha256 {state['frozen_sha256'][:12]}, now "
+                f"{self.frozen_sha256[:12]}); give the weights and model options it was started with"
+            )
+        model = storage.read_tensors(folder / "model.safetensors")
+        _load_parameters(trained.parameters, model, folder)
+        trained.ema.load(storage.read_tensors(folder / "ema.safetensors"))
+        optimizer = storage.read_tensors(folder / "optimizer.safetensors")
+        load_optimizer_tensors(trained.optimizer, trained.parameters, optimizer)
+        trained.step, trained.samples = state["step"], state["samples"]
+        self._restore_generators(folder, state["rng"])
+        LOG.info("%s: going on from %s", self.stage, folder)
+
+    def _write(
+        self, folder: Path, trained: Trained, schedule: Mapping[str, Any], generators: list[Any]
+    ) -> None:
+        storage.write_tensors(folder / "model.safetensors", trained.parameters)
+        storage.write_tensors(folder / "ema.safetensors", trained.ema.averages)
+        optimizer = optimizer_tensors(trained.optimizer, trained.parameters)
+        storage.write_tensors(folder / "optimizer.safetensors", optimizer)
+        tensors = {f"{k}/{rank}": v for rank, (_, found) in enumerate(generators) for k, v in found.items()}
+        storage.write_tensors(folder / "rng.safetensors", tensors)
+        state = {
+            "stage": self.stage,
+            "stage_index": self.stage_index,
+            "step": trained.step,
+            "samples": trained.samples,
+            "schedule": dict(schedule),
+            "frozen_sha256": self.frozen_sha256,
+            "rng": [plain for plain, _ in generators],
+        }
+        storage.write_json(folder / "state.json", state)
+
+    def _restore_generators(self, folder: Path, plain: list[dict[str, Any]]) -> None:
+        rank = self.accelerator.process_index
+        if rank >= len(plain):
+            return  # more processes than before: the new ones keep the seed of their rank
+        tensors = storage.read_tensors(folder / "rng.safetensors")
+        mine = {k.removesuffix(f"/{rank}"): v for k, v in tensors.items() if k.endswith(f"/{rank}")}
+        restore_rng(plain[rank], mine)
+
+    def _prune(self, folder: Path) -> None:
+        for old in sorted(folder.glob("step_*"), key=_step)[: -self.keep_last]:
+            shutil.rmtree(old)
+
+
+def save_initial(run_dir: Path, state: Mapping[str, Tensor]) -> None:
+    """Keep a system's starting weights when part of them was drawn at random, so nothing is ever redrawn."""
+    with atomic_write(run_dir / FOLDER / INITIAL) as temporary:
+        storage.write_tensors(temporary, state)
+        storage.sync(temporary)
+
+
+def load_initial(run_dir: Path) -> dict[str, Tensor] | None:
+    """What `save_initial` kept; None if the run started from files alone."""
+    path = run_dir / FOLDER / INITIAL
+    return storage.read_tensors(path) if path.is_file() else None
+
+
+def newest_checkpoint(run_dir: Path, stage: str | None = None) -> Path | None:
+    """Newest whole checkpoint of a run, or of one of its stages; None if there is none.
+
+    Damaged ones are named in a warning and the one before is taken.
+    """
+    for folder in _candidates(run_dir / FOLDER, stage):
+        problem = storage.damage(folder)
+        if problem is None:
+            return folder
+        LOG.warning("damaged checkpoint %s (%s): taking the one before", folder, problem)
+    return None
+
+
+def latest_checkpoint(run_dir: str | Path, stage: str | None = None) -> Path:
+    """Folder of the newest whole checkpoint.
+
+    Args:
+        run_dir: a run's folder, its `checkpoints/latest`, or a checkpoint's own folder.
+        stage: look at this stage only.
+    Raises:
+        UserError: there is none.
+    """
+    path = Path(run_dir)
+    if path.name == LATEST and path.parent.name == FOLDER:
+        path = path.parents[1]
+    if (path / "state.json").is_file():
+        problem = storage.damage(path)
+        if problem is not None:
+            raise UserError(f"damaged checkpoint {path}: {problem}; give another one, or the run's folder")
+        return path
+    found = newest_checkpoint(path, stage)
+    if found is None:
+        of_stage = f" of stage {stage}" if stage else ""
+        raise UserError(f"no checkpoint{of_stage} in {path}; give a run's folder (with {FOLDER}/ in it)")
+    return found
+
+
+def load_ema(path: str | Path) -> dict[str, Tensor]:
+    """Averaged weights (float32, on the CPU) of a checkpoint, or of a run's latest one: what that stage trained."""
+    return storage.read_tensors(latest_checkpoint(path) / "ema.safetensors")
+
+
+def load_run_weights(path: str | Path) -> dict[str, Tensor]:
+    """All the weights a run made: its random start, then the averaged weights of each stage in turn.
+
+    Args:
+        path: a run's folder, or one of its checkpoints (later stages are then left out).
+    Returns:
+        tensors by their name in the system; parts that came from weight files are not in it.
+    """
+    last = latest_checkpoint(path)
+    run_dir = last.parents[2]
+    weights = load_initial(run_dir) or {}
+    for folder in [*_earlier_stages(run_dir, last), last]:
+        weights.update(storage.read_tensors(folder / "ema.safetensors"))
+    return weights
+
+
+def _earlier_stages(run_dir: Path, last: Path) -> list[Path]:
+    """Newest checkpoint of each stage before that of `last`, in order."""
+    index, _ = _place(last)
+    newest = [newest_checkpoint(run_dir, folder.name) for folder in _stage_folders(run_dir / FOLDER)]
+    found = sorted((folder for folder in newest if folder is not None), key=_place)
+    return [folder for folder in found if _place(folder)[0] < index]
+
+
+def _candidates(folder: Path, stage: str | None) -> Iterator[Path]:
+    """Checkpoints to try, best first: the one `latest` names, then newest first."""
+    named = None
+    if stage is None and (folder / LATEST).is_file():
+        named = folder / (folder / LATEST).read_text(encoding="utf-8").strip()
+        yield named
+    stages = [folder / stage] if stage else _stage_folders(folder)
+    found = [path for one in stages for path in one.glob("step_*")]
+    for path in sorted(found, key=_place, reverse=True):
+        if path != named:
+            yield path
+
+
+def _stage_folders(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("*") if path.is_dir() and not path.name.startswith("."))
+
+
+def _place(path: Path) -> tuple[int, int]:
+    """Place of a checkpoint in its run: stage, step; one whose state cannot be read comes last."""
+    try:
+        return int(storage.read_json(path / "state.json")["stage_index"]), _step(path)
+    except (OSError, ValueError, KeyError):
+        return -1, _step(path)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
+
+
+@torch.no_grad()
+def _load_parameters(parameters: Mapping[str, nn.Parameter], saved: Mapping[str, Tensor], source: Path) -> None:
+    """Copy saved tensors into parameters of exactly the same names and shapes."""
+    want = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    have = {name: tuple(tensor.shape) for name, tensor in saved.items()}
+    if want != have:
+        differ = sorted(n for n in want.keys() | have.keys() if want.get(n) != have.get(n))
+        raise UserError(
+            f"{source} holds other parameters than this model trains, {len(differ)} differ, such as {differ[0]}"
+            f" ({have.get(differ[0])} there, {want.get(differ[0])} here); resume with the run's own model options"
+        )
+    for name, parameter in parameters.items():
+        parameter.copy_(saved[name])

@@ -1,0 +1,178 @@
+"""Options of training as dataclasses; importing this module registers them as Hydra schemas.
+
+A key that is not here, or a value of the wrong type, fails when the config is composed.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+from varestorer.utils.errors import UsageError
+
+
+class Precision(StrEnum):
+    """Number format of the forward and backward pass; parameters and optimiser stay float32."""
+
+    auto = "auto"  # bf16 on CUDA, fp32 elsewhere
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class Schedule(StrEnum):
+    """Shape of the learning rate after warm-up."""
+
+    cosine = "cosine"
+    constant = "constant"
+
+
+class Resume(StrEnum):
+    """What to do about an earlier run."""
+
+    none = "none"
+    auto = "auto"
+
+
+class Device(StrEnum):
+    """Where to compute."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+    mps = "mps"
+
+
+@dataclass
+class TrainerConfig:
+    """How one stage is trained.
+
+    Attributes:
+        max_steps: optimiser steps of the stage.
+        batch_size: samples per optimiser step over all processes and micro-batches together.
+        accumulate: micro-batches per optimiser step (less memory, same result).
+        num_workers: data processes per training process; 0 loads in the training process.
+        precision: auto, fp32 or bf16.
+        clip_norm: largest gradient norm; null for no clipping.
+        ema_decay: of the averaged weights; it warms up as (1 + step) / (10 + step).
+        warmup_steps: of linear warm-up of the learning rate.
+        schedule: cosine or constant.
+        final_lr_ratio: learning rate at the end of the cosine, as a part of the peak.
+        checkpoint_every: steps between checkpoints; one is always written at the end.
+        keep_last: newest checkpoints of a stage that are kept.
+        sample_every: steps between preview pictures; 0 for one at the end only.
+    """
+
+    max_steps: int = 1000
+    batch_size: int = 8
+    accumulate: int = 1
+    num_workers: int = 2
+    precision: Precision = Precision.auto
+    clip_norm: float | None = 1.0
+    ema_decay: float = 0.999
+    warmup_steps: int = 0
+    schedule: Schedule = Schedule.cosine
+    final_lr_ratio: float = 0.0
+    checkpoint_every: int = 500
+    keep_last: int = 2
+    sample_every: int = 500
+
+    def __post_init__(self) -> None:
+        """Refuse values no run could mean.
+
+        Raises:
+            UsageError: names the key, what it was and what it has to be.
+        """
+        for key in ("max_steps", "batch_size", "accumulate", "checkpoint_every", "keep_last"):
+            _require(getattr(self, key) >= 1, key, "1 or more", getattr(self, key))
+        for key in ("num_workers", "warmup_steps", "sample_every"):
+            _require(getattr(self, key) >= 0, key, "0 or more", getattr(self, key))
+        _require(0 <= self.ema_decay < 1, "ema_decay", "in [0, 1)", self.ema_decay)
+        _require(0 <= self.final_lr_ratio <= 1, "final_lr_ratio", "in [0, 1]", self.final_lr_ratio)
+        if self.clip_norm is not None:
+            _require(self.clip_norm > 0, "clip_norm", "above 0, or null for no clipping", self.clip_norm)
+        divides = self.batch_size % self.accumulate == 0
+        _require(divides, "batch_size", f"a multiple of trainer.accumulate={self.accumulate}", self.batch_size)
+
+    def learning_rate_factor(self, step: int) -> float:
+        """Part of the peak learning rate used by optimiser step `step` (from 1): a pure function.
+
+        Linear warm-up reaches 1 at `warmup_steps`; the cosine then falls to `final_lr_ratio` at `max_steps`.
+        """
+        if step <= self.warmup_steps:
+            return step / self.warmup_steps
+        if self.schedule is Schedule.constant:
+            return 1.0
+        progress = (step - self.warmup_steps) / max(1, self.max_steps - self.warmup_steps)
+        cosine = 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+        return self.final_lr_ratio + (1.0 - self.final_lr_ratio) * cosine
+
+
+@dataclass
+class AdamWConfig:
+    """`torch.optim.AdamW`, to be called with the parameter groups (decoupled weight decay)."""
+
+    _target_: str = "torch.optim.AdamW"
+    _partial_: bool = True
+    lr: float = 1e-4
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    weight_decay: float = 0.01
+    eps: float = 1e-8
+
+
+@dataclass
+class StageConfig:
+    """One stage: its task, and what it changes of the run's trainer, optimizer and data."""
+
+    task: Any = MISSING
+    trainer: dict[str, Any] = field(default_factory=dict)
+    optimizer: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class TrainConfig:
+    """All of `configs/train.yaml`; groups hold their own keys."""
+
+    experiment_name: str | None = None
+    seed: int = 0
+    device: Device = Device.auto
+    run_dir: str | None = None
+    resume: Resume = Resume.none
+    model: Any = None
+    data: Any = None
+    degradation: Any = None
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    optimizer: Any = None
+    logger: Any = None
+    init: Any = None
+    stages: dict[str, StageConfig] = field(default_factory=dict)
+    report: Any = None
+
+
+def trainer_config(node: DictConfig) -> TrainerConfig:
+    """A composed `trainer` node as a checked dataclass.
+
+    Raises:
+        UsageError: a value no run could mean.
+        omegaconf.errors.OmegaConfBaseException: an unknown key or a wrong type.
+    """
+    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TrainerConfig), node))
+    if not isinstance(config, TrainerConfig):
+        raise TypeError(f"trainer should be a {TrainerConfig.__name__}, got {type(config).__name__}")
+    return config
+
+
+def _require(good: bool, key: str, wanted: str, got: object) -> None:
+    if not good:
+        raise UsageError(f"trainer.{key} has to be {wanted}, got {got}")
+
+
+_store = ConfigStore.instance()
+_store.store(name="train_schema", node=TrainConfig)
+_store.store(group="trainer", name="trainer_schema", node=TrainerConfig)
+_store.store(group="optimizer", name="adamw_schema", node=AdamWConfig)

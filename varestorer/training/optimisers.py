@@ -1,0 +1,102 @@
+"""Optimisers: parameter groups, learning rate, gradient norm, and their state by parameter name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from varestorer.training.task import Task
+from varestorer.utils.errors import UserError
+
+OptimizerFactory = Callable[[list[dict[str, Any]]], Optimizer]
+
+
+def build_optimizer(task: Task, factory: OptimizerFactory) -> Optimizer:
+    """Make an optimiser over a task's trainable parameters, without decay where the task says so.
+
+    Args:
+        task: `no_decay` splits its parameters in two groups.
+        factory: takes parameter groups; a Hydra `_partial_` such as `functools.partial(AdamW, lr=1e-4)`.
+    Raises:
+        UserError: nothing trains.
+    """
+    parameters = task.trainable_parameters()
+    if not parameters:
+        raise UserError(f"stage {task.name}: no parameter trains; its task has to leave some unfrozen")
+    decayed = [p for name, p in parameters.items() if not task.no_decay(name, p)]
+    others = [p for name, p in parameters.items() if task.no_decay(name, p)]
+    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
+    optimizer = factory([group for group in groups if group["params"]])
+    for group in optimizer.param_groups:
+        group["peak_lr"] = group["lr"]
+    return optimizer
+
+
+def set_learning_rate(optimizer: Optimizer, factor: float) -> float:
+    """Set every group to `factor` times its peak; returns the first group's learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * factor
+    return float(optimizer.param_groups[0]["lr"])
+
+
+def clip_gradients(parameters: Mapping[str, nn.Parameter], max_norm: float | None) -> float:
+    """Scale the gradients down to `max_norm` (2-norm over all of them), unless they are not finite.
+
+    Returns:
+        the norm before clipping; not finite (and nothing scaled) when a gradient is not.
+    """
+    graded = [p for p in parameters.values() if p.grad is not None]
+    total = torch.nn.utils.get_total_norm([p.grad for p in graded if p.grad is not None])
+    norm = float(total)
+    if max_norm is not None and torch.isfinite(total):
+        torch.nn.utils.clip_grads_with_norm_(graded, max_norm, total)
+    return norm
+
+
+def nonfinite_gradients(parameters: Mapping[str, nn.Parameter]) -> list[str]:
+    """Names of the parameters whose gradient has a NaN or an infinity."""
+    graded = ((name, p.grad) for name, p in parameters.items() if p.grad is not None)
+    return [name for name, grad in graded if not bool(torch.isfinite(grad).all())]
+
+
+def optimizer_tensors(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """The optimiser's state as `"<state>/<parameter name>"`, such as `exp_avg/encoder.conv.weight`.
+
+    Raises:
+        UserError: the optimiser keeps something that is not a tensor.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in parameters.items():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if torch.is_tensor(value):
+                tensors[f"{key}/{name}"] = value
+            elif value is not None:
+                kind = type(optimizer).__name__
+                raise UserError(f"{kind} keeps {key} as {type(value).__name__}, checkpoints hold tensors only")
+    return tensors
+
+
+def load_optimizer_tensors(
+    optimizer: Optimizer, parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]
+) -> None:
+    """Put back what `optimizer_tensors` gave; learning rates and the like stay as configured."""
+    states: dict[str, dict[str, Tensor]] = {}
+    for path, tensor in tensors.items():
+        key, name = path.split("/", 1)
+        states.setdefault(name, {})[key] = tensor
+    packed = optimizer.state_dict()
+    numbers = dict(zip(_parameter_ids(optimizer.param_groups), _numbers(packed["param_groups"]), strict=True))
+    packed["state"] = {numbers[id(parameters[name])]: state for name, state in states.items()}
+    optimizer.load_state_dict(packed)
+
+
+def _parameter_ids(groups: Iterable[dict[str, Any]]) -> list[int]:
+    return [id(parameter) for group in groups for parameter in group["params"]]
+
+
+def _numbers(packed_groups: Iterable[dict[str, Any]]) -> list[int]:
+    return [number for group in packed_groups for number in group["params"]]

@@ -1,0 +1,223 @@
+"""The folder of a run: its config, metrics, pictures and checkpoints."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import platform
+import subprocess
+import time
+from collections.abc import Mapping
+from datetime import datetime
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from torch import Tensor
+
+import varestorer
+from varestorer.training import storage
+from varestorer.training.checkpoint import FOLDER
+from varestorer.training.loggers import Logger, NullLogger
+from varestorer.utils.errors import UsageError
+from varestorer.utils.files import atomic_write
+from varestorer.utils.images import save_image
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+LOG = logging.getLogger(__name__)
+CONFIG = "config.yaml"
+METRICS = "metrics.jsonl"
+FINISHED = "finished"
+PACKAGES = ("torch", "torchvision", "numpy", "accelerate", "peft", "transformers", "pyiqa", "hydra-core", "safetensors")
+
+
+class Run:
+    """Where one run writes. The first process writes, the others only ask.
+
+    Attributes:
+        run_dir: the folder.
+        accelerator: of this process.
+        seed: of the run.
+        stages: names of its stages in order.
+        logger: gets the same numbers and pictures.
+    """
+
+    def __init__(
+        self, run_dir: Path, accelerator: Accelerator, seed: int = 0, logger: Logger | None = None
+    ) -> None:
+        """Open a new or existing folder.
+
+        Args:
+            run_dir: made if it is not there.
+            accelerator: of this process.
+            seed: of the run; stages derive theirs from it.
+            logger: gets the same numbers and pictures as the folder.
+        """
+        self.run_dir = run_dir
+        self.accelerator = accelerator
+        self.seed = seed
+        self.logger: Logger = logger or NullLogger()
+        self.stages: list[str] = []
+        self._start = time.monotonic()
+        run_dir.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that writes."""
+        return bool(self.accelerator.is_main_process)
+
+    def stage_index(self, stage: str) -> int:
+        """Place of a stage among the run's stages, in the order they were first met."""
+        if stage not in self.stages:
+            self.stages.append(stage)
+        return self.stages.index(stage)
+
+    def write_config(self, config: Mapping[str, Any]) -> None:
+        """Write `config.yaml`: the resolved config, and under `environment` the code and versions it ran with."""
+        if self.is_main:
+            text = yaml.safe_dump({**config, "environment": environment()}, sort_keys=False, allow_unicode=True)
+            with atomic_write(self.run_dir / CONFIG) as temporary:
+                temporary.write_text(text, encoding="utf-8")
+
+    def rewind(self, stage: str, step: int) -> None:
+        """Drop the lines of `metrics.jsonl` that a resume at `step` of `stage` will write again."""
+        if not self.is_main:
+            return
+        path = self.run_dir / METRICS
+        lines = kept_lines(path, stage, step)
+        seconds = json.loads(lines[-1])["seconds"] if lines else 0.0
+        self._start = min(self._start, time.monotonic() - seconds)
+        if path.is_file():
+            with atomic_write(path) as temporary:
+                temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+    def log(self, stage: str, step: int, losses: Mapping[str, float], lr: float, grad_norm: float) -> None:
+        """Add one optimiser step to `metrics.jsonl` and the logger.
+
+        Args:
+            losses: `loss` and its parts; a part that is not finite is written as null (JSON has no NaN).
+            lr: learning rate of this step.
+            grad_norm: before clipping; for the logger only.
+        """
+        if not self.is_main:
+            return
+        finite = {key: value if math.isfinite(value) else None for key, value in losses.items()}
+        seconds = round(time.monotonic() - self._start, 3)
+        line = {"stage": stage, "step": step, **finite, "lr": lr, "seconds": seconds}
+        with (self.run_dir / METRICS).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        self.logger.log_metrics(stage, step, {**losses, "lr": lr, "grad_norm": grad_norm, "seconds": seconds})
+
+    def save_samples(self, stage: str, step: int, columns: Mapping[str, Tensor]) -> None:
+        """Save one picture `samples/<stage>_<step>.png`: a row per sample, a column per entry.
+
+        Args:
+            columns: each (B,3,H,W) in [0, 1].
+        """
+        from einops import rearrange
+        from torch import stack
+        from torchvision.utils import make_grid
+
+        pictures = [images.detach().float().cpu().clamp(0, 1) for images in columns.values()]
+        cells = rearrange(stack(pictures), "column row c h w -> (row column) c h w")
+        path = self.run_dir / "samples" / f"{stage}_{step:06d}.png"
+        save_image(path, make_grid(cells, nrow=len(columns), padding=2, pad_value=1.0))
+        self.logger.log_image(stage, step, path)
+
+    def sync_metrics(self) -> None:
+        """Put the metrics on the disk, before a checkpoint that relies on them."""
+        if self.is_main and (self.run_dir / METRICS).is_file():
+            storage.sync(self.run_dir / METRICS)
+
+    def finish(self) -> None:
+        """Mark the run as finished and close the logger."""
+        if self.is_main:
+            with atomic_write(self.run_dir / FOLDER / FINISHED) as temporary:
+                temporary.write_text(f"{datetime.now().astimezone().isoformat()}\n", encoding="utf-8")
+            self.logger.finish()
+
+
+def kept_lines(path: Path, stage: str, step: int) -> list[str]:
+    """Lines of a metrics file up to step `step` of `stage`; a half-written line ends them too."""
+    kept: list[str] = []
+    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            line = json.loads(text)
+        except ValueError:
+            break
+        if line["stage"] == stage and line["step"] > step:
+            break
+        kept.append(text)
+    return kept
+
+
+def choose_run_dir(
+    experiment: str, run_dir: str | Path | None, resume: bool, root: Path = Path("outputs")
+) -> Path:
+    """The folder a run writes to.
+
+    Args:
+        experiment: name of the experiment.
+        run_dir: the folder asked for; None for `<root>/<experiment>/<YYYY-mm-dd_HH-MM-SS>`.
+        resume: go on with `run_dir` if it holds a run, else with the newest unfinished run of the experiment.
+        root: of all runs.
+    Raises:
+        UsageError: `run_dir` holds a run and `resume` was not asked for.
+    """
+    if run_dir is not None:
+        folder = Path(run_dir)
+        if holds_run(folder) and not resume:
+            raise UsageError(f"{folder} holds a run already; add resume=auto to go on with it, or give another run_dir")
+        return folder
+    runs = sorted(path for path in (root / experiment).glob("*") if holds_run(path))
+    unfinished = [path for path in runs if not (path / FOLDER / FINISHED).exists()]
+    if resume and unfinished:
+        return unfinished[-1]
+    return _new_folder(root / experiment)
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether a folder was written to by a run."""
+    return any((folder / name).exists() for name in (CONFIG, METRICS, FOLDER))
+
+
+def environment() -> dict[str, Any]:
+    """Code and versions: `git` (commit, `-dirty` when files differ from it; None outside a checkout), packages."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+    return {"git": git_commit(), "python": platform.python_version(), "packages": versions}
+
+
+def git_commit() -> str | None:
+    """Commit of the checkout this package is imported from."""
+    root = Path(varestorer.__file__).parents[1]
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError) as error:
+        LOG.info("no git hash in config.yaml: %s", error)
+        return None
+    return answer.stdout.strip()
+
+
+def _new_folder(parent: Path) -> Path:
+    """Make `<parent>/<time>`; two runs of the same second get different names."""
+    name = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    for suffix in ("", *(f"_{number}" for number in range(2, 1000))):
+        folder = parent / f"{name}{suffix}"
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return folder
+    raise UsageError(f"{parent} has too many runs of this second; give run_dir=")

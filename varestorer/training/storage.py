@@ -1,0 +1,130 @@
+"""A checkpoint on the disk: written aside, synced, renamed; checked by size and SHA-256 when read.
+
+Layout of a checkpoint folder: `*.safetensors` for tensors, `state.json` for everything else and
+`checksums.json` with `{file: {"size", "sha256"}}` of the others.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from varestorer.utils.errors import UserError
+
+CHECKSUMS = "checksums.json"
+
+
+@contextmanager
+def atomic_folder(target: Path) -> Iterator[Path]:
+    """Give a temporary folder beside `target`; seal it with checksums and rename it when the block ends well.
+
+    Raises:
+        UserError: it cannot be written (disk full, no permission); names the folder. Older ones stay.
+    """
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        yield temporary
+        _seal(temporary)
+        shutil.rmtree(target, ignore_errors=True)
+        temporary.rename(target)
+        sync(target.parent)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        # safetensors reports a full disk as an error of its own, with the system's words in it
+        if isinstance(error, OSError) or "No space left on device" in str(error):
+            raise UserError(f"cannot write {target}: {error}; older checkpoints are untouched") from error
+        raise
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors from any device to a safetensors file; tensors that share memory are written apart."""
+    seen: set[int] = set()
+    apart: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        plain = tensor.detach().cpu().contiguous()
+        storage = plain.untyped_storage().data_ptr()
+        apart[name] = plain.clone() if storage in seen else plain
+        seen.add(storage)
+    save_file(apart, path)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Tensors of a safetensors file, on the CPU."""
+    return load_file(path)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a small JSON file."""
+    path.write_text(json.dumps(content) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object."""
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint folder, in words; None if it is whole."""
+    try:
+        expected = read_json(folder / CHECKSUMS)
+    except (OSError, ValueError) as error:
+        return f"{CHECKSUMS}: {error}"
+    for name, entry in expected.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != entry["size"]:
+            return f"{name} has {path.stat().st_size} bytes, should have {entry['size']}"
+        if file_sha256(path) != entry["sha256"]:
+            return f"{name} does not match its checksum"
+    return None
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, types, shapes and bytes of tensors, in the order of their names."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Ask the system to put a file or a folder's entries on the disk now."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _seal(folder: Path) -> None:
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    sums = {path.name: {"size": path.stat().st_size, "sha256": file_sha256(path)} for path in files}
+    write_json(folder / CHECKSUMS, sums)
+    _sync_all([*files, folder / CHECKSUMS, folder])
+
+
+def _sync_all(paths: Iterable[Path]) -> None:
+    for path in paths:
+        sync(path)

@@ -1,0 +1,84 @@
+"""What a stage of training is: its networks, its loss, its preview.
+
+Shapes: `B` samples, `H W` pixels. A batch is what `varestorer.data.build_loader` yields:
+`{"hq": (B,3,H,W), "lq": (B,3,H,W), "name": list of B file names, "key": int64 (B,)}`, images in [0, 1].
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Batch = dict[str, Any]
+
+
+class Task(nn.Module, ABC):
+    """One stage of training, seen by `fit` through the methods below.
+
+    A task is a module so that Accelerate (DDP, FSDP) can wrap it whole: its `forward` is the loss. It holds
+    the system it trains as `self.system`; parameters with `requires_grad` train, all others are the frozen
+    base. `train_only` sets those flags, and is best called at the end of the constructor.
+
+    Randomness must be drawn per sample from `batch["key"]` and `step` (see `utils.seeds`), so that the
+    number of processes and a resume change nothing.
+
+    Attributes:
+        name: of the stage; the run's config sets it (`stages: {name: ...}`).
+    """
+
+    name: str = "task"
+
+    @abstractmethod
+    def forward(self, batch: Batch, step: int) -> dict[str, Tensor]:
+        """Losses of one (micro-)batch.
+
+        Args:
+            batch: tensors already on the task's device.
+            step: the optimiser step being taken, from 1.
+        Returns:
+            scalars: `"loss"`, the total that is minimised, and any parts to report beside it (such as `kl`,
+            `mse`). Means over the samples, so that micro-batches and processes average.
+        """
+
+    @abstractmethod
+    def preview(self, batch: Batch) -> dict[str, Tensor]:
+        """Pictures for the eye, drawn without gradients, in eval mode and with the EMA weights.
+
+        Returns:
+            columns in order, such as `{"LQ": ..., "output": ..., "HQ": ...}`, each (B,3,H,W) in [0, 1].
+        """
+
+    def trainable_parameters(self) -> dict[str, nn.Parameter]:
+        """What trains, by the name it has in checkpoints.
+
+        Names are relative to `self.system` (the keys of its `state_dict`), so that a checkpoint can be loaded
+        into a system without any task; parameters of other modules keep their name within the task.
+        """
+        named = self.named_parameters()
+        return {name.removeprefix("system."): p for name, p in named if p.requires_grad}
+
+    def no_decay(self, name: str, parameter: nn.Parameter) -> bool:
+        """Whether weight decay leaves this parameter alone: by default biases, norms and scalars."""
+        return parameter.ndim < 2
+
+    def frozen_state(self) -> dict[str, Tensor]:
+        """The frozen base a checkpoint relies on without holding it: every saved tensor that does not train."""
+        trained = self.trainable_parameters()
+        named = ((name.removeprefix("system."), value) for name, value in self.state_dict().items())
+        return {name: value for name, value in named if name not in trained and torch.is_tensor(value)}
+
+
+def train_only(root: nn.Module, trained: Iterable[nn.Parameter]) -> None:
+    """Freeze all of `root`, then let `trained` require gradients.
+
+    Args:
+        root: usually the task, so that nothing an earlier stage trained stays trainable.
+        trained: parameters of this stage.
+    """
+    root.requires_grad_(False)
+    for parameter in trained:
+        parameter.requires_grad_(True)

@@ -1,0 +1,115 @@
+"""Low-rank adapters that turn the teacher into the student (LoRA through peft; spec C).
+
+The adapters sit on the linear layers of self and cross attention inside the blocks and nowhere else. With them off
+the network is the teacher, bit for bit, so one copy of the weights serves both.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from varestorer.transformer.attention import CrossAttention
+
+# Anchored: gives peft exactly the 5 layers per block of the released student (320 tensors for Infinity-2B).
+TARGETS = r"^blocks\.\d+\.(self_attention\.(qkv|proj)|cross_attention\.(q|kv|proj))$"
+ADAPTER = "student"
+
+
+def attach_adapters(transformer: nn.Module, rank: int, cross_value_bias: bool) -> None:
+    """Add adapters of the given rank (alpha = rank, no dropout) in place, and switch them on.
+
+    Args:
+        transformer: a `VARTransformer`.
+        rank: r of every adapter.
+        cross_value_bias: whether cross attention adds its value bias while the adapters are on.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    config = LoraConfig(r=rank, lora_alpha=rank, lora_dropout=0.0, target_modules=TARGETS, bias="none")
+    inject_adapter_in_model(config, transformer, adapter_name=ADAPTER)
+    for layer in _cross_attentions(transformer):
+        layer.adapted_v_bias = cross_value_bias
+    use_adapters(transformer, True)
+
+
+@torch.no_grad()
+def init_adapters(transformer: nn.Module, generator: torch.Generator | None = None) -> None:
+    """Random down projections and zero up projections: the student starts as the teacher."""
+    for name, parameter in adapter_parameters(transformer).items():
+        if name.endswith(".lora_up.weight"):
+            nn.init.zeros_(parameter)
+        else:
+            nn.init.kaiming_uniform_(parameter, a=math.sqrt(5), generator=generator)
+
+
+def use_adapters(transformer: nn.Module, enabled: bool) -> None:
+    """Switch the network to the student (True) or the teacher (False)."""
+    for layer in _adapted_layers(transformer):
+        layer.enable_adapters(enabled)
+    for attention in _cross_attentions(transformer):
+        attention.use_v_bias = getattr(attention, "adapted_v_bias", True) if enabled else True
+
+
+@contextmanager
+def adapters_off(transformer: nn.Module) -> Iterator[None]:
+    """The teacher inside the block, the student again after it."""
+    use_adapters(transformer, False)
+    try:
+        yield
+    finally:
+        use_adapters(transformer, True)
+
+
+def adapter_parameters(transformer: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters of the adapters under their plain names, see `plain_name`."""
+    return {plain_name(name): p for name, p in transformer.named_parameters() if ".lora_" in name}
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name without peft's wrapping: `X.base_layer.weight` -> `X.weight`, and
+    `X.lora_A.student.weight` -> `X.lora_down.weight`."""
+    name = name.replace(".base_layer.", ".")
+    return re.sub(
+        r"\.lora_([AB])\." + ADAPTER, lambda m: ".lora_down" if m.group(1) == "A" else ".lora_up", name
+    )
+
+
+@torch.no_grad()
+def merge_adapters(transformer: nn.Module) -> None:
+    """Fold the adapters into the base weights and remove them; the result is the student alone.
+
+    The value bias of cross attention becomes zero where the student does not use it.
+    """
+    for name, layer in list(_named_adapted_layers(transformer)):
+        layer.merge()
+        parent, _, child = name.rpartition(".")
+        setattr(transformer.get_submodule(parent), child, layer.get_base_layer())
+    for attention in _cross_attentions(transformer):
+        if not getattr(attention, "adapted_v_bias", True):
+            attention.v_bias.zero_()
+        attention.adapted_v_bias = attention.use_v_bias = True
+
+
+def plain_state_dict(module: nn.Module) -> dict[str, Tensor]:
+    """The module's state dict under plain names."""
+    return {plain_name(name): tensor for name, tensor in module.state_dict().items()}
+
+
+def _named_adapted_layers(transformer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for name, module in transformer.named_modules():
+        if hasattr(module, "lora_A") and hasattr(module, "get_base_layer"):
+            yield name, module
+
+
+def _adapted_layers(transformer: nn.Module) -> Iterator[nn.Module]:
+    return (layer for _, layer in _named_adapted_layers(transformer))
+
+
+def _cross_attentions(transformer: nn.Module) -> Iterator[CrossAttention]:
+    return (module for module in transformer.modules() if isinstance(module, CrossAttention))

@@ -1,0 +1,64 @@
+"""One block: modulated self attention, cross attention, modulated feed-forward (spec B, Block).
+
+Shapes: `B` batch, `L` tokens, `C` width.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from varestorer.transformer.attention import CrossAttention, LayerCache, SelfAttention
+from varestorer.transformer.layout import TokenLayout
+from varestorer.transformer.text import TextContext
+
+EPS = 1e-6
+
+
+def modulate(x_BLC: Tensor, scale_B1C: Tensor, shift_B1C: Tensor) -> Tensor:
+    """Layer norm without weights, then (1 + scale) and shift (AdaLN)."""
+    return F.layer_norm(x_BLC, x_BLC.shape[-1:], eps=EPS) * (1 + scale_B1C) + shift_B1C
+
+
+def ffn_width(width: int) -> int:
+    """Four times the width, rounded to a multiple of 256 (halves to even)."""
+    return round(4 * width / 256) * 256
+
+
+class FeedForward(nn.Module):
+    """Linear, GELU (tanh form), Linear."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x_BLC: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x_BLC), approximate="tanh"))
+
+
+class Block(nn.Module):
+    """A transformer block whose modulation is a learned part plus one shared by all blocks."""
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.modulation = nn.Parameter(torch.zeros(1, 1, 6, width))
+        self.self_attention = SelfAttention(width, num_heads)
+        self.cross_norm = nn.LayerNorm(width, eps=EPS)
+        self.cross_attention = CrossAttention(width, num_heads)
+        self.ffn = FeedForward(width, ffn_width(width))
+
+    def forward(
+        self,
+        x_BLC: Tensor,
+        context: TextContext,
+        layout: TokenLayout,
+        mask: Tensor | None = None,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
+        modulation = self.modulation + context.modulation_B6C
+        gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation.unbind(dim=2)
+        x_BLC = x_BLC + gamma1 * self.self_attention(modulate(x_BLC, scale1, shift1), layout, mask, cache)
+        x_BLC = x_BLC + self.cross_attention(self.cross_norm(x_BLC), context.memory_BTC, context.key_mask)
+        return x_BLC + gamma2 * self.ffn(modulate(x_BLC, scale2, shift2))

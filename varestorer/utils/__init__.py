@@ -1,0 +1,1 @@
+"""Small parts that every other layer may use: errors, seeds, images, files, devices."""

@@ -1,0 +1,238 @@
+"""The one door to pyiqa: image quality metrics for the evaluator and for the perceptual loss.
+
+pyiqa is slow to import, prints, reads the global random generators and fetches weights with long retries.
+Behind this door a metric is silent, gives the same figure every time, leaves the caller's generators alone,
+and says at once, in one line, when something that it needs is not there.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from varestorer.utils.errors import UsageError, UserError
+from varestorer.utils.iqa_sandbox import (
+    isolated_rng,
+    network_reachable,
+    no_downloads,
+    quiet,
+    weights_in_place,
+)
+from varestorer.utils.iqa_weights import (
+    WEIGHT_FILES,
+    find_weights,
+    missing_package,
+    missing_weights,
+    weights_sha256,
+)
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+DATASET_METRICS = frozenset({"fid", "sfid", "fid_dinov2", "inception_score"})
+"""Metrics of whole folders: they have no value for a single image."""
+
+# What building or calling somebody else's network can raise when a file, a package or an image is not as it
+# expects it. Anything else is a bug and should be seen.
+METRIC_ERRORS = (
+    OSError,
+    ImportError,
+    RuntimeError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    EOFError,
+    pickle.UnpicklingError,
+)
+
+
+class MetricUnavailableError(UserError):
+    """A metric cannot run on this machine; one line says what is missing and where it belongs."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric that is ready to use; made by `create_metric`.
+
+    Attributes:
+        name: pyiqa's name.
+        model: pyiqa's wrapper around the network, in evaluation mode.
+        needs_reference: whether it compares with a reference image.
+        lower_is_better: direction of the score.
+        options: pyiqa's options, where they differ from its defaults.
+        weights: SHA-256 of its weight files, see `weights_sha256`; None without weights.
+        seed: of the patches that some metrics draw.
+    """
+
+    name: str
+    model: Any = field(repr=False)
+    needs_reference: bool
+    lower_is_better: bool
+    options: Mapping[str, Any] = field(default_factory=dict)
+    weights: str | None = None
+    seed: int = 0
+
+    @property
+    def network(self) -> torch.nn.Module:
+        """The bare network: differentiable, without pyiqa's checks of the input."""
+        return self.model.net
+
+    @property
+    def id(self) -> str:
+        """pyiqa's name and the options set, e.g. `psnr[color_space=ycbcr,test_y_channel=True]`."""
+        options = ",".join(f"{key}={value}" for key, value in sorted(self.options.items()))
+        return f"{self.name}[{options}]" if options else self.name
+
+    def __call__(self, image_B3HW: Tensor, reference_B3HW: Tensor | None = None) -> Tensor:
+        """Score images; the same images always get the same scores.
+
+        Args:
+            image_B3HW: RGB in [0, 1].
+            reference_B3HW: the same shape; needed when `needs_reference`.
+        Returns:
+            (B,) float64 on the CPU.
+        Raises:
+            ValueError: no reference, or one of another shape.
+            any of METRIC_ERRORS: the metric does not accept the images (too small, for example).
+        """
+        import torch
+
+        if self.needs_reference and (reference_B3HW is None or reference_B3HW.shape != image_B3HW.shape):
+            got = "none" if reference_B3HW is None else tuple(reference_B3HW.shape)
+            raise ValueError(f"{self.name} needs a reference of shape {tuple(image_B3HW.shape)}, got {got}")
+        inputs = (image_B3HW, reference_B3HW) if self.needs_reference else (image_B3HW,)
+        with torch.no_grad(), quiet(), isolated_rng(self.seed):
+            score = self.model(*inputs)
+        return torch.as_tensor(score).detach().to("cpu", torch.float64).reshape(image_B3HW.shape[0])
+
+    def score_folders(self, images: str | Path, references: str | Path) -> float:
+        """Score a folder of images against a folder of references (FID); for `DATASET_METRICS` only.
+
+        Raises:
+            any of METRIC_ERRORS: unreadable folder, or too few images.
+        """
+        inputs = (str(images),) if self.name == "inception_score" else (str(images), str(references))
+        with quiet(), isolated_rng(self.seed):
+            score = self.model(*inputs, num_workers=0, verbose=False)
+        return float(score["inception_score_mean"] if isinstance(score, dict) else score)
+
+
+def create_metric(
+    name: str,
+    options: Mapping[str, Any] | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    weights_folder: str | Path | None = None,
+    offline: bool | None = None,
+    seed: int = 0,
+) -> Metric:
+    """Build a metric of pyiqa.
+
+    Args:
+        name: pyiqa's name, e.g. `psnr`, `lpips`, `maniqa-pipal`.
+        options: pyiqa's options for it, e.g. `{"test_y_channel": True, "color_space": "ycbcr"}`.
+        device: where it runs.
+        weights_folder: searched for weight files before torch's hub folder.
+        offline: never touch the network. Default: when HF_HUB_OFFLINE is set. When online, pyiqa fetches
+            missing files into torch's hub folder.
+        seed: of the patches that some metrics draw.
+    Raises:
+        MetricUnavailableError: a weight file or a Python package is missing, or the metric cannot be built.
+        UsageError: pyiqa knows no metric of this name.
+    """
+    config = metric_config(name)
+    may_download = _check_available(name, weights_folder, offline)
+    opts = dict(options or {})
+    given = _given_weights(name, weights_folder)
+    try:
+        with ExitStack() as stack:
+            stack.enter_context(quiet())
+            stack.enter_context(isolated_rng(seed))
+            stack.enter_context(weights_in_place(given))
+            if not may_download:
+                stack.enter_context(no_downloads())
+            model = _pyiqa().create_metric(name, device=_as_device(device), **opts)
+    except METRIC_ERRORS as error:
+        raise MetricUnavailableError(f"metric {name!r} cannot be built: {_one_line(error)}") from error
+    return Metric(
+        name=name,
+        model=model,
+        needs_reference=config.get("metric_mode") == "FR",
+        lower_is_better=bool(config.get("lower_better", False)),
+        options=opts,
+        weights=weights_sha256(name, weights_folder),
+        seed=seed,
+    )
+
+
+def metric_config(name: str) -> Mapping[str, Any]:
+    """pyiqa's description of a metric: `metric_mode` (FR or NR), `lower_better`, ...
+
+    Raises:
+        UsageError: unknown name; suggests close ones.
+    """
+    _pyiqa()
+    from pyiqa.default_model_configs import DEFAULT_CONFIGS
+
+    if name not in DEFAULT_CONFIGS:
+        close = get_close_matches(name, DEFAULT_CONFIGS, n=3, cutoff=0.5)
+        hint = f"; did you mean {', '.join(close)}?" if close else ""
+        raise UsageError(f"pyiqa has no metric {name!r}{hint} (python -m pyiqa.pyiqa_cmd -ls lists them)")
+    return DEFAULT_CONFIGS[name]
+
+
+def _check_available(name: str, folder: str | Path | None, offline: bool | None) -> bool:
+    """Whether building the metric may use the network: only if it has to, and can.
+
+    Raises:
+        MetricUnavailableError: something is missing and cannot be fetched.
+    """
+    if package := missing_package(name):
+        raise MetricUnavailableError(f"metric {name!r}: {package}")
+    if offline is None:
+        offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON")
+    missing = missing_weights(name, folder)
+    is_complete = name in WEIGHT_FILES and not missing
+    may_download = not is_complete and not offline and network_reachable()
+    if missing and not may_download:
+        why = "offline" if offline else "the network cannot be reached"
+        raise MetricUnavailableError(f"metric {name!r} needs {'; '.join(missing)}: not there, and {why}")
+    return may_download
+
+
+def _given_weights(name: str, folder: str | Path | None) -> dict[str, Path]:
+    """The files to show pyiqa instead of its own folder: those of `folder`, if then nothing is missing."""
+    if folder is None or missing_weights(name, folder):
+        return {}
+    return {place: path for place, path in find_weights(name, folder).items() if not place.startswith("hf:")}
+
+
+@cache
+def _pyiqa() -> Any:
+    """Import pyiqa without its chatter."""
+    with quiet():
+        import pyiqa
+    logging.getLogger("pyiqa").setLevel(logging.WARNING)
+    return pyiqa
+
+
+def _as_device(device: torch.device | str) -> torch.device:
+    import torch
+
+    return torch.device(device)
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__

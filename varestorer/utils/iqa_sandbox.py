@@ -1,0 +1,133 @@
+"""What is put around calls into pyiqa: silence, private random generators, weights, no surprise downloads.
+
+Used by `iqa`, the one door to pyiqa; nothing else needs it.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import tempfile
+import threading
+import urllib.error
+import urllib.request
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
+from functools import cache
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.hub
+
+log = logging.getLogger(__name__)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep prints and warnings of other people's code off the terminal (to our debug log instead)."""
+    printed = StringIO()
+    with warnings.catch_warnings(), redirect_stdout(printed):
+        warnings.simplefilter("ignore")
+        yield
+    if text := printed.getvalue().strip():
+        log.debug("pyiqa printed: %s", text)
+
+
+@contextmanager
+def isolated_rng(seed: int) -> Iterator[None]:
+    """Seed Python's, NumPy's and torch's global generators inside the block; put them back afterwards."""
+    # CUDA's generators are touched only once CUDA is in use: asking for their state would start it
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=devices):
+            random.seed(seed)
+            np.random.seed(seed % 2**32)
+            torch.default_generator.manual_seed(seed)
+            if devices:
+                torch.cuda.manual_seed_all(seed)
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+
+
+@contextmanager
+def weights_in_place(files: Mapping[str, Path]) -> Iterator[None]:
+    """Make pyiqa and torch look for weights in a hub folder that holds just these files.
+
+    Args:
+        files: place inside the hub folder (`pyiqa/x.pth`) -> the file; none: leave the hub folder as it is.
+    """
+    if not files:
+        yield
+        return
+    from pyiqa.utils import download_util
+
+    previous = torch.hub.get_dir()
+    # links, because pyiqa takes some files by folder and some by name
+    with tempfile.TemporaryDirectory(prefix="varestorer-metrics-") as hub:
+        for place, path in files.items():
+            link = Path(hub, place)
+            link.parent.mkdir(exist_ok=True)
+            link.symlink_to(path.resolve())
+        torch.hub.set_dir(hub)
+        try:
+            with replaced(download_util, "DEFAULT_CACHE_DIR", str(Path(hub, "pyiqa"))):
+                yield
+        finally:
+            torch.hub.set_dir(previous)
+
+
+@contextmanager
+def no_downloads() -> Iterator[None]:
+    """Make every way in which pyiqa fetches files fail at once: for metrics outside our table of files."""
+    import huggingface_hub.constants
+    from pyiqa.utils import download_util
+
+    def refuse(url: Any, *args: Any, **kwargs: Any) -> None:
+        raise FileNotFoundError(f"{Path(str(url)).name} is not on this machine and was not fetched")
+
+    with (
+        replaced(download_util, "download_url_to_file", refuse),
+        replaced(torch.hub, "download_url_to_file", refuse),
+        replaced(urllib.request, "urlopen", refuse),
+        replaced(huggingface_hub.constants, "HF_HUB_OFFLINE", True),
+    ):
+        yield
+
+
+@contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Give `owner` another attribute inside the block."""
+    previous = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, previous)
+
+
+@cache
+def network_reachable(url: str = "https://huggingface.co", seconds: float = 3) -> bool:
+    """Whether the host of the weights answers. In a thread: name servers may take longer than any timeout."""
+    answered = threading.Event()
+
+    def ask() -> None:
+        try:
+            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=seconds).close()
+        except urllib.error.HTTPError:
+            answered.set()
+        except OSError as error:
+            log.debug("%s does not answer: %s", url, error)
+        else:
+            answered.set()
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return answered.is_set()

@@ -1,0 +1,67 @@
+"""Reproducible randomness: every draw comes from a seed and a few keys, never from a global generator.
+
+A stream is named by its keys, for example `numpy_generator(seed, "crop", sample)`: two streams with
+different keys are independent, and a stream does not depend on what was drawn before it, on the number of
+workers or on the batch it was part of.
+"""
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def derive_seed(seed: int, *keys: int | str) -> int:
+    """Hash a seed and keys to a new seed, the same on every machine and Python version.
+
+    Args:
+        seed: any integer.
+        keys: integers and strings naming the stream; `1` and `"1"` differ, and so do `("a", "b")`, `("ab",)`.
+    Returns:
+        Integer in [0, 2**63).
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    for key in (seed, *keys):
+        text = f"s{key}" if isinstance(key, str) else f"i{int(key)}"
+        digest.update(f"{len(text)}:{text};".encode())
+    return int.from_bytes(digest.digest(), "big") >> 1
+
+
+def torch_generator(seed: int, *keys: int | str, device: torch.device | str = "cpu") -> torch.Generator:
+    """Torch generator of the stream `keys` (CPU and CUDA generators give different numbers)."""
+    return torch.Generator(device=device).manual_seed(derive_seed(seed, *keys))
+
+
+def numpy_generator(seed: int, *keys: int | str) -> np.random.Generator:
+    """NumPy generator (PCG64) of the stream `keys`."""
+    return np.random.Generator(np.random.PCG64(derive_seed(seed, *keys)))
+
+
+def uniform_per_sample(
+    shape: tuple[int, ...],
+    seed: int,
+    keys: Sequence[int] | Tensor,
+    stream: str,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Uniform numbers whose row `b` depends on `(seed, stream, keys[b])` alone.
+
+    The numbers are drawn on the CPU and moved, so that a sample gets the same ones on every device, in
+    every batch and in every process of a distributed run.
+
+    Args:
+        shape: shape of one row, without the batch dimension.
+        seed: seed of the run.
+        keys: B integers, one a sample (e.g. its global number).
+        stream: name of what the numbers are for (e.g. `"bits"`).
+        device: where the result lives.
+    Returns:
+        (B, *shape) float32 in [0, 1).
+    """
+    numbers = keys.tolist() if isinstance(keys, Tensor) else [int(key) for key in keys]
+    out = torch.empty((len(numbers), *shape), dtype=torch.float32)
+    for row, key in zip(out, numbers, strict=True):
+        row.uniform_(generator=torch_generator(seed, stream, key))
+    return out.to(device)

@@ -40,7 +40,7 @@ def files_in(folder: Path) -> set[str]:
 def test_a_folder_keeps_its_subfolders_and_reports_each_file(tmp_path: Path) -> None:
     for name in ("a.png", "deep/er/b.jpg", "10.png", "9.png"):
         write_image(tmp_path / "in" / name)
-    report, entries = run(tmp_path / "in", tmp_path / "out", seed=7, prompt="a dog")
+    report, entries = run(tmp_path / "in", tmp_path / "out", seed=7, settings={"prompt": "a dog"})
     assert files_in(tmp_path / "out") == {"a.png", "deep/er/b.png", "10.png", "9.png", "restore.json"}
     assert (report.num_restored, report.num_skipped, report.failed) == (4, 0, {})
     assert list(entries) == ["9.png", "10.png", "a.png", "deep/er/b.jpg"]

@@ -1,6 +1,8 @@
 """The one door of every command: composes the config, runs, and ends with the right exit status.
 
 Exit status: 0 all well; 1 something asked for failed; 2 the command itself was wrong; 130 interrupted.
+Errors a user can mend are one line on stderr; the environment variable VARESTORER_TRACEBACK=1 adds where they
+were raised.
 """
 
 from __future__ import annotations
@@ -46,7 +48,7 @@ class Command:
     Attributes:
         name: as typed after `varestorer`.
         config_name: of its config in `configs/`.
-        function: takes the composed config, returns the exit status; raises `UserError` for what a user can fix.
+        function: takes the composed config, returns the exit status; raises `UserError` if it cannot.
         help: the text of `--help`.
         groups: folders of `configs/` whose choices the help lists.
     """
@@ -67,12 +69,14 @@ class Command:
             the exit status.
         """
         words = list(sys.argv[1:] if argv is None else argv)
-        folder = (configs or config_dir()).resolve()
-        if "--help" in words or "-h" in words:
-            say(self.help.strip() + "\n" + "".join(choices(folder, group) for group in self.groups))
-            return OK
         try:
+            folder = (configs or config_dir()).resolve()
+            if "--help" in words or "-h" in words:
+                say(self.help.strip() + "\n" + "".join(choices(folder, group) for group in self.groups))
+                return OK
             return self._run(words, folder)
+        except UserError as error:  # no configs
+            return report(error)
         except KeyboardInterrupt:
             sys.stderr.write("\ninterrupted\n")
             return INTERRUPTED
@@ -83,13 +87,13 @@ class Command:
 
         job = _Job(self.function)
         decorated = hydra.main(config_path=str(folder), config_name=self.config_name, version_base="1.3")(job)
-        with _process_state(self.name, words):
-            try:
+        try:
+            with _process_state(self.name, words):
                 decorated()
-            except SystemExit as done:  # of argparse and of --cfg, --info
-                return int(done.code or OK)
-            except Exception as error:  # noqa: BLE001  # the last place where an error can become one line
-                return report(error)
+        except SystemExit as done:  # of argparse and of --cfg, --info
+            return int(done.code or OK)
+        except Exception as error:  # noqa: BLE001  # the last place where an error can become one line
+            return report(error)
         return max(job.statuses, default=OK)
 
 
@@ -120,7 +124,8 @@ def run_function(function: Callable[[DictConfig], int], cfg: DictConfig) -> int:
     """
     missing = sorted(OmegaConf.missing_keys(cfg))
     if missing:
-        raise UsageError(f"no value for {', '.join(missing)}: add {' '.join(f'{key}=...' for key in missing)}")
+        example = " ".join(f"{key}=..." for key in missing)
+        raise UsageError(f"no value for {', '.join(missing)}: add {example}")
     return function(cfg)
 
 
@@ -133,8 +138,9 @@ def report(error: BaseException) -> int:
         _complain(str(cause))
         return int(getattr(cause, "exit_status", FAILED))
     if _is_usage(error):
-        inner = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else None
-        _complain(f"{error}\n{inner}" if inner is not None else str(error))
+        # Hydra's errors say what, their override or OmegaConf's error below them says where
+        place = getattr(error, "override", None) or error.__cause__
+        _complain(f"{error}\n{place}" if place and str(place) not in str(error) else str(error))
         return USAGE
     traceback.print_exception(error)
     return FAILED
@@ -142,7 +148,10 @@ def report(error: BaseException) -> int:
 
 def say(text: str) -> None:
     """Print a result of a command: the one place of the package that writes to stdout."""
-    print(text, flush=True)  # noqa: T201
+    try:
+        print(text, flush=True)  # noqa: T201
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough; nor may Python flush again at its end
+        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")
 
 
 def config_dir() -> Path:
@@ -155,7 +164,7 @@ def config_dir() -> Path:
     for folder in (package / "configs", package.parent / "configs"):
         if (folder / "train.yaml").is_file():
             return folder
-    raise UserError(f"no configs in {package / 'configs'} or {package.parent / 'configs'}; install varestorer again")
+    raise UserError(f"no configs in {package / 'configs'} or {package.parent / 'configs'}; reinstall varestorer")
 
 
 def compose(config_name: str, overrides: Sequence[str] = (), configs: Path | None = None) -> DictConfig:
@@ -207,16 +216,55 @@ def _is_quoted(value: str) -> bool:
 
 @contextlib.contextmanager
 def _process_state(name: str, words: list[str]) -> Iterator[None]:
-    """Words and settings Hydra takes from the process; exceptions come back instead of its own exit(1)."""
-    completing = any(word in ("-sc", "--shell-completion") for word in words)
-    settings = [] if completing else [f"hydra.job.name={name}", *SETTINGS]
-    argv, full = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
-    options = [word for word in words if word.startswith("-")]
-    sys.argv = [argv[0], *_options_first(words), *settings] if not options else [argv[0], *words]
+    """Give Hydra its words through `sys.argv`, and have it raise errors instead of calling `exit(1)`."""
+    kept, full = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
+    sys.argv = [kept[0], *hydra_words(name, words)]
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         yield
     finally:
-        sys.argv = argv
-        if full is None:
-            os.environ.pop("HYDRA_FULL_ERROR", None)
+        sys.argv = kept
+        os.environ.pop("HYDRA_FULL_ERROR")
+        if full is not None:
+            os.environ["HYDRA_FULL_ERROR"] = full
+
+
+def hydra_words(name: str, words: Sequence[str]) -> list[str]:
+    """What Hydra gets to see: our settings, the overrides with their texts quoted, then the options.
+
+    In this order settings can be overridden, and overrides may be written on both sides of an option.
+    """
+    from hydra._internal.utils import get_args_parser
+
+    overrides = get_args_parser().parse_intermixed_args(list(words)).overrides
+    options = list(words)
+    for override in overrides:
+        options.remove(override)
+    completing = "-sc" in options or "--shell-completion" in options
+    settings = [] if completing else [f"hydra.job.name={name}", *SETTINGS]
+    return [*settings, *map(quote_value, overrides), *options]
+
+
+def _find(error: BaseException | None, kind: type[BaseException]) -> BaseException | None:
+    """The error, or the one that caused it, of the kind asked for: Hydra wraps what a constructor raises."""
+    while error is not None and not isinstance(error, kind):
+        error = error.__cause__
+    return error
+
+
+def _is_usage(error: BaseException) -> bool:
+    """Whether an error is about the words of the command: a key, a value, or a constructor's argument."""
+    from hydra.errors import HydraException, InstantiationException
+
+    if isinstance(error, InstantiationException):
+        return isinstance(error.__cause__, TypeError) and "argument" in str(error.__cause__)
+    return isinstance(error, HydraException | OmegaConfBaseException)
+
+
+def _complain(text: str) -> None:
+    sys.stderr.write(f"error: {text.strip()}\n")
+
+
+def _first_comment(path: Path) -> str:
+    with path.open(encoding="utf-8") as file:
+        return next((line.lstrip("# ").strip() for line in file if re.match(r"#(?! *@package)", line)), "")

@@ -59,6 +59,6 @@ class Captioner:
                 model = BlipForConditionalGeneration.from_pretrained(path)
                 return BlipProcessor.from_pretrained(path), model.eval().requires_grad_(False)
 
-            processor, model = load_pretrained(load, self.path, DEFAULT_NAME, "model.captioner")
+            processor, model = load_pretrained(load, self.path, DEFAULT_NAME, "captioner")
             self._loaded = processor, model.to(self.device)
         return self._loaded

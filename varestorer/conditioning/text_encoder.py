@@ -87,6 +87,6 @@ class TextEncoder:
                 model = T5EncoderModel.from_pretrained(path, dtype=self.dtype)
                 return AutoTokenizer.from_pretrained(path, legacy=True), model.eval().requires_grad_(False)
 
-            tokenizer, model = load_pretrained(load, self.path, DEFAULT_NAME, "model.text_encoder")
+            tokenizer, model = load_pretrained(load, self.path, DEFAULT_NAME, "text_encoder")
             self._loaded = tokenizer, model.to(self.device)
         return self._loaded

@@ -1,37 +1,29 @@
-"""Comparison of our networks with frozen tensors of the published ones (spec H).
-
-A folder of golden files holds tiny networks of the published form: `meta_va.json` (configuration), `meta_up.json`
-(settings of multi-step generation) and safetensors with weights under published names, inputs, intermediates and
-outputs. Any folder of that form works: the models are built from its own configuration.
-"""
+"""Comparison of our networks with golden tensors of the published ones (spec H)."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from einops import rearrange
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from varestorer.conditioning.pyramid import Condition, PyramidConditioner
+from varestorer.conditioning.restorer import restorer_from_state_dict, restorer_intermediates
+from varestorer.evaluation.golden import GoldenFolder
 from varestorer.losses.tokens import bit_cross_entropy, token_weights
-from varestorer.tokenizer import MultiScaleTokenizer, ScaleSchedule, TokenizerConfig, TokenPyramid
+from varestorer.tokenizer import MultiScaleTokenizer, ScaleSchedule, TokenPyramid
 from varestorer.tokenizer.residual import resize_area, resize_bilinear, to_tokens
-from varestorer.transformer import TextFeatures, TransformerConfig, VARTransformer
-from varestorer.transformer.adapters import attach_adapters, plain_state_dict
-from varestorer.transformer.generation import SamplingOptions, generate
+from varestorer.transformer import TextFeatures, VARTransformer
+from varestorer.transformer.generation import MultiStepGenerator, SamplingOptions
 from varestorer.transformer.layout import pyramid_layout
 from varestorer.transformer.masks import block_causal_mask
 from varestorer.transformer.rope import rope_table, rotate
 from varestorer.transformer.sampling import bits_to_map, select_bits
-from varestorer.utils.errors import UsageError, UserError
-from varestorer.weights.load import load_published_tokenizer, load_published_transformer
 
 FLOAT_TOLERANCE = 1e-4
 SELF_CORRECTED_SCALES = 3
@@ -55,88 +47,6 @@ class Check:
     def ok(self) -> bool:
         """Whether the difference is within the tolerance (never for NaN)."""
         return self.error <= self.tolerance
-
-
-class GoldenFolder:
-    """A folder of golden files, with models built from it.
-
-    Raises:
-        UsageError: the folder or one of its files is missing.
-    """
-
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
-        self.meta = self._json("meta_va.json")
-        self.multi_step = self._json("meta_up.json")
-        config = self.meta["config"]
-        self.config = config
-        self.schedule = ScaleSchedule.template(config["nscale"], config["ratio"])
-        given = tuple((h, w) for _, h, w in self.meta["scale_schedule"])
-        if self.schedule.scales != given:
-            raise UserError(f"{self.folder}: scale_schedule {given} is not the template of ratio {config['ratio']}")
-        self.tokenizer_tensors = self.tensors("vae")
-        self.teacher_tensors = self.tensors("teacher_outputs")
-        self.student_tensors = self.tensors("student")
-
-    def _json(self, name: str) -> dict:
-        try:
-            return json.loads((self.folder / name).read_text())
-        except (OSError, ValueError) as error:
-            raise UsageError(f"fixtures={self.folder}: cannot read {name} ({error})") from error
-
-    def tensors(self, stem: str) -> dict[str, Tensor]:
-        """Content of `<stem>.safetensors`."""
-        path = self.folder / f"{stem}.safetensors"
-        try:
-            return load_file(path)
-        except (OSError, SafetensorError) as error:
-            raise UsageError(f"fixtures={self.folder}: cannot read {path.name} ({error})") from error
-
-    @staticmethod
-    def state_dict(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The weights in a file: the entries under `sd/`."""
-        return {name.removeprefix("sd/"): t for name, t in tensors.items() if name.startswith("sd/")}
-
-    def tokenizer(self) -> MultiScaleTokenizer:
-        """The tokenizer with the folder's weights."""
-        config = TokenizerConfig(
-            channels=self.config["base_ch"], multipliers=self.config["ch_mult"], num_bits=self.config["d"]
-        )
-        tokenizer = MultiScaleTokenizer(config).eval().requires_grad_(False)
-        load_published_tokenizer(tokenizer, self.state_dict(self.tokenizer_tensors), "vae.safetensors")
-        return tokenizer
-
-    def _transformer(self) -> VARTransformer:
-        config = TransformerConfig(
-            width=self.config["C"],
-            depth=self.config["depth"],
-            num_heads=self.config["H"],
-            num_bits=self.config["d"],
-            text_width=self.config["Ct5"],
-            text_length=self.config["tlen"],
-        )
-        return VARTransformer(config).eval().requires_grad_(False)
-
-    def teacher(self) -> VARTransformer:
-        """The base network with the folder's weights."""
-        model = self._transformer()
-        weights = self.state_dict(self.tensors("teacher_weights"))
-        load_published_transformer(model, plain_state_dict(model), weights, "teacher_weights.safetensors")
-        return model
-
-    def student(self) -> VARTransformer:
-        """Base and adapters with the folder's weights, with the traits of the released student."""
-        model = self._transformer()
-        attach_adapters(model, self.config["r"], cross_value_bias=False)
-        weights = self.state_dict(self.student_tensors)
-        load_published_transformer(model, plain_state_dict(model), weights, "student.safetensors")
-        return model
-
-    def text(self, tensors: dict[str, Tensor]) -> TextFeatures:
-        """The two prompts of a file."""
-        ends = tensors["input/text_cu_seqlens"].tolist()
-        packed = tensors["input/text"]
-        return TextFeatures.from_list([packed[a:b] for a, b in zip(ends, ends[1:], strict=False)])
 
 
 @torch.inference_mode()
@@ -243,7 +153,7 @@ class _Recorder:
 
     def __init__(self, model: VARTransformer) -> None:
         self.seen: dict[str, Tensor] = {}
-        first = model.blocks[0]
+        first: Any = model.blocks[0]
         parts = {
             "mid/block_0_sa_out_before_gamma": first.self_attention,
             "mid/block_0_ca_out": first.cross_attention,
@@ -352,7 +262,7 @@ def compare_teacher(golden: GoldenFolder) -> Iterator[Check]:
     yield _float("teacher_outputs", tensors, "mid/cond", context.cond_BC)
     yield from recorder.checks("teacher_outputs", tensors)
     yield _float("teacher_outputs", tensors, "forced/logits", logits.flatten(2))
-    loss_BL = bit_cross_entropy(logits, pyramid.labels_BLZ())
+    loss_BL = bit_cross_entropy(logits, pyramid.labels())
     weights = token_weights(schedule)
     yield _float("teacher_outputs", tensors, "forced/loss_plain", loss_BL.mean())
     yield _float("teacher_outputs", tensors, "forced/loss_weight_per_token", weights)
@@ -379,14 +289,11 @@ def _compare_run(
     tensors = golden.teacher_tensors if file == "teacher_outputs" else golden.tensors(file)
     negative = golden.teacher_tensors["input/neg_text"]
     prompt = golden.text(golden.teacher_tensors).to_list()[:1]
-    result = generate(
-        teacher,
-        tokenizer.quantizer,
-        golden.schedule,
+    resize = resize_area if "area" in name else resize_bilinear
+    result = MultiStepGenerator(teacher, tokenizer.quantizer, golden.schedule, resize)(
         TextFeatures.from_list(prompt),
         SamplingOptions(settings["cfg"], settings["tau"], tuple(settings["cfg_insertion_layer"]), top_k=1),
         negative=TextFeatures.from_list([negative]) if name == "multi_neg" else None,
-        resize=resize_area if "area" in name else resize_bilinear,
     )
     for k, raw in result.logits.items():
         key = f"{name}/raw_logits_{k}"
@@ -402,8 +309,10 @@ def _compare_run(
 
 def compare_restorer(golden: GoldenFolder) -> Iterator[Check]:
     """The restorer that spandrel builds from the folder's weights."""
-    from varestorer.conditioning.restorer import restorer_from_state_dict
-
     tensors = golden.tensors("swinir")
     restorer = restorer_from_state_dict(golden.state_dict(tensors))
-    yield _float("swinir", tensors, "out/image01", restorer(tensors["input/image01"]))
+    seen = restorer_intermediates(restorer, tensors["input/image01"])
+    yield _float("swinir", tensors, "out/image01", seen["image01"])
+    for name in sorted(tensors):
+        if name.startswith("mid/"):
+            yield _float("swinir", tensors, name, seen[name.removeprefix("mid/")])

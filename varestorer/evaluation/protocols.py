@@ -62,8 +62,8 @@ class Protocol:
         return tuple(own.get(name, MetricSpec(name)) for name in names)
 
 
-def make_protocol(name: str, metrics: Mapping[str, Mapping[str, Any] | None] | None = None) -> Protocol:
-    """Build a protocol of one's own, or get a known one; what `configs/protocol/*.yaml` calls.
+def load_protocol(name: str, metrics: Mapping[str, Mapping[str, Any] | None] | None = None) -> Protocol:
+    """Get a known protocol, or build one of one's own; `configs/protocol/*.yaml` holds these arguments.
 
     Args:
         name: one of `PROTOCOLS`, or a new name together with `metrics`.

@@ -8,7 +8,7 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ RestoreImage = Callable[[Tensor, int], Tensor]
 """(image_3HW in [0, 1], seed of this image) -> restored image_3HW in [0, 1]."""
 
 Entry = dict[str, Any]
-"""What `restore.json` says of one input: output, seconds, seed, prompt; or the error."""
+"""What `restore.json` says of one input: output, seconds, seed and settings; or the error."""
 
 _BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}]"
 _SYSTEM_FILES = {"thumbs.db", "desktop.ini", REPORT_NAME}
@@ -154,19 +154,23 @@ def target_names(names: Iterable[str]) -> dict[str, str]:
 
 
 def restore_files(
-    plan: Plan, restore: RestoreImage, seed: int = 0, prompt: str | None = None, overwrite: bool = False
+    plan: Plan,
+    restore: RestoreImage,
+    seed: int = 0,
+    settings: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
 ) -> FolderReport:
     """Restore the files of a plan and write `restore.json` beside the results.
 
     Each image's seed is derived from `seed` and its name, so its result depends neither on the other files
-    nor on their order. Results appear whole or not at all. The report is written even if the run is interrupted,
-    and keeps earlier entries whose results are still there.
+    nor on their order. Results appear whole or not at all. The report is written even if the run is
+    interrupted, and keeps earlier entries whose results are still there.
 
     Args:
         plan: from `plan_restoration`.
         restore: restores one image with a seed.
         seed: of the whole run.
-        prompt: recorded in the report; `restore` already knows it.
+        settings: what else the entries say of how images were restored, e.g. the prompt.
         overwrite: restore again what has a result.
     Raises:
         UserError: the output folder or the report cannot be written.
@@ -182,7 +186,7 @@ def restore_files(
                 if (plan.output / job.target).exists() and not overwrite:
                     entries[job.name] = earlier.get(job.name, {}) | {"output": job.target, "skipped": True}
                 else:
-                    entries[job.name] = _restore_or_explain(job, plan.output, restore, seed, prompt)
+                    entries[job.name] = _restore_or_explain(job, plan.output, restore, seed, settings or {})
     finally:
         _write_report(path, earlier | entries)
     failed = {name: entry["error"] for name, entry in entries.items() if "error" in entry}
@@ -190,9 +194,7 @@ def restore_files(
     return FolderReport(path, len(entries) - len(failed) - num_skipped, num_skipped, failed)
 
 
-def _restore_or_explain(
-    job: Job, output: Path, restore: RestoreImage, seed: int, prompt: str | None
-) -> Entry:
+def _restore_or_explain(job: Job, output: Path, restore: RestoreImage, seed: int, settings: Mapping[str, Any]) -> Entry:
     """Restore one file; what is wrong with the file, or too big about it, becomes an entry."""
     try:
         image = load_image(job.source)
@@ -207,7 +209,7 @@ def _restore_or_explain(
             raise
         reason = f"not enough memory for {job.source}; lower batch, scale or the size of the image"
     else:
-        return {"output": job.target, "seconds": round(seconds, 4), "seed": seed, "prompt": prompt}
+        return {"output": job.target, "seconds": round(seconds, 4), "seed": seed, **settings}
     logger.warning("%s: %s", job.name, reason)
     return {"error": reason}
 

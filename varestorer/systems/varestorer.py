@@ -18,11 +18,12 @@ from torch import Tensor, nn
 
 from varestorer.conditioning.pyramid import Condition, PyramidConditioner
 from varestorer.conditioning.restorer import load_restorer
+from varestorer.systems.parts import load_part
 from varestorer.tokenizer import MultiScaleTokenizer, ScaleSchedule, TokenizerConfig, TokenPyramid
 from varestorer.tokenizer.autoencoder import init_weights as init_tokenizer_weights
 from varestorer.transformer import TextContext, TextFeatures, TransformerConfig, VARTransformer
 from varestorer.transformer.adapters import adapters_off, attach_adapters, init_adapters
-from varestorer.transformer.generation import SamplingOptions, generate
+from varestorer.transformer.generation import Generation, MultiStepGenerator, SamplingOptions
 from varestorer.transformer.layout import pyramid_layout
 from varestorer.transformer.masks import block_causal_mask
 from varestorer.transformer.sampling import Noise, bit_entropy, bits_to_map, keyed_noise, select_bits
@@ -81,7 +82,9 @@ class VARestorer(nn.Module):
         transformer: arguments of `TransformerConfig`.
         student: arguments of `StudentConfig`.
         restorer: file of the restorer that cleans images before they are tokenised, or None.
-        seed: of the random initial weights; None leaves the memory uninitialised, for weights that are loaded.
+        weights: files of the parts "tokenizer" and "transformer", published or of a run, see
+            `systems.loading.load_part`; a part without a file gets random weights.
+        seed: of the random weights.
     """
 
     def __init__(
@@ -91,7 +94,8 @@ class VARestorer(nn.Module):
         transformer: dict[str, Any],
         student: dict[str, Any] | None = None,
         restorer: str | None = None,
-        seed: int | None = 0,
+        weights: dict[str, str | None] | None = None,
+        seed: int = 0,
     ) -> None:
         super().__init__()
         self.schedule = ScaleSchedule.build(**schedule)
@@ -100,9 +104,7 @@ class VARestorer(nn.Module):
             self.tokenizer = MultiScaleTokenizer(TokenizerConfig(**tokenizer))
             self.transformer = VARTransformer(TransformerConfig(**transformer))
             if self.student_config.lora_rank:
-                attach_adapters(
-                    self.transformer, self.student_config.lora_rank, self.student_config.cross_value_bias
-                )
+                attach_adapters(self.transformer, self.student_config.lora_rank, self.student_config.cross_value_bias)
         self._check_sizes()
         self.config = {
             "schedule": dict(schedule),
@@ -111,10 +113,10 @@ class VARestorer(nn.Module):
             "student": asdict(self.student_config),
             "restorer": restorer,
         }
+        self._files = {part: file for part, file in (weights or {}).items() if file}
         if torch.get_default_device().type != "meta":
             self.to_empty(device=torch.get_default_device())
-            if seed is not None:
-                self.init_weights(seed)
+            self._fill(seed)
         self.restorer = load_restorer(restorer) if restorer else None
         self.conditioner = PyramidConditioner(
             self.tokenizer,
@@ -133,11 +135,25 @@ class VARestorer(nn.Module):
             raise UserError(f"model.transformer.num_levels must be at least {num_levels} for this schedule")
 
     @torch.no_grad()
-    def init_weights(self, seed: int) -> None:
-        """Random weights of tokenizer, transformer and adapters; the adapters start without effect."""
-        init_tokenizer_weights(self.tokenizer, torch_generator(seed, "tokenizer"))
-        self.transformer.init_weights(torch_generator(seed, "transformer"))
+    def _fill(self, seed: int) -> None:
+        """Weights of each part from its file, or drawn; adapters start without effect unless a file has them."""
+        unknown = self._files.keys() - {"tokenizer", "transformer"}
+        if unknown:
+            raise UserError(f"model.weights has the parts tokenizer and transformer, got {', '.join(sorted(unknown))}")
         init_adapters(self.transformer, torch_generator(seed, "adapters"))
+        if "tokenizer" in self._files:
+            load_part(self, "tokenizer", self._files["tokenizer"])
+        else:
+            init_tokenizer_weights(self.tokenizer, torch_generator(seed, "tokenizer"))
+        if "transformer" in self._files:
+            load_part(self, "transformer", self._files["transformer"])
+        else:
+            self.transformer.init_weights(torch_generator(seed, "transformer"))
+
+    def initial_state(self) -> dict[str, Tensor]:
+        """The weights that no file can give again: what was drawn at random."""
+        from_files = (*(f"{part}." for part in self._files), "restorer.")
+        return {name: tensor for name, tensor in self.state_dict().items() if not name.startswith(from_files)}
 
     @property
     def tile(self) -> int:
@@ -234,18 +250,11 @@ class VARestorer(nn.Module):
         limit = max(self.schedule.latent_size) / 4
         return [bits for bits in pyramid.indices if max(bits.shape[-2:]) <= limit]
 
-    def _continue(self, known_bits: Sequence[Tensor], text: TextFeatures, noise: Noise | None) -> Any:
+    def _continue(self, known_bits: Sequence[Tensor], text: TextFeatures, noise: Noise | None) -> Generation:
         """The teacher's scale-by-scale prediction of what follows the given scales."""
         with adapters_off(self.transformer):
-            return generate(
-                self.transformer,
-                self.tokenizer.quantizer,
-                self.schedule,
-                text,
-                SamplingOptions(),
-                noise=noise,
-                known_bits=known_bits,
-            )
+            generator = MultiStepGenerator(self.transformer, self.tokenizer.quantizer, self.schedule)
+            return generator(text, SamplingOptions(), noise=noise, known_bits=known_bits)
 
     def _uncertainty(self, logits_BLZ2: Tensor) -> Tensor:
         """Entropy maps of all scales, up-sampled to pixels and averaged, (B, H, W)."""
@@ -286,8 +295,9 @@ class VARestorer(nn.Module):
         """
         if select not in ("argmax", "sample"):
             raise UserError(f"select must be argmax or sample, got {select!r}")
-        size = scaled_size(*image.shape[-2:], scale)
-        enlarged = resize(image, size, "bicubic") if size != tuple(image.shape[-2:]) else image
+        height, width = image.shape[-2:]
+        size = scaled_size(height, width, scale)
+        enlarged = resize(image, size, "bicubic") if size != (height, width) else image
 
         def run(tiles_B3tt: Tensor, numbers: list[int]) -> Tensor:
             noise = keyed_noise(seed, numbers, "restore", self.device) if select == "sample" else None

@@ -57,7 +57,8 @@ class BinarySphericalQuantiser(nn.Module):
     def entropy_terms(self, features_BZhw: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """Soft-bit entropies in nats per bit: the mean of each bit's own, and that of each bit's average.
 
-        The first should be small (decided bits), the second large (every bit used both ways): the entropy terms of BSQ (arXiv 2406.07548).
+        The first should be small (decided bits), the second large (every bit used both ways): the entropy terms of
+        BSQ (arXiv 2406.07548).
         The features are normalised to the unit sphere first.
         """
         unit = nn.functional.normalize(features_BZhw, dim=1) / self.magnitude

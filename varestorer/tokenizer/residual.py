@@ -56,7 +56,7 @@ class TokenPyramid:
         """The decoder's input: the sum over all scales, (B, Z, h_K, w_K)."""
         return self.cumulative[-1]
 
-    def labels_BLZ(self) -> Tensor:
+    def labels(self) -> Tensor:
         """Bits of all scales as tokens, (B, L, Z) bool."""
         return torch.cat([to_tokens(bits) for bits in self.indices], dim=1)
 
@@ -65,7 +65,7 @@ class TokenPyramid:
 
         Infinity is trained on the bilinear resize even though it shrinks the map (spec A).
         """
-        scales = [tuple(bits.shape[-2:]) for bits in self.indices[1:]]
+        scales = [(bits.shape[-2], bits.shape[-1]) for bits in self.indices[1:]]
         resized = [resize(total, size) for total, size in zip(self.cumulative[:-1], scales, strict=True)]
         if not resized:
             return to_tokens(self.codes)[:, :0]

@@ -92,9 +92,7 @@ class ScaleSchedule:
         return cls(TEMPLATES[aspect][:num_scales], TEMPLATES[aspect])
 
     @classmethod
-    def build(
-        cls, size: str | int | None = None, aspect: float = 1.0, sides: list[int] | None = None
-    ) -> ScaleSchedule:
+    def build(cls, size: str | int | None = None, aspect: float = 1.0, sides: list[int] | None = None) -> ScaleSchedule:
         """A schedule from a config: a template's `size` and `aspect`, or the `sides` of square scales."""
         if sides is None:
             return cls.template("0.25M" if size is None else size, aspect)

@@ -80,9 +80,7 @@ class MultiScaleTokenizer(nn.Module):
             raise ValueError(f"image sides must be multiples of {self.stride} pixels, got {got}; pad first")
         return self.encoder(img_B3HW)
 
-    def encode(
-        self, img_B3HW: Tensor, schedule: ScaleSchedule, corrupt: Corruption | None = None
-    ) -> TokenPyramid:
+    def encode(self, img_B3HW: Tensor, schedule: ScaleSchedule, corrupt: Corruption | None = None) -> TokenPyramid:
         """Tokens of an image in [-1, 1] whose latent size is the schedule's last scale."""
         return self.quantizer(self.features(img_B3HW), schedule, corrupt)
 

@@ -6,7 +6,7 @@ A key that is not here, or a value of the wrong type, fails when the config is c
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import Any
 
@@ -95,20 +95,22 @@ class TrainerConfig:
         _require(0 <= self.final_lr_ratio <= 1, "final_lr_ratio", "in [0, 1]", self.final_lr_ratio)
         if self.clip_norm is not None:
             _require(self.clip_norm > 0, "clip_norm", "above 0, or null for no clipping", self.clip_norm)
-        divides = self.batch_size % self.accumulate == 0
-        _require(divides, "batch_size", f"a multiple of trainer.accumulate={self.accumulate}", self.batch_size)
+        multiple = f"a multiple of trainer.accumulate={self.accumulate}"
+        _require(self.batch_size % self.accumulate == 0, "batch_size", multiple, self.batch_size)
 
     def learning_rate_factor(self, step: int) -> float:
         """Part of the peak learning rate used by optimiser step `step` (from 1): a pure function.
 
-        Linear warm-up reaches 1 at `warmup_steps`; the cosine then falls to `final_lr_ratio` at `max_steps`.
+        Linear warm-up reaches 1 at `warmup_steps`; the cosine then falls and would be at `final_lr_ratio` in the
+        step after `max_steps`, so that the last step still moves.
         """
-        if step <= self.warmup_steps:
+        if step < self.warmup_steps:
             return step / self.warmup_steps
         if self.schedule is Schedule.constant:
             return 1.0
-        progress = (step - self.warmup_steps) / max(1, self.max_steps - self.warmup_steps)
-        cosine = 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+        taken = max(0, step - 1 - self.warmup_steps)
+        progress = min(1.0, taken / max(1, self.max_steps - self.warmup_steps))
+        cosine = 0.5 * (1.0 + math.cos(math.pi * progress))
         return self.final_lr_ratio + (1.0 - self.final_lr_ratio) * cosine
 
 
@@ -145,6 +147,7 @@ class TrainConfig:
     resume: Resume = Resume.none
     model: Any = None
     data: Any = None
+    heldout: Any = None
     degradation: Any = None
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     optimizer: Any = None
@@ -158,9 +161,13 @@ def trainer_config(node: DictConfig) -> TrainerConfig:
     """A composed `trainer` node as a checked dataclass.
 
     Raises:
-        UsageError: a value no run could mean.
-        omegaconf.errors.OmegaConfBaseException: an unknown key or a wrong type.
+        UsageError: an unknown key, or a value no run could mean.
+        omegaconf.errors.OmegaConfBaseException: a wrong type.
     """
+    known = [option.name for option in fields(TrainerConfig)]
+    for key in node:
+        if key not in known:
+            raise UsageError(f"trainer has no key {key!r}; it has {', '.join(known)}")
     config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TrainerConfig), node))
     if not isinstance(config, TrainerConfig):
         raise TypeError(f"trainer should be a {TrainerConfig.__name__}, got {type(config).__name__}")

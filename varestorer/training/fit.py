@@ -15,7 +15,6 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from varestorer.data import build_loader
-from varestorer.training import storage
 from varestorer.training.checkpoint import Checkpointer, Trained
 from varestorer.training.config import Precision, TrainerConfig
 from varestorer.training.ema import Ema
@@ -31,6 +30,7 @@ from varestorer.training.run import Run
 from varestorer.training.task import Batch, Task
 from varestorer.utils.device import pick_device
 from varestorer.utils.errors import UsageError, UserError
+from varestorer.weights import storage
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -45,7 +45,7 @@ def fit(
     optimizer: OptimizerFactory,
     run: Run,
     *,
-    preview: Batch | None = None,
+    preview: Mapping[str, Any] | None = None,
 ) -> None:
     """Train a task from scratch, or from the newest checkpoint of its stage in `run`, to `cfg.max_steps`.
 
@@ -129,7 +129,7 @@ class _Stage:
         run.rewind(task.name, trained.step)
         return cls(task, model, cfg, run, trained, checkpointer)
 
-    def backward(self, batches: Iterator[Batch], step: int) -> tuple[dict[str, float], list[str]]:
+    def backward(self, batches: Iterator[Mapping[str, Any]], step: int) -> tuple[dict[str, float], list[str]]:
         """Gradients of one optimiser step.
 
         Returns:
@@ -155,9 +155,10 @@ class _Stage:
     def check_losses(self, losses: Mapping[str, float], names: list[str], step: int) -> None:
         """Stop before a loss that is not finite can reach the weights."""
         if not math.isfinite(losses["loss"]):
-            bad = [key for key, value in losses.items() if key != "loss" and not math.isfinite(value)] or ["loss"]
+            parts = [key for key, value in losses.items() if key != "loss" and not math.isfinite(value)]
+            bad = ", ".join(parts or ["loss"])
             values = ", ".join(f"{key}={value:.4g}" for key, value in losses.items())
-            self._stop(f"loss part {', '.join(bad)} is not finite ({values})", names, step)
+            self._stop(f"loss part {bad} is not finite ({values})", names, step)
 
     def check_gradients(self, norm: float, names: list[str], step: int) -> None:
         """Stop before a gradient that is not finite can reach the weights."""
@@ -166,7 +167,7 @@ class _Stage:
             more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
             self._stop(f"gradient of {bad[0]}{more} is not finite, though the loss is", names, step)
 
-    def save_preview(self, batch: Batch) -> None:
+    def save_preview(self, batch: Mapping[str, Any]) -> None:
         """Save pictures made with the averaged weights; training goes on as if nothing had happened."""
         if not self.run.is_main:
             return
@@ -188,12 +189,12 @@ class _Stage:
     def _stop(self, problem: str, names: list[str], step: int) -> None:
         files = ", ".join(names[:NAMES_SHOWN]) + (", ..." if len(names) > NAMES_SHOWN else "")
         raise UserError(
-            f"step {step} of stage {self.task.name}: {problem}; stopped before the optimiser step. Files of the "
-            f"batch: {files}. Look at these, lower optimizer.lr, or use trainer.precision=fp32"
+            f"step {step} of stage {self.task.name}: {problem}; stopped before the optimiser step. "
+            f"Files of the batch: {files}. Look at these, lower optimizer.lr, or use trainer.precision=fp32"
         )
 
 
-def _batches(dataset: Dataset, cfg: TrainerConfig, start: int, accelerator: Accelerator) -> Iterator[Batch]:
+def _batches(dataset: Dataset, cfg: TrainerConfig, start: int, accelerator: Accelerator) -> Iterator[Mapping[str, Any]]:
     """Micro-batches of this process, from global sample `start` on, without end."""
     parts = accelerator.num_processes * cfg.accumulate
     if cfg.batch_size % parts:
@@ -209,8 +210,7 @@ def _batches(dataset: Dataset, cfg: TrainerConfig, start: int, accelerator: Acce
         rank=accelerator.process_index,
         world=accelerator.num_processes,
     )
-    with torch.random.fork_rng(devices=[]):  # an iterator draws a seed for its workers from the global generator
-        return iter(loader)
+    return iter(loader)
 
 
 def _schedule_record(cfg: TrainerConfig, trained: Trained) -> dict[str, Any]:
@@ -223,11 +223,17 @@ def _progress(stage: str, done: int, total: int, shown: bool) -> tqdm:
     """Bar with the loss and the time left; into a log file it writes a line every ten seconds."""
     every = 0.5 if sys.stderr.isatty() else 10.0
     return tqdm(
-        desc=stage, initial=done, total=total, unit="step", disable=not shown, mininterval=every, maxinterval=every
+        desc=stage,
+        initial=done,
+        total=total,
+        unit="step",
+        disable=not shown,
+        mininterval=every,
+        maxinterval=every,
     )
 
 
-def _to_device(batch: Batch, device: torch.device) -> Batch:
+def _to_device(batch: Mapping[str, Any], device: torch.device) -> Batch:
     return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
 
 

@@ -67,7 +67,7 @@ class WandbLogger:
 
     def finish(self) -> None:
         """Flush and close."""
-        self._run.finish(quiet=True)
+        self._run.finish()
 
     def _define(self, stage: str) -> None:
         if stage not in self._stages:
@@ -93,7 +93,7 @@ def open_wandb(
     try:
         import wandb
 
-        settings = wandb.Settings(silent=True, console="off", disable_git=True, x_disable_stats=True)
+        settings = wandb.Settings(silent=True, console="off")
         wandb_run = wandb.init(
             dir=str(run_dir),
             project=project,
@@ -106,13 +106,13 @@ def open_wandb(
             settings=settings,
         )
     except Exception as error:  # noqa: BLE001  # whatever its reason, a logger must not end a training run
-        LOG.warning("wandb could not start (%s); going on with metrics.jsonl alone, logger=none says so", error)
+        LOG.warning("wandb could not start (%s); going on with metrics.jsonl alone (as logger=none)", error)
         return NullLogger()
     return WandbLogger(wandb_run)
 
 
 def _run_id(run_dir: Path) -> str:
-    """The id of this folder's wandb run: drawn once, kept beside its files, so that a resume goes on with it."""
+    """The id of this folder's wandb run, drawn once and kept, so that a resume goes on with it."""
     path = run_dir / "wandb" / "run_id"
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)

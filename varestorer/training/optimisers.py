@@ -76,7 +76,7 @@ def optimizer_tensors(optimizer: Optimizer, parameters: Mapping[str, nn.Paramete
                 tensors[f"{key}/{name}"] = value
             elif value is not None:
                 kind = type(optimizer).__name__
-                raise UserError(f"{kind} keeps {key} as {type(value).__name__}, checkpoints hold tensors only")
+                raise UserError(f"{kind} keeps {key} as {type(value).__name__}; checkpoints hold tensors")
     return tensors
 
 

@@ -27,7 +27,8 @@ def capture_rng() -> tuple[dict[str, Any], dict[str, Tensor]]:
     """States of this process.
 
     Returns:
-        `{"python": ..., "numpy": ...}` of plain lists, and `{"cpu": uint8, "cuda": uint8}` (`cuda` where there is one).
+        `{"python": ..., "numpy": ...}` of plain lists, and uint8 tensors `{"cpu": ..., "cuda": ...}` (`cuda`
+        where there is one).
     """
     version, words, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)

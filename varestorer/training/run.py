@@ -18,12 +18,12 @@ import yaml
 from torch import Tensor
 
 import varestorer
-from varestorer.training import storage
-from varestorer.training.checkpoint import FOLDER
 from varestorer.training.loggers import Logger, NullLogger
 from varestorer.utils.errors import UsageError
 from varestorer.utils.files import atomic_write
 from varestorer.utils.images import save_image
+from varestorer.weights import storage
+from varestorer.weights.runs import FOLDER
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -32,7 +32,7 @@ LOG = logging.getLogger(__name__)
 CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
 FINISHED = "finished"
-PACKAGES = ("torch", "torchvision", "numpy", "accelerate", "peft", "transformers", "pyiqa", "hydra-core", "safetensors")
+PACKAGES = ("torch", "torchvision", "numpy", "accelerate", "peft", "transformers", "pyiqa", "hydra-core")
 
 
 class Run:
@@ -46,9 +46,7 @@ class Run:
         logger: gets the same numbers and pictures.
     """
 
-    def __init__(
-        self, run_dir: Path, accelerator: Accelerator, seed: int = 0, logger: Logger | None = None
-    ) -> None:
+    def __init__(self, run_dir: Path, accelerator: Accelerator, seed: int = 0, logger: Logger | None = None) -> None:
         """Open a new or existing folder.
 
         Args:
@@ -77,9 +75,9 @@ class Run:
         return self.stages.index(stage)
 
     def write_config(self, config: Mapping[str, Any]) -> None:
-        """Write `config.yaml`: the resolved config, and under `environment` the code and versions it ran with."""
+        """Write `config.yaml`, the resolved config."""
         if self.is_main:
-            text = yaml.safe_dump({**config, "environment": environment()}, sort_keys=False, allow_unicode=True)
+            text = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
             with atomic_write(self.run_dir / CONFIG) as temporary:
                 temporary.write_text(text, encoding="utf-8")
 
@@ -133,12 +131,11 @@ class Run:
         if self.is_main and (self.run_dir / METRICS).is_file():
             storage.sync(self.run_dir / METRICS)
 
-    def finish(self) -> None:
-        """Mark the run as finished and close the logger."""
+    def mark_finished(self) -> None:
+        """Say in the folder that nothing is left to do: `resume=auto` then looks for another run."""
         if self.is_main:
             with atomic_write(self.run_dir / FOLDER / FINISHED) as temporary:
                 temporary.write_text(f"{datetime.now().astimezone().isoformat()}\n", encoding="utf-8")
-            self.logger.finish()
 
 
 def kept_lines(path: Path, stage: str, step: int) -> list[str]:
@@ -155,9 +152,7 @@ def kept_lines(path: Path, stage: str, step: int) -> list[str]:
     return kept
 
 
-def choose_run_dir(
-    experiment: str, run_dir: str | Path | None, resume: bool, root: Path = Path("outputs")
-) -> Path:
+def choose_run_dir(experiment: str, run_dir: str | Path | None, resume: bool, root: Path = Path("outputs")) -> Path:
     """The folder a run writes to.
 
     Args:
@@ -171,7 +166,7 @@ def choose_run_dir(
     if run_dir is not None:
         folder = Path(run_dir)
         if holds_run(folder) and not resume:
-            raise UsageError(f"{folder} holds a run already; add resume=auto to go on with it, or give another run_dir")
+            raise UsageError(f"{folder} holds a run: add resume=auto to go on with it, or give another run_dir")
         return folder
     runs = sorted(path for path in (root / experiment).glob("*") if holds_run(path))
     unfinished = [path for path in runs if not (path / FOLDER / FINISHED).exists()]
@@ -186,8 +181,8 @@ def holds_run(folder: Path) -> bool:
 
 
 def environment() -> dict[str, Any]:
-    """Code and versions: `git` (commit, `-dirty` when files differ from it; None outside a checkout), packages."""
-    versions = {}
+    """Versions: `git` (commit, `-dirty` when files differ from it; None outside a checkout), packages."""
+    versions: dict[str, str | None] = {}
     for name in PACKAGES:
         try:
             versions[name] = metadata.version(name)

@@ -66,7 +66,7 @@ class Task(nn.Module, ABC):
         return parameter.ndim < 2
 
     def frozen_state(self) -> dict[str, Tensor]:
-        """The frozen base a checkpoint relies on without holding it: every saved tensor that does not train."""
+        """The frozen base a checkpoint relies on without holding it: saved tensors that do not train."""
         trained = self.trainable_parameters()
         named = ((name.removeprefix("system."), value) for name, value in self.state_dict().items())
         return {name: value for name, value in named if name not in trained and torch.is_tensor(value)}

@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +54,7 @@ def use_adapters(transformer: nn.Module, enabled: bool) -> None:
     for layer in _adapted_layers(transformer):
         layer.enable_adapters(enabled)
     for attention in _cross_attentions(transformer):
-        attention.use_v_bias = getattr(attention, "adapted_v_bias", True) if enabled else True
+        attention.use_v_bias = attention.adapted_v_bias if enabled else True
 
 
 @contextmanager
@@ -75,9 +76,7 @@ def plain_name(name: str) -> str:
     """A parameter's name without peft's wrapping: `X.base_layer.weight` -> `X.weight`, and
     `X.lora_A.student.weight` -> `X.lora_down.weight`."""
     name = name.replace(".base_layer.", ".")
-    return re.sub(
-        r"\.lora_([AB])\." + ADAPTER, lambda m: ".lora_down" if m.group(1) == "A" else ".lora_up", name
-    )
+    return re.sub(r"\.lora_([AB])\." + ADAPTER, lambda m: ".lora_down" if m.group(1) == "A" else ".lora_up", name)
 
 
 @torch.no_grad()
@@ -91,7 +90,7 @@ def merge_adapters(transformer: nn.Module) -> None:
         parent, _, child = name.rpartition(".")
         setattr(transformer.get_submodule(parent), child, layer.get_base_layer())
     for attention in _cross_attentions(transformer):
-        if not getattr(attention, "adapted_v_bias", True):
+        if not attention.adapted_v_bias:
             attention.v_bias.zero_()
         attention.adapted_v_bias = attention.use_v_bias = True
 
@@ -101,13 +100,13 @@ def plain_state_dict(module: nn.Module) -> dict[str, Tensor]:
     return {plain_name(name): tensor for name, tensor in module.state_dict().items()}
 
 
-def _named_adapted_layers(transformer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def _named_adapted_layers(transformer: nn.Module) -> Iterator[tuple[str, Any]]:
     for name, module in transformer.named_modules():
         if hasattr(module, "lora_A") and hasattr(module, "get_base_layer"):
             yield name, module
 
 
-def _adapted_layers(transformer: nn.Module) -> Iterator[nn.Module]:
+def _adapted_layers(transformer: nn.Module) -> Iterator[Any]:
     return (layer for _, layer in _named_adapted_layers(transformer))
 
 

@@ -74,13 +74,16 @@ class SelfAttention(nn.Module):
 class CrossAttention(nn.Module):
     """Image tokens look at the text; no normalisation, no positions.
 
-    `use_v_bias` is switched by `adapters.use_adapters`: the released student leaves the value bias out (spec C).
+    Attributes:
+        use_v_bias: whether the value bias is added now; switched by `adapters.use_adapters`.
+        adapted_v_bias: whether it is added while adapters are on; the released student leaves it out (spec C).
     """
 
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.use_v_bias = True
+        self.adapted_v_bias = True
         self.q = nn.Linear(width, width)
         self.kv = nn.Linear(width, 2 * width, bias=False)
         self.v_bias = nn.Parameter(torch.zeros(width))

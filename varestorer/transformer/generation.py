@@ -52,7 +52,7 @@ class SamplingOptions:
 
 @dataclass(frozen=True)
 class Generation:
-    """Result of `generate`.
+    """Result of a `MultiStepGenerator`.
 
     Attributes:
         bits: of each scale, (B, Z, h, w) bool.
@@ -66,74 +66,95 @@ class Generation:
     logits: dict[int, Tensor]
 
 
-@torch.no_grad()
-def generate(
-    transformer: VARTransformer,
-    quantizer: MultiScaleQuantizer,
-    schedule: ScaleSchedule,
-    text: TextFeatures,
-    options: SamplingOptions,
-    *,
-    noise: Noise | None = None,
-    negative: TextFeatures | None = None,
-    known_bits: Sequence[Tensor] = (),
-    resize: Callable[[Tensor, Scale], Tensor] = resize_bilinear,
-) -> Generation:
-    """Predict the bits of all scales one after the other, each seeing all before it.
+@dataclass(frozen=True)
+class MultiStepGenerator:
+    """Predicts the bits of all scales one after the other, each seeing all before it.
 
-    Args:
+    Attributes:
         transformer: the network, adapters off for the teacher.
         quantizer: turns bits into codes.
         schedule: the scales.
-        text: of the prompts.
-        options: guidance, temperatures and filters.
-        noise: uniform noise per scale; None is greedy.
-        negative: text of the unconditional half; None takes the learned null text.
-        known_bits: bits of the first scales, taken as they are; they are read in one pass.
         resize: how the sum so far becomes the next scale's input; VARestorer's own copy of Infinity used
             `resize_area`.
     """
-    settings = options.per_scale(len(schedule))
-    guided = any(cfg != 1 for cfg, _ in settings)
-    if guided:
-        other = negative or transformer.text.null(text.lengths)
-        text = TextFeatures.from_list([*text.to_list(), *other.to_list()])
-    context = transformer.text(text)
-    batch_size = len(text.lengths) // (2 if guided else 1)
-    device = context.cond_BC.device
-    layout = pyramid_layout(schedule, transformer.config.head_dim, device)
-    cache = [LayerCache(schedule.num_tokens) for _ in transformer.blocks]
 
-    bits, logits = list(known_bits), {}
-    total = torch.zeros(batch_size, transformer.config.num_bits, *schedule.latent_size, device=device)
-    inputs: list[Tensor] = []
-    for k, known in enumerate(bits):
-        total = total + resize_bilinear(quantizer.quantiser.codes(known), schedule.latent_size)
-        if k + 1 < len(schedule):
-            inputs.append(to_tokens(resize(total, schedule.scales[k + 1])))
+    transformer: VARTransformer
+    quantizer: MultiScaleQuantizer
+    schedule: ScaleSchedule
+    resize: Callable[[Tensor, Scale], Tensor] = resize_bilinear
 
-    start = 0
-    for k in range(len(bits), len(schedule)):
-        cfg, tau = settings[k]
-        span = slice(start, schedule.slices[k].stop)
-        mask = block_causal_mask(layout[span].levels_L) if start == 0 and k > 0 else None
-        tokens = torch.cat(inputs, dim=1) if inputs else None
-        if guided and tokens is not None:
-            tokens = tokens.repeat(2, 1, 1)
-        mix = _mix_after_blocks(cfg, options.insertion_layers, len(transformer.blocks), batch_size)
-        raw = transformer(tokens, context, layout[span], mask, cache, mix)[:, -schedule.num_tokens_per_scale[k] :]
-        logits[k] = raw
-        mixed = raw[:batch_size]
-        if cfg != 1 and 0 in options.insertion_layers:
-            mixed = cfg * mixed + (1 - cfg) * raw[batch_size:]
-        uniform = None if noise is None else noise(k, tuple(mixed.shape))
-        chosen = select_bits(mixed / tau, uniform, options.top_k, options.top_p)
-        bits.append(bits_to_map(chosen, schedule.scales[k]))
-        total = total + resize_bilinear(quantizer.quantiser.codes(bits[-1]), schedule.latent_size)
-        start = span.stop
-        if k + 1 < len(schedule):
-            inputs = [to_tokens(resize(total, schedule.scales[k + 1]))]
-    return Generation(bits, total, logits)
+    @torch.no_grad()
+    def __call__(
+        self,
+        text: TextFeatures,
+        options: SamplingOptions,
+        *,
+        noise: Noise | None = None,
+        negative: TextFeatures | None = None,
+        known_bits: Sequence[Tensor] = (),
+    ) -> Generation:
+        """Generate.
+
+        Args:
+            text: of the prompts.
+            options: guidance, temperatures and filters.
+            noise: uniform noise per scale; None is greedy.
+            negative: text of the unconditional half; None takes the learned null text.
+            known_bits: bits of the first scales, taken as they are; they are read in one pass.
+        """
+        settings = options.per_scale(len(self.schedule))
+        batch_size = len(text.lengths)
+        guided = any(cfg != 1 for cfg, _ in settings)
+        if guided:
+            other = negative or self.transformer.text.null(text.lengths)
+            text = TextFeatures.from_list([*text.to_list(), *other.to_list()])
+        context = self.transformer.text(text)
+        layout = pyramid_layout(self.schedule, self.transformer.config.head_dim, context.cond_BC.device)
+        cache = [LayerCache(self.schedule.num_tokens) for _ in self.transformer.blocks]
+
+        total, inputs = self._read(known_bits, batch_size, context.cond_BC.device)
+        bits, logits, start = list(known_bits), {}, 0
+        for k in range(len(bits), len(self.schedule)):
+            cfg, tau = settings[k]
+            new = layout[start : self.schedule.slices[k].stop]
+            start = self.schedule.slices[k].stop
+            # the first pass may hold several known scales, which must not see later ones
+            mask = block_causal_mask(new.levels_L) if len(new) > self.schedule.num_tokens_per_scale[k] else None
+            tokens = None if inputs is None else inputs.repeat(2 if guided else 1, 1, 1)
+            mix = _mix_after_blocks(cfg, options.insertion_layers, len(cache), batch_size)
+            raw = self.transformer(tokens, context, new, mask, cache, mix)
+            logits[k] = raw[:, -self.schedule.num_tokens_per_scale[k] :]
+            mixed = _mix_logits(logits[k], cfg if 0 in options.insertion_layers else 1.0, batch_size) / tau
+            uniform = None if noise is None else noise(k, tuple(mixed.shape))
+            chosen = select_bits(mixed, uniform, options.top_k, options.top_p)
+            bits.append(bits_to_map(chosen, self.schedule.scales[k]))
+            total, inputs = self._add(total, bits[-1], k)
+        return Generation(bits, total, logits)
+
+    def _read(
+        self, known_bits: Sequence[Tensor], batch_size: int, device: torch.device
+    ) -> tuple[Tensor, Tensor | None]:
+        """Sum of the known scales, and the inputs of the scales up to the first unknown one (None: just the start)."""
+        total = torch.zeros(batch_size, self.transformer.config.num_bits, *self.schedule.latent_size, device=device)
+        inputs = []
+        for k, bits in enumerate(known_bits):
+            total, following = self._add(total, bits, k)
+            if following is not None:
+                inputs.append(following)
+        return total, torch.cat(inputs, dim=1) if inputs else None
+
+    def _add(self, total: Tensor, bits: Tensor, scale_number: int) -> tuple[Tensor, Tensor | None]:
+        """The sum with one more scale, and from it the next scale's inputs (None after the last scale)."""
+        total = total + resize_bilinear(self.quantizer.quantiser.codes(bits), self.schedule.latent_size)
+        if scale_number + 1 == len(self.schedule):
+            return total, None
+        return total, to_tokens(self.resize(total, self.schedule.scales[scale_number + 1]))
+
+
+def _mix_logits(raw: Tensor, cfg: float, batch_size: int) -> Tensor:
+    """Guidance on logits: cfg * conditional + (1 - cfg) * unconditional."""
+    conditional = raw[:batch_size]
+    return conditional if cfg == 1 else cfg * conditional + (1 - cfg) * raw[batch_size:]
 
 
 def _mix_after_blocks(

@@ -6,12 +6,13 @@ Shapes: `B` batch, `L` tokens of a sequence, `C` width, `Z` bits per token.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
-import torch.utils.checkpoint
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -92,7 +93,7 @@ class VARTransformer(nn.Module):
                 nn.init.constant_(parameter, math.log(4.0))
             elif not name.endswith(".modulation"):
                 nn.init.trunc_normal_(parameter, std=std, a=-2, b=2, generator=generator)
-        for block in self.blocks:
+        for block in cast(Iterable[Block], self.blocks):
             for layer in (block.self_attention.proj, block.cross_attention.proj, block.ffn.fc2):
                 layer.weight.div_(math.sqrt(2 * self.config.depth))
             block.modulation.normal_(std=self.config.width**-0.5, generator=generator)

@@ -110,9 +110,7 @@ class TextPath(nn.Module):
         self.null_features = nn.Parameter(torch.zeros(text_length, text_width))
         self.norm = RMSNorm(text_width)
         self.pool = AttentivePool(text_width, width)
-        self.memory = nn.Sequential(
-            nn.Linear(text_width, width), nn.GELU(approximate="tanh"), nn.Linear(width, width)
-        )
+        self.memory = nn.Sequential(nn.Linear(text_width, width), nn.GELU(approximate="tanh"), nn.Linear(width, width))
         self.modulation = nn.Linear(width, 6 * width)
 
     def null(self, lengths: tuple[int, ...]) -> TextFeatures:

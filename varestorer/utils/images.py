@@ -8,12 +8,13 @@ import os
 import re
 import struct
 import zlib
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
 from einops import rearrange
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.nn.functional import interpolate
 
@@ -50,7 +51,7 @@ def list_images(folder: str | os.PathLike) -> list[Path]:
     Returns:
         Paths with an extension in `IMAGE_EXTENSIONS`, in natural order of their path inside the folder.
     Raises:
-        UserError: the folder does not exist or cannot be read.
+        UserError: the folder does not exist.
     """
     root = Path(folder)
     if not root.is_dir():
@@ -83,11 +84,18 @@ def load_image(path: str | os.PathLike) -> Tensor:
     try:
         with Image.open(path) as file:
             array = _rgb_array(ImageOps.exif_transpose(file))
-    except FileNotFoundError as error:
-        raise UserError(f"no such image: {path}") from error
     except BROKEN_IMAGE_ERRORS as error:
-        raise UserError(f"cannot read the image {path}: {str(error) or type(error).__name__}") from error
+        raise broken_image(path, error) from error
     return rearrange(torch.from_numpy(array), "h w c -> c h w").contiguous()
+
+
+def broken_image(path: str | os.PathLike, error: Exception) -> UserError:
+    """One line about a picture that Pillow could not read, naming the file once."""
+    if isinstance(error, FileNotFoundError):
+        return UserError(f"no such image: {path}")
+    if isinstance(error, UnidentifiedImageError):
+        return UserError(f"cannot read the image {path}: the file holds no picture in a known format")
+    return UserError(f"cannot read the image {path}: {str(error) or type(error).__name__}")
 
 
 def _rgb_array(image: Image.Image) -> np.ndarray:
@@ -176,6 +184,7 @@ def pad_reflect(img: Tensor, top: int, bottom: int, left: int, right: int) -> Te
     return img
 
 
+@lru_cache(maxsize=256)
 def _mirror_index(length: int, before: int, after: int, device: torch.device) -> Tensor:
     """Source index of each padded position: a triangle wave of period 2 (length - 1)."""
     position = torch.arange(-before, length + after, device=device)

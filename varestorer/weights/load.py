@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from varestorer.weights.files import check_names_and_shapes
 from varestorer.weights.published import (
@@ -19,7 +20,7 @@ from varestorer.weights.published import (
 )
 
 
-def load_published_tokenizer(tokenizer: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
+def load_published_tokenizer(tokenizer: Any, tensors: Mapping[str, Tensor], source: str) -> None:
     """Copy a published tokenizer into a `MultiScaleTokenizer` of the same sizes."""
     num_levels = len(tokenizer.config.multipliers)
     names = {name: published_tokenizer_name(name, num_levels) for name in tokenizer.state_dict()}
@@ -31,7 +32,7 @@ def load_published_tokenizer(tokenizer: nn.Module, tensors: Mapping[str, Tensor]
 
 
 def load_published_transformer(
-    transformer: nn.Module, plain: Mapping[str, Tensor], tensors: Mapping[str, Tensor], source: str
+    transformer: Any, plain: Mapping[str, Tensor], tensors: Mapping[str, Tensor], source: str
 ) -> None:
     """Copy a published teacher, or student (base and adapters), into a `VARTransformer`.
 

@@ -1,5 +1,6 @@
 """Making low-quality pictures out of good ones."""
 
+from varestorer.data.degradation.operations import round_to_8bit
 from varestorer.data.degradation.pipeline import (
     BicubicDegradation,
     Degradation,
@@ -9,4 +10,12 @@ from varestorer.data.degradation.pipeline import (
     RandomResize,
 )
 
-__all__ = ["BicubicDegradation", "Degradation", "Degrade", "RandomBlur", "RandomNoise", "RandomResize"]
+__all__ = [
+    "BicubicDegradation",
+    "Degradation",
+    "Degrade",
+    "RandomBlur",
+    "RandomNoise",
+    "RandomResize",
+    "round_to_8bit",
+]

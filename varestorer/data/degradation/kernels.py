@@ -5,6 +5,7 @@ its own mirror image through the centre. Lengths are pixels, angles radians.
 """
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -48,6 +49,7 @@ def sinc_kernel(size: int, cutoff: float) -> Tensor:
     return _normalise(torch.where(radius == 0, cutoff**2 / (4 * math.pi), away))
 
 
+@lru_cache(maxsize=64)
 def _offsets(size: int) -> tuple[Tensor, Tensor]:
     """(size, 1) rows and (1, size) columns relative to the centre, float64."""
     if size < 1 or size % 2 == 0:

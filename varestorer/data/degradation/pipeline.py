@@ -3,8 +3,9 @@
 Each random step is a small frozen dataclass of plain numbers; calling it with a picture and a generator draws
 its parameters and applies it. The defaults are the published preset (`configs/degradation/realesrgan.yaml`).
 
-One deviation from the reference code: pictures are resized to whole sizes, so that the content keeps its place
-(the code resizes by a factor and lets up to a pixel drift at the far edge).
+Deviations from the reference code: pictures are resized to whole sizes, so that the content keeps its place
+(the code resizes by a factor and lets up to a pixel drift at the far edge), and JPEG is the real one, with
+whole-numbered quality, not a differentiable imitation.
 """
 
 import math
@@ -12,7 +13,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from varestorer.data.degradation.kernels import gaussian_kernel, plateau_kernel, sinc_kernel
@@ -28,31 +28,39 @@ from varestorer.utils.errors import UserError
 from varestorer.utils.images import resize
 
 Range = tuple[float, float]
-Degrade = Callable[[Tensor, np.random.Generator], Tensor]  # HQ (3, H, W) to LQ of the same size, both in [0, 1]
+# from HQ (3, H, W) to LQ of the same size, both in [0, 1]
+Degrade = Callable[[Tensor, np.random.Generator], Tensor]
 RESAMPLING = ("area", "bilinear", "bicubic")
 
 
 class _Step:
-    """Checks the numbers of a step: lists become tuples, ranges must be (low, high), `*prob` in [0, 1]."""
+    """Checks the settings of a step: lists become tuples, ranges are (low, high), probabilities in [0, 1]."""
 
     def __post_init__(self) -> None:
         for item in fields(self):  # type: ignore[arg-type]
             value = getattr(self, item.name)
             where = f"{type(self).__name__}.{item.name}"
-            if isinstance(value, list | tuple):
-                value = tuple(value)
-                object.__setattr__(self, item.name, value)
-                self._check_tuple(where, value)
+            if isinstance(item.default, tuple):
+                object.__setattr__(self, item.name, tuple(value))
+                self._check_tuple(where, tuple(value), item.default)
             elif item.name.endswith("prob") and not 0 <= value <= 1:
                 raise UserError(f"{where} must be a probability in [0, 1], got {value}")
 
     @staticmethod
-    def _check_tuple(where: str, value: tuple[float, ...]) -> None:
-        if where.endswith("probs"):
-            if min(value) < 0 or abs(sum(value) - 1) > 1e-6:
-                raise UserError(f"{where} must be probabilities that sum to 1, got {list(value)}")
+    def _check_tuple(where: str, value: tuple, default: tuple) -> None:
+        wanted = None
+        if where.endswith("modes"):
+            if not value or not set(value) <= set(RESAMPLING):
+                wanted = f"some of {list(RESAMPLING)}"
+        elif where.endswith("probs"):
+            if len(value) != len(default) or min(value) < 0 or abs(sum(value) - 1) > 1e-6:
+                wanted = f"{len(default)} probabilities that sum to 1"
         elif len(value) != 2 or value[0] > value[1]:
-            raise UserError(f"{where} must be a range [low, high], got {list(value)}")
+            wanted = "a range [low, high]"
+        elif where.endswith("size") and value[0] % 2 == 0:
+            wanted = "a range that starts with an odd number of pixels"
+        if wanted:
+            raise UserError(f"{where} must be {wanted}, got {list(value)}")
 
 
 def _uniform(rng: np.random.Generator, limits: Range) -> float:
@@ -124,7 +132,9 @@ class RandomResize(_Step):
     direction_probs: tuple[float, ...] = (0.2, 0.7, 0.1)
     factor: Range = (0.3, 1.5)
 
-    def __call__(self, img_CHW: Tensor, rng: np.random.Generator, base: tuple[int, int] | None = None) -> Tensor:
+    def __call__(
+        self, img_CHW: Tensor, rng: np.random.Generator, base: tuple[int, int] | None = None
+    ) -> Tensor:
         """Resize to a random multiple of `base` (height, width); None: of the picture's own size."""
         low, high = self.factor
         limits = ((1.0, high), (low, 1.0), (1.0, 1.0))[int(rng.choice(3, p=self.direction_probs))]
@@ -158,7 +168,7 @@ class RandomNoise(_Step):
 
 @dataclass(frozen=True)
 class Degradation(_Step):
-    """Real-ESRGAN's order of steps, with `specs` of the VARestorer line of work (no sharpening of the target).
+    """Real-ESRGAN's order of steps, without its sharpening of the target.
 
     blur, resize, noise, JPEG; blur, resize to about 1/scale, noise; {resize to 1/scale and sinc} and JPEG in
     random order; resize back, clamp, round to 8 bit.
@@ -172,6 +182,7 @@ class Degradation(_Step):
         final_sinc_cutoff: its cut-off, radians a pixel.
         final_sinc_size: its side, odd numbers of this range.
         jpeg2: quality of the second JPEG.
+        enlarge_modes: methods to draw from for the last resize; [bicubic] is how test images are enlarged.
     """
 
     scale: int = 4
@@ -181,11 +192,14 @@ class Degradation(_Step):
     jpeg1: tuple[int, int] = (60, 95)
     blur2: RandomBlur = field(default_factory=lambda: RandomBlur(prob=0.5, sigma=(0.2, 1.5)))
     resize2: RandomResize = field(default_factory=lambda: RandomResize((0.3, 0.4, 0.3), (0.6, 1.2)))
-    noise2: RandomNoise = field(default_factory=lambda: RandomNoise(sigma=(1.0, 12.0), poisson_scale=(0.05, 1.0)))
+    noise2: RandomNoise = field(
+        default_factory=lambda: RandomNoise(sigma=(1.0, 12.0), poisson_scale=(0.05, 1.0))
+    )
     final_sinc_prob: float = 0.8
     final_sinc_cutoff: Range = (math.pi / 3, math.pi)
     final_sinc_size: tuple[int, int] = (7, 21)
     jpeg2: tuple[int, int] = (60, 100)
+    enlarge_modes: tuple[str, ...] = RESAMPLING
 
     def __call__(self, hq_3HW: Tensor, rng: np.random.Generator) -> Tensor:
         """Spoil a picture.
@@ -207,7 +221,7 @@ class Degradation(_Step):
         else:
             x = compress_jpeg(x, _integer(rng, self.jpeg2))
             x = self._shrink(x, small, rng)
-        return round_to_8bit(resample(x, full, _draw_mode(rng)))
+        return round_to_8bit(resample(x, full, _draw_mode(rng, self.enlarge_modes)))
 
     def _shrink(self, x_CHW: Tensor, size: tuple[int, int], rng: np.random.Generator) -> Tensor:
         """Resize to the small size, then the final sinc filter."""
@@ -231,8 +245,8 @@ class BicubicDegradation:
         return round_to_8bit(resize(small, full))
 
 
-def _draw_mode(rng: np.random.Generator) -> str:
-    return RESAMPLING[int(rng.integers(len(RESAMPLING)))]
+def _draw_mode(rng: np.random.Generator, modes: tuple[str, ...] = RESAMPLING) -> str:
+    return modes[int(rng.integers(len(modes)))]
 
 
 def _scaled(length: int, factor: float) -> int:

@@ -31,9 +31,10 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     Raises:
         UserError: it cannot be written (disk full, no permission); names the folder. Older ones stay.
     """
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary = target.with_name(f".{target.name}.tmp")
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for leftover in target.parent.glob(".*.tmp"):  # of a process that was killed while writing
+            shutil.rmtree(leftover)
         temporary.mkdir(parents=True)
         yield temporary
         _seal(temporary)
@@ -105,7 +106,7 @@ def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

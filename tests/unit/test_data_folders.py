@@ -1,0 +1,108 @@
+import pytest
+
+from varestorer.data import embedded_photographs, find_pairs, hq_images
+from varestorer.data.embedded import embedded_paths
+from varestorer.utils.errors import UserError
+
+
+def touch(root, *names):
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b"")
+
+
+def relative(paths, root):
+    return [path.relative_to(root).as_posix() for path in paths]
+
+
+def test_a_folder_of_images_is_taken_whole(tmp_path):
+    touch(tmp_path, "b.png", "sub/a.jpg", "readme.txt")
+    assert relative(hq_images(tmp_path), tmp_path) == ["b.png", "sub/a.jpg"]
+
+
+@pytest.mark.parametrize("side", ["hr", "HQ", "gt", "test_HR", "DIV2K_train_HR"])
+def test_only_the_good_side_is_taken(tmp_path, side):
+    touch(tmp_path, f"{side}/a.png", "test_LR/a.png", "lq/b.png", "masks/c.png")
+    assert relative(hq_images(tmp_path), tmp_path) == [f"{side}/a.png"]
+
+
+def test_training_side_before_validation_side(tmp_path):
+    touch(tmp_path, "DIV2K_valid_HR/a.png", "DIV2K_train_HR/b.png")
+    assert relative(hq_images(tmp_path), tmp_path) == ["DIV2K_train_HR/b.png"]
+
+
+def test_names_that_only_look_like_a_side(tmp_path):
+    touch(tmp_path, "chr/a.png", "armchair/b.png")
+    assert len(hq_images(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("root", ["gone", ""])
+def test_missing_root_says_what_belongs_there(tmp_path, root):
+    with pytest.raises(UserError, match="data.root=.*folder of images.*test_HR"):
+        hq_images(tmp_path / root if root else "")
+
+
+def test_root_without_images(tmp_path):
+    touch(tmp_path, "notes.txt")
+    with pytest.raises(UserError, match="holds no image"):
+        hq_images(tmp_path)
+
+
+@pytest.mark.parametrize(("low", "high"), [("lr", "hr"), ("lq", "gt"), ("test_LR", "test_HR"), ("LQ", "HQ")])
+def test_pairs_match_by_name(tmp_path, low, high):
+    touch(tmp_path, *(f"{low}/{name}" for name in ("a2.png", "a10.png", "s/a2.png")))
+    touch(tmp_path, *(f"{high}/{name}" for name in ("a2.jpg", "a10.png", "s/a2.png")))
+    pairs = find_pairs(tmp_path)
+    assert [name for name, _, _ in pairs] == ["a2", "a10", "s/a2"]
+    assert pairs[0][1:] == (tmp_path / low / "a2.png", tmp_path / high / "a2.jpg")
+
+
+def test_endings_are_taken_off_when_no_plain_name_matches(tmp_path):
+    touch(tmp_path, "lr/Canon_001_LR4.png", "lr/0801x4.png", "hr/Canon_001_HR.png", "hr/0801.png")
+    assert [name for name, _, _ in find_pairs(tmp_path)] == ["0801", "Canon_001"]
+
+
+def test_images_without_partner_are_listed(tmp_path):
+    touch(tmp_path, "lr/a.png", "lr/b.png", "hr/a.png", "hr/c.png")
+    with pytest.raises(UserError, match=r"2 images have no partner.*lr/b.png.*hr/c.png"):
+        find_pairs(tmp_path)
+
+
+def test_equal_names_are_refused(tmp_path):
+    touch(tmp_path, "lr/a.png", "lr/a.jpg", "hr/a.png")
+    with pytest.raises(UserError, match=r"same name.*a\.(jpg|png).*a\.(jpg|png)"):
+        find_pairs(tmp_path)
+
+
+def test_no_pairs_says_what_was_found(tmp_path):
+    touch(tmp_path, "hr/a.png", "other/b.png")
+    with pytest.raises(UserError, match="test_LR.*found hr, other"):
+        find_pairs(tmp_path)
+    with pytest.raises(UserError, match="data.root=.*gone"):
+        find_pairs(tmp_path / "gone")
+    (tmp_path / "lr").mkdir()
+    with pytest.raises(UserError, match="1 images have no partner"):
+        find_pairs(tmp_path)
+
+
+def test_benchmark_pairs(shared):
+    pairs = find_pairs(shared / "benchmarks" / "realsr")
+    assert len(pairs) == 100
+    assert all(low.stem == high.stem == name for name, low, high in pairs)
+
+
+def test_embedded_photographs_and_their_split():
+    names = {split: [name for name, _ in embedded_photographs(split)] for split in ("train", "heldout")}
+    assert names["heldout"] == ["china", "coffee"]
+    assert names["train"] == ["astronaut", "chelsea", "motorcycle_left", "motorcycle_right", "rocket", "flower"]
+    for _, photo in embedded_photographs("train"):
+        assert photo.shape[0] == 3 and min(photo.shape[1:]) >= 300
+        assert (photo[0] - photo[2]).abs().mean() > 0.01  # in colour
+    with pytest.raises(ValueError, match="train or heldout"):
+        embedded_paths("test")
+
+
+def test_missing_package_is_named(monkeypatch):
+    monkeypatch.setattr("varestorer.data.embedded.find_spec", lambda module: None)
+    with pytest.raises(UserError, match="scikit-image, which is not installed.*pip install.*data=folder"):
+        embedded_paths("train")

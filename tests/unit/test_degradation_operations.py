@@ -1,0 +1,115 @@
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import conv2d, interpolate
+
+from varestorer.data.degradation.kernels import gaussian_kernel, sinc_kernel
+from varestorer.data.degradation.operations import (
+    add_gaussian_noise,
+    add_poisson_noise,
+    blur,
+    compress_jpeg,
+    resample,
+    round_to_8bit,
+)
+from varestorer.utils.images import pad_reflect
+
+
+def noise_image(height=48, width=40, seed=0):
+    return torch.rand(3, height, width, generator=torch.Generator().manual_seed(seed))
+
+
+def smooth_image(side=64):
+    ramp = torch.linspace(0, 1, side)
+    rows, columns = torch.meshgrid(ramp, ramp, indexing="ij")
+    return torch.stack([rows, columns, (rows * 20).sin() / 2 + 0.5])
+
+
+def rng(seed=0):
+    return np.random.default_rng(seed)
+
+
+@pytest.mark.parametrize("size", [(48, 40), (12, 12), (3, 30), (1, 1), (37, 61)])
+def test_blur_is_a_direct_correlation(size):
+    img = noise_image(*size)
+    kernel = gaussian_kernel(21, 0.8, 2.5, theta=0.4)
+    kernel[0, 3] += 0.2  # no symmetry: a flipped kernel would show
+    expected = conv2d(pad_reflect(img, 10, 10, 10, 10)[:, None], kernel[None, None])[:, 0]
+    assert blur(img, kernel).shape == img.shape
+    assert torch.allclose(blur(img, kernel), expected, atol=2e-6)
+
+
+def test_blur_keeps_flat_pictures_and_lowers_contrast():
+    flat = torch.full((3, 20, 20), 0.3)
+    assert torch.allclose(blur(flat, sinc_kernel(21, 1.0)), flat, atol=1e-6)
+    assert blur(noise_image(), gaussian_kernel(21, 2.0)).std() < 0.3 * noise_image().std()
+
+
+@pytest.mark.parametrize("mode", ["area", "bilinear", "bicubic"])
+def test_resample_is_torchs_without_antialiasing(mode):
+    options = {} if mode == "area" else {"align_corners": False}
+    expected = interpolate(noise_image()[None], (13, 17), mode=mode, antialias=False, **options)[0]
+    assert torch.equal(resample(noise_image(), (13, 17), mode), expected)
+
+
+@pytest.mark.parametrize("use_grey", [False, True])
+def test_gaussian_noise_has_the_moments_asked_for(use_grey):
+    clean = torch.full((3, 200, 200), 0.5)
+    noise = add_gaussian_noise(clean, 12.0, use_grey, rng()) - clean
+    assert abs(noise.mean()) < 1e-3
+    assert noise.std() * 255 == pytest.approx(12.0, rel=0.02)
+    assert torch.equal(noise[0], noise[1]) == use_grey
+    assert torch.equal(noise, add_gaussian_noise(clean, 12.0, use_grey, rng()) - clean)
+
+
+@pytest.mark.parametrize("use_grey", [False, True])
+def test_poisson_noise_has_the_moments_asked_for(use_grey):
+    grey = (torch.arange(256 * 256) % 256).float().reshape(1, 256, 256) / 255
+    clean = grey.expand(3, -1, -1)  # all 256 levels: 256 photons at white
+    noise = add_poisson_noise(clean, 0.5, use_grey, rng()) - clean
+    assert torch.equal(noise[0], noise[1]) == use_grey
+    for level in (40, 128, 200):
+        at_level = noise[:, :, level]
+        expected = 0.5 * np.sqrt(level / 255 / 256)
+        assert at_level.std() == pytest.approx(expected, rel=0.12)
+        assert abs(at_level.mean()) < 5 * expected / np.sqrt(256)
+    assert torch.equal(noise, add_poisson_noise(clean, 0.5, use_grey, rng()) - clean)
+
+
+def test_poisson_noise_of_few_levels_is_stronger():
+    two_levels = torch.full((3, 100, 100), 0.5)
+    two_levels[:, :, ::2] = 0.6  # 2 levels: 2 photons at white
+    noise = add_poisson_noise(two_levels, 0.1, False, rng()) - two_levels
+    assert noise[:, :, 1::2].std() == pytest.approx(0.1 * np.sqrt(0.5 / 2), rel=0.05)
+
+
+def test_noise_stays_in_range():
+    for noisy in (
+        add_gaussian_noise(noise_image(), 60.0, False, rng()),
+        add_poisson_noise(noise_image() * 1.4 - 0.2, 2.0, True, rng()),
+    ):
+        assert noisy.min() == 0 and noisy.max() == 1
+
+
+def test_jpeg_loses_more_at_low_quality():
+    clean = smooth_image()
+    errors = [(compress_jpeg(clean, quality) - clean).abs().mean() for quality in (95, 60, 10)]
+    assert 0 < errors[0] < errors[1] < errors[2] < 0.1
+    assert torch.equal(compress_jpeg(clean, 60), compress_jpeg(clean, 60))
+
+
+def test_jpeg_halves_the_colour_resolution():
+    stripes = torch.zeros(3, 32, 32)
+    stripes[0, :, ::2], stripes[2, :, 1::2] = 1, 1  # red and blue columns
+    out = compress_jpeg(stripes, 100)
+    assert (out[0, :, ::2] - out[0, :, 1::2]).mean() < 0.5
+
+
+def test_jpeg_takes_what_overshoots_and_tiny_pictures():
+    out = compress_jpeg(noise_image(1, 3) * 3 - 1, 75)
+    assert out.shape == (3, 1, 3) and out.min() >= 0 and out.max() <= 1
+
+
+def test_rounding():
+    out = round_to_8bit(torch.tensor([-0.2, 0.3, 1.7]))
+    assert out.tolist() == pytest.approx([0, round(0.3 * 255) / 255, 1])

@@ -1,0 +1,157 @@
+"""Perceptual and pixel losses: closed forms, gradients, precision."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from varestorer.losses.perceptual import (
+    MS_SSIM_WEIGHTS,
+    EncoderFeatureLoss,
+    LPIPSLoss,
+    MSSSIMLoss,
+    feature_distance,
+    ms_ssim,
+    num_scales,
+)
+from varestorer.losses.pixel import l1_loss, mse_loss
+from varestorer.utils.iqa import MetricUnavailableError
+from varestorer.utils.iqa_weights import missing_weights
+
+
+def pair(size: int = 48, noise: float = 0.2) -> tuple[Tensor, Tensor]:
+    """A prediction and its target in [-1, 1]."""
+    generator = torch.Generator().manual_seed(0)
+    target = torch.nn.functional.avg_pool2d(torch.randn(2, 3, 4 * size, 4 * size, generator=generator), 4)
+    target = target.clamp(-1, 1)
+    return (target + noise * torch.randn(target.shape, generator=generator)).clamp(-1, 1), target
+
+
+def pyramid(image: Tensor) -> list[Tensor]:
+    """A stand-in for an encoder: three maps of different sizes."""
+    half = torch.nn.functional.avg_pool2d(image, 2)
+    return [image + 2, torch.cat([half, half.square()], dim=1), torch.nn.functional.avg_pool2d(half, 2)]
+
+
+LOSSES = {"ms_ssim": MSSSIMLoss(), "features": EncoderFeatureLoss(pyramid), "mse": mse_loss, "l1": l1_loss}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_loss_is_zero_for_equal_images_and_grows_with_noise(name: str) -> None:
+    loss = LOSSES[name]
+    values = [loss(*pair(noise=noise)).item() for noise in (0.0, 0.05, 0.2, 0.5)]
+    assert values[0] == pytest.approx(0, abs=1e-6)
+    assert values == sorted(values) and values[1] > 1e-4
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_gradients_are_finite_and_lead_downhill(name: str) -> None:
+    loss = LOSSES[name]
+    pred, target = pair()
+    for start in (pred, torch.zeros_like(pred)):
+        start = start.clone().requires_grad_()
+        before = loss(start, target)
+        (gradient,) = torch.autograd.grad(before, start)
+        assert gradient.isfinite().all() and gradient.abs().sum() > 0
+        step = 1e-2 / gradient.abs().max()
+        assert loss((start - step * gradient).detach(), target) < before
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_loss_is_the_mean_over_the_batch(name: str) -> None:
+    pred, target = pair()
+    singles = [LOSSES[name](pred[i : i + 1], target[i : i + 1]) for i in range(2)]
+    assert torch.allclose(LOSSES[name](pred, target), torch.stack(singles).mean(), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_shapes_must_agree(name: str) -> None:
+    pred, target = pair()
+    with pytest.raises(ValueError, match=r"target's shape \(1, 3, 48, 48\), got \(2, 3, 48, 48\)"):
+        LOSSES[name](pred, target[:1])
+
+
+def test_pixel_losses_follow_their_formulas() -> None:
+    pred, target = torch.tensor([1.0, -1.0]), torch.tensor([0.5, 0.0])
+    assert mse_loss(pred, target).item() == pytest.approx((0.25 + 1) / 2)
+    assert l1_loss(pred, target).item() == pytest.approx(0.75)
+
+
+def test_one_scale_equals_scikit_image() -> None:
+    from skimage.metrics import structural_similarity
+
+    pred, target = [(image + 1) / 2 for image in pair(64)]
+    for i in range(2):
+        wanted = structural_similarity(
+            *(np.moveaxis(image[i].double().numpy(), 0, -1) for image in (pred, target)),
+            gaussian_weights=True,
+            sigma=1.5,
+            use_sample_covariance=False,
+            data_range=1.0,
+            channel_axis=-1,
+        )
+        ours = ms_ssim(pred[i : i + 1], target[i : i + 1], max_scales=1)
+        assert ours.item() == pytest.approx(wanted, abs=1e-4)
+
+
+def test_flat_images_leave_the_luminance_of_the_coarsest_scale() -> None:
+    a, b, c1 = 0.8, 0.5, 1e-4
+    weights = MS_SSIM_WEIGHTS[:3]
+    wanted = ((2 * a * b + c1) / (a * a + b * b + c1)) ** (weights[-1] / sum(weights))
+    ours = ms_ssim(torch.full((1, 3, 48, 48), a), torch.full((1, 3, 48, 48), b))
+    assert ours.item() == pytest.approx(wanted, abs=1e-3)
+
+
+def test_number_of_scales_keeps_the_window_inside() -> None:
+    assert [num_scales(side) for side in (8, 21, 22, 48, 88, 175, 176, 512)] == [1, 1, 2, 3, 4, 4, 5, 5]
+    for side in (8, 23, 48):
+        assert MSSSIMLoss()(*pair(side)).isfinite()
+
+
+def test_autocast_does_not_change_ms_ssim() -> None:
+    pred, target = pair()
+    wanted = MSSSIMLoss()(pred, target)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(MSSSIMLoss()(pred, target), wanted)
+
+
+def test_feature_distance_of_known_vectors() -> None:
+    east, north = torch.zeros(1, 2, 4, 4), torch.zeros(1, 2, 4, 4)
+    east[:, 0], north[:, 1] = 3, 5
+    assert feature_distance([east], [north]).item() == pytest.approx(2, abs=1e-4)
+    assert feature_distance([east], [7 * east]).item() == pytest.approx(0, abs=1e-6)
+    assert feature_distance([east], [-east]).item() == pytest.approx(4, abs=1e-4)
+    mixed = feature_distance([east, east], [north, east], level_weights=[0.25, 0.75])
+    assert mixed.item() == pytest.approx(0.5, abs=1e-4)
+    with pytest.raises(ValueError, match="got 2, 1 and 2"):
+        feature_distance([east, east], [north])
+    with pytest.raises(ValueError, match="got 0, 0 and 0"):
+        feature_distance([], [])
+
+
+def test_target_gets_no_gradient_from_feature_loss() -> None:
+    pred, target = pair()
+    target = target.requires_grad_()
+    EncoderFeatureLoss(pyramid)(pred.requires_grad_(), target).backward()
+    assert target.grad is None and pred.grad is not None
+
+
+def test_lpips_without_weights_says_which_file(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
+    with pytest.raises(MetricUnavailableError, match="alexnet-owt-7be5be79.pth in .*checkpoints"):
+        LPIPSLoss(offline=True)
+    with pytest.raises(ValueError, match="net must be one of alex, vgg"):
+        LPIPSLoss("squeeze")
+
+
+def test_lpips_is_frozen_deterministic_and_differentiable() -> None:
+    if missing := missing_weights("lpips"):
+        pytest.skip(f"LPIPS weights not here: {'; '.join(missing)}")
+    loss = LPIPSLoss().train()
+    assert not loss.network.training and not any(p.requires_grad for p in loss.parameters())
+    pred, target = pair()
+    pred.requires_grad_()
+    value = loss(pred, target)
+    value.backward()
+    assert value.item() > 0.01 and pred.grad.isfinite().all() and pred.grad.abs().sum() > 0
+    assert torch.equal(loss(pred, target), value) and loss(target, target).item() == 0

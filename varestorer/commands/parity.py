@@ -1,0 +1,51 @@
+"""`varestorer parity`: our networks against frozen tensors of the published ones."""
+
+from __future__ import annotations
+
+import logging
+
+from omegaconf import DictConfig
+
+from varestorer.commands.entry import FAILED, OK, Command, say
+
+HELP = """
+varestorer parity: compare the networks with golden tensors.
+
+usage: varestorer parity fixtures=FOLDER      (or: python scripts/parity.py fixtures=FOLDER)
+
+The folder holds meta_va.json (sizes of tiny networks), meta_up.json (settings of multi-step generation) and
+safetensors with weights under published names, inputs and outputs. Networks are built from the folder's own sizes.
+For every golden tensor a line says its name, the largest error, the tolerance and whether that is ok.
+
+options
+  fixtures=FOLDER   the golden files
+
+Exit status: 0 all within tolerance, 1 at least one is over, 2 wrong command or unreadable folder.
+"""
+
+
+def parity(cfg: DictConfig) -> int:
+    """Compare every golden tensor of `cfg.fixtures` and say how each fared.
+
+    Raises:
+        UsageError: the folder or one of its files cannot be read.
+    """
+    from varestorer.evaluation.parity import FLOAT_TOLERANCE, compare
+
+    logging.getLogger("varestorer").setLevel(logging.WARNING)
+    say(f"{'tensor':58} {'max error':>10} {'tolerance':>10}  ok")
+    checks = []
+    for check in compare(cfg.fixtures):
+        checks.append(check)
+        say(f"{check.name:58} {check.error:10.2e} {check.tolerance:10.0e}  {'yes' if check.ok else 'NO'}")
+    over = [check for check in checks if not check.ok]
+    floats = [check for check in checks if check.tolerance == FLOAT_TOLERANCE]
+    worst = max(floats, key=lambda check: check.error)
+    say(f"\n{len(checks)} golden tensors of {cfg.fixtures}: {len(over)} over the tolerance")
+    say(f"worst float: {worst.error:.2e} ({worst.name})")
+    for check in over:
+        say(f"over: {check.name}  {check.error:.2e} > {check.tolerance:.0e}")
+    return FAILED if over else OK
+
+
+COMMAND = Command("parity", "parity", parity, HELP)

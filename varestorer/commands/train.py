@@ -1,0 +1,249 @@
+"""`train`: the stages of an experiment, one after the other, in one folder."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from varestorer.commands.entry import OK, Command, say
+
+# beside giving the types, this registers the schemas that configs/train.yaml is checked against
+from varestorer.training.config import Resume, TrainConfig, trainer_config
+from varestorer.utils.errors import UsageError, UserError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from varestorer.training.run import Run
+    from varestorer.training.task import Batch
+
+LOG = logging.getLogger(__name__)
+SECTIONS = ("trainer", "optimizer", "data")  # of the config, which a stage may change for itself
+PREVIEW_IMAGES = 4
+NO_LOGGER = {"_target_": "varestorer.training.loggers.no_logger", "_partial_": True}
+
+HELP = """
+varestorer train: train a network, in one stage or several.
+
+usage: varestorer train +experiment=NAME [key=value ...]      (or: python scripts/train.py ...)
+
+  varestorer train +experiment=quickstart                     ten minutes on a CPU, no downloads
+  varestorer train +experiment=quickstart trainer.max_steps=2 two steps of every stage
+  varestorer train +experiment=dmd_div2k data.root=DIV2K      the paper's distillation on DIV2K
+  varestorer train +experiment=quickstart resume=auto         go on with the newest unfinished run
+
+options
+  run_dir=FOLDER             where to write; default outputs/<experiment>/<time>
+  resume=none|auto           auto goes on with run_dir, else with the newest unfinished run of the experiment
+  device=auto|cpu|cuda|mps   where to compute
+  seed=0                     of weights, data and everything else that is drawn
+  data.root=FOLDER           photographs to train on
+  trainer.max_steps=N        optimiser steps of a stage; given here it counts for every stage
+  trainer.batch_size=N       samples per step over all processes; trainer.accumulate=N does it in N parts
+  trainer.checkpoint_every=N steps between checkpoints; trainer.sample_every=N between pictures
+  trainer.precision=auto|fp32|bf16
+  optimizer.lr=X             peak learning rate, for every stage
+  stages.NAME.trainer.max_steps=N   the same for one stage
+  logger=wandb|none          curves beside metrics.jsonl; wandb is offline without WANDB_API_KEY
+
+Any other key of the config can be set too: add --cfg job to see them all. -m runs several values in turn
+(seed=0,1,2). Several GPUs: accelerate launch scripts/train.py +experiment=NAME.
+
+The folder gets config.yaml, metrics.jsonl, samples/*.png and checkpoints/; ckpt=FOLDER uses its weights in
+`varestorer eval` and `varestorer restore`. Exit status: 0 well, 1 failed, 2 wrong command.
+"""
+
+
+def train(cfg: DictConfig) -> int:
+    """Train every stage of `cfg` in order, each starting from the averaged weights of those before.
+
+    Args:
+        cfg: composed from `configs/train.yaml`.
+    Raises:
+        UserError: see `fit`; UsageError: the config asks for nothing, or for something impossible.
+    """
+    stages = stage_configs(cfg, command_line())
+    run = open_run(cfg, list(stages))
+    try:
+        system = build_system(cfg, run)
+        for name, stage in stages.items():
+            train_stage(name, stage, system, run)
+        written = write_report(cfg, system, run)
+        run.mark_finished()
+    finally:
+        run.logger.finish()
+    if run.is_main:
+        say(summary(run.run_dir, written))
+    return OK
+
+
+def open_run(cfg: DictConfig, stages: list[str]) -> Run:
+    """Choose the folder (in the first process, for all), write the config and start the logger."""
+    from accelerate.utils import broadcast_object_list
+    from hydra.utils import instantiate
+
+    from varestorer.training.fit import make_accelerator
+    from varestorer.training.run import Run, choose_run_dir, environment
+
+    accelerator = make_accelerator(str(cfg.device))
+    folder = [""]
+    if accelerator.is_main_process:
+        resume = cfg.resume is Resume.auto
+        folder = [str(choose_run_dir(experiment_name(cfg), cfg.run_dir, resume))]
+    broadcast_object_list(folder)
+    run = Run(Path(folder[0]), accelerator, cfg.seed)
+    run.stages = stages
+    if run.is_main:
+        config = {**resolve(cfg), "run_dir": folder[0], "environment": environment()}
+        run.write_config(config)
+        run.logger = instantiate(cfg.logger or NO_LOGGER, _convert_="all")(run.run_dir, config)
+        LOG.info("run folder: %s", run.run_dir)
+    return run
+
+
+def build_system(cfg: DictConfig, run: Run) -> nn.Module:
+    """Build the system with the weights the run starts from.
+
+    What is drawn at random is saved at the start and loaded in a resume. A system whose weights come from
+    files says so by an `initial_state()` that leaves them out (or is empty).
+    """
+    from hydra.utils import instantiate
+
+    from varestorer.training.checkpoint import save_initial
+    from varestorer.training.rng import seed_everything
+    from varestorer.weights.runs import load_initial
+
+    seed_everything(cfg.seed, "model")
+    system: nn.Module = instantiate(cfg.model, _convert_="all")
+    initial = load_initial(run.run_dir)
+    run.accelerator.wait_for_everyone()  # the other processes have looked before the first one writes
+    if initial is not None:
+        load_into(system, initial)
+    elif run.is_main and (state := getattr(system, "initial_state", system.state_dict)()):
+        save_initial(run.run_dir, state)
+    return system
+
+
+def load_into(system: nn.Module, weights: dict[str, Any]) -> None:
+    """Load a run's weights into a system that may have more (those that come from files).
+
+    Raises:
+        UserError: the system has no place for some of them.
+    """
+    try:
+        unexpected = system.load_state_dict(weights, strict=False).unexpected_keys
+    except RuntimeError as error:  # torch's word for tensors of another shape
+        raise UserError(f"the run was started with another model: {error}") from error
+    if unexpected:
+        raise UserError(f"the run was started with another model: this one has no {unexpected[0]}")
+
+
+def train_stage(name: str, cfg: DictConfig, system: nn.Module, run: Run) -> None:
+    """Train one stage; a stage that is finished already only gives its weights to the system."""
+    from hydra.utils import instantiate
+
+    from varestorer.training.fit import fit
+
+    task = instantiate(cfg.stages[name].task, _partial_=True, _convert_="all")(system=system)
+    task.name = name
+    dataset = instantiate(cfg.data, _convert_="all")
+    optimizer = instantiate(cfg.optimizer, _convert_="all")
+    fit(task, dataset, trainer_config(cfg.trainer), optimizer, run, preview=preview_batch(cfg, dataset))
+
+
+def preview_batch(cfg: DictConfig, dataset: Any) -> Batch:
+    """The first few pairs of `heldout` (of the training data, if the config has no held-out set)."""
+    from hydra.utils import instantiate
+
+    from varestorer.data.loader import collate
+
+    source = dataset if cfg.heldout is None else instantiate(cfg.heldout, _convert_="all")
+    batch = collate([source[number] for number in range(min(PREVIEW_IMAGES, len(source)))])
+    if isinstance(batch, UserError):  # collate's way of handing one on
+        raise batch
+    return dict(batch)
+
+
+def write_report(cfg: DictConfig, system: nn.Module, run: Run) -> Path | None:
+    """Call the experiment's `report` (`run_dir, system, config, device` -> path), in the first process."""
+    from hydra.utils import instantiate
+
+    if cfg.report is None or not run.is_main:
+        return None
+    write = instantiate(cfg.report, _partial_=True, _convert_="all")
+    written = write(run_dir=run.run_dir, system=system, config=resolve(cfg), device=run.accelerator.device)
+    return None if written is None else Path(written)
+
+
+def stage_configs(cfg: DictConfig, words: Sequence[str]) -> dict[str, DictConfig]:
+    """The whole config as each stage sees it, all checked before anything starts.
+
+    A stage's own `trainer`, `optimizer` and `data` go over the run's; what was given on the command line
+    (`trainer.max_steps=2`) goes over both, unless the command line names the stage too.
+
+    Raises:
+        UsageError: no stages, or a value no run could mean.
+    """
+    if not cfg.stages:
+        raise UsageError("nothing to train: the config has no stages; add +experiment=quickstart, see --help")
+    configs = {name: stage_config(cfg, name, words) for name in cfg.stages}
+    for config in configs.values():
+        trainer_config(config.trainer)
+    return configs
+
+
+def stage_config(cfg: DictConfig, stage: str, words: Sequence[str]) -> DictConfig:
+    """The config as one stage sees it; `words` are the overrides of the command line."""
+    merged = copy.deepcopy(cfg)
+    keys = [word.lstrip("+").split("=", 1)[0] for word in words]
+    for section in SECTIONS:
+        if cfg[section] is None:
+            raise UsageError(f"the config has no {section}; choose one, such as {section}=NAME, see --help")
+        OmegaConf.set_struct(merged[section], section != "data")  # a dataset may take keys of its own
+        merged[section] = OmegaConf.merge(merged[section], cfg.stages[stage][section])
+        for key in keys:
+            inner = key.removeprefix(f"{section}.")
+            if inner != key and f"stages.{stage}.{key}" not in keys:
+                OmegaConf.update(merged, key, OmegaConf.select(cfg, key), force_add=True)
+    return merged
+
+
+def command_line() -> list[str]:
+    """The overrides Hydra was called with; none when the config was composed by other means."""
+    from hydra.core.hydra_config import HydraConfig
+
+    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
+
+
+def experiment_name(cfg: DictConfig) -> str:
+    """`experiment_name`, else the choice `+experiment=`, else `train`."""
+    from hydra.core.hydra_config import HydraConfig
+
+    chosen = HydraConfig.get().runtime.choices.get("experiment") if HydraConfig.initialized() else None
+    return str(cfg.experiment_name or chosen or "train")
+
+
+def resolve(cfg: DictConfig) -> dict[str, Any]:
+    """The config as plain values, all references and the experiment's name filled in."""
+    resolved: Any = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
+    return {**resolved, "experiment_name": experiment_name(cfg)}
+
+
+def summary(run_dir: Path, report: Path | None) -> str:
+    """What the command says at the end."""
+    lines = [
+        f"run:         {run_dir}",
+        f"metrics:     {run_dir / 'metrics.jsonl'}",
+        f"pictures:    {run_dir / 'samples'}",
+        f"checkpoints: {run_dir / 'checkpoints'}   (use them with ckpt={run_dir})",
+    ]
+    return "\n".join(lines if report is None else [*lines, f"report:      {report}"])
+
+
+COMMAND = Command("train", "train", train, HELP, groups=("experiment",))
+__all__ = ["COMMAND", "TrainConfig", "train"]

@@ -1,0 +1,153 @@
+"""Endless training pairs as functions of one number.
+
+Sample n = 0, 1, 2, ... of a run is image `order(epoch)[n % images]` of epoch `n // images`; its crop, flip
+and degradation come from generators keyed by (seed, n). So the pairs do not depend on the number of workers
+or processes, and the position of the data in a run is one integer.
+"""
+
+from collections.abc import Sequence
+from typing import TypedDict
+
+import numpy as np
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from varestorer.data.crops import cut, draw_box, fill_square, random_square
+from varestorer.data.degradation import Degrade, round_to_8bit
+from varestorer.data.embedded import embedded_paths
+from varestorer.data.folders import find_pairs, hq_images
+from varestorer.data.store import ImageStore
+from varestorer.utils.errors import UserError
+from varestorer.utils.images import resize
+from varestorer.utils.seeds import numpy_generator
+
+
+class Sample(TypedDict):
+    """A pair: `hq`, `lq` (3, H, W) float32 in [0, 1], `lq` at the size of `hq`; `key`: the sample number."""
+
+    hq: Tensor
+    lq: Tensor
+    name: str
+    key: int
+
+
+class EpochOrder:
+    """Which image sample n shows: a new permutation of all images every epoch."""
+
+    def __init__(self, num_images: int, seed: int) -> None:
+        self.num_images, self.seed = num_images, seed
+        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
+
+    def __getitem__(self, n: int) -> int:
+        epoch, place = divmod(n, self.num_images)
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._order = numpy_generator(self.seed, "order", epoch).permutation(self.num_images)
+        return int(self._order[place])
+
+
+class PhotoCrops(Dataset[Sample]):
+    """Random squares of photographs, with bad versions made by a degradation.
+
+    Args:
+        root: a folder of images, or one that holds them in `hr`, `hq`, `gt`, `test_HR`, `NAME_train_HR`;
+            None: the embedded photographs (training side).
+        crop: side of the squares, pixels.
+        degradation: makes the bad picture from the good one and a NumPy generator.
+        seed: seed of order, place, flip and degradation.
+        downscale: range of a random zoom out, e.g. (1, 2): small crops then show more of a scene. None: off.
+        use_flip: mirror every other square, left to right.
+    Raises:
+        UserError: `root` is missing, without usable images, or more than 5 % of them are broken.
+    """
+
+    def __init__(
+        self,
+        root: str | None,
+        crop: int,
+        degradation: Degrade,
+        seed: int,
+        downscale: Sequence[float] | None = None,
+        use_flip: bool = True,
+    ) -> None:
+        if crop < 1:
+            raise UserError(f"data.crop must be a positive number of pixels, got {crop}")
+        if downscale is not None and not (len(downscale) == 2 and 1 <= downscale[0] <= downscale[1]):
+            raise UserError(f"data.downscale must be [low, high], 1 <= low <= high, got {list(downscale)}")
+        paths = embedded_paths("train") if root is None else hq_images(root)
+        self.crop, self.degradation, self.seed, self.use_flip = crop, degradation, seed, use_flip
+        self.downscale = None if downscale is None else (float(downscale[0]), float(downscale[1]))
+        self.store = ImageStore([(path,) for path in paths], root or "the embedded photographs")
+        self.order = EpochOrder(len(paths), seed)
+
+    def __len__(self) -> int:
+        """Number of images (of one epoch); sample numbers go on beyond it."""
+        return len(self.store)
+
+    def __getitem__(self, n: int) -> Sample:
+        """Make sample n, any number >= 0."""
+        index, (photo,) = self.store.read(self.order[n])
+        rng = numpy_generator(self.seed, "crop", n)
+        hq_3HW = random_square(photo, self.crop, rng, self.downscale)
+        if self.use_flip and rng.random() < 0.5:
+            hq_3HW = hq_3HW.flip(-1)
+        lq_3HW = self.degradation(hq_3HW, numpy_generator(self.seed, "degradation", n))
+        return {"hq": hq_3HW, "lq": lq_3HW, "name": self.store.items[index][0].stem, "key": n}
+
+
+class PairedCrops(Dataset[Sample]):
+    """Random squares of real pairs, the bad ones enlarged to the good ones' size (bicubic, 8-bit levels).
+
+    Args:
+        root: folder with `hr`, `hq`, `gt` or `test_HR` beside `lr`, `lq` or `test_LR`; names must match.
+        crop: side of the squares, pixels of the good image; a multiple of `scale`.
+        seed: seed of order, place and flip.
+        scale: how much larger the good images are; bad images already of their size are taken too.
+        use_flip: mirror every other square, left to right.
+    Raises:
+        UserError: `root` is missing or not of this form, sizes do not fit, or more than 5 % are broken.
+    """
+
+    def __init__(self, root: str, crop: int, seed: int, scale: int = 4, use_flip: bool = True) -> None:
+        if crop < 1 or crop % scale:
+            raise UserError(f"data.crop must be a positive multiple of scale {scale}, got {crop}")
+        pairs = find_pairs(root)
+        self.crop, self.seed, self.scale, self.use_flip = crop, seed, scale, use_flip
+        self.names = [name for name, _, _ in pairs]
+        self.store = ImageStore([(low, high) for _, low, high in pairs], str(root))
+        self.order = EpochOrder(len(pairs), seed)
+
+    def __len__(self) -> int:
+        """Number of pairs (of one epoch); sample numbers go on beyond it."""
+        return len(self.store)
+
+    def __getitem__(self, n: int) -> Sample:
+        """Make sample n, any number >= 0."""
+        index, (low, high) = self.store.read(self.order[n])
+        factor = pair_factor(low, high, self.scale, self.store.items[index])
+        rng = numpy_generator(self.seed, "crop", n)
+        box = draw_box((low.shape[-2], low.shape[-1]), self.crop // factor, rng)
+        top, left, height, width = (factor * side for side in box)
+        hq_3HW = cut(high, (top, left, height, width)).float() / 255
+        lq_3HW = round_to_8bit(resize(cut(low, box).float() / 255, (height, width)))
+        hq_3HW, lq_3HW = fill_square(hq_3HW, self.crop), fill_square(lq_3HW, self.crop)
+        if self.use_flip and rng.random() < 0.5:
+            hq_3HW, lq_3HW = hq_3HW.flip(-1), lq_3HW.flip(-1)
+        return {"hq": hq_3HW, "lq": lq_3HW, "name": self.names[index], "key": n}
+
+
+def pair_factor(low: Tensor, high: Tensor, scale: int, paths: Sequence[object]) -> int:
+    """How much larger the good image of a pair is: `scale`, or 1 if both have the same size.
+
+    Raises:
+        UserError: anything else; names both files (`paths`).
+    """
+    small, large = tuple(low.shape[-2:]), tuple(high.shape[-2:])
+    if small == large:
+        return 1
+    if large != (scale * small[0], scale * small[1]):
+        raise UserError(
+            f"{paths[1]} is {large[1]}x{large[0]}; wanted the same size as {paths[0]}, "
+            f"{small[1]}x{small[0]}, or {scale} times that"
+        )
+    return scale

@@ -1,0 +1,110 @@
+"""From a dataset to batches, for any number of workers and processes."""
+
+from collections.abc import Iterator
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from varestorer.data.datasets import Sample
+from varestorer.utils.errors import UserError
+from varestorer.utils.seeds import torch_generator
+
+
+class Batch(TypedDict):
+    """B pairs: `hq`, `lq` (B, 3, H, W) float32 in [0, 1]; B names; `key` (B,) int64 sample numbers."""
+
+    hq: Tensor
+    lq: Tensor
+    name: list[str]
+    key: Tensor
+
+
+class ShardedNumbers:
+    """Endless lists of sample numbers: this process's part of every global batch.
+
+    Global batch g holds the numbers `start + g * batch_size * world` and following; process r takes every
+    `world`-th of them from the r-th on.
+    """
+
+    def __init__(self, batch_size: int, start_sample: int, rank: int, world: int) -> None:
+        self.batch_size, self.start, self.rank, self.world = batch_size, start_sample, rank, world
+
+    def __iter__(self) -> Iterator[list[int]]:
+        first = self.start + self.rank
+        while True:
+            yield [first + i * self.world for i in range(self.batch_size)]
+            first += self.batch_size * self.world
+
+
+class _ErrorsAsValues(Dataset[Any]):
+    """Hands a UserError over as a value: torch would bury its message in the worker's traceback."""
+
+    def __init__(self, dataset: Dataset[Sample]) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, n: int) -> Sample | UserError:
+        try:
+            return self.dataset[n]
+        except UserError as error:
+            return error
+
+
+class PairLoader(DataLoader[Any]):
+    """A DataLoader that raises, here, the UserErrors its workers met."""
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        for batch in super().__iter__():
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch
+
+
+def collate(samples: list[Sample | UserError]) -> Batch | UserError:
+    """Stack samples of equal size; the first error, if any, takes the batch's place."""
+    for sample in samples:
+        if isinstance(sample, UserError):
+            return sample
+    good = [sample for sample in samples if not isinstance(sample, UserError)]
+    return {
+        "hq": torch.stack([sample["hq"] for sample in good]),
+        "lq": torch.stack([sample["lq"] for sample in good]),
+        "name": [sample["name"] for sample in good],
+        "key": torch.tensor([sample["key"] for sample in good]),
+    }
+
+
+def build_loader(
+    dataset: Dataset[Sample],
+    batch_size: int,
+    start_sample: int = 0,
+    num_workers: int = 0,
+    rank: int = 0,
+    world: int = 1,
+) -> PairLoader:
+    """Build an endless loader whose batches are a function of the position alone.
+
+    Args:
+        dataset: samples by number (`PhotoCrops`, `PairedCrops`).
+        batch_size: samples of one batch of this process.
+        start_sample: number of the first global sample, e.g. `step * batch_size * world` on resuming.
+        num_workers: worker processes; the batches are the same for any number.
+        rank: number of this process.
+        world: number of processes.
+    Returns:
+        Iterable of `Batch`.
+    """
+    if batch_size < 1 or not 0 <= rank < world or start_sample < 0 or num_workers < 0:
+        raise ValueError(
+            "wanted batch_size >= 1, 0 <= rank < world, start_sample >= 0, num_workers >= 0, got "
+            f"{batch_size=}, {rank=}, {world=}, {start_sample=}, {num_workers=}"
+        )
+    return PairLoader(
+        _ErrorsAsValues(dataset),
+        batch_sampler=ShardedNumbers(batch_size, start_sample, rank, world),  # type: ignore[arg-type]
+        collate_fn=collate,
+        num_workers=num_workers,
+        # without one torch draws the workers' seed from the global generator
+        generator=torch_generator(0, "loader"),
+    )

@@ -1,0 +1,138 @@
+"""Reading the images of a data set again and again: a bounded cache, and patience with a few broken files."""
+
+import logging
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from pathlib import Path
+
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import get_worker_info
+
+from varestorer.utils.errors import UserError
+from varestorer.utils.images import BROKEN_IMAGE_ERRORS, broken_image, load_image, to_uint8
+
+log = logging.getLogger(__name__)
+
+Item = tuple[Path, ...]
+CACHE_BYTES = 2**30  # over all the loader's workers of a process
+MAX_BROKEN = 0.05
+HEADERS_TO_CHECK = 300
+PIXELS_TO_CHECK = 32_000_000  # about a second of decoding
+
+
+class ImageStore:
+    """Decoded images by number; an item is a tuple of files that belong together (a photograph, or a pair).
+
+    Broken files are met with a warning, once, and replaced by the next good item, so that what a number gives
+    depends on the files alone. Up to `HEADERS_TO_CHECK` files are looked at in the beginning (a small folder:
+    all of them, wholly), the rest when their turn comes.
+
+    Args:
+        items: files of each item.
+        root: folder to name in messages.
+    Raises:
+        UserError: now or in `read`: no usable item, or more than 5 % broken ones; names folder and files.
+    """
+
+    def __init__(self, items: Sequence[Item], root: str) -> None:
+        self.items = list(items)
+        self.root = root
+        self._broken: dict[int, str] = {}
+        self._cache: OrderedDict[int, tuple[Tensor, ...]] = OrderedDict()
+        self._cached_bytes = 0
+        self._check_some()
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def read(self, index: int) -> tuple[int, tuple[Tensor, ...]]:
+        """Read item `index`, or the first good one after it.
+
+        Returns:
+            (its number, one uint8 (3, H, W) picture a file).
+        """
+        for candidate in chain(range(index, len(self.items)), range(index)):
+            images = self._try(candidate)
+            if images is not None:
+                return candidate, images
+        raise UserError(f"{self.root}: none of {len(self.items)} images can be read")
+
+    def read_all(self) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
+        """(number, pictures) of every good item in turn, as `read` gives them."""
+        for index in range(len(self.items)):
+            images = self._try(index)
+            if images is not None:
+                yield index, images
+
+    def _try(self, index: int) -> tuple[Tensor, ...] | None:
+        """The pictures of an item, None if it is broken."""
+        if index in self._broken:
+            return None
+        try:
+            return self._load(index)
+        except UserError as error:
+            self._mark_broken(index, str(error))
+            return None
+
+    def _load(self, index: int) -> tuple[Tensor, ...]:
+        if index in self._cache:
+            self._cache.move_to_end(index)
+            return self._cache[index]
+        images = tuple(to_uint8(load_image(path)) for path in self.items[index])
+        self._cache[index] = images
+        self._cached_bytes += _num_bytes(images)
+        worker = get_worker_info()
+        limit = CACHE_BYTES // (worker.num_workers if worker else 1)
+        while self._cached_bytes > limit and len(self._cache) > 1:
+            self._cached_bytes -= _num_bytes(self._cache.popitem(last=False)[1])
+        return images
+
+    def _mark_broken(self, index: int, reason: str) -> None:
+        """Warn, and stop when there are too many."""
+        self._note(index, reason)
+        self._stop_if_too_many(len(self.items))
+
+    def _note(self, index: int, reason: str) -> None:
+        log.warning("skipping a broken image: %s", reason)
+        self._broken[index] = reason
+
+    def _stop_if_too_many(self, total: int) -> None:
+        if len(self._broken) > MAX_BROKEN * total:
+            examples = "; ".join(list(self._broken.values())[:5])
+            of = f"of {total}" + (" looked at" if total < len(self.items) else "")
+            raise UserError(
+                f"{self.root}: {len(self._broken)} {of} images are broken (more than {MAX_BROKEN:.0%}); "
+                f"repair or remove them: {examples}"
+            )
+
+    def _check_some(self) -> None:
+        """Open evenly spread files, and decode as many of them as `PIXELS_TO_CHECK` allows."""
+        count = min(len(self.items), HEADERS_TO_CHECK)
+        budget = PIXELS_TO_CHECK
+        for number in range(count):
+            index = number * len(self.items) // count
+            try:
+                for path in self.items[index]:
+                    budget -= _check_file(path, budget)
+            except UserError as error:
+                self._note(index, str(error))
+        self._stop_if_too_many(count)
+
+
+def _check_file(path: Path, budget: int) -> int:
+    """Read a file's header, and its pixels if they are within the budget; returns the pixels decoded."""
+    try:
+        with Image.open(path) as file:
+            num_pixels = file.width * file.height
+    except BROKEN_IMAGE_ERRORS as error:
+        raise broken_image(path, error) from error
+    if num_pixels > budget:
+        return 0
+    load_image(path)
+    return num_pixels
+
+
+def _num_bytes(images: tuple[Tensor, ...]) -> int:
+    return sum(image.numel() for image in images)

@@ -1,0 +1,158 @@
+"""What a run has learned, on held-out photographs: every way to restore them, side by side, in one report."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from varestorer.evaluation.evaluator import Evaluator
+from varestorer.evaluation.protocols import load_protocol
+from varestorer.evaluation.report import write_report
+from varestorer.systems.varestorer import VARestorer
+from varestorer.utils.images import resize
+from varestorer.utils.tiling import restore_tiled
+
+SCALE = 4
+
+
+@dataclass(frozen=True)
+class Photograph:
+    """A held-out photograph: LR and HQ, (3, h, w) and (3, 4h, 4w) in [0, 1]."""
+
+    name: str
+    lr: Tensor
+    hq: Tensor
+
+
+def photographs(samples: Iterable[Mapping[str, Any]]) -> list[Photograph]:
+    """LR images of held-out pairs, whose degraded side comes at the size of the good one."""
+    found = []
+    for sample in samples:
+        height, width = (side // SCALE for side in sample["lq"].shape[-2:])
+        lr = resize(sample["lq"], (height, width), "area")
+        found.append(Photograph(sample["name"], lr, sample["hq"][:, : height * SCALE, : width * SCALE]))
+    return found
+
+
+def methods(system: VARestorer) -> dict[str, Callable[[Photograph], Tensor]]:
+    """Every way to a full-size image, by the name of its column."""
+
+    def ceiling(photo: Photograph) -> Tensor:
+        def run(tiles_B3tt: Tensor, numbers: list[int]) -> Tensor:
+            return system.decode(system.encode(tiles_B3tt.to(system.device)).codes).to(tiles_B3tt.device)
+
+        with torch.inference_mode():
+            return restore_tiled(photo.hq, system.tile, system.tile // 4, 8, run).clamp(0, 1)
+
+    return {
+        "bicubic": lambda photo: resize(photo.lr, (photo.hq.shape[-2], photo.hq.shape[-1]), "bicubic"),
+        "multi-step": lambda photo: system.restore(photo.lr, SCALE, steps="multi").image,
+        "one step": lambda photo: system.restore(photo.lr, SCALE).image,
+        "tokenizer ceiling": ceiling,
+    }
+
+
+def timed(restore: Callable[[Photograph], Tensor], photo: Photograph, device: torch.device) -> tuple[Tensor, float]:
+    """The image, and the seconds it took with the device's work finished."""
+    start = time.perf_counter()
+    image = restore(photo)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return image, time.perf_counter() - start
+
+
+def compare_methods(
+    system: VARestorer, photos: Sequence[Photograph], protocol: str, metrics: Sequence[str]
+) -> tuple[list[dict[str, Any]], dict[str, dict[str, Tensor]]]:
+    """Restore every photograph in every way, and score it.
+
+    Methods take turns on each photograph, so that a machine's moods meet all of them.
+
+    Returns:
+        a row per method (mean metrics, seconds per image), and the pictures of each photograph by column.
+    """
+    evaluator = Evaluator(load_protocol(protocol), metrics=list(metrics), device=system.device)
+    ways = methods(system)
+    scores: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
+    pictures: dict[str, dict[str, Tensor]] = {}
+    system.restore(photos[0].lr, SCALE)  # the first call pays for memory and kernels
+    for photo in photos:
+        size = (photo.hq.shape[-2], photo.hq.shape[-1])
+        columns = {"LQ": torch.nn.functional.interpolate(photo.lr[None], size=size, mode="nearest")[0]}
+        for name, restore in ways.items():
+            columns[name], seconds = timed(restore, photo, system.device)
+            scores[name].append(evaluator.score(columns[name], photo.hq).values | {"seconds": seconds})
+        pictures[photo.name] = columns | {"HQ": photo.hq}
+    rows = [
+        {"method": name, **{key: sum(s[key] for s in found) / len(found) for key in found[0]}}
+        for name, found in scores.items()
+    ]
+    return rows, pictures
+
+
+def write_comparison(
+    run_dir: Path,
+    system: VARestorer,
+    config: Mapping[str, Any],
+    device: torch.device,
+    heldout: Sequence[Mapping[str, Any]],
+    title: str = "varestorer run",
+    protocol: str = "varestorer",
+    metrics: Sequence[str] = ("psnr", "ssim"),
+) -> Path:
+    """Write `report.html` into a run: curves, held-out pictures, and a table of metrics and seconds.
+
+    Args:
+        run_dir: the run's folder, with its `metrics.jsonl`.
+        system: as trained.
+        config: of the run, for the facts.
+        device: where it runs.
+        heldout: pairs that were not trained on (`data.heldout_pairs`).
+        title: of the page.
+        protocol: whose metrics are used, see `evaluation.protocols`.
+        metrics: of that protocol.
+
+    Returns:
+        the report's path.
+    """
+    system.to(device).eval()
+    rows, pictures = compare_methods(system, photographs(heldout), protocol, metrics)
+    curves = read_curves(run_dir / "metrics.jsonl")
+    seconds = {row["method"]: row["seconds"] for row in rows}
+    facts = {
+        "training": ", ".join(f"{stage} {len(c)} steps {c[-1]['seconds']:.0f} s" for stage, c in curves.items()),
+        "one step against multi-step": f"{seconds['multi-step'] / seconds['one step']:.2f} times as fast",
+        "parameters": parameter_counts(system),
+        "protocol": protocol,
+        "seed": config["seed"],
+        "device": str(device),
+    }
+    path = run_dir / "report.html"
+    write_report(path, title, curves, rows, pictures, facts)
+    (run_dir / "report.json").write_text(json.dumps({"rows": rows, "facts": facts}, indent=1), encoding="utf-8")
+    return path
+
+
+def parameter_counts(system: VARestorer) -> str:
+    """Millions of parameters of each part, in words."""
+    adapters = sum(p.numel() for name, p in system.transformer.named_parameters() if ".lora_" in name)
+    transformer = sum(p.numel() for p in system.transformer.parameters()) - adapters
+    tokenizer = sum(p.numel() for p in system.tokenizer.parameters())
+    counts = {"tokenizer": tokenizer, "transformer": transformer, "adapters": adapters}
+    return ", ".join(f"{name} {count / 1e6:.2f} M" for name, count in counts.items())
+
+
+def read_curves(path: Path) -> dict[str, list[dict[str, Any]]]:
+    """The lines of a metrics file by stage, in order."""
+    curves: dict[str, list[dict[str, Any]]] = {}
+    for text in path.read_text(encoding="utf-8").splitlines():
+        line = json.loads(text)
+        curves.setdefault(line["stage"], []).append(line)
+    return curves

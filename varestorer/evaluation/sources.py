@@ -1,0 +1,126 @@
+"""Where the images to be scored come from: a folder of predictions, a restoration system, bicubic resizing.
+
+A source is a callable `(name, lq_path) -> Candidate`; it raises UserError for an image that it cannot give.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from varestorer.utils.errors import UsageError, UserError
+from varestorer.utils.images import list_images, load_image, resize
+from varestorer.utils.seeds import derive_seed
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An image to be scored.
+
+    Attributes:
+        image: (3, H, W) RGB in [0, 1].
+        seconds: wall time that making it took; None when somebody else made it.
+        path: the file it was read from; None when it was made here.
+    """
+
+    image: Tensor
+    seconds: float | None = None
+    path: Path | None = None
+
+
+Source = Callable[[str, Path], Candidate]
+
+
+class Restorer(Protocol):
+    """What `SystemSource` needs of a system: `systems.VARestorer` is one."""
+
+    def restore(self, image: Any, scale: int = 4, *, seed: int = 0) -> Any:
+        """Restore one (3, h, w) image in [0, 1]; the result has `image`, (3, h * scale, w * scale)."""
+        ...
+
+
+class FolderSource:
+    """Images that somebody else made, matched to the data set by name: path inside the folder, or file stem.
+
+    Args:
+        folder: searched with its subfolders.
+    Raises:
+        UsageError: not a folder, or no images in it.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder).expanduser()
+        if not self.folder.is_dir():
+            raise UsageError(f"predictions must be a folder of images, and {self.folder} is not a folder")
+        self.paths: dict[str, list[Path]] = {}
+        for path in list_images(self.folder):
+            for key in {path.relative_to(self.folder).with_suffix("").as_posix(), path.stem}:
+                self.paths.setdefault(key, []).append(path)
+        if not self.paths:
+            raise UsageError(f"predictions must be a folder of images, and {self.folder} holds none")
+
+    def __call__(self, name: str, lq_path: Path) -> Candidate:
+        """Read the prediction for `name`; UserError when there is none, or more than one."""
+        keys = (name, name.rpartition("/")[2], lq_path.stem)
+        found = next((self.paths[key] for key in keys if key in self.paths), [])
+        if len(found) != 1:
+            problem = ", ".join(path.name for path in found) if found else "none"
+            raise UserError(f"wanted one prediction {name}.* in {self.folder}, found {problem}")
+        return Candidate(load_image(found[0]), path=found[0])
+
+
+class BicubicSource:
+    """Bicubic upsampling of the low-quality image: the baseline below all others.
+
+    Args:
+        scale: side of the output over side of the input.
+    """
+
+    def __init__(self, scale: int = 4) -> None:
+        self.scale = scale
+
+    def __call__(self, name: str, lq_path: Path) -> Candidate:
+        """Upsample one image."""
+        lq_3hw = load_image(lq_path)
+        start = time.perf_counter()
+        height, width = lq_3hw.shape[-2:]
+        image = resize(lq_3hw, (height * self.scale, width * self.scale), mode="bicubic")
+        return Candidate(image, seconds=time.perf_counter() - start)
+
+
+class SystemSource:
+    """Restores the low-quality image with a system.
+
+    Args:
+        system: has `restore(image_3HW, scale=, seed=)`.
+        scale: side of the output over side of the input.
+        seed: each image gets a seed of its own, derived from this one and its name.
+    """
+
+    def __init__(self, system: Restorer, scale: int = 4, seed: int = 0) -> None:
+        self.system = system
+        self.scale = scale
+        self.seed = seed
+
+    def __call__(self, name: str, lq_path: Path) -> Candidate:
+        """Restore one image; the time includes moving it to the device and back.
+
+        Raises:
+            UserError: unreadable file, or too little memory for this image.
+        """
+        lq_3hw = load_image(lq_path)
+        start = time.perf_counter()
+        try:
+            with torch.no_grad():
+                seed = derive_seed(self.seed, name)
+                image = self.system.restore(lq_3hw, scale=self.scale, seed=seed).image
+        except torch.cuda.OutOfMemoryError as error:
+            raise UserError(f"not enough GPU memory to restore {lq_path} (try device=cpu)") from error
+        image = image.detach().float().cpu()
+        return Candidate(image, seconds=time.perf_counter() - start)

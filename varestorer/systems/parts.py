@@ -1,0 +1,70 @@
+"""Weights of one part of a system, from a published file or from a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from varestorer.transformer.adapters import plain_state_dict
+from varestorer.utils.errors import UserError
+from varestorer.weights.files import read_tensors
+from varestorer.weights.load import load_published_tokenizer, load_published_transformer
+from varestorer.weights.published import STUDENT_FILE, TOKENIZER_FILE, TRANSFORMER_FILE
+from varestorer.weights.runs import is_run, load_run_weights
+
+WHERE = {
+    "tokenizer": f"{TOKENIZER_FILE} (hub FoundationVision/Infinity)",
+    "transformer": f"{TRANSFORMER_FILE} (hub FoundationVision/Infinity) or {STUDENT_FILE} (VARestorer's release)",
+}
+
+
+@torch.no_grad()
+def load_part(system: Any, part: str, path: str | Path) -> None:
+    """Fill a part of a system.
+
+    Args:
+        system: has the part as an attribute.
+        part: "tokenizer" or "transformer".
+        path: a published file, or the folder of a run that trained or held that part.
+
+    Raises:
+        UserError: no such file (says which to get, and the key to set), or one that does not fit.
+    """
+    path = Path(path)
+    if is_run(path):
+        _load_from_run(getattr(system, part), part, path)
+        return
+    if not path.is_file():
+        raise UserError(f"weights not found: {path}; get {WHERE[part]} and set model.weights.{part} to it, or to a run")
+    if part == "tokenizer":
+        load_published_tokenizer(system.tokenizer, read_tensors(path, nested=("vae",)), str(path))
+    else:
+        load_transformer(system.transformer, read_tensors(path), str(path))
+
+
+def load_transformer(transformer: Any, tensors: dict[str, Tensor], source: str) -> None:
+    """Fill a transformer from a published teacher (its adapters stay as they are) or student."""
+    plain = plain_state_dict(transformer)
+    if not any(".lora_" in name for name in tensors):
+        plain = {name: tensor for name, tensor in plain.items() if ".lora_" not in name}
+    load_published_transformer(transformer, plain, tensors, source)
+
+
+def _load_from_run(module: nn.Module, part: str, run: Path) -> None:
+    weights = {
+        name.removeprefix(f"{part}."): tensor
+        for name, tensor in load_run_weights(run).items()
+        if name.startswith(f"{part}.")
+    }
+    wanted = module.state_dict()
+    given = {name: tensor for name, tensor in weights.items() if name in wanted}
+    missing = [name for name in wanted if name not in given and ".lora_" not in name]
+    if missing:
+        raise UserError(f"the run {run} does not hold a whole {part}: {missing[0]} and {len(missing) - 1} more missing")
+    misshapen = [name for name, tensor in given.items() if tensor.shape != wanted[name].shape]
+    if misshapen:
+        raise UserError(f"the {part} of the run {run} has other sizes than the model: {misshapen[0]}")
+    module.load_state_dict(given, strict=False)

@@ -1,0 +1,76 @@
+"""Stage 2: the scale-causal teacher learns to predict each scale's bits from the coarser ones (Infinity; spec F)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from varestorer.losses.tokens import bit_accuracy, bit_cross_entropy, token_weights
+from varestorer.systems.varestorer import VARestorer
+from varestorer.tokenizer.residual import Corruption
+from varestorer.training.task import Batch, Task, train_only
+from varestorer.training.text import prompts_of
+from varestorer.transformer.adapters import adapter_parameters
+from varestorer.utils.images import to_network
+from varestorer.utils.seeds import uniform_per_sample
+
+
+class TeacherTask(Task):
+    """Teacher-forced cross entropy on bits, with bitwise self-correction.
+
+    Args:
+        system: holds tokenizer (frozen) and transformer; its adapters stay off and untrained.
+        flip_strength: each scale of each sample flips its bits with a probability drawn from 0 to this; later scales
+            then learn to mend the errors (Infinity, section 3.4: 0.3).
+        condition_drop: share of prompts replaced by the learned null text.
+        reweight_by_scale: weigh scales by sqrt(A_K / A_k), so that coarse ones count.
+        seed: of flips and drops.
+    """
+
+    def __init__(
+        self,
+        system: VARestorer,
+        flip_strength: float = 0.3,
+        condition_drop: float = 0.1,
+        reweight_by_scale: bool = True,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.system = system
+        self.weights_L: Tensor
+        self.flip_strength = flip_strength
+        self.condition_drop = condition_drop
+        self.seed = seed
+        self.register_buffer("weights_L", token_weights(system.schedule, reweight_by_scale), persistent=False)
+        adapters = {id(p) for p in adapter_parameters(system.transformer).values()}
+        train_only(self, [p for p in system.transformer.parameters() if id(p) not in adapters])
+
+    def forward(self, batch: Batch, step: int) -> dict[str, Tensor]:
+        system, keys = self.system, batch["key"]
+        with torch.no_grad():
+            features = system.tokenizer.features(to_network(batch["hq"]))
+            pyramid = system.tokenizer.quantizer(features, system.schedule, self._flips(keys))
+        text = prompts_of(batch, system, self.condition_drop, self.seed)
+        logits = system.teacher_logits(pyramid, text)
+        labels = pyramid.labels()
+        loss_BL = bit_cross_entropy(logits, labels)
+        accuracy_BL = bit_accuracy(logits.detach(), labels)
+        parts = {f"accuracy_{k}": accuracy_BL[:, tokens].mean() for k, tokens in enumerate(system.schedule.slices)}
+        loss = (loss_BL * self.weights_L).sum(dim=1).mean()
+        return {"loss": loss, "cross_entropy": loss_BL.mean(), "accuracy": accuracy_BL.mean(), **parts}
+
+    def _flips(self, keys: Tensor) -> Corruption:
+        """Bit flips whose strength and place depend on sample and scale alone."""
+
+        def corrupt(scale_number: int, bits: Tensor) -> Tensor:
+            stream = f"flip/{scale_number}"
+            draws = uniform_per_sample((bits[0].numel() + 1,), self.seed, keys, stream, bits.device)
+            strength = draws[:, 0].view(-1, 1, 1, 1) * self.flip_strength
+            return self.system.tokenizer.quantizer.quantiser.flip(bits, draws[:, 1:].view(bits.shape), strength)
+
+        return corrupt
+
+    def preview(self, batch: Batch) -> dict[str, Tensor]:
+        """The teacher going on from the coarse scales of the degraded image."""
+        restored = self.system.restore_batch(batch["lq"], steps="multi").images_B3HW
+        return {"LQ": batch["lq"], "multi-step": restored, "HQ": batch["hq"]}

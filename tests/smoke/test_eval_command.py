@@ -48,9 +48,7 @@ def test_bicubic(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "| bicubic |" in (out / "table.md").read_text()
 
 
-def test_missing_prediction_is_named_and_the_rest_scored(
-    root: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_missing_prediction_is_named_and_the_rest_scored(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for i in (0, 2):
         save_image(root.parent / "made" / f"{i}.png", load_image(root / "hr" / f"{i}.png"))
     assert run(root, f"predictions={root.parent / 'made'}", "metrics=[psnr]", "protocol=stablesr_y") == 1
@@ -99,17 +97,13 @@ def test_checkpoint(root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
         ([], "give one of ckpt=, predictions= and method="),
     ],
 )
-def test_wrong_commands(
-    words: list[str], message: str, root: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_wrong_commands(words: list[str], message: str, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(root, *words) == 2
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
 
 
-def test_folder_without_pairs_is_a_usage_error(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_folder_without_pairs_is_a_usage_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(tmp_path, "method=bicubic") == 2
     assert "no pairs" in capsys.readouterr().err
 

@@ -224,11 +224,13 @@ def test_heldout_of_a_folder(photos):
 
 @pytest.mark.parametrize("name", ["embedded", "folder"])
 def test_configs_build_photo_crops(photos, name):
-    config = OmegaConf.create({
-        "seed": 9,
-        "degradation": OmegaConf.load(CONFIGS / "degradation" / "realesrgan.yaml"),
-        "data": OmegaConf.load(CONFIGS / "data" / f"{name}.yaml"),
-    })
+    config = OmegaConf.create(
+        {
+            "seed": 9,
+            "degradation": OmegaConf.load(CONFIGS / "degradation" / "realesrgan.yaml"),
+            "data": OmegaConf.load(CONFIGS / "data" / f"{name}.yaml"),
+        }
+    )
     config.data.crop = 16
     config.data.downscale = [1, 1.5]
     if name == "folder":

@@ -65,6 +65,7 @@ def test_it_spoils_but_does_not_move_the_picture():
 
     def error(shift):
         return (average - img.roll(shift, dims=(1, 2)))[:, 16:-16, 16:-16].abs().mean()
+
     assert all(error((0, 0)) < error(shift) for shift in [(3, 0), (-3, 0), (0, 3), (0, -3)])
     single = Degradation()(img, rng())
     assert (single - img).abs().mean() > 0.02

@@ -203,9 +203,11 @@ def test_metric_of_the_whole_set_sees_just_the_scored_images(pairs: list[Pair], 
     for name in ("a", "b", "unrelated"):
         save_image(made / f"{name}.png", torch.rand(3, 48, 64))
     result = judge.evaluate(pairs, FolderSource(made))
-    assert names == [["a.png", "b.png"], ["a.png", "b.png"]]
+    assert names == [["a.png", "b.png"], ["a.png", "b.png"]]  # c has no prediction
     entry = {"mean": 12.5, "std": None, "n": 2, "id": "fid", "weights_sha256": "abc"}
     assert result.summary()["metrics"]["fid"] == entry
+    del judge.metrics["psnr"]
+    assert judge.evaluate(pairs, FolderSource(made)).summary()["n"] == 2
 
     def broken(*args: object, **kwargs: object) -> float:
         raise RuntimeError("too few images")

@@ -27,8 +27,7 @@ def log_of(benchmark: Path) -> dict[str, dict[str, str]]:
 
 def score(benchmark: Path, protocol: str, metrics: list[str], every: int = 1) -> Evaluation:
     pairs: list[Pair] = [
-        (path.stem, benchmark / "lr" / path.name, path)
-        for path in sorted((benchmark / "hr").glob("*.png"))[::every]
+        (path.stem, benchmark / "lr" / path.name, path) for path in sorted((benchmark / "hr").glob("*.png"))[::every]
     ]
     evaluator = Evaluator(PROTOCOLS[protocol], metrics, offline=True)
     return evaluator.evaluate(pairs, FolderSource(benchmark / "osediff"), "realsr")

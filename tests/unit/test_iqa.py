@@ -135,6 +135,20 @@ def test_weights_folder_may_be_flat_or_laid_out_like_torch_home(
     assert Path(torch.hub.get_dir()) == empty_hub  # put back
 
 
+def test_hub_folder_is_that_of_now_not_of_the_import(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared: Path
+) -> None:
+    source = shared / "metrics" / "niqe_modelparameters.mat"
+    if not source.is_file():
+        pytest.skip(f"no {source}")
+    create_metric("psnr")  # imports pyiqa
+    target = tmp_path / "pyiqa" / source.name
+    target.parent.mkdir()
+    target.write_bytes(source.read_bytes())
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
+    assert create_metric("niqe", offline=True).weights is not None
+
+
 def test_hash_of_several_files_is_that_of_their_listing(empty_hub: Path) -> None:
     lines = ""
     for entry in iqa_weights.WEIGHT_FILES["lpips"]:

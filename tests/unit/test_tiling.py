@@ -41,9 +41,7 @@ def test_positions_weights_and_sizes_match_the_released_code(golden: dict) -> No
         assert scaled_size(height, width, case["scale"]) == tuple(reversed(case["out"]))
 
 
-@pytest.mark.parametrize(
-    ("length", "tile", "overlap"), [(1, 8, 3), (8, 8, 0), (9, 8, 7), (100, 16, 0), (97, 16, 5)]
-)
+@pytest.mark.parametrize(("length", "tile", "overlap"), [(1, 8, 3), (8, 8, 0), (9, 8, 7), (100, 16, 0), (97, 16, 5)])
 def test_positions_cover_everything_once_and_end_flush(length: int, tile: int, overlap: int) -> None:
     positions = tile_positions(length, tile, overlap)
     assert positions == sorted(set(positions))

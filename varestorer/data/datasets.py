@@ -53,7 +53,8 @@ class PhotoCrops(Dataset[Sample]):
         root: a folder of images, or one that holds them in `hr`, `hq`, `gt`, `test_HR`, `NAME_train_HR`;
             None: the embedded photographs (training side).
         crop: side of the squares, pixels.
-        degradation: makes the bad picture from the good one and a NumPy generator.
+        degradation: makes the bad picture from the good one and a NumPy generator; None leaves it good, for
+            stages that look at good pictures alone.
         seed: seed of order, place, flip and degradation.
         downscale: range of a random zoom out, e.g. (1, 2): small crops then show more of a scene. None: off.
         use_flip: mirror every other square, left to right.
@@ -65,7 +66,7 @@ class PhotoCrops(Dataset[Sample]):
         self,
         root: str | None,
         crop: int,
-        degradation: Degrade,
+        degradation: Degrade | None,
         seed: int,
         downscale: Sequence[float] | None = None,
         use_flip: bool = True,
@@ -91,7 +92,9 @@ class PhotoCrops(Dataset[Sample]):
         hq_3HW = random_square(photo, self.crop, rng, self.downscale)
         if self.use_flip and rng.random() < 0.5:
             hq_3HW = hq_3HW.flip(-1)
-        lq_3HW = self.degradation(hq_3HW, numpy_generator(self.seed, "degradation", n))
+        lq_3HW = hq_3HW
+        if self.degradation is not None:
+            lq_3HW = self.degradation(hq_3HW, numpy_generator(self.seed, "degradation", n))
         return {"hq": hq_3HW, "lq": lq_3HW, "name": self.store.items[index][0].stem, "key": n}
 
 

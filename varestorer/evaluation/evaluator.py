@@ -110,11 +110,10 @@ class Evaluation:
                 metrics[name] = {"mean": mean, "std": std, "n": len(values), **entry}
             else:
                 unavailable.setdefault(name, "no image could be scored")
-        scored = sum(bool(row.scores) for row in self.rows)
         return {
             "dataset": self.dataset,
             "protocol": self.protocol,
-            "n": scored,
+            "n": sum(bool(row.scores) or not row.errors for row in self.rows),
             "metrics": metrics,
             "unavailable": unavailable,
         }

@@ -21,6 +21,18 @@ WHERE = {
 }
 
 
+def check_part(part: str, path: str | Path) -> None:
+    """Refuse at once what `load_part` could not load.
+
+    Raises:
+        UserError: an unknown part, or no such file (says which to get, and the key to set).
+    """
+    if part not in WHERE:
+        raise UserError(f"model.weights has the parts {' and '.join(WHERE)}, got {part}")
+    if not (is_run(path) or Path(path).is_file()):
+        raise UserError(f"weights not found: {path}; get {WHERE[part]} and set model.weights.{part} to it, or to a run")
+
+
 @torch.no_grad()
 def load_part(system: Any, part: str, path: str | Path) -> None:
     """Fill a part of a system.
@@ -37,8 +49,7 @@ def load_part(system: Any, part: str, path: str | Path) -> None:
     if is_run(path):
         _load_from_run(getattr(system, part), part, path)
         return
-    if not path.is_file():
-        raise UserError(f"weights not found: {path}; get {WHERE[part]} and set model.weights.{part} to it, or to a run")
+    check_part(part, path)
     if part == "tokenizer":
         load_published_tokenizer(system.tokenizer, read_tensors(path, nested=("vae",)), str(path))
     else:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from varestorer.conditioning.pyramid import Condition, PyramidConditioner
 from varestorer.conditioning.restorer import load_restorer
-from varestorer.systems.parts import load_part
+from varestorer.systems.parts import check_part, load_part
 from varestorer.tokenizer import MultiScaleTokenizer, ScaleSchedule, TokenizerConfig, TokenPyramid
 from varestorer.tokenizer.autoencoder import init_weights as init_tokenizer_weights
 from varestorer.transformer import TextContext, TextFeatures, TransformerConfig, VARTransformer
@@ -98,6 +98,10 @@ class VARestorer(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        self._files = {part: file for part, file in (weights or {}).items() if file}
+        for part, file in self._files.items():
+            check_part(part, file)
+        loaded_restorer = load_restorer(restorer) if restorer else None
         self.schedule = ScaleSchedule.build(**schedule)
         self.student_config = StudentConfig(**(student or {}))
         with torch.device("meta"):
@@ -113,11 +117,11 @@ class VARestorer(nn.Module):
             "student": asdict(self.student_config),
             "restorer": restorer,
         }
-        self._files = {part: file for part, file in (weights or {}).items() if file}
         if torch.get_default_device().type != "meta":
             self.to_empty(device=torch.get_default_device())
             self._fill(seed)
-        self.restorer = load_restorer(restorer) if restorer else None
+            self.tokenizer.to(memory_format=torch.channels_last)  # convolutions run faster so, on CPU and GPU
+        self.restorer = loaded_restorer
         self.conditioner = PyramidConditioner(
             self.tokenizer,
             self.transformer.config.head_dim,
@@ -137,9 +141,6 @@ class VARestorer(nn.Module):
     @torch.no_grad()
     def _fill(self, seed: int) -> None:
         """Weights of each part from its file, or drawn; adapters start without effect unless a file has them."""
-        unknown = self._files.keys() - {"tokenizer", "transformer"}
-        if unknown:
-            raise UserError(f"model.weights has the parts tokenizer and transformer, got {', '.join(sorted(unknown))}")
         init_adapters(self.transformer, torch_generator(seed, "adapters"))
         if "tokenizer" in self._files:
             load_part(self, "tokenizer", self._files["tokenizer"])

@@ -152,7 +152,7 @@ class TrainConfig:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     optimizer: Any = None
     logger: Any = None
-    init: Any = None
+    weights_dir: str = "weights"
     stages: dict[str, StageConfig] = field(default_factory=dict)
     report: Any = None
 

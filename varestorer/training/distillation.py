@@ -38,6 +38,19 @@ class KLOptions:
     reduction: str = "scale"
 
 
+@dataclass(frozen=True)
+class StraightThrough:
+    """How bits become an image with gradients.
+
+    Attributes:
+        tau: temperature of the softmax that gives the gradient.
+        gumbel: add Gumbel noise, as sampling will; False takes the likelier bits, as argmax will.
+    """
+
+    tau: float = 0.5
+    gumbel: bool = True
+
+
 class DistillationTask(Task):
     """The student matches the teacher's bits, and its decoded image the photograph.
 
@@ -48,9 +61,9 @@ class DistillationTask(Task):
         weights: arguments of `DistillationWeights`; a part with weight 0 is not computed.
         kl: arguments of `KLOptions`.
         perceptual: see `losses.build.perceptual_loss`.
-        tau: temperature of the straight-through Gumbel-softmax.
-        gumbel: add Gumbel noise to the bits of the image losses, as sampling will; False takes the likelier bits.
+        straight_through: arguments of `StraightThrough`.
         condition_drop: share of prompts replaced by the learned null text.
+        checkpoint_activations: compute the blocks again in the backward pass, for less memory.
         seed: of noise and drops.
     """
 
@@ -60,9 +73,9 @@ class DistillationTask(Task):
         weights: dict[str, float] | None = None,
         kl: dict[str, str | float] | None = None,
         perceptual: str = "lpips",
-        tau: float = 0.5,
-        gumbel: bool = True,
+        straight_through: dict[str, float | bool] | None = None,
         condition_drop: float = 0.1,
+        checkpoint_activations: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -73,10 +86,10 @@ class DistillationTask(Task):
         self.weights = DistillationWeights(**(weights or {}))
         self.kl = KLOptions(**(kl or {}))  # type: ignore[arg-type]
         self.perceptual = perceptual_loss(perceptual, system.tokenizer.encoder.features)
-        self.tau = tau
-        self.gumbel = gumbel
+        self.straight_through = StraightThrough(**(straight_through or {}))  # type: ignore[arg-type]
         self.condition_drop = condition_drop
         self.seed = seed
+        system.transformer.checkpoint_activations = checkpoint_activations
         train_only(self, adapters.values())
 
     def forward(self, batch: Batch, step: int) -> dict[str, Tensor]:
@@ -100,10 +113,10 @@ class DistillationTask(Task):
     def _image_losses(self, student_BLZ2: Tensor, batch: Batch) -> dict[str, Tensor]:
         """L_perc and L_MSE on the decoded image, both in [-1, 1]; gradients go through the bits."""
         uniform = None
-        if self.gumbel:
+        if self.straight_through.gumbel:
             shape = tuple(student_BLZ2.shape[1:])
             uniform = uniform_per_sample(shape, self.seed, batch["key"], "gumbel", student_BLZ2.device)
-        bits = straight_through_bits(student_BLZ2, uniform, self.tau)
+        bits = straight_through_bits(student_BLZ2, uniform, self.straight_through.tau)
         image = self.system.tokenizer.decode(self.system.codes(bits))
         target = to_network(batch["hq"])
         return {"perceptual": self.perceptual(image, target), "mse": F.mse_loss(image, target)}

@@ -24,6 +24,7 @@ class TeacherTask(Task):
             then learn to mend the errors (Infinity, section 3.4: 0.3).
         condition_drop: share of prompts replaced by the learned null text.
         reweight_by_scale: weigh scales by sqrt(A_K / A_k), so that coarse ones count.
+        checkpoint_activations: compute the blocks again in the backward pass, for less memory.
         seed: of flips and drops.
     """
 
@@ -33,6 +34,7 @@ class TeacherTask(Task):
         flip_strength: float = 0.3,
         condition_drop: float = 0.1,
         reweight_by_scale: bool = True,
+        checkpoint_activations: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -41,6 +43,7 @@ class TeacherTask(Task):
         self.flip_strength = flip_strength
         self.condition_drop = condition_drop
         self.seed = seed
+        system.transformer.checkpoint_activations = checkpoint_activations
         self.register_buffer("weights_L", token_weights(system.schedule, reweight_by_scale), persistent=False)
         adapters = {id(p) for p in adapter_parameters(system.transformer).values()}
         train_only(self, [p for p in system.transformer.parameters() if id(p) not in adapters])

@@ -6,8 +6,10 @@ the network is the teacher, bit for bit, so one copy of the weights serves both.
 
 from __future__ import annotations
 
+import logging
 import math
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -30,10 +32,14 @@ def attach_adapters(transformer: nn.Module, rank: int, cross_value_bias: bool) -
         rank: r of every adapter.
         cross_value_bias: whether cross attention adds its value bias while the adapters are on.
     """
+    # peft pulls in bitsandbytes where that is installed, which complains about kernels nobody asked it for
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from peft import LoraConfig, inject_adapter_in_model
 
     config = LoraConfig(r=rank, lora_alpha=rank, lora_dropout=0.0, target_modules=TARGETS, bias="none")
-    inject_adapter_in_model(config, transformer, adapter_name=ADAPTER)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
+        inject_adapter_in_model(config, transformer, adapter_name=ADAPTER)
     for layer in _cross_attentions(transformer):
         layer.adapted_v_bias = cross_value_bias
     use_adapters(transformer, True)

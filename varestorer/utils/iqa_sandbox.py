@@ -63,24 +63,25 @@ def weights_in_place(files: Mapping[str, Path]) -> Iterator[None]:
     Args:
         files: place inside the hub folder (`pyiqa/x.pth`) -> the file; none: leave the hub folder as it is.
     """
-    if not files:
-        yield
-        return
     from pyiqa.utils import download_util
 
-    previous = torch.hub.get_dir()
-    # links, because pyiqa takes some files by folder and some by name
-    with tempfile.TemporaryDirectory(prefix="varestorer-metrics-") as hub:
+    with tempfile.TemporaryDirectory(prefix="varestorer-metrics-") as temporary:
+        # links, because pyiqa takes some files by folder and some by name
         for place, path in files.items():
-            link = Path(hub, place)
+            link = Path(temporary, place)
             link.parent.mkdir(exist_ok=True)
             link.symlink_to(path.resolve())
-        torch.hub.set_dir(hub)
+        previous = torch.hub.get_dir()
+        hub = temporary if files else previous
+        if files:
+            torch.hub.set_dir(hub)
         try:
+            # pyiqa remembers the folder of when it was imported; TORCH_HOME may have been set since
             with replaced(download_util, "DEFAULT_CACHE_DIR", str(Path(hub, "pyiqa"))):
                 yield
         finally:
-            torch.hub.set_dir(previous)
+            if files:
+                torch.hub.set_dir(previous)
 
 
 @contextmanager

@@ -1,0 +1,115 @@
+"""Every experiment composes; tiny ones train, resume, and can be restored and evaluated from their folder."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from varestorer.commands.restore import COMMAND as RESTORE
+from varestorer.commands.train import COMMAND as TRAIN
+from varestorer.commands.train import stage_configs
+from varestorer.systems.loading import load_system
+from varestorer.utils.images import load_image, save_image
+from varestorer.weights.runs import load_ema
+
+pytestmark = pytest.mark.smoke
+EXPERIMENTS = sorted(path.stem for path in Path(__file__).parents[2].glob("configs/experiment/*.yaml"))
+# quickstart on networks of test size, two steps of every stage
+TINY = ["+experiment=quickstart", "model=tiny", "data.crop=32", "trainer.max_steps=2", "trainer.num_workers=0"]
+TINY += ["stages.tokenizer.trainer.batch_size=4", "trainer.batch_size=4"]
+
+
+def lines_of(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_experiments_compose(compose: Callable[..., DictConfig], experiment: str) -> None:
+    cfg = compose("train", f"+experiment={experiment}", "data.root=null")
+    OmegaConf.resolve(cfg)
+    assert stage_configs(cfg, [])
+
+
+def test_paper_scale_experiments_have_the_papers_numbers(compose: Callable[..., DictConfig]) -> None:
+    cfg = compose("train", "+experiment=dmd_div2k", "data.root=x")
+    assert (cfg.trainer.max_steps, cfg.trainer.batch_size, cfg.optimizer.lr) == (10_000, 32, 1e-6)
+    assert dict(cfg.stages.student.task.weights) == {"kl": 0.1, "perceptual": 0.25, "mse": 0.5}
+    assert (cfg.model.student.lora_rank, cfg.optimizer.weight_decay, cfg.data.crop) == (32, 1e-2, 512)
+
+
+def test_a_missing_weight_file_is_one_clear_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_image(tmp_path / "photos" / "a.png", torch.rand(3, 40, 40))
+    words = [f"data.root={tmp_path / 'photos'}", f"run_dir={tmp_path / 'run'}", f"weights_dir={tmp_path}"]
+    assert TRAIN.main(["+experiment=teacher_512", *words, "logger=none"]) == 1
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "infinity_vae_d32reg.pth" in message
+    assert "hub FoundationVision/Infinity" in message
+    assert "model.weights.tokenizer" in message
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "tiny"
+    assert TRAIN.main([*TINY, f"run_dir={run}"]) == 0
+    return run
+
+
+def test_the_quickstart_trains_three_stages_and_writes_its_report(finished: Path) -> None:
+    lines = lines_of(finished)
+    assert [(line["stage"], line["step"]) for line in lines] == [
+        (stage, step) for stage in ("tokenizer", "teacher", "student") for step in (1, 2)
+    ]
+    assert {"loss", "kl", "mse", "perceptual", "lr", "seconds"} <= lines[-1].keys()
+    rows = json.loads((finished / "report.json").read_text())["rows"]
+    assert [row["method"] for row in rows] == ["bicubic", "multi-step", "one step", "tokenizer ceiling"]
+    assert all(row["psnr"] > 0 and row["seconds"] > 0 for row in rows)
+    assert "<img" in (finished / "report.html").read_text()
+    assert (finished / "samples" / "student_000002.png").is_file()
+
+
+def test_a_run_loads_with_its_averaged_weights(finished: Path) -> None:
+    system = load_system(finished)
+    weights = load_ema(finished)
+    state = system.state_dict()
+    assert weights
+    assert all(torch.equal(state[name], tensor) for name, tensor in weights.items())
+
+
+def test_restore_takes_a_run(finished: Path, tmp_path: Path) -> None:
+    save_image(tmp_path / "in" / "photo (1), a.png", torch.rand(3, 13, 21))
+    words = [f"input={tmp_path / 'in'}", f"output={tmp_path / 'out'}", f"ckpt={finished}", "select=sample"]
+    assert RESTORE.main(words) == 0
+    assert load_image(tmp_path / "out" / "photo (1), a.png").shape == (3, 52, 84)
+
+
+def test_a_run_can_start_from_another_runs_parts(finished: Path, tmp_path: Path) -> None:
+    words = ["+experiment=smoke", f"run_dir={tmp_path / 'run'}", "trainer.max_steps=1"]
+    parts = [f"model.weights={{tokenizer: {finished}, transformer: {finished}}}"]
+    assert TRAIN.main([*words, *parts]) == 0
+    ours, theirs = load_system(tmp_path / "run"), load_system(finished)
+    assert torch.equal(ours.tokenizer.encoder.conv_in.weight, theirs.tokenizer.encoder.conv_in.weight)
+    assert torch.equal(ours.transformer.head.weight, theirs.transformer.head.weight)
+
+
+def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path: Path) -> None:
+    words = ["+experiment=smoke", "trainer.max_steps=4", "trainer.checkpoint_every=2", "trainer.schedule=constant"]
+    whole, parted = tmp_path / "whole", tmp_path / "parted"
+    assert TRAIN.main([*words, f"run_dir={whole}"]) == 0
+    assert TRAIN.main([*words, f"run_dir={parted}", "trainer.max_steps=2"]) == 0
+    assert TRAIN.main([*words, f"run_dir={parted}", "resume=auto"]) == 0
+    kept = [{k: v for k, v in line.items() if k != "seconds"} for line in lines_of(whole)]
+    assert kept == [{k: v for k, v in line.items() if k != "seconds"} for line in lines_of(parted)]
+    averages = load_ema(whole), load_ema(parted)
+    assert all(torch.equal(averages[0][name], averages[1][name]) for name in averages[0])
+
+
+def test_another_seed_gives_another_run(tmp_path: Path) -> None:
+    losses = []
+    for seed in (0, 0, 1):
+        run = tmp_path / str(len(losses))
+        assert TRAIN.main(["+experiment=smoke", "trainer.max_steps=1", f"seed={seed}", f"run_dir={run}"]) == 0
+        losses.append(lines_of(run)[0]["loss"])
+    assert losses[0] == losses[1] != losses[2]

@@ -1,0 +1,45 @@
+"""Scale schedules and their templates."""
+
+import pytest
+
+from varestorer.tokenizer.schedule import TEMPLATES, ScaleSchedule, nearest_aspect
+from varestorer.utils.errors import UserError
+
+
+@pytest.mark.parametrize(("size", "tokens"), [("0.06M", 521), ("0.25M", 2521), ("0.60M", 6425), ("1M", 10521)])
+def test_token_totals_of_the_square_templates(size: str, tokens: int) -> None:
+    schedule = ScaleSchedule.template(size)
+    assert schedule.num_tokens == tokens
+    assert schedule.slices[-1].stop == tokens
+    assert sum(s.stop - s.start for s in schedule.slices) == tokens
+
+
+def test_square_sides_of_the_paper() -> None:
+    assert [h for h, _ in ScaleSchedule.template("0.25M").scales] == [1, 2, 4, 6, 8, 12, 16, 20, 24, 32]
+
+
+def test_every_template_has_a_mirrored_one() -> None:
+    assert sorted(TEMPLATES)[:7] == [0.333, 0.4, 0.5, 0.571, 0.666, 0.75, 0.8]
+    assert TEMPLATES[0.666] == tuple((w, h) for h, w in TEMPLATES[1.5])
+    assert all(len(scales) == 13 for scales in TEMPLATES.values())
+
+
+def test_nearest_aspect_is_height_over_width() -> None:
+    assert nearest_aspect(300, 100) == 3.0
+    assert nearest_aspect(480, 640) == 0.75
+    assert nearest_aspect(64, 64) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"size": "2M"}, "schedule size must be"),
+        ({"size": "1M", "aspect": 1.1}, "no template of aspect 1.1"),
+        ({"sides": [4, 2]}, "must grow"),
+        ({"sides": []}, "at least one scale"),
+        ({"sides": [1], "size": "1M"}, "either size"),
+    ],
+)
+def test_impossible_schedules_are_refused(arguments: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        ScaleSchedule.build(**arguments)

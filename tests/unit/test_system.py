@@ -1,0 +1,137 @@
+"""The system: restoring any size, the ways of restoring, the tasks' gradients."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from varestorer.systems.varestorer import VARestorer
+from varestorer.training.distillation import DistillationTask
+from varestorer.training.teacher import TeacherTask
+from varestorer.training.tokenizer import TokenizerTask
+from varestorer.transformer.sampling import keyed_noise
+from varestorer.utils.errors import UserError
+
+
+def image(height: int, width: int, seed: int = 0) -> torch.Tensor:
+    return torch.rand(3, height, width, generator=torch.Generator().manual_seed(seed))
+
+
+def batch(system: VARestorer) -> dict:
+    return {"hq": image(32, 32)[None], "lq": image(32, 32, 1)[None], "name": ["a"], "key": torch.tensor([5])}
+
+
+@pytest.mark.parametrize(("height", "width"), [(8, 8), (3, 5), (1, 1), (17, 9), (8, 40)])
+def test_any_size_is_restored_at_its_own_aspect(tiny_system: VARestorer, height: int, width: int) -> None:
+    restored = tiny_system.restore(image(height, width), 4).image
+    assert restored.shape == (3, 4 * height, 4 * width)
+    assert 0 <= restored.min() and restored.max() <= 1
+
+
+def test_sampling_is_seeded_and_argmax_needs_no_seed(tiny_system: VARestorer) -> None:
+    def restored(**options: object) -> torch.Tensor:
+        return tiny_system.restore(image(20, 11), 4, **options).image
+
+    assert torch.equal(restored(select="sample", seed=1), restored(select="sample", seed=1))
+    assert not torch.equal(restored(select="sample", seed=1), restored(select="sample", seed=2))
+    assert torch.equal(restored(seed=1), restored(seed=2))
+
+
+def test_unknown_ways_of_restoring_are_refused(tiny_system: VARestorer) -> None:
+    with pytest.raises(UserError, match="argmax or sample"):
+        tiny_system.restore(image(8, 8), select="best")
+    with pytest.raises(UserError, match="steps must be one, multi or 1 to 3"):
+        tiny_system.restore(image(8, 8), steps="9")
+
+
+def test_one_more_step_keeps_the_coarse_scales_of_the_student(tiny_system: VARestorer) -> None:
+    squares = torch.stack([image(32, 32), image(32, 32, 3)])
+    one, two = tiny_system.restore_batch(squares), tiny_system.restore_batch(squares, steps=2)
+    same = [torch.equal(a, b) for a, b in zip(one.bits, two.bits, strict=True)]
+    assert same[:2] == [True, True]
+    assert torch.equal(tiny_system.restore_batch(squares, steps=1).images_B3HW, one.images_B3HW)
+
+
+def test_multi_step_takes_coarse_scales_from_the_degraded_image(tiny_system: VARestorer) -> None:
+    squares = image(32, 32)[None]
+    with torch.no_grad():
+        pyramid = tiny_system.encode(squares)
+    restored = tiny_system.restore_batch(squares, steps="multi")
+    assert torch.equal(restored.bits[0], pyramid.indices[0])  # side 1 <= 4 / 4
+    assert restored.uncertainty_BHW is None
+
+
+def test_uncertainty_is_a_map_between_zero_and_one(tiny_system: VARestorer) -> None:
+    uncertainty = tiny_system.restore_batch(image(32, 32)[None]).uncertainty_BHW
+    assert uncertainty is not None and uncertainty.shape == (1, 32, 32)
+    assert 0 <= uncertainty.min() and uncertainty.max() <= 1
+    assert uncertainty.std() > 0
+
+
+def test_a_tile_is_restored_alike_alone_and_among_others(tiny_system: VARestorer) -> None:
+    squares = torch.stack([image(32, 32, seed) for seed in range(3)])
+    together = tiny_system.restore_batch(squares, keyed_noise(0, [4, 5, 6], "x", "cpu"))
+    alone = tiny_system.restore_batch(squares[1:2], keyed_noise(0, [5], "x", "cpu"))
+    assert torch.allclose(together.images_B3HW[1], alone.images_B3HW[0], atol=1e-5)
+
+
+def test_tasks_train_their_own_part_only(tiny_system: VARestorer) -> None:
+    parts = {
+        TokenizerTask: {"tokenizer"},
+        TeacherTask: {"transformer"},
+        DistillationTask: {"transformer"},
+    }
+    for make, expected in parts.items():
+        task = make(tiny_system) if make is not DistillationTask else make(tiny_system, perceptual="features")
+        names = task.trainable_parameters()
+        assert {name.split(".")[0] for name in names} == expected
+        adapters = {name for name in names if ".lora_" in name}
+        assert bool(adapters) is (make is DistillationTask)
+        assert adapters in (set(), set(names))
+        tiny_system.zero_grad()
+        task(batch(tiny_system), 1)["loss"].backward()
+        with_gradient = {name for name, p in task.named_parameters() if p.grad is not None and p.grad.any()}
+        assert {name.removeprefix("system.") for name in with_gradient} <= set(names)
+        unused = {name for name in names if f"system.{name}" not in with_gradient}
+        # with the null text alone the softmax over its keys may leave some of the pool's weights idle
+        assert not {name for name in unused if ".lora_" in name or name.startswith("tokenizer")}
+
+
+def test_distillation_losses_of_the_teacher_itself(tiny_system: VARestorer) -> None:
+    """Where student and teacher see the same tokens under the same mask, L_KL is zero; so it is not here."""
+    task = DistillationTask(tiny_system, weights={"kl": 1.0, "perceptual": 0.0, "mse": 0.0}, perceptual="features")
+    losses = task(batch(tiny_system), 1)
+    assert losses.keys() == {"loss", "kl"}
+    assert losses["kl"] > 0
+    assert losses["loss"] == losses["kl"]
+
+
+def test_image_losses_reach_the_adapters_through_the_bits(tiny_system: VARestorer) -> None:
+    task = DistillationTask(tiny_system, weights={"kl": 0.0, "perceptual": 0.0, "mse": 1.0}, perceptual="features")
+    tiny_system.zero_grad()
+    task(batch(tiny_system), 1)["loss"].backward()
+    assert all(p.grad is not None and p.grad.any() for p in task.trainable_parameters().values())
+
+
+def test_randomness_of_a_step_belongs_to_the_sample(tiny_system: VARestorer) -> None:
+    task = TeacherTask(tiny_system)
+    one, other = batch(tiny_system), batch(tiny_system) | {"key": torch.tensor([6])}
+    both = {name: torch.cat([one[name], other[name]]) for name in ("hq", "lq", "key")}
+    with torch.no_grad():
+        alone = [task(b, 1)["cross_entropy"] for b in (one, other)]
+        assert torch.allclose(task(both, 9)["cross_entropy"], torch.stack(alone).mean(), atol=1e-6)
+    assert not torch.equal(*alone)
+
+
+def test_continuous_steps_skip_the_bits(tiny_system: VARestorer) -> None:
+    task = TokenizerTask(tiny_system, continuous_steps=3)
+    with torch.no_grad():
+        assert task(batch(tiny_system), 3)["mse"] != task(batch(tiny_system), 4)["mse"]
+
+
+def test_importing_the_package_imports_nothing_heavy() -> None:
+    heavy = "torch transformers peft pyiqa wandb kornia spandrel matplotlib accelerate skimage sklearn".split()
+    code = f"import sys, varestorer, varestorer.commands; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -77,10 +77,10 @@ def test_checkpoint(root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
 
     loading = ModuleType("varestorer.systems.loading")
     asked = []
-    loading.load_system = lambda ckpt, device: asked.append((ckpt, device)) or System()
+    loading.load_system = lambda ckpt, device, merge: asked.append((ckpt, device, merge)) or System()
     monkeypatch.setitem(sys.modules, "varestorer.systems.loading", loading)
     assert run(root, "ckpt=outputs/a run, the best", "metrics=psnr") == 0
-    assert asked == [("outputs/a run, the best", torch.device("cpu"))]
+    assert asked == [("outputs/a run, the best", torch.device("cpu"), True)]
     assert "s per image" in capsys.readouterr().out
 
 

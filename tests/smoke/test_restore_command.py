@@ -35,7 +35,7 @@ class Enlarger:
 def system(monkeypatch: pytest.MonkeyPatch) -> Enlarger:
     enlarger = Enlarger()
     module = ModuleType("varestorer.systems.loading")
-    module.load_system = lambda ckpt, device: enlarger
+    module.load_system = lambda ckpt, device, merge: enlarger
     monkeypatch.setitem(sys.modules, "varestorer.systems.loading", module)
     return enlarger
 

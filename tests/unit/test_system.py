@@ -59,14 +59,17 @@ def test_multi_step_takes_coarse_scales_from_the_degraded_image(tiny_system: VAR
         pyramid = tiny_system.encode(squares)
     restored = tiny_system.restore_batch(squares, steps="multi")
     assert torch.equal(restored.bits[0], pyramid.indices[0])  # side 1 <= 4 / 4
-    assert restored.uncertainty_BHW is None
+    assert restored.logits_BLZ2 is None
 
 
 def test_uncertainty_is_a_map_between_zero_and_one(tiny_system: VARestorer) -> None:
-    uncertainty = tiny_system.restore_batch(image(32, 32)[None]).uncertainty_BHW
-    assert uncertainty is not None and uncertainty.shape == (1, 32, 32)
-    assert 0 <= uncertainty.min() and uncertainty.max() <= 1
+    logits = tiny_system.restore_batch(image(32, 32)[None]).logits_BLZ2
+    assert logits is not None
+    uncertainty = tiny_system.uncertainty(logits)
+    assert uncertainty.shape == (1, 32, 32)
+    assert 0 < uncertainty.min() and uncertainty.max() <= 1
     assert uncertainty.std() > 0
+    assert tiny_system.uncertainty(torch.zeros_like(logits)).allclose(torch.ones(1, 32, 32))
 
 
 def test_a_tile_is_restored_alike_alone_and_among_others(tiny_system: VARestorer) -> None:

@@ -127,7 +127,7 @@ def _source(cfg: DictConfig) -> tuple[Source, str]:
         return BicubicSource(cfg.scale), str(cfg.method)
     from varestorer.systems.loading import load_system
 
-    system = load_system(cfg.ckpt, pick_device(cfg.device))
+    system = load_system(cfg.ckpt, pick_device(cfg.device), merge=True)
     return SystemSource(system, cfg.scale, cfg.seed), f"{type(system).__name__} (this run)"
 
 

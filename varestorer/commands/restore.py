@@ -125,7 +125,8 @@ def load_restoration(options: RestoreOptions) -> tuple[RestoreImage, dict[str, A
     """
     from varestorer.systems.loading import load_system
 
-    system = load_system(cast(str, options.ckpt), pick_device(options.device))
+    needs_teacher = options.steps not in ("one", "1")
+    system = load_system(cast(str, options.ckpt), pick_device(options.device), merge=not needs_teacher)
     scale = int(options.scale) if options.scale == int(options.scale) else options.scale
     chosen: dict[str, Any] = {"scale": scale, "select": options.select, "steps": options.steps}
     wishes = {"prompt": encode_prompt(system, options), "overlap": options.overlap, "batch": options.batch}

@@ -20,9 +20,7 @@ class Captioner:
         max_tokens: longest caption, in tokens.
     """
 
-    def __init__(
-        self, path: str = DEFAULT_NAME, device: torch.device | str = "cpu", max_tokens: int = 20
-    ) -> None:
+    def __init__(self, path: str = DEFAULT_NAME, device: torch.device | str = "cpu", max_tokens: int = 20) -> None:
         self.path = str(path)
         self.device = torch.device(device)
         self.max_tokens = max_tokens

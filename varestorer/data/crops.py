@@ -34,9 +34,7 @@ def centre_box(size: tuple[int, int], window: tuple[int, int]) -> Box:
     return (size[0] - height) // 2, (size[1] - width) // 2, height, width
 
 
-def draw_zoom(
-    size: tuple[int, int], crop: int, limits: tuple[float, float], rng: np.random.Generator
-) -> float:
+def draw_zoom(size: tuple[int, int], crop: int, limits: tuple[float, float], rng: np.random.Generator) -> float:
     """Draw how many photograph pixels one crop pixel covers, no more than the photograph has to give."""
     return min(float(rng.uniform(*limits)), max(1.0, min(size) / crop))
 

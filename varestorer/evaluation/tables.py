@@ -69,9 +69,7 @@ def published_rows(dataset: str, protocol: str, metrics: Sequence[str]) -> list[
     return [row for row in rows if row.scores]
 
 
-def markdown_table(
-    evaluation: Evaluation, method: str = "this run", expected_pairs: int | None = None
-) -> str:
+def markdown_table(evaluation: Evaluation, method: str = "this run", expected_pairs: int | None = None) -> str:
     """Our row under the published ones, the best value of each column bold, and what the figures rest on.
 
     Args:

@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 
 from varestorer.conditioning.restorer import PUBLISHED_FILE
 from varestorer.systems.varestorer import VARestorer
+from varestorer.transformer.adapters import merge_adapters
 from varestorer.utils.errors import UsageError, UserError
 from varestorer.weights.published import STUDENT_FILE, TOKENIZER_FILE
 from varestorer.weights.runs import CONFIG, is_run, latest_checkpoint, load_run_weights
@@ -16,13 +17,14 @@ from varestorer.weights.runs import CONFIG, is_run, latest_checkpoint, load_run_
 HOW = f"give a run of scripts/train.py, a checkpoint of one, or the published {STUDENT_FILE}"
 
 
-def load_system(ckpt: str | Path, device: torch.device | str = "cpu") -> VARestorer:
+def load_system(ckpt: str | Path, device: torch.device | str = "cpu", merge: bool = False) -> VARestorer:
     """The system a checkpoint belongs to, in evaluation mode.
 
     Args:
         ckpt: a run's folder (the averaged weights of its latest checkpoint), a checkpoint's folder, or the published
             student, with its tokenizer and restorer beside it.
         device: where it runs.
+        merge: fold the adapters into the weights: faster, but without the teacher, so for `steps="one"` alone.
 
     Raises:
         UsageError: no such path.
@@ -37,6 +39,8 @@ def load_system(ckpt: str | Path, device: torch.device | str = "cpu") -> VAResto
         system = _from_run(path)
     else:
         raise UserError(f"ckpt={path} holds no checkpoint; {HOW}")
+    if merge:
+        merge_adapters(system.transformer)
     return system.to(device).eval().requires_grad_(False)
 
 

@@ -57,13 +57,12 @@ class RestoredBatch:
     Attributes:
         images_B3HW: in [0, 1].
         bits: of each scale, (B, Z, h, w) bool.
-        uncertainty_BHW: mean entropy of the bits at each pixel over the scales, 0 (decided) to 1 (guessed); None
-            for multi-step generation.
+        logits_BLZ2: of the student; None for multi-step generation.
     """
 
     images_B3HW: Tensor
     bits: list[Tensor]
-    uncertainty_BHW: Tensor | None
+    logits_BLZ2: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -231,7 +230,7 @@ class VARestorer(nn.Module):
             num_kept = self._num_kept(steps)
             bits = self._continue(bits[:num_kept], text, noise).bits
         codes = self.tokenizer.quantizer.indices_to_codes(bits, self.schedule.latent_size)
-        return RestoredBatch(self.decode(codes), bits, self._uncertainty(logits))
+        return RestoredBatch(self.decode(codes), bits, logits)
 
     def _select(self, logits_BLZ2: Tensor, noise: Noise | None) -> list[Tensor]:
         bits = []
@@ -257,8 +256,11 @@ class VARestorer(nn.Module):
             generator = MultiStepGenerator(self.transformer, self.tokenizer.quantizer, self.schedule)
             return generator(text, SamplingOptions(), noise=noise, known_bits=known_bits)
 
-    def _uncertainty(self, logits_BLZ2: Tensor) -> Tensor:
-        """Entropy maps of all scales, up-sampled to pixels and averaged, (B, H, W)."""
+    def uncertainty(self, logits_BLZ2: Tensor) -> Tensor:
+        """Where the student guesses: the entropy of its bits at each pixel, mean over the scales, (B, H, W).
+
+        0 where all bits are decided, 1 where all are a coin toss. Each scale is up-sampled to pixels first.
+        """
         entropy_BL1 = bit_entropy(logits_BLZ2)[..., None]
         maps = [
             F.interpolate(entropy, size=(self.tile, self.tile), mode="bilinear", align_corners=False)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from varestorer.losses.build import perceptual_loss
 from varestorer.losses.distillation import distribution_matching_loss
+from varestorer.losses.pixel import mse_loss
 from varestorer.systems.varestorer import VARestorer
 from varestorer.training.task import Batch, Task, train_only
 from varestorer.training.text import prompts_of
@@ -119,7 +119,7 @@ class DistillationTask(Task):
         bits = straight_through_bits(student_BLZ2, uniform, self.straight_through.tau)
         image = self.system.tokenizer.decode(self.system.codes(bits))
         target = to_network(batch["hq"])
-        return {"perceptual": self.perceptual(image, target), "mse": F.mse_loss(image, target)}
+        return {"perceptual": self.perceptual(image, target), "mse": mse_loss(image, target)}
 
     def preview(self, batch: Batch) -> dict[str, Tensor]:
         """The student in one step, without noise."""

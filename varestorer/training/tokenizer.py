@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from varestorer.losses.build import perceptual_loss
+from varestorer.losses.pixel import l1_loss, mse_loss
 from varestorer.systems.varestorer import VARestorer
 from varestorer.tokenizer.residual import TokenPyramid
 from varestorer.training.task import Batch, Task, train_only
@@ -73,10 +73,10 @@ class TokenizerTask(Task):
         image = tokenizer.decode(codes)
         decided, used = tokenizer.quantizer.quantiser.entropy_terms(features)
         parts = {
-            "l1": F.l1_loss(image, target),
-            "mse": F.mse_loss(image, target),
+            "l1": l1_loss(image, target),
+            "mse": mse_loss(image, target),
             "perceptual": self.perceptual(image, target),
-            "commitment": F.mse_loss(features, pyramid.codes),
+            "commitment": mse_loss(features, pyramid.codes),
             "entropy": decided - used,
         }
         loss = torch.stack([getattr(self.weights, name) * value for name, value in parts.items()]).sum()

@@ -21,9 +21,7 @@ from torch.nn.functional import interpolate
 from varestorer.utils.errors import UserError
 from varestorer.utils.files import atomic_write
 
-IMAGE_EXTENSIONS = frozenset(
-    ".png .jpg .jpeg .jpe .jfif .bmp .webp .tif .tiff .ppm .pgm .pnm .avif".split()
-)
+IMAGE_EXTENSIONS = frozenset(".png .jpg .jpeg .jpe .jfif .bmp .webp .tif .tiff .ppm .pgm .pnm .avif".split())
 
 # what Pillow raises for files that are not, or not wholly, pictures
 BROKEN_IMAGE_ERRORS = (

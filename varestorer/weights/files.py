@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -32,9 +33,10 @@ def read_tensors(path: str | Path, nested: tuple[str, ...] = ()) -> dict[str, Te
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        mmap = zipfile.is_zipfile(path)  # files older than torch 1.6 cannot be mapped
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except (pickle.UnpicklingError, RuntimeError, SafetensorError, EOFError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"cannot read weights {path}: damaged, or it holds more than tensors ({reason})") from error
     for key in nested:
         content = content[key] if isinstance(content, Mapping) and key in content else content

@@ -132,9 +132,7 @@ class RandomResize(_Step):
     direction_probs: tuple[float, ...] = (0.2, 0.7, 0.1)
     factor: Range = (0.3, 1.5)
 
-    def __call__(
-        self, img_CHW: Tensor, rng: np.random.Generator, base: tuple[int, int] | None = None
-    ) -> Tensor:
+    def __call__(self, img_CHW: Tensor, rng: np.random.Generator, base: tuple[int, int] | None = None) -> Tensor:
         """Resize to a random multiple of `base` (height, width); None: of the picture's own size."""
         low, high = self.factor
         limits = ((1.0, high), (low, 1.0), (1.0, 1.0))[int(rng.choice(3, p=self.direction_probs))]
@@ -192,9 +190,7 @@ class Degradation(_Step):
     jpeg1: tuple[int, int] = (60, 95)
     blur2: RandomBlur = field(default_factory=lambda: RandomBlur(prob=0.5, sigma=(0.2, 1.5)))
     resize2: RandomResize = field(default_factory=lambda: RandomResize((0.3, 0.4, 0.3), (0.6, 1.2)))
-    noise2: RandomNoise = field(
-        default_factory=lambda: RandomNoise(sigma=(1.0, 12.0), poisson_scale=(0.05, 1.0))
-    )
+    noise2: RandomNoise = field(default_factory=lambda: RandomNoise(sigma=(1.0, 12.0), poisson_scale=(0.05, 1.0)))
     final_sinc_prob: float = 0.8
     final_sinc_cutoff: Range = (math.pi / 3, math.pi)
     final_sinc_size: tuple[int, int] = (7, 21)

@@ -87,7 +87,7 @@ def test_restore_takes_a_run(finished: Path, tmp_path: Path) -> None:
 
 def test_a_run_can_start_from_another_runs_parts(finished: Path, tmp_path: Path) -> None:
     words = ["+experiment=smoke", f"run_dir={tmp_path / 'run'}", "trainer.max_steps=1"]
-    parts = [f"model.weights={{tokenizer: {finished}, transformer: {finished}}}"]
+    parts = [f"model.weights.{part}={finished}" for part in ("tokenizer", "transformer")]
     assert TRAIN.main([*words, *parts]) == 0
     ours, theirs = load_system(tmp_path / "run"), load_system(finished)
     assert torch.equal(ours.tokenizer.encoder.conv_in.weight, theirs.tokenizer.encoder.conv_in.weight)

@@ -46,15 +46,15 @@ def test_grid_positions_round_halves_to_even() -> None:
 
 
 def test_rotation_keeps_lengths_and_depends_on_relative_position() -> None:
-    schedule = ScaleSchedule.template(4)
-    layout = pyramid_layout(schedule, 16, CPU)
+    layout = pyramid_layout(ScaleSchedule.template(3), 16, CPU)
     q, k = torch.randn(2, 1, 1, len(layout), 16).unbind(0)
     assert torch.allclose(rotate(q, layout.cos_LD, layout.sin_LD).norm(dim=-1), q.norm(dim=-1), atol=1e-5)
     same_q, same_k = q[:, :, :1].expand_as(q), k[:, :, :1].expand_as(k)
     turned_q = rotate(same_q, layout.cos_LD, layout.sin_LD)
     turned_k = rotate(same_k, layout.cos_LD, layout.sin_LD)
-    last = turned_q[0, 0, -36:] @ turned_k[0, 0, -36:].T  # 6x6 tokens, row-major
-    assert last[0, 1].item() == pytest.approx(last[7, 8].item(), abs=1e-4)
+    last = turned_q[0, 0, -16:] @ turned_k[0, 0, -16:].T  # 4x4 tokens, row-major
+    assert last[0, 1].item() == pytest.approx(last[5, 6].item(), abs=1e-4)
+    assert last[0, 1].item() != pytest.approx(last[0, 4].item(), abs=1e-2)
 
 
 def test_long_layout_reads_on_in_the_table_or_repeats_its_own_rows() -> None:

@@ -78,6 +78,7 @@ class GoldenFolder:
             num_bits=self.config["d"],
             text_width=self.config["Ct5"],
             text_length=self.config["tlen"],
+            num_levels=len(self.student_tensors["sd/lvl_embed.weight"]),
         )
         return VARTransformer(config).eval().requires_grad_(False)
 

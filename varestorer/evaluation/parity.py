@@ -26,7 +26,6 @@ from varestorer.transformer.rope import rope_table, rotate
 from varestorer.transformer.sampling import bits_to_map, select_bits
 
 FLOAT_TOLERANCE = 1e-4
-SELF_CORRECTED_SCALES = 3
 
 
 @dataclass(frozen=True)
@@ -106,19 +105,22 @@ def compare_tokenizer(golden: GoldenFolder) -> Iterator[Check]:
     yield from _bits("vae", tensors, "requant/gt_bits", pyramid.indices)
     yield _float("vae", tensors, "requant/x_wo_prefix", pyramid.inputs())
     yield _float("vae", tensors, "requant/x_long", pyramid.long_inputs())
-    noisy = tokenizer.quantizer(features, schedule, _recorded_flips(golden, tokenizer))
+    num_flipped = sum(name.startswith("selfcorr/pred_bits_") for name in tensors)
+    noisy = tokenizer.quantizer(features, schedule, _recorded_flips(golden, tokenizer, num_flipped))
     yield from _bits("vae", tensors, "selfcorr/gt_bits", noisy.indices)
-    yield from _bits("vae", tensors, "selfcorr/pred_bits", noisy.predicted[:SELF_CORRECTED_SCALES])
+    yield from _bits("vae", tensors, "selfcorr/pred_bits", noisy.predicted[:num_flipped])
     yield _float("vae", tensors, "selfcorr/x_wo_prefix", noisy.inputs())
 
 
-def _recorded_flips(golden: GoldenFolder, tokenizer: MultiScaleTokenizer) -> Callable[[int, Tensor], Tensor]:
+def _recorded_flips(
+    golden: GoldenFolder, tokenizer: MultiScaleTokenizer, num_flipped: int
+) -> Callable[[int, Tensor], Tensor]:
     """The bit flips of the fixture: one strength per scale, then uniform noise of shape (B, 1, h, w, Z)."""
     strengths = np.random.RandomState(golden.config["gs"])
     generator = torch.Generator().manual_seed(golden.config["gs"])
 
     def corrupt(scale_number: int, bits: Tensor) -> Tensor:
-        if scale_number >= SELF_CORRECTED_SCALES:
+        if scale_number >= num_flipped:
             return bits
         strength = torch.tensor(strengths.randint(0, 31) * 0.01)
         batch_size, num_bits, h, w = bits.shape
@@ -293,7 +295,7 @@ def _compare_run(
     result = MultiStepGenerator(teacher, tokenizer.quantizer, golden.schedule, resize)(
         TextFeatures.from_list(prompt),
         SamplingOptions(settings["cfg"], settings["tau"], tuple(settings["cfg_insertion_layer"]), top_k=1),
-        negative=TextFeatures.from_list([negative]) if name == "multi_neg" else None,
+        negative=TextFeatures.from_list([negative]) if "neg" in name else None,
     )
     for k, raw in result.logits.items():
         key = f"{name}/raw_logits_{k}"

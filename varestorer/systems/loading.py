@@ -51,7 +51,7 @@ def _from_run(path: Path) -> VARestorer:
         model = OmegaConf.to_container(OmegaConf.load(run_dir / CONFIG).model)
     except (OSError, AttributeError) as error:
         raise UserError(f"the run {run_dir} has no model in its {CONFIG} ({error})") from error
-    options = {key: value for key, value in dict(model).items() if not str(key).startswith("_")}  # type: ignore[call-overload]
+    options = {key: value for key, value in dict(model).items() if not str(key).startswith("_")}  # type: ignore[arg-type]
     system = VARestorer(**options)
     try:
         unexpected = system.load_state_dict(load_run_weights(path), strict=False).unexpected_keys

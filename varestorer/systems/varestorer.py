@@ -76,7 +76,7 @@ class VARestorer(nn.Module):
     """The pieces put together.
 
     Args:
-        schedule: arguments of `ScaleSchedule.build`: `size` and `aspect`, or `sides`.
+        schedule: arguments of `ScaleSchedule.build`: `size`, or `sides`; the last scale is a square.
         tokenizer: arguments of `TokenizerConfig`.
         transformer: arguments of `TransformerConfig`.
         student: arguments of `StudentConfig`.
@@ -133,6 +133,9 @@ class VARestorer(nn.Module):
         bits = self.tokenizer.config.num_bits, self.transformer.config.num_bits
         if bits[0] != bits[1]:
             raise UserError(f"model.tokenizer.num_bits={bits[0]} and model.transformer.num_bits={bits[1]} must agree")
+        height, width = self.schedule.latent_size
+        if height != width:
+            raise UserError(f"images are restored in squares: model.schedule must end in one, got {height}x{width}")
         num_levels = len(self.schedule) + int(self.student_config.long_input)
         if self.transformer.config.num_levels < num_levels:
             raise UserError(f"model.transformer.num_levels must be at least {num_levels} for this schedule")

@@ -13,6 +13,7 @@ from varestorer.transformer.adapters import (
     plain_state_dict,
     use_adapters,
 )
+from varestorer.transformer.blocks import ffn_width
 from varestorer.transformer.generation import MultiStepGenerator, SamplingOptions
 from varestorer.transformer.layout import long_layout, pyramid_layout
 from varestorer.transformer.masks import block_causal_mask
@@ -284,6 +285,11 @@ def test_straight_through_bits_are_hard_with_the_soft_gradient() -> None:
 def test_entropy_is_zero_where_decided_and_one_where_even() -> None:
     logits = torch.tensor([[[[0.0, 60.0]], [[0.0, 0.0]]]])
     assert bit_entropy(logits)[0].tolist() == pytest.approx([0.0, 1.0], abs=1e-6)
+
+
+@pytest.mark.parametrize(("width", "hidden"), [(2048, 8192), (768, 3072), (96, 512), (64, 256), (32, 256)])
+def test_feed_forward_is_four_times_as_wide_in_steps_of_256(width: int, hidden: int) -> None:
+    assert ffn_width(width) == hidden
 
 
 def test_head_sizes_that_cannot_turn_are_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from varestorer.weights.load import load_published_tokenizer, load_published_tra
 from varestorer.weights.published import STUDENT_FILE, TOKENIZER_FILE, TRANSFORMER_FILE
 from varestorer.weights.runs import is_run, load_run_weights
 
+LOG = logging.getLogger(__name__)
 WHERE = {
     "tokenizer": f"{TOKENIZER_FILE} (hub FoundationVision/Infinity)",
     "transformer": f"{TRANSFORMER_FILE} (hub FoundationVision/Infinity) or {STUDENT_FILE} (VARestorer's release)",
@@ -72,6 +74,9 @@ def _load_from_run(module: nn.Module, part: str, run: Path) -> None:
     }
     wanted = module.state_dict()
     given = {name: tensor for name, tensor in weights.items() if name in wanted}
+    if any(".lora_" in name and tensor.shape != wanted[name].shape for name, tensor in given.items()):
+        LOG.warning("the adapters of the run %s have another rank: the student starts afresh from its teacher", run)
+        given = {name: tensor for name, tensor in given.items() if ".lora_" not in name}
     missing = [name for name in wanted if name not in given and ".lora_" not in name]
     if missing:
         raise UserError(f"the run {run} does not hold a whole {part}: {missing[0]} and {len(missing) - 1} more missing")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import math
 import re
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -37,9 +36,7 @@ def attach_adapters(transformer: nn.Module, rank: int, cross_value_bias: bool) -
     from peft import LoraConfig, inject_adapter_in_model
 
     config = LoraConfig(r=rank, lora_alpha=rank, lora_dropout=0.0, target_modules=TARGETS, bias="none")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
-        inject_adapter_in_model(config, transformer, adapter_name=ADAPTER)
+    inject_adapter_in_model(config, transformer, adapter_name=ADAPTER)
     for layer in _cross_attentions(transformer):
         layer.adapted_v_bias = cross_value_bias
     use_adapters(transformer, True)

@@ -22,8 +22,8 @@ def modulate(x_BLC: Tensor, scale_B1C: Tensor, shift_B1C: Tensor) -> Tensor:
 
 
 def ffn_width(width: int) -> int:
-    """Four times the width, rounded to a multiple of 256 (halves to even)."""
-    return round(4 * width / 256) * 256
+    """Four times the width, rounded to a multiple of 256 (halves to even), at least 256."""
+    return max(1, round(4 * width / 256)) * 256
 
 
 class FeedForward(nn.Module):

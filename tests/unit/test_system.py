@@ -2,16 +2,19 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from varestorer.systems.varestorer import VARestorer
+from varestorer.training.checkpoint import save_initial
 from varestorer.training.distillation import DistillationTask
 from varestorer.training.teacher import TeacherTask
 from varestorer.training.tokenizer import TokenizerTask
 from varestorer.transformer.sampling import keyed_noise
 from varestorer.utils.errors import UserError
+from varestorer.weights.storage import atomic_folder, write_json, write_tensors
 
 
 def image(height: int, width: int, seed: int = 0) -> torch.Tensor:
@@ -108,6 +111,22 @@ def test_distillation_losses_of_the_teacher_itself(tiny_system: VARestorer) -> N
     assert losses.keys() == {"loss", "kl"}
     assert losses["kl"] > 0
     assert losses["loss"] == losses["kl"]
+
+
+def test_a_separate_teacher_equal_to_the_base_gives_the_same_loss(tiny_system: VARestorer, tmp_path: Path) -> None:
+    save_initial(tmp_path, tiny_system.state_dict())
+    checkpoint = tmp_path / "checkpoints" / "student" / "step_000001"
+    with atomic_folder(checkpoint) as folder:
+        write_json(folder / "state.json", {"stage": "student", "stage_index": 0})
+        write_tensors(folder / "ema.safetensors", {})
+    weights = {"kl": 1.0, "perceptual": 0.0, "mse": 0.0}
+    shared = DistillationTask(tiny_system, weights, perceptual="features")
+    separate = DistillationTask(tiny_system, weights, perceptual="features", teacher=str(tmp_path))
+    assert separate.trainable_parameters().keys() == shared.trainable_parameters().keys()
+    assert separate(batch(tiny_system), 1)["loss"] == shared(batch(tiny_system), 1)["loss"]
+    with torch.no_grad():
+        separate.teacher.head.weight.add_(1.0)
+    assert separate(batch(tiny_system), 1)["loss"] != shared(batch(tiny_system), 1)["loss"]
 
 
 def test_image_losses_reach_the_adapters_through_the_bits(tiny_system: VARestorer) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from varestorer.transformer.adapters import plain_state_dict
+from varestorer.transformer import VARTransformer
+from varestorer.transformer.adapters import plain_name, plain_state_dict
 from varestorer.utils.errors import UserError
 from varestorer.weights.files import read_tensors
 from varestorer.weights.load import load_published_tokenizer, load_published_transformer
@@ -58,6 +59,17 @@ def load_part(system: Any, part: str, path: str | Path) -> None:
         load_transformer(system.transformer, read_tensors(path), str(path))
 
 
+def load_teacher(system: Any, path: str | Path) -> VARTransformer:
+    """A network of the system's sizes without adapters, filled from a published teacher or a run."""
+    check_part("transformer", path)
+    teacher = VARTransformer(system.transformer.config).to(system.device)
+    if is_run(path):
+        _load_from_run(teacher, "transformer", Path(path))
+    else:
+        load_transformer(teacher, read_tensors(path), str(path))
+    return teacher
+
+
 def load_transformer(transformer: Any, tensors: dict[str, Tensor], source: str) -> None:
     """Fill a transformer from a published teacher (its adapters stay as they are) or student."""
     plain = plain_state_dict(transformer)
@@ -66,13 +78,13 @@ def load_transformer(transformer: Any, tensors: dict[str, Tensor], source: str) 
     load_published_transformer(transformer, plain, tensors, source)
 
 
+@torch.no_grad()
 def _load_from_run(module: nn.Module, part: str, run: Path) -> None:
-    weights = {
-        name.removeprefix(f"{part}."): tensor
-        for name, tensor in load_run_weights(run).items()
-        if name.startswith(f"{part}.")
-    }
-    wanted = module.state_dict()
+    """Copy a part of a run's weights; adapters that the module has not, or has at another rank, are left out."""
+    prefix = f"{part}."
+    held = load_run_weights(run).items()
+    weights = {plain_name(name.removeprefix(prefix)): t for name, t in held if name.startswith(prefix)}
+    wanted = plain_state_dict(module)
     given = {name: tensor for name, tensor in weights.items() if name in wanted}
     if any(".lora_" in name and tensor.shape != wanted[name].shape for name, tensor in given.items()):
         LOG.warning("the adapters of the run %s have another rank: the student starts afresh from its teacher", run)
@@ -83,4 +95,5 @@ def _load_from_run(module: nn.Module, part: str, run: Path) -> None:
     misshapen = [name for name, tensor in given.items() if tensor.shape != wanted[name].shape]
     if misshapen:
         raise UserError(f"the {part} of the run {run} has other sizes than the model: {misshapen[0]}")
-    module.load_state_dict(given, strict=False)
+    for name, tensor in given.items():
+        wanted[name].copy_(tensor)

@@ -184,11 +184,22 @@ class VARestorer(nn.Module):
         """The learned text that stands for no prompt."""
         return self.transformer.text.null_batch(batch_size)
 
-    def teacher_logits(self, pyramid: TokenPyramid, text: TextFeatures | TextContext) -> Tensor:
-        """p_T(r_k | r_<k): logits (B, L, Z, 2) of every scale, given the true coarser ones; adapters off."""
+    def teacher_logits(
+        self, pyramid: TokenPyramid, text: TextFeatures | TextContext, teacher: VARTransformer | None = None
+    ) -> Tensor:
+        """p_T(r_k | r_<k): logits (B, L, Z, 2) of every scale, given the true coarser ones.
+
+        Args:
+            pyramid: tokens of the photograph.
+            text: of the prompts; a context must come from the network that is asked.
+            teacher: a network of its own; None for the system's, adapters off.
+        """
         layout = pyramid_layout(self.schedule, self.transformer.config.head_dim, pyramid.codes.device)
+        mask = block_causal_mask(layout.levels_L)
+        if teacher is not None:
+            return teacher(pyramid.inputs(), text, layout, mask)
         with adapters_off(self.transformer):
-            return self.transformer(pyramid.inputs(), text, layout, block_causal_mask(layout.levels_L))
+            return self.transformer(pyramid.inputs(), text, layout, mask)
 
     def student_logits(self, condition: Condition, text: TextFeatures | TextContext) -> Tensor:
         """p_S(r_k | r_LQ): logits (B, L, Z, 2) of every scale in one pass; all tokens see all tokens."""

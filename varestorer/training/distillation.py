@@ -10,6 +10,7 @@ from torch import Tensor
 from varestorer.losses.build import perceptual_loss
 from varestorer.losses.distillation import distribution_matching_loss
 from varestorer.losses.pixel import mse_loss
+from varestorer.systems.parts import load_teacher
 from varestorer.systems.varestorer import VARestorer
 from varestorer.training.task import Batch, Task, train_only
 from varestorer.training.text import prompts_of
@@ -54,7 +55,8 @@ class StraightThrough:
 class DistillationTask(Task):
     """The student matches the teacher's bits, and its decoded image the photograph.
 
-    Teacher and student are the same network with its adapters off and on; only the adapters train.
+    Teacher and student are the same network with its adapters off and on, unless a separate teacher is named; only the
+    adapters train.
 
     Args:
         system: tokenizer, transformer with adapters.
@@ -62,6 +64,7 @@ class DistillationTask(Task):
         kl: arguments of `KLOptions`.
         perceptual: see `losses.build.perceptual_loss`.
         straight_through: arguments of `StraightThrough`.
+        teacher: file or run of a separate teacher, at the cost of a second network; None: the system's own.
         condition_drop: share of prompts replaced by the learned null text.
         checkpoint_activations: compute the blocks again in the backward pass, for less memory.
         seed: of noise and drops.
@@ -74,6 +77,7 @@ class DistillationTask(Task):
         kl: dict[str, str | float] | None = None,
         perceptual: str = "lpips",
         straight_through: dict[str, float | bool] | None = None,
+        teacher: str | None = None,
         condition_drop: float = 0.1,
         checkpoint_activations: bool = False,
         seed: int = 0,
@@ -87,6 +91,7 @@ class DistillationTask(Task):
         self.kl = KLOptions(**(kl or {}))  # type: ignore[arg-type]
         self.perceptual = perceptual_loss(perceptual, system.tokenizer.encoder.features)
         self.straight_through = StraightThrough(**(straight_through or {}))  # type: ignore[arg-type]
+        self.teacher = None if teacher is None else load_teacher(system, teacher)
         self.condition_drop = condition_drop
         self.seed = seed
         system.transformer.checkpoint_activations = checkpoint_activations
@@ -98,7 +103,9 @@ class DistillationTask(Task):
         context = system.transformer.text(text)
         with torch.no_grad():
             condition = system.condition(batch["lq"])
-            teacher = system.teacher_logits(system.encode(batch["hq"]), context) if self.weights.kl else None
+            asked = context if self.teacher is None else text
+            pyramid = system.encode(batch["hq"]) if self.weights.kl else None
+            teacher = None if pyramid is None else system.teacher_logits(pyramid, asked, self.teacher)
         student = system.student_logits(condition, context)
         parts = {}
         if teacher is not None:

@@ -60,7 +60,7 @@ class DistillationTask(Task):
 
     Args:
         system: tokenizer, transformer with adapters.
-        weights: arguments of `DistillationWeights`; a part with weight 0 is not computed.
+        weights: arguments of `DistillationWeights`; L_KL and L_perc are not computed where theirs is 0.
         kl: arguments of `KLOptions`.
         perceptual: see `losses.build.perceptual_loss`.
         straight_through: arguments of `StraightThrough`.
@@ -89,7 +89,8 @@ class DistillationTask(Task):
         self.system = system
         self.weights = DistillationWeights(**(weights or {}))
         self.kl = KLOptions(**(kl or {}))  # type: ignore[arg-type]
-        self.perceptual = perceptual_loss(perceptual, system.tokenizer.encoder.features)
+        wanted = self.weights.perceptual > 0
+        self.perceptual = perceptual_loss(perceptual, system.tokenizer.encoder.features) if wanted else None
         self.straight_through = StraightThrough(**(straight_through or {}))  # type: ignore[arg-type]
         self.teacher = None if teacher is None else load_teacher(system, teacher)
         self.condition_drop = condition_drop
@@ -126,7 +127,10 @@ class DistillationTask(Task):
         bits = straight_through_bits(student_BLZ2, uniform, self.straight_through.tau)
         image = self.system.tokenizer.decode(self.system.codes(bits))
         target = to_network(batch["hq"])
-        return {"perceptual": self.perceptual(image, target), "mse": mse_loss(image, target)}
+        losses = {"mse": mse_loss(image, target)}
+        if self.perceptual is not None:
+            losses["perceptual"] = self.perceptual(image, target)
+        return losses
 
     def preview(self, batch: Batch) -> dict[str, Tensor]:
         """The student in one step, without noise."""

@@ -25,7 +25,7 @@ from varestorer.transformer import TextContext, TextFeatures, TransformerConfig,
 from varestorer.transformer.adapters import adapters_off, attach_adapters, init_adapters
 from varestorer.transformer.generation import Generation, MultiStepGenerator, SamplingOptions
 from varestorer.transformer.layout import pyramid_layout
-from varestorer.transformer.masks import block_causal_mask
+from varestorer.transformer.masks import block_causal_mask, cross_scale_mask
 from varestorer.transformer.sampling import Noise, bit_entropy, bits_to_map, keyed_noise, select_bits
 from varestorer.utils.errors import UserError
 from varestorer.utils.images import from_network, resize, to_network
@@ -203,7 +203,8 @@ class VARestorer(nn.Module):
 
     def student_logits(self, condition: Condition, text: TextFeatures | TextContext) -> Tensor:
         """p_S(r_k | r_LQ): logits (B, L, Z, 2) of every scale in one pass; all tokens see all tokens."""
-        logits = self.transformer(condition.tokens_BLZ, text, condition.layout)
+        mask = cross_scale_mask(condition.layout.levels_L)
+        logits = self.transformer(condition.tokens_BLZ, text, condition.layout, mask)
         return logits[:, : self.schedule.num_tokens]
 
     def codes(self, bits_BLZ: Tensor) -> Tensor:

@@ -24,6 +24,9 @@ class Quantiser(Protocol):
     def flip(self, indices: Tensor, noise: Tensor, strength: Tensor) -> Tensor:
         """Indices with each symbol changed where `noise` < `strength` (bitwise self-correction)."""
 
+    def entropy_terms(self, features_BZhw: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean entropy of the soft indices, and entropy of their mean: regularisers of tokenizer training."""
+
 
 class BinarySphericalQuantiser(nn.Module):
     """Each channel to +-1/sqrt(Z): the corners of a cube on the unit sphere (BSQ; Infinity, section 3.2).

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from varestorer.tokenizer.quantisers import BinarySphericalQuantiser
+from varestorer.tokenizer.quantisers import Quantiser
 from varestorer.tokenizer.schedule import Scale, ScaleSchedule
 
 # Changes the indices of one scale before they enter the sum: (scale number, indices) -> indices.
@@ -83,7 +83,7 @@ class MultiScaleQuantizer(nn.Module):
         quantiser: quantiser of one residual map.
     """
 
-    def __init__(self, quantiser: BinarySphericalQuantiser) -> None:
+    def __init__(self, quantiser: Quantiser) -> None:
         super().__init__()
         self.quantiser = quantiser
 

@@ -13,6 +13,3 @@ def block_causal_mask(levels_L: Tensor) -> Tensor:
 def cross_scale_mask(levels_L: Tensor) -> Tensor | None:
     """Every token sees every token (VARestorer's cross-scale attention): no mask at all."""
     return None
-
-
-MASKS = {"block_causal": block_causal_mask, "cross_scale": cross_scale_mask}

@@ -1,4 +1,4 @@
-"""Reading tensors from files, and loading them strictly."""
+"""Reading tensors from files, and comparing them with what a module wants."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from varestorer.utils.errors import UserError
 
@@ -63,12 +63,6 @@ def check_names_and_shapes(wanted: Mapping[str, Tensor], given: Mapping[str, Ten
     if any(problems.values()):
         parts = [f"{kind}: {_shorten(names)}" for kind, names in problems.items() if names]
         raise UserError(f"{source} does not fit the model; " + "; ".join(parts))
-
-
-def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
-    """Copy tensors into a module whose state dict has exactly these names and shapes."""
-    check_names_and_shapes(module.state_dict(), tensors, source)
-    module.load_state_dict(dict(tensors))
 
 
 def _shorten(names: list[str]) -> str:

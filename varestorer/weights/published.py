@@ -114,8 +114,8 @@ def from_published(
         source: the file, for messages.
 
     Raises:
-        UserError: a derived tensor has another value. (Missing and unexpected names are for `load_strict` to find:
-            unexpected ones keep their published name.)
+        UserError: a derived tensor has another value. (Missing and unexpected names are for `check_names_and_shapes`
+            to find: unexpected ones keep their published name.)
     """
     for name, value in derived.items():
         if name in tensors and not torch.equal(tensors[name].to(value.dtype), value):

@@ -243,6 +243,15 @@ def test_checkpointed_activations_change_no_gradient(tiny_system: VARestorer) ->
     assert any(g.abs().max() > 0 for g in gradients[0])
 
 
+def test_logits_are_float32_under_autocast(tiny_system: VARestorer) -> None:
+    condition, text = tiny_system.condition(pixels(tiny_system)), tiny_system.null_text(2)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = tiny_system.student_logits(condition, text)
+        pyramid = tiny_system.encode(pixels(tiny_system))
+    assert logits.dtype == torch.float32
+    assert pyramid.codes.dtype == torch.float32
+
+
 # sampling
 
 

@@ -114,6 +114,7 @@ def build_system(cfg: DictConfig, run: Run) -> nn.Module:
     """
     from hydra.utils import instantiate
 
+    from varestorer.systems.loading import load_into
     from varestorer.training.checkpoint import save_initial
     from varestorer.training.rng import seed_everything
     from varestorer.weights.runs import load_initial
@@ -123,24 +124,10 @@ def build_system(cfg: DictConfig, run: Run) -> nn.Module:
     initial = load_initial(run.run_dir)
     run.accelerator.wait_for_everyone()  # the other processes have looked before the first one writes
     if initial is not None:
-        load_into(system, initial)
+        load_into(system, initial, f"the run {run.run_dir}")
     elif run.is_main and (state := getattr(system, "initial_state", system.state_dict)()):
         save_initial(run.run_dir, state)
     return system
-
-
-def load_into(system: nn.Module, weights: dict[str, Any]) -> None:
-    """Load a run's weights into a system that may have more (those that come from files).
-
-    Raises:
-        UserError: the system has no place for some of them.
-    """
-    try:
-        unexpected = system.load_state_dict(weights, strict=False).unexpected_keys
-    except RuntimeError as error:  # torch's word for tensors of another shape
-        raise UserError(f"the run was started with another model: {error}") from error
-    if unexpected:
-        raise UserError(f"the run was started with another model: this one has no {unexpected[0]}")
 
 
 def train_stage(name: str, cfg: DictConfig, system: nn.Module, run: Run) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from omegaconf import OmegaConf
+from torch import Tensor, nn
 
 from varestorer.conditioning.restorer import PUBLISHED_FILE
 from varestorer.systems.varestorer import VARestorer
@@ -44,6 +46,20 @@ def load_system(ckpt: str | Path, device: torch.device | str = "cpu", merge: boo
     return system.to(device).eval().requires_grad_(False)
 
 
+def load_into(system: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
+    """Copy a run's weights into a system that may have more (those that come from files).
+
+    Raises:
+        UserError: the system has no place for some of them, or another shape.
+    """
+    try:
+        unexpected = system.load_state_dict(weights, strict=False).unexpected_keys
+    except RuntimeError as error:  # torch's word for tensors of another shape
+        raise UserError(f"{source} was made with another model: {error}") from error
+    if unexpected:
+        raise UserError(f"{source} was made with another model: this one has no {unexpected[0]}")
+
+
 def _from_run(path: Path) -> VARestorer:
     """Rebuild the model of a run's config and fill it with the run's weights."""
     run_dir = latest_checkpoint(path).parents[2]
@@ -53,12 +69,7 @@ def _from_run(path: Path) -> VARestorer:
         raise UserError(f"the run {run_dir} has no model in its {CONFIG} ({error})") from error
     options = {key: value for key, value in dict(model).items() if not str(key).startswith("_")}  # type: ignore[arg-type]
     system = VARestorer(**options)
-    try:
-        unexpected = system.load_state_dict(load_run_weights(path), strict=False).unexpected_keys
-    except RuntimeError as error:  # torch's word for tensors of another shape
-        raise UserError(f"the checkpoints of {run_dir} do not fit its {CONFIG}: {error}") from error
-    if unexpected:
-        raise UserError(f"the checkpoints of {run_dir} do not fit its {CONFIG}: no place for {unexpected[0]}")
+    load_into(system, load_run_weights(path), f"the run {run_dir}")
     return system
 
 

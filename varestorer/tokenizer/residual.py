@@ -87,7 +87,6 @@ class MultiScaleQuantizer(nn.Module):
         super().__init__()
         self.quantiser = quantiser
 
-    @torch.autocast("cuda", enabled=False)
     def forward(
         self, features_BZhw: Tensor, schedule: ScaleSchedule, corrupt: Corruption | None = None
     ) -> TokenPyramid:

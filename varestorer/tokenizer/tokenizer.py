@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from varestorer.tokenizer.autoencoder import Decoder, Encoder, clamp_keeping_gradient
@@ -87,8 +86,3 @@ class MultiScaleTokenizer(nn.Module):
     def decode(self, codes_BZhw: Tensor) -> Tensor:
         """Image (B, 3, H, W) in [-1, 1] of summed codes; the clamp lets gradients pass."""
         return clamp_keeping_gradient(self.decoder(codes_BZhw))
-
-    @torch.no_grad()
-    def reconstruct(self, img_B3HW: Tensor, schedule: ScaleSchedule) -> Tensor:
-        """Encode and decode: the best that any prediction of tokens can reach."""
-        return self.decode(self.encode(img_B3HW, schedule).codes)

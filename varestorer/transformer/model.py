@@ -154,9 +154,9 @@ class VARTransformer(nn.Module):
             return torch.utils.checkpoint.checkpoint(block, *args, use_reentrant=False)
         return block(*args)
 
-    @torch.autocast("cuda", enabled=False)
     def predict(self, x_BLC: Tensor, cond_BC: Tensor) -> Tensor:
         """The head, always in float32: logits (B, L, Z, 2) of tokens that left the last block."""
-        scale, shift = self.head_modulation(F.silu(cond_BC.float()))[:, None].chunk(2, dim=-1)
-        logits = self.head(modulate(x_BLC.float(), scale, shift))
+        with torch.autocast(x_BLC.device.type, enabled=False):
+            scale, shift = self.head_modulation(F.silu(cond_BC.float()))[:, None].chunk(2, dim=-1)
+            logits = self.head(modulate(x_BLC.float(), scale, shift))
         return rearrange(logits, "b l (z two) -> b l z two", two=2)

@@ -12,8 +12,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Two threads at most: many tiny operations run slower on more."""
-    torch.set_num_threads(min(2, os.cpu_count() or 1))
+    """Two threads at most, or as many as OMP_NUM_THREADS says: many tiny operations run slower on more."""
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or min(2, os.cpu_count() or 1)))
 
 
 def shared_folder() -> Path:
@@ -28,6 +28,12 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip(f"golden files not found: {folder} (set VARESTORER_SHARED to the folder that holds fixtures/)")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep text features that a test caches out of the user's folder."""
+    monkeypatch.setenv("VARESTORER_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
 @pytest.fixture

@@ -92,5 +92,5 @@ def test_weights_load_strictly(golden: Path, tmp_path: Path) -> None:
     del tensors["sd/head.bias"]
     (tmp_path / "copy" / "teacher_weights.safetensors").unlink()
     save_file(tensors, tmp_path / "copy" / "teacher_weights.safetensors")
-    with pytest.raises(Exception, match=r"missing: head\.bias; unexpected: extra"):
+    with pytest.raises(Exception, match=r"1 missing: head\.bias; 1 unexpected: extra"):
         list(compare(tmp_path / "copy"))

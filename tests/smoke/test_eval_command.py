@@ -2,15 +2,15 @@
 
 import csv
 import json
-import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from varestorer.commands.entry import compose
 from varestorer.commands.eval import COMMAND
+from varestorer.systems.varestorer import VARestorer
 from varestorer.utils.images import load_image, resize, save_image
 
 pytestmark = pytest.mark.smoke
@@ -75,10 +75,13 @@ def test_checkpoint(root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
         def restore(self, image: torch.Tensor, scale: int = 4, *, seed: int = 0) -> SimpleNamespace:
             return SimpleNamespace(image=resize(image, (image.shape[1] * scale, image.shape[2] * scale)))
 
-    loading = ModuleType("varestorer.systems.loading")
     asked = []
-    loading.load_system = lambda ckpt, device, merge: asked.append((ckpt, device, merge)) or System()
-    monkeypatch.setitem(sys.modules, "varestorer.systems.loading", loading)
+
+    def load(ckpt: str, device: torch.device, merge: bool) -> System:
+        asked.append((ckpt, device, merge))
+        return System()
+
+    monkeypatch.setattr(VARestorer, "from_pretrained", load)
     assert run(root, "ckpt=outputs/a run, the best", "metrics=psnr") == 0
     assert asked == [("outputs/a run, the best", torch.device("cpu"), True)]
     assert "s per image" in capsys.readouterr().out

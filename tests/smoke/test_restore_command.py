@@ -1,42 +1,62 @@
-"""`restore` from the command line, with a stand-in for the network."""
+"""`restore` from the command line, with a stand-in for the network or a tiny one."""
 
+import gc
 import json
-import sys
+import random
+from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
+from text_models import save_blip, save_t5
 from torch import Tensor
 
 from varestorer.commands.restore import COMMAND
+from varestorer.conditioning.captioner import Captioner
 from varestorer.conditioning.text_encoder import TextEncoder
+from varestorer.systems.varestorer import StudentConfig, VARestorer
+from varestorer.utils.images import load_image
 
 pytestmark = pytest.mark.smoke
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("VARESTORER_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
 
 
 class Enlarger:
     """Takes the place of a restoration system and remembers how it was called."""
 
-    device = torch.device("cpu")
+    restorer = None
+    tile, tiles, schedule = 64, (32, 64), range(10)
 
     def __init__(self, text_width: int = 2048) -> None:
         self.calls: list[dict] = []
+        self.is_merged = False
+        self.student_config = StudentConfig()
         self.transformer = SimpleNamespace(config=SimpleNamespace(text_width=text_width))
 
-    def restore(self, image_3HW: Tensor, **options) -> SimpleNamespace:
-        self.calls.append(options)
-        scale = options["scale"]
-        return SimpleNamespace(image=image_3HW.repeat_interleave(scale, 1).repeat_interleave(scale, 2))
+    def to(self, device: torch.device) -> "Enlarger":
+        return self
+
+    def merge_adapters(self) -> None:
+        self.is_merged = True
+
+    def restore(self, image_3HW: Tensor, scale: float, **options) -> SimpleNamespace:
+        self.calls.append({"scale": scale} | options)
+        image = image_3HW.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
+        maps_KHW = torch.stack([torch.zeros_like(image[0]), torch.ones_like(image[0])])
+        return SimpleNamespace(image=image, uncertainty_KHW=maps_KHW if options["uncertainty"] else None)
 
 
 @pytest.fixture
 def system(monkeypatch: pytest.MonkeyPatch) -> Enlarger:
     enlarger = Enlarger()
-    module = ModuleType("varestorer.systems.loading")
-    module.load_system = lambda ckpt, device, merge: enlarger
-    monkeypatch.setitem(sys.modules, "varestorer.systems.loading", module)
+    monkeypatch.setattr(VARestorer, "from_pretrained", lambda ckpt, device: enlarger)
     return enlarger
 
 
@@ -57,13 +77,33 @@ def prompts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def photos(tmp_path: Path) -> Path:
     folder = tmp_path / "my photos, (old)"
     (folder / "sub").mkdir(parents=True)
-    for name in ("a.png", "sub/b.png"):
-        Image.new("RGB", (5, 3), (200, 100, 50)).save(folder / name)
+    for name, colour in (("a.png", (200, 100, 50)), ("sub/b.png", (10, 30, 250))):
+        Image.new("RGB", (5, 3), colour).save(folder / name)
     return folder
 
 
+@pytest.fixture
+def bundle(tiny_system: VARestorer, tmp_path: Path) -> Path:
+    """A tiny system that reads text features of width 16."""
+    tiny_system.save_pretrained(tmp_path / "bundle")
+    return tmp_path / "bundle"
+
+
+@pytest.fixture(scope="module")
+def text_models(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The words of the command that name a real captioner and a real encoder of tiny size."""
+    folder = tmp_path_factory.mktemp("text models")
+    return [f"captioner={save_blip(folder / 'blip')}", f"text_encoder={save_t5(folder / 't5')}"]
+
+
 def words(source: Path, output: Path, *more: str) -> list[str]:
-    return [f"input={source}", f"output={output}", "ckpt=any", "device=cpu", *more]
+    given = {word.split("=")[0] for word in more}
+    usual = [f"input={source}", f"output={output}", "ckpt=any", "device=cpu"]
+    return [*(word for word in usual if word.split("=")[0] not in given), *more]
+
+
+def entries_of(output: Path) -> dict[str, dict]:
+    return json.loads((output / "restore.json").read_text())
 
 
 def test_a_folder_with_awkward_names(
@@ -73,16 +113,35 @@ def test_a_folder_with_awkward_names(
     assert COMMAND.main(words(photos, output, "scale=2", "steps=2", "prompt=a dog, on (green) grass")) == 0
     with Image.open(output / "sub/b.png") as image:
         assert image.size == (10, 6)
-    entries = json.loads((output / "restore.json").read_text())
+    entries = entries_of(output)
     assert set(entries) == {"a.png", "sub/b.png"}
     assert entries["a.png"]["prompt"] == "a dog, on (green) grass"
     first, second = system.calls
     assert prompts == ["a dog, on (green) grass"] and first["prompt"][0, 0] == len(prompts[0])
-    assert first["scale"] == 2 and first["steps"] == "2"
+    assert first["scale"] == 2 and first["steps"] == "2" and not system.is_merged
     assert first["seed"] != second["seed"] and "batch" not in first
     captured = capsys.readouterr()
     assert "2 restored" in captured.out and str(output) in captured.out
     assert "images/s" in captured.err
+
+
+def test_options_reach_the_system(system: Enlarger, photos: Path, tmp_path: Path) -> None:
+    more = ["select=sample", "color=wavelet", "tile=32", "overlap=8", "batch=3", "scale=3.0"]
+    assert COMMAND.main(words(photos, tmp_path / "out", *more)) == 0
+    wanted = {"select": "sample", "color": "wavelet", "tile": 32, "overlap": 8, "batch": 3, "scale": 3}
+    wanted |= {"steps": "one", "prompt": None, "uncertainty": False}
+    assert wanted.items() <= system.calls[0].items()
+    assert system.is_merged
+    assert entries_of(tmp_path / "out")["a.png"]["prompt"] is None
+
+
+def test_uncertainty_is_the_mean_over_scales_beside_the_result(system: Enlarger, photos: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    assert COMMAND.main(words(photos, output, "uncertainty=true")) == 0
+    entry = entries_of(output)["sub/b.png"]
+    heat = load_image(output / entry["uncertainty"])
+    assert heat.shape == load_image(output / entry["output"]).shape
+    assert torch.equal(heat, heat[:, :1, :1].expand_as(heat)) and 0.1 < heat.mean() < 0.9
 
 
 def test_a_broken_file_is_named_and_ends_with_one(
@@ -95,10 +154,23 @@ def test_a_broken_file_is_named_and_ends_with_one(
     assert sorted(path.name for path in (tmp_path / "out").rglob("*.*")) == ["a.png", "b.png", "restore.json"]
 
 
-def test_results_are_left_alone_unless_overwritten(system: Enlarger, photos: Path, tmp_path: Path) -> None:
-    for more, calls in [((), 2), ((), 2), (("overwrite=true",), 4)]:
+def test_an_image_over_max_pixels_is_named(
+    system: Enlarger, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.new("RGB", (50, 30)).save(photos / "large.png")
+    assert COMMAND.main(words(photos, tmp_path / "out", "max_pixels=1000")) == 1
+    assert "failed: large.png" in capsys.readouterr().out
+    assert len(system.calls) == 2
+
+
+def test_results_are_left_alone_unless_overwritten(
+    system: Enlarger, prompts: list[str], photos: Path, tmp_path: Path
+) -> None:
+    for more, calls in [(("prompt=a",), 2), (("prompt=b",), 2), (("prompt=c", "overwrite=true"), 4)]:
         assert COMMAND.main(words(photos, tmp_path / "out", *more)) == 0
         assert len(system.calls) == calls
+    assert prompts == ["a", "c"]  # nothing is encoded where nothing is restored
+    assert entries_of(tmp_path / "out")["a.png"]["prompt"] == "c"
 
 
 def test_a_model_without_text_says_that_the_prompt_changes_nothing(
@@ -106,10 +178,20 @@ def test_a_model_without_text_says_that_the_prompt_changes_nothing(
 ) -> None:
     system.transformer.config.text_width = 8
     assert COMMAND.main(words(photos, tmp_path / "out", "prompt=a dog")) == 0
-    assert prompts == [] and "prompt" not in system.calls[0]
-    entry = json.loads((tmp_path / "out/restore.json").read_text())["a.png"]
+    assert prompts == [] and system.calls[0]["prompt"] is None
+    entry = entries_of(tmp_path / "out")["a.png"]
     assert (entry["prompt"], entry["prompt_used"]) == ("a dog", False)
-    assert "trained without text" in "".join(capsys.readouterr())
+    assert "trained without text: the prompt is recorded" in "".join(capsys.readouterr())
+
+
+def test_a_model_without_text_gets_no_captions(
+    system: Enlarger, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    system.transformer.config.text_width = 8
+    monkeypatch.setattr(Captioner, "caption", lambda captioner, images: pytest.fail("nobody would read it"))
+    assert COMMAND.main(words(photos, tmp_path / "out", "caption=auto")) == 0
+    assert entries_of(tmp_path / "out")["a.png"]["prompt"] is None
+    assert "trained without text: no captions are made" in "".join(capsys.readouterr())
 
 
 def test_an_encoder_of_another_width_is_refused(
@@ -118,6 +200,123 @@ def test_an_encoder_of_another_width_is_refused(
     system.transformer.config.text_width = 8
     assert COMMAND.main(words(photos, tmp_path / "out", "prompt=a dog", "text_encoder=any")) == 1
     assert "width 2048" in capsys.readouterr().err
+    assert system.calls == []
+
+
+def test_captions_of_a_folder_end_to_end(
+    bundle: Path, text_models: list[str], photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (photos / "broken.jpg").write_bytes(b"no jpeg")
+    output, plain = tmp_path / "out", tmp_path / "plain"
+    assert COMMAND.main(words(photos, output, f"ckpt={bundle}", "caption=auto", *text_models)) == 1
+    entries = entries_of(output)
+    captions = [entries[name]["prompt"] for name in ("a.png", "sub/b.png")]
+    assert all(captions) and "prompt_used" not in entries["a.png"]
+    assert "broken.jpg" in entries["broken.jpg"]["error"]
+    assert "2 restored, 1 failed" in capsys.readouterr().out
+    assert COMMAND.main(words(photos / "a.png", plain, f"ckpt={bundle}")) == 0
+    assert not torch.equal(load_image(output / "a.png"), load_image(plain / "a.png"))
+    given = [f"prompt={captions[0]}", text_models[1]]
+    assert COMMAND.main(words(photos / "a.png", plain, f"ckpt={bundle}", "overwrite=true", *given)) == 0
+    assert torch.equal(load_image(output / "a.png"), load_image(plain / "a.png"))
+
+
+def test_captioner_and_encoder_are_gone_before_the_transformer_runs(
+    bundle: Path, text_models: list[str], photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import BlipForConditionalGeneration, T5EncoderModel
+
+    events: list[tuple[str, set[str]]] = []
+
+    def record(owner: type, name: str) -> None:
+        real: Callable = getattr(owner, name)
+
+        def recorded(self, *args, **kwargs):
+            alive = {type(thing).__name__ for thing in gc.get_objects() if isinstance(thing, networks)}
+            events.append((f"{owner.__name__}.{name}", alive))
+            return real(self, *args, **kwargs)
+
+        monkeypatch.setattr(owner, name, recorded)
+
+    networks = (BlipForConditionalGeneration, T5EncoderModel)
+    for owner, name in [(Captioner, "caption"), (TextEncoder, "encode"), (VARestorer, "to"), (VARestorer, "restore")]:
+        record(owner, name)
+    loading = len(events)
+    assert COMMAND.main(words(photos, tmp_path / "out", f"ckpt={bundle}", "caption=auto", *text_models)) == 0
+    names = [name for name, _ in events[loading:]]
+    start = names.index("Captioner.caption")
+    assert list(dict.fromkeys(names[start:])) == [
+        "Captioner.caption",
+        "TextEncoder.encode",
+        "VARestorer.to",
+        "VARestorer.restore",
+    ]
+    alive = dict(reversed(events))  # at the first call of each
+    assert all("BlipForConditionalGeneration" not in alive[name] for name in names if name != "Captioner.caption")
+    assert alive["VARestorer.restore"] == set()
+    assert dict(events)["Captioner.caption"] == {"BlipForConditionalGeneration"}
+
+
+def test_a_second_run_needs_no_text_encoder(
+    bundle: Path, text_models: list[str], photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = [f"ckpt={bundle}", "prompt=a dog", "overwrite=true", text_models[1]]
+    assert COMMAND.main(words(photos, tmp_path / "out", *more)) == 0
+    first = (tmp_path / "out/a.png").read_bytes()
+    monkeypatch.setattr(TextEncoder, "_load", lambda encoder: pytest.fail("the features are on the disk"))
+    assert COMMAND.main(words(photos, tmp_path / "out", *more)) == 0
+    assert (tmp_path / "out/a.png").read_bytes() == first
+
+
+def test_captions_describe_the_preview_that_the_restorer_cleaned(
+    tiny_system: VARestorer, text_models: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Tensor] = []
+    tiny_system.restorer = torch.nn.Threshold(2.0, 0.25)  # everything becomes 0.25
+    monkeypatch.setattr(VARestorer, "from_pretrained", lambda ckpt, device: tiny_system)
+    monkeypatch.setattr(Captioner, "caption", lambda captioner, images: seen.append(images) or ["a dog"])
+    sizes = {"tall.png": (5, 50), "small.png": (2, 3)}
+    for name, size in sizes.items():
+        Image.new("RGB", size, (200, 100, 50)).save(tmp_path / name)
+        more = ["caption=auto", "scale=2", *text_models]
+        assert COMMAND.main(words(tmp_path / name, tmp_path / "out", *more)) == 0
+    longest = tiny_system.tile
+    assert [tuple(image.shape) for image in seen] == [(1, 3, longest, round(5 * longest / 50)), (1, 3, 6, 4)]
+    assert all(torch.equal(image, torch.full_like(image, 0.25)) for image in seen)
+    assert entries_of(tmp_path / "out")["small.png"]["prompt"] == "a dog"
+
+
+def test_compat_draws_what_the_seed_of_the_file_says(bundle: Path, photos: Path, tmp_path: Path) -> None:
+    def restore(name: str, *more: str) -> Tensor:
+        assert COMMAND.main(words(photos, tmp_path / name, f"ckpt={bundle}", "compat=official", *more)) == 0
+        return load_image(tmp_path / name / "sub/b.png")
+
+    first = restore("first")
+    assert first.shape == (3, 12, 20)
+    (photos / "a.png").unlink()  # the seed is the file's own: what else there is does not matter
+    assert torch.equal(first, restore("again"))
+    assert not torch.equal(first, restore("other", "seed=1"))
+
+
+def test_compat_gets_prompt_tiles_and_both_global_generators_seeded(
+    system: Enlarger, prompts: list[str], photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple] = []
+    drawn: list[tuple[float, float]] = []
+
+    def restore_official(system: Enlarger, image_3HW: Tensor, scale: float, *, prompt: Tensor, tiled: bool) -> Tensor:
+        calls.append((scale, prompt.shape, tiled))
+        drawn.append((random.random(), torch.rand(1).item()))
+        return image_3HW
+
+    monkeypatch.setattr("varestorer.systems.official.restore_official", restore_official)
+    for number, more in enumerate([[], ["tile=64"]]):
+        given = words(photos, tmp_path / str(number), "compat=official", "prompt=a dog", "scale=2", *more)
+        assert COMMAND.main(given) == 0
+    assert calls == [(2, (3, 2048), False)] * 2 + [(2, (3, 2048), True)] * 2
+    assert drawn[:2] == drawn[2:]
+    assert drawn[0][0] != drawn[1][0] and drawn[0][1] != drawn[1][1]
+    assert not system.is_merged and system.calls == []
 
 
 @pytest.mark.parametrize(
@@ -125,22 +324,70 @@ def test_an_encoder_of_another_width_is_refused(
     [
         ("input=/nowhere/at all", "nowhere/at all does not exist"),
         ("ckpt=null", "+experiment=quickstart"),
-        ("select=best", "select must be argmax or sample"),
+        ("select=best", "select must be argmax or sample, got select=best"),
         ("steps=few", "steps must be one, multi or a number"),
-        ("scale=0", "scale must be above 0"),
+        ("scale=0", "scale must be a number above 0"),
+        ("scale=nan", "scale must be a number above 0"),
         ("scale=big", "big"),
         ("batch=0", "batch must be at least 1"),
         ("overlap=-1", "overlap must be at least 0"),
+        ("tile=0", "tile must be at least 1"),
+        ("color=lab", "color must be none, adain or wavelet, got color=lab"),
+        ("caption=yes please", "caption"),
+        ("caption=blip", "caption must be auto or none, got caption=blip"),
+        ("compat=exact", "compat must be official or null, got compat=exact"),
+        ("max_pixels=0", "max_pixels must be at least 1"),
+        ("uncertainty=maybe", "uncertainty"),
+        ("device=tpu", "device must be auto, cpu, cuda, cuda:N or mps, got device=tpu"),
+        ("prompt=a dog caption=auto", "prompt and caption=auto contradict"),
+        ("steps=multi uncertainty=true", "uncertainty=true"),
+        ("compat=official select=sample", "leave out select=sample"),
+        ("compat=official steps=2 color=adain", "leave out steps=2 color=adain"),
+        ("compat=official uncertainty=true batch=4", "leave out batch=4 uncertainty=True"),
         ("colour=red", "colour"),
     ],
 )
 def test_wrong_commands_end_with_two_and_load_nothing(
-    wrong: str, message: str, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    wrong: str,
+    message: str,
+    photos: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    given = [word for word in words(photos, tmp_path / "out") if word.split("=")[0] != wrong.split("=")[0]]
-    assert COMMAND.main([*given, wrong]) == 2
-    assert message in capsys.readouterr().err
+    monkeypatch.setattr(VARestorer, "from_pretrained", lambda ckpt, device: pytest.fail("something was loaded"))
+    more = [wrong] if wrong.startswith(("input", "caption=yes")) else wrong.replace(" dog", "_dog").split()
+    assert COMMAND.main(words(photos, tmp_path / "out", *more)) == 2
+    error = capsys.readouterr().err
+    assert message in error
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ("tile=48", "tile must be 32 or 64 pixels for this model, got tile=48"),
+        ("overlap=64", "overlap must be below the tile's 64 pixels, got overlap=64"),
+        ("overlap=40 tile=32", "below the tile's 32 pixels"),
+        ("steps=11", "steps must be one, multi or 1 to 10 for this model, got steps=11"),
+        ("compat=official tile=32", "tile must be 64 pixels for compat=official"),
+    ],
+)
+def test_what_the_model_cannot_do_ends_with_two(
+    wrong: str, message: str, system: Enlarger, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert COMMAND.main(words(photos, tmp_path / "out", *wrong.split())) == 2
+    assert message in capsys.readouterr().err
+    assert system.calls == [] and not (tmp_path / "out").exists()
+
+
+def test_a_merged_model_has_no_teacher(
+    system: Enlarger, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    system.student_config = StudentConfig(merged=True)
+    assert COMMAND.main(words(photos, tmp_path / "out", "steps=2")) == 2
+    assert "steps must be one for a model whose adapters are merged" in capsys.readouterr().err
+    assert COMMAND.main(words(photos, tmp_path / "out")) == 0
 
 
 def test_input_and_output_are_needed(capsys: pytest.CaptureFixture[str]) -> None:

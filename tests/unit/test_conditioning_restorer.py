@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import re
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from varestorer.conditioning.restorer import Restorer, load_restorer, restorer_from_state_dict
+from varestorer.conditioning.restorer import (
+    Restorer,
+    load_restorer,
+    published_restorer_tensors,
+    restorer_from_state_dict,
+)
 from varestorer.utils.errors import UserError
 
 
@@ -98,3 +104,37 @@ def test_tensors_that_do_not_fit_are_named(tensors: dict[str, Tensor], tmp_path:
     for name, message in messages.items():
         with pytest.raises(UserError, match=rf"(?s){name}\.pth.*{message}"):
             load_restorer(tmp_path / f"{name}.pth")
+
+
+def test_the_lists_of_a_file_near_the_published_one_are_those_of_its_names(tmp_path: Path) -> None:
+    published = published_restorer_tensors()
+    first = "layers.0.residual_group.blocks.0.norm1.weight"  # spandrel knows a SwinIR by it
+    for name in ("conv_up3.weight", first):
+        with pytest.raises(UserError, match=rf"\(1 missing: {re.escape(name)}\)"):
+            restorer_from_state_dict({other: tensor for other, tensor in published.items() if other != name})
+    changed = published | {"stranger": torch.zeros(1), "conv_hr.bias": torch.zeros(3)}
+    with pytest.raises(UserError, match=r"1 unexpected: stranger; 1 misshapen: conv_hr\.bias \(wanted \(64,\), got"):
+        restorer_from_state_dict(changed)
+
+
+def test_missing_unexpected_and_misshapen_tensors_of_other_sizes_are_listed(tensors: dict[str, Tensor]) -> None:
+    layers = {name for name in tensors if ".blocks.1.mlp." in name}
+    changed = {name: tensor for name, tensor in tensors.items() if name not in layers}
+    changed |= {f"stranger{number}": torch.zeros(1) for number in range(15)} | {"conv_hr.bias": torch.zeros(3)}
+    with pytest.raises(
+        UserError, match=r"4 missing: layers\.0\..*; 15 unexpected: .* and 3 more; 1 misshapen: conv_hr"
+    ):
+        restorer_from_state_dict(changed)
+
+
+@pytest.mark.parametrize("name", ["attn_mask", "attn.relative_position_index"])
+def test_derived_tensors_are_checked_against_the_architecture(tensors: dict[str, Tensor], name: str) -> None:
+    full = f"layers.0.residual_group.blocks.1.{name}"
+    with pytest.raises(UserError, match=rf"{re.escape(full)} has other values"):
+        restorer_from_state_dict(tensors | {full: tensors[full] + 1})
+
+
+def test_the_published_names_come_back(tensors: dict[str, Tensor]) -> None:
+    back = restorer_from_state_dict(tensors).published_state_dict()
+    assert back.keys() == tensors.keys()
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in back.items())

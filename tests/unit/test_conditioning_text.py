@@ -1,51 +1,55 @@
 """Text encoder and captioner, with real transformers classes of random tiny size saved to a folder."""
 
+import gc
 import json
+import logging
+import os
+import shutil
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
+from text_models import save_blip, save_t5
 
 from varestorer.conditioning.captioner import Captioner
+from varestorer.conditioning.pretrained import fingerprint
+from varestorer.conditioning.text_cache import cache_folder
 from varestorer.conditioning.text_encoder import TextEncoder, add_positive_prompt
 from varestorer.utils.errors import UserError
 
 transformers = pytest.importorskip("transformers")
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Folder of the features that a test's encoders remember."""
+    monkeypatch.setenv("VARESTORER_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache/text"
+
+
+@pytest.fixture
+def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The folders from which a T5 encoder was loaded, one entry a load."""
+    seen: list[str] = []
+    real = transformers.T5EncoderModel.from_pretrained
+
+    def counted(path: str, **options):
+        seen.append(path)
+        return real(path, **options)
+
+    monkeypatch.setattr(transformers.T5EncoderModel, "from_pretrained", counted)
+    return seen
+
+
 @pytest.fixture(scope="module")
 def t5_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("t5")
-    words = [f"▁{word}" for word in "a dog on grass".split()]
-    pieces = ["<pad>", "</s>", "<unk>", "▁", *words, *"abcdefghij"]
-    vocabulary = [(piece, 0.0 if index < 3 else -float(index)) for index, piece in enumerate(pieces)]
-    transformers.T5Tokenizer(vocab=vocabulary, extra_ids=0).save_pretrained(folder)
-    torch.manual_seed(0)
-    size = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
-    config = transformers.T5Config(vocab_size=len(vocabulary), feed_forward_proj="gated-gelu", **size)
-    transformers.T5ForConditionalGeneration(config).save_pretrained(folder)
-    return folder
+    return save_t5(tmp_path_factory.mktemp("t5"))
 
 
 @pytest.fixture(scope="module")
 def blip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("blip")
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]"]
-    words = [*special, *"a dog cat tree house on grass under sky".split()]
-    (folder / "vocab.txt").write_text("\n".join(words))
-    tokenizer = transformers.BertTokenizer(str(folder / "vocab.txt"))
-    image_processor = transformers.BlipImageProcessor(size={"height": 32, "width": 32})
-    transformers.BlipProcessor(image_processor, tokenizer).save_pretrained(folder)
-    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    text = small | {"vocab_size": len(words), "encoder_hidden_size": 16, "bos_token_id": 5, "pad_token_id": 0}
-    config = transformers.BlipConfig(
-        text_config=text | {"eos_token_id": 3, "sep_token_id": 3, "projection_dim": 16},
-        vision_config=small | {"image_size": 32, "patch_size": 8},
-        projection_dim=16,
-    )
-    torch.manual_seed(0)
-    transformers.BlipForConditionalGeneration(config).save_pretrained(folder)
-    return folder
+    return save_blip(tmp_path_factory.mktemp("blip"))
 
 
 def test_rows_are_those_of_the_real_tokens_and_do_not_depend_on_padding(t5_folder: Path) -> None:
@@ -72,16 +76,8 @@ def test_long_prompts_are_cut_and_no_prompt_needs_no_model(t5_folder: Path, tmp_
     assert TextEncoder(str(tmp_path / "nothing")).encode([]) == []
 
 
-def test_it_loads_once_and_only_when_needed(t5_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    loads: list[str] = []
-    real = transformers.T5EncoderModel.from_pretrained
-
-    def counted(path: str, **options):
-        loads.append(path)
-        return real(path, **options)
-
-    monkeypatch.setattr(transformers.T5EncoderModel, "from_pretrained", counted)
-    encoder = TextEncoder(str(t5_folder))
+def test_it_loads_once_and_only_when_needed(t5_folder: Path, loads: list[str]) -> None:
+    encoder = TextEncoder(str(t5_folder), cache=None)
     assert loads == []
     first = encoder.encode(["a dog"])
     encoder.encode(["a"])
@@ -89,6 +85,166 @@ def test_it_loads_once_and_only_when_needed(t5_folder: Path, monkeypatch: pytest
     encoder.release()
     assert torch.equal(encoder.encode(["a dog"])[0], first[0])
     assert len(loads) == 2
+
+
+def test_a_released_network_is_gone(t5_folder: Path, blip_folder: Path) -> None:
+    encoder, captioner = TextEncoder(str(t5_folder)), Captioner(str(blip_folder), max_tokens=2)
+    encoder.encode(["a dog"])
+    captioner.caption(torch.zeros(1, 3, 8, 8))
+    networks = [weakref.ref(user._loaded[1]) for user in (encoder, captioner)]
+    gc.disable()
+    try:
+        encoder.release()
+        captioner.release()
+        assert [network() for network in networks] == [None, None]
+    finally:
+        gc.enable()
+
+
+def test_features_do_not_depend_on_what_else_is_asked_for(t5_folder: Path) -> None:
+    encoder = TextEncoder(str(t5_folder), cache=None)
+    alone = encoder.encode(["a dog"])[0]
+    assert torch.equal(encoder.encode(["a dog on grass", "a dog", "a dog"])[1], alone)
+
+
+def test_a_remembered_prompt_needs_no_encoder(t5_folder: Path, cache: Path, loads: list[str]) -> None:
+    first = TextEncoder(str(t5_folder)).encode(["a dog", "ein Hund, \u00fc\n"])
+    assert len(list(cache.glob("*.safetensors"))) == 2 and len(loads) == 1
+    again = TextEncoder(str(t5_folder)).encode(["ein Hund, \u00fc\n", "a dog"])
+    assert len(loads) == 1
+    assert torch.equal(again[1], first[0]) and torch.equal(again[0], first[1])
+
+
+def test_without_a_cache_nothing_is_written(t5_folder: Path, cache: Path) -> None:
+    TextEncoder(str(t5_folder), cache=None).encode(["a dog"])
+    assert not cache.exists()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "asked", "options"),
+    [
+        ("a man on grass", {}, {}),
+        ("a man", {"use_positive_prompt": True}, {}),
+        ("a man", {}, {"max_length": 2}),
+        ("a man", {}, {"dtype": torch.float16}),
+    ],
+)
+def test_other_requests_are_not_taken_for_a_remembered_one(
+    prompt: str, asked: dict, options: dict, t5_folder: Path, loads: list[str]
+) -> None:
+    known = TextEncoder(str(t5_folder)).encode(["a man"])[0]
+    other = TextEncoder(str(t5_folder), **options).encode([prompt], **asked)[0]
+    assert len(loads) == 2
+    assert not torch.equal(known, other) and other.dtype == torch.float32
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json", "config.json"])
+def test_one_other_byte_of_the_encoder_is_another_encoder(
+    file: str, t5_folder: Path, tmp_path: Path, loads: list[str]
+) -> None:
+    copy = Path(shutil.copytree(t5_folder, tmp_path / "copy"))
+    TextEncoder(str(t5_folder)).encode(["a dog"])
+    TextEncoder(str(copy)).encode(["a dog"])
+    assert len(loads) == 1  # the same files elsewhere are the same encoder
+    content = bytearray((copy / file).read_bytes())
+    if file == "model.safetensors":
+        content[-3] ^= 1
+    else:
+        content += b"\n"
+    (copy / file).write_bytes(content)
+    TextEncoder(str(copy)).encode(["a dog"])
+    assert len(loads) == 2
+
+
+def test_of_big_weights_a_few_places_are_read(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    with file.open("wb") as sparse:
+        sparse.truncate(64 * 2**30)  # reading all of it would take minutes
+
+    def hash_with(place: int, byte: bytes) -> str:
+        with file.open("r+b") as sparse:
+            sparse.seek(place)
+            sparse.write(byte)
+        return fingerprint(tmp_path)
+
+    size = file.stat().st_size
+    seen = [fingerprint(tmp_path)] + [hash_with(place, b"1") for place in (5, size // 2, size - 5)]
+    assert len(set(seen)) == 4
+    assert hash_with(2**30, b"1") == seen[-1]
+    os.truncate(file, size + 1)
+    assert fingerprint(tmp_path) not in seen
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "flipped", "other", "folder"])
+def test_a_damaged_cache_file_is_made_again_with_a_warning(
+    damage: str, t5_folder: Path, cache: Path, loads: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    good = TextEncoder(str(t5_folder)).encode(["a dog"])[0]
+    (file,) = cache.iterdir()
+    content = file.read_bytes()
+    if damage == "folder":
+        file.unlink()
+        file.mkdir()
+    else:
+        flipped = content[:-5] + bytes([content[-5] ^ 1]) + content[-4:]
+        file.write_bytes({"cut": content[:-5], "empty": b"", "flipped": flipped, "other": b"no tensors"}[damage])
+    with caplog.at_level(logging.WARNING):
+        assert torch.equal(TextEncoder(str(t5_folder)).encode(["a dog"])[0], good)
+    assert str(file) in caplog.text and len(loads) == 2
+    if damage != "folder":
+        TextEncoder(str(t5_folder)).encode(["a dog"])
+        assert len(loads) == 2
+
+
+def test_a_cache_that_cannot_be_written_is_one_warning(
+    t5_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("VARESTORER_CACHE", str(tmp_path / "file"))
+    with caplog.at_level(logging.WARNING):
+        assert len(TextEncoder(str(t5_folder)).encode(["a dog", "a", "on"])) == 3
+    assert caplog.text.count("text features are not cached") == 1
+    assert "VARESTORER_CACHE" in caplog.text
+
+
+def test_the_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/someone")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/var/cached")
+    monkeypatch.setenv("VARESTORER_CACHE", "~/mine")
+    assert cache_folder() == Path("/home/someone/mine")
+    monkeypatch.delenv("VARESTORER_CACHE")
+    assert cache_folder() == Path("/var/cached/varestorer")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache_folder() == Path("/home/someone/.cache/varestorer")
+
+
+def test_a_hub_name_is_its_local_snapshot(
+    t5_folder: Path, loads: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked: list[tuple[str, list[str]]] = []
+
+    def snapshot(name: str, allow_patterns: list[str]) -> str:
+        asked.append((name, allow_patterns))
+        return str(t5_folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    monkeypatch.chdir(tmp_path)
+    TextEncoder("someone/t5").encode(["a dog"])
+    assert loads == [str(t5_folder)]
+    assert [name for name, _ in asked] == ["someone/t5"] and "*.bin" not in asked[0][1]
+    TextEncoder(str(t5_folder)).encode(["a dog"])
+    assert len(loads) == 1  # known by what it is, not by its name
+
+
+def test_what_the_hub_says_becomes_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def snapshot(name: str, allow_patterns: list[str]) -> str:
+        raise FileNotFoundError("no snapshot of it is here\nand a long story")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"text_encoder=someone/t5 cannot.*\(no snapshot of it is here\)") as caught:
+        TextEncoder("someone/t5").encode(["a dog"])
+    assert "\n" not in str(caught.value)
 
 
 def test_positive_prompt_is_appended_before_encoding(t5_folder: Path) -> None:

@@ -2,24 +2,40 @@
 
 import json
 import logging
+import os
 from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 from torch import Tensor
 
-from varestorer.systems.folder import FolderReport, plan_restoration, restore_files, target_names
+from varestorer.systems.folder import (
+    FolderReport,
+    Job,
+    Restored,
+    RestoreImage,
+    plan_restoration,
+    restore_files,
+    target_names,
+)
 from varestorer.utils.errors import UsageError, UserError
-from varestorer.utils.images import load_image
+from varestorer.utils.images import heat_map, load_image, load_picture, resize
 from varestorer.utils.seeds import derive_seed
 
 
-def double(image_3HW: Tensor, seed: int) -> Tensor:
+def double(image_3HW: Tensor, job: Job, seed: int) -> Restored:
     """Twice the size, with one pixel that tells the seed."""
     out = image_3HW.repeat_interleave(2, 1).repeat_interleave(2, 2)
     out[:, 0, 0] = seed % 256 / 255
-    return out
+    return Restored(out)
+
+
+def doubt(image_3HW: Tensor, job: Job, seed: int) -> Restored:
+    """Twice the size, with an uncertainty that grows from left to right."""
+    out = double(image_3HW, job, seed).image
+    ramp = torch.linspace(0, 1, out.shape[2]).expand(out.shape[1:])
+    return Restored(out, ramp, {"caption": f"a picture called {job.name}"})
 
 
 def write_image(path: Path, size: tuple[int, int] = (6, 4), value: int = 90) -> Path:
@@ -57,6 +73,19 @@ def test_colliding_names_keep_their_extension() -> None:
     assert target_names(["A.jpg", "a.png"]) == {"A.jpg": "A.jpg.png", "a.png": "a.png.png"}
     chained = target_names(["a.jpg", "a.png", "a.jpg.png"])
     assert chained == {"a.jpg": "a.jpg.png", "a.png": "a.png.png", "a.jpg.png": "a.jpg.png.png"}
+
+
+def test_no_result_gets_the_name_of_a_heat_map() -> None:
+    names = ["a.jpg", "a.uncertainty.png", "b.png", "c.uncertainty.jpg"]
+    assert target_names(names) == {
+        "a.jpg": "a.jpg.png",
+        "a.uncertainty.png": "a.uncertainty.png.png",
+        "b.png": "b.png",
+        "c.uncertainty.jpg": "c.uncertainty.png",
+    }
+    nested = target_names(["a.png", "a.uncertainty.png", "a.uncertainty.uncertainty.png"])
+    files = [name for target in nested.values() for name in (target, Job(Path(), "", target).heat_map)]
+    assert len(set(files)) == 6
 
 
 def test_both_of_a_colliding_pair_are_written(tmp_path: Path) -> None:
@@ -134,10 +163,10 @@ def test_memory_running_out_is_one_files_failure_and_a_bug_is_not(tmp_path: Path
     write_image(tmp_path / "in/b.png")
 
     def fail_on_large(error: Exception):
-        def restore(image_3HW: Tensor, seed: int) -> Tensor:
+        def restore(image_3HW: Tensor, job: Job, seed: int) -> Restored:
             if image_3HW.shape[-1] == 9:
                 raise error
-            return image_3HW
+            return Restored(image_3HW)
 
         return restore
 
@@ -153,10 +182,10 @@ def test_an_interrupted_run_reports_what_it_did(tmp_path: Path) -> None:
     write_image(tmp_path / "in/a.png")
     write_image(tmp_path / "in/b.png", size=(9, 9))
 
-    def restore(image_3HW: Tensor, seed: int) -> Tensor:
+    def restore(image_3HW: Tensor, job: Job, seed: int) -> Restored:
         if image_3HW.shape[-1] == 9:
             raise KeyboardInterrupt
-        return image_3HW
+        return Restored(image_3HW)
 
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "in", tmp_path / "out", restore)
@@ -172,15 +201,31 @@ def test_an_output_inside_the_input_is_not_restored_again(tmp_path: Path) -> Non
     assert files_in(tmp_path) == {"a.png", "restored/a.png", "restored/restore.json"}
 
 
+def test_the_output_may_be_the_folder_around_the_input(tmp_path: Path) -> None:
+    write_image(tmp_path / "photos/a.png")
+    report, _ = run(tmp_path / "photos", tmp_path)
+    assert (report.num_restored, report.failed) == (1, {})
+    assert files_in(tmp_path) == {"photos/a.png", "a.png", "restore.json"}
+
+
 def test_inputs_are_never_overwritten(tmp_path: Path) -> None:
     image = write_image(tmp_path / "a.png")
     photo = write_image(tmp_path / "b.jpg")
     with pytest.raises(UsageError, match="the input folder itself"):
         plan_restoration(tmp_path, tmp_path / "." / "")
-    with pytest.raises(UsageError, match=r"overwrite its input .*a\.png"):
+    with pytest.raises(UsageError, match=r"overwrite the input .*a\.png"):
         plan_restoration(image, tmp_path)
     run(photo, tmp_path)
     assert files_in(tmp_path) == {"a.png", "b.jpg", "b.png", "restore.json"}
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.uncertainty.png"])
+def test_results_do_not_overwrite_another_input(tmp_path: Path, name: str) -> None:
+    # the folder in the input folder has its name: its results would land in the input folder
+    write_image(tmp_path / "x" / name)
+    write_image(tmp_path / "x/x/a.jpg")
+    with pytest.raises(UsageError, match=rf"overwrite the input .*x/{name}; give another output folder"):
+        plan_restoration(tmp_path / "x", tmp_path)
 
 
 def test_wrong_commands_are_usage_errors(tmp_path: Path) -> None:
@@ -199,3 +244,129 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"file"):
         restore_files(plan_restoration(image, tmp_path / "file/out"), double)
+
+
+def test_alpha_is_resized_and_kept_with_the_colour_profile(tmp_path: Path) -> None:
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    image = Image.new("RGBA", (8, 6), (200, 100, 50, 255))
+    image.paste((10, 20, 30, 0), (0, 0, 4, 6))
+    (tmp_path / "in").mkdir()
+    image.save(tmp_path / "in/a.png", icc_profile=profile)
+    write_image(tmp_path / "in/b.png")
+    run(tmp_path / "in", tmp_path / "out")
+    before, after = load_picture(tmp_path / "in/a.png"), load_picture(tmp_path / "out/a.png")
+    assert before.alpha is not None and after.alpha is not None
+    assert after.icc_profile == profile and after.image.shape == (3, 12, 16)
+    assert (after.alpha - resize(before.alpha, (12, 16))).abs().max() <= 0.5 / 255 + 1e-6
+    assert (after.alpha[..., 0].max(), after.alpha[..., -1].min()) == (0, 1)
+    assert (after.image[:, 1, 1] * 255).round().tolist() == [10, 20, 30]
+    plain = load_picture(tmp_path / "out/b.png")
+    assert (plain.alpha, plain.icc_profile) == (None, None)
+
+
+def test_what_was_left_out_of_an_image_is_logged_and_recorded(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "in").mkdir()
+    first, second = (Image.new("L", (6, 4), value) for value in (255, 0))
+    first.save(tmp_path / "in/a.gif", save_all=True, append_images=[second])
+    write_image(tmp_path / "in/b.png")
+    with caplog.at_level(logging.INFO):
+        _, entries = run(tmp_path / "in", tmp_path / "out")
+    assert entries["a.gif"]["note"] == "animated: first of 2 frames" and "note" not in entries["b.png"]
+    assert "a.gif: animated: first of 2 frames" in caplog.text
+    assert load_image(tmp_path / "out/a.png")[:, 1:, 1:].min() == 1
+
+
+def test_uncertainty_becomes_a_heat_map_beside_the_result(tmp_path: Path) -> None:
+    for name in ("a.png", "a.jpg", "deep/b.png"):
+        write_image(tmp_path / "in" / name)
+    _, entries = run(tmp_path / "in", tmp_path / "out", doubt, settings={"prompt": None})
+    maps = {"a.jpg": "a.jpg.uncertainty.png", "a.png": "a.png.uncertainty.png", "deep/b.png": "deep/b.uncertainty.png"}
+    assert {name: entry["uncertainty"] for name, entry in entries.items()} == maps
+    results = {"a.jpg.png", "a.png.png", "deep/b.png"}
+    assert files_in(tmp_path / "out") == {*maps.values(), *results, "restore.json"}
+    assert entries["deep/b.png"]["caption"] == "a picture called deep/b.png"
+    with Image.open(tmp_path / "out/deep/b.uncertainty.png") as file:
+        assert file.size == (12, 8)
+    heat = load_image(tmp_path / "out/deep/b.uncertainty.png")
+    assert (heat - heat_map(torch.linspace(0, 1, 12).expand(8, 12))).abs().max() <= 0.5 / 255 + 1e-6
+    brightness = heat.mean(dim=(0, 1))
+    assert (brightness.diff() > 0).all() and brightness[0] < 0.01 and brightness[-1] > 0.8
+
+
+def test_uncertainty_of_another_size_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"\(4, 6\), got \(2, 3\)"):
+        Restored(torch.zeros(3, 4, 6), torch.zeros(2, 3))
+
+
+def test_pending_are_the_jobs_without_a_result(tmp_path: Path) -> None:
+    for name in ("a.png", "b.png", "c.png"):
+        write_image(tmp_path / "in" / name)
+    run(tmp_path / "in/b.png", tmp_path / "out")
+    plan = plan_restoration(tmp_path / "in", tmp_path / "out")
+    assert [job.name for job in plan.pending(overwrite=False)] == ["a.png", "c.png"]
+    assert plan.pending(overwrite=True) == plan.jobs
+
+
+def test_the_report_is_in_natural_order_whatever_was_skipped(tmp_path: Path) -> None:
+    write_image(tmp_path / "in/10.png")
+    run(tmp_path / "in", tmp_path / "out")
+    for name in ("9.png", "11.png"):
+        write_image(tmp_path / "in" / name)
+    _, entries = run(tmp_path / "in", tmp_path / "out")
+    assert list(entries) == ["9.png", "10.png", "11.png"]
+
+
+def test_an_over_large_file_is_named_with_the_remedy_and_the_rest_goes_on(tmp_path: Path) -> None:
+    write_image(tmp_path / "in/a.png", size=(40, 30))
+    write_image(tmp_path / "in/b.png")
+    report, entries = run(tmp_path / "in", tmp_path / "out", max_pixels=1000)
+    assert report.num_restored == 1 and entries["a.png"]["error"].endswith("allow it with max_pixels=1200")
+    report, _ = run(tmp_path / "in", tmp_path / "out", max_pixels=1200)
+    assert (report.num_restored, report.num_skipped, report.failed) == (1, 1, {})
+
+
+@pytest.mark.parametrize("restore", [double, doubt])
+@pytest.mark.parametrize("part", ["result", "heat map"])
+def test_what_the_disk_refuses_is_reported_and_the_rest_is_tried(
+    tmp_path: Path, restore: RestoreImage, part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = {"result": "b", "heat map": "b.uncertainty"}
+    full = names[part] if restore is doubt else "b"
+    for name in ("a.png", "b.png", "c.png"):
+        write_image(tmp_path / "in" / name)
+    save = Image.Image.save
+
+    def save_half(image: Image.Image, path: Path, **options) -> None:
+        save(image, path, **options)
+        if path.name.startswith(f".{full}.{os.getpid()}."):
+            path.write_bytes(path.read_bytes()[:20])
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", save_half)
+    report, entries = run(tmp_path / "in", tmp_path / "out", restore)
+    assert report.num_restored == 2 and set(report.failed) == {"b.png"}
+    assert f"cannot write {tmp_path}/out/{full}.png: " in entries["b.png"]["error"]
+    assert "No space left on device" in entries["b.png"]["error"] and "\n" not in entries["b.png"]["error"]
+    assert {name for name in files_in(tmp_path / "out") if "b" in Path(name).stem.split(".")} == set()
+    monkeypatch.undo()
+    report, entries = run(tmp_path / "in", tmp_path / "out", restore)
+    assert (report.num_restored, report.num_skipped, report.failed) == (1, 2, {})
+
+
+def test_a_file_too_large_for_the_system_is_not_left_half_written(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    noise = torch.rand(3, 150, 150, generator=torch.Generator().manual_seed(0))
+    for name in ("a.png", "b.png"):
+        write_image(tmp_path / "in" / name)
+
+    def restore(image_3HW: Tensor, job: Job, seed: int) -> Restored:
+        return Restored(noise if job.name == "a.png" else image_3HW)
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, limits[1]))
+    try:
+        report, entries = run(tmp_path / "in", tmp_path / "out", restore)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert set(report.failed) == {"a.png"} and "File too large" in entries["a.png"]["error"]
+    assert files_in(tmp_path / "out") == {"b.png", "restore.json"}

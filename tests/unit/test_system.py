@@ -1,7 +1,9 @@
 """The system: restoring any size, the ways of restoring, the tasks' gradients."""
 
+import copy
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +14,10 @@ from varestorer.training.checkpoint import save_initial
 from varestorer.training.distillation import DistillationTask
 from varestorer.training.teacher import TeacherTask
 from varestorer.training.tokenizer import TokenizerTask
-from varestorer.transformer.sampling import keyed_noise
+from varestorer.transformer.layout import long_layout
+from varestorer.transformer.sampling import gumbel, keyed_noise
 from varestorer.utils.errors import UserError
+from varestorer.utils.images import to_uint8
 from varestorer.weights.storage import atomic_folder, write_json, write_tensors
 
 
@@ -65,14 +69,85 @@ def test_multi_step_takes_coarse_scales_from_the_degraded_image(tiny_system: VAR
     assert restored.logits_BLZ2 is None
 
 
-def test_uncertainty_is_a_map_between_zero_and_one(tiny_system: VARestorer) -> None:
+def test_uncertainty_is_a_map_between_zero_and_one_for_each_scale(tiny_system: VARestorer) -> None:
     logits = tiny_system.restore_batch(image(32, 32)[None]).logits_BLZ2
     assert logits is not None
     uncertainty = tiny_system.uncertainty(logits)
-    assert uncertainty.shape == (1, 32, 32)
+    assert uncertainty.shape == (1, 3, 32, 32)
     assert 0 < uncertainty.min() and uncertainty.max() <= 1
-    assert uncertainty.std() > 0
-    assert tiny_system.uncertainty(torch.zeros_like(logits)).allclose(torch.ones(1, 32, 32))
+    assert uncertainty[:, 0].std() < 1e-6 < uncertainty[:, 2].std()  # the first scale has one token
+    assert tiny_system.uncertainty(torch.zeros_like(logits)).allclose(torch.ones(1, 3, 32, 32))
+
+
+def test_uncertainty_is_one_where_the_head_says_nothing_and_zero_where_it_is_sure(tiny_system: VARestorer) -> None:
+    photo = image(20, 50)
+    assert tiny_system.restore(photo, 2).uncertainty_KHW is None
+    for factor, low, high in ((0.0, 1.0, 1.0), (1e4, 0.0, 0.02)):
+        silent = copy.deepcopy(tiny_system)
+        silent.transformer.head.weight.data.mul_(factor)
+        silent.transformer.head.bias.data.mul_(factor)
+        uncertainty = silent.restore(photo, 2, uncertainty=True).uncertainty_KHW
+        assert uncertainty is not None
+        assert uncertainty.shape == (3, 40, 100)
+        assert low - 1e-4 <= uncertainty.min() and uncertainty.mean() <= high + 1e-4
+    with pytest.raises(UserError, match="uncertainty is the one-step student's"):
+        tiny_system.restore(photo, 2, uncertainty=True, steps="multi")
+
+
+def test_squares_of_another_side(tiny_system: VARestorer) -> None:
+    assert tiny_system.tile == 32
+    assert tiny_system.tiles == (16, 32)
+    small = tiny_system.at_tile(16)
+    assert small.tile == 16
+    assert small.restore_batch(image(16, 16)[None]).images_B3HW.shape == (1, 3, 16, 16)
+    assert tiny_system.tile == 32  # the system itself stays as it is
+    assert torch.equal(tiny_system.restore(image(9, 9), 3, tile=16).image, small.restore(image(9, 9), 3).image)
+    with pytest.raises(UserError, match="tile must be one of 16, 32 pixels for this model, got 24"):
+        tiny_system.restore(image(9, 9), tile=24)
+
+
+def test_the_published_squares() -> None:
+    with torch.device("meta"):
+        system = VARestorer({"size": "0.25M"}, {}, {}, {})
+    assert system.tiles == (256, 320, 384, 512, 640, 768, 1024)
+    large = system.at_tile(1024)
+    assert len(large.schedule) == 13
+    layout = long_layout(large.schedule, 128, torch.device("cpu"))
+    assert layout.levels_L.max() < system.transformer.config.num_levels
+
+
+def test_the_colours_of_the_input(tiny_system: VARestorer) -> None:
+    photo = image(16, 16) * 0.2 + torch.tensor([0.6, 0.2, 0.1])[:, None, None]
+    away = (tiny_system.restore(photo, 2).image.mean((1, 2)) - photo.mean((1, 2))).abs().max()
+    for color in ("adain", "wavelet"):
+        kept = (tiny_system.restore(photo, 2, color=color).image.mean((1, 2)) - photo.mean((1, 2))).abs().max()
+        assert kept < 0.25 * away
+
+
+def test_bits_agree_across_batch_sizes_wherever_they_are_decided(tiny_system: VARestorer) -> None:
+    """Sums in another order move logits a little: only decisions closer than 1e-4 may change with the batch."""
+    squares = torch.stack([image(32, 32, seed) for seed in range(5)])
+
+    def margins_and_bits(rows: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        noise = keyed_noise(3, rows, "restore", "cpu")
+        restored = tiny_system.restore_batch(squares[rows], noise)
+        assert restored.logits_BLZ2 is not None
+        drawn = [noise(k, tuple(part.shape)) for k, part in enumerate(_scales(tiny_system, restored.logits_BLZ2))]
+        noisy = restored.logits_BLZ2 + gumbel(torch.cat(drawn, dim=1))
+        bits = torch.cat([bits.flatten(2).transpose(1, 2) for bits in restored.bits], dim=1)
+        return (noisy[..., 1] - noisy[..., 0]).abs(), bits, restored.images_B3HW
+
+    margin, bits, images = margins_and_bits([0, 1, 2, 3, 4])
+    for row in range(5):
+        _, alone, picture = margins_and_bits([row])
+        differing = alone[0] != bits[row]
+        assert not differing[margin[row] > 1e-4].any()
+        if not differing.any():
+            assert (to_uint8(picture[0]).int() - to_uint8(images[row]).int()).abs().max() <= 1
+
+
+def _scales(system: VARestorer, logits_BLZ2: torch.Tensor) -> list[torch.Tensor]:
+    return [logits_BLZ2[:, tokens] for tokens in system.schedule.slices]
 
 
 def test_a_tile_is_restored_alike_alone_and_among_others(tiny_system: VARestorer) -> None:
@@ -157,3 +232,51 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
     code = f"import sys, varestorer, varestorer.commands; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_whole_student_trains_against_a_copy_of_its_start(tiny_system: VARestorer) -> None:
+    config = tiny_system.config
+    system = VARestorer(**(config | {"student": {"lora_rank": 0}}), seed=1)
+    task = DistillationTask(system, perceptual="features", trained="all", teacher="start")
+    assert {name.split(".")[0] for name in task.trainable_parameters()} == {"transformer"}
+    assert len(task.trainable_parameters()) == len(list(system.transformer.parameters()))
+    teacher = {name: tensor.clone() for name, tensor in task.teacher.state_dict().items()}  # type: ignore[union-attr]
+    task(batch(system), 1)["loss"].backward()
+    torch.optim.SGD(task.trainable_parameters().values(), lr=1.0).step()
+    moved = [name for name, tensor in system.transformer.state_dict().items() if not torch.equal(tensor, teacher[name])]
+    assert "head.weight" in moved
+    assert all(torch.equal(tensor, teacher[name]) for name, tensor in task.teacher.state_dict().items())  # type: ignore[union-attr]
+    with pytest.raises(UserError, match="either adapters .* or all"):
+        DistillationTask(system, perceptual="features", trained="all")
+    with pytest.raises(UserError, match="either adapters .* or all"):
+        DistillationTask(tiny_system, perceptual="features", trained="some")
+
+
+def test_squares_of_mixed_sizes_take_turns(tiny_system: VARestorer) -> None:
+    task = DistillationTask(tiny_system, perceptual="features", tiles=[16, 32])
+    sizes = set()
+    for step in range(1, 9):
+        with torch.no_grad():
+            losses = task(batch(tiny_system), step)
+            again = task(batch(tiny_system), step)
+        assert torch.equal(losses["loss"], again["loss"])  # the step decides, not chance
+        sizes.add(round(losses["mse"].item(), 6))
+    assert len(sizes) == 2
+
+
+def test_a_causal_student_does_not_look_at_finer_scales(tiny_system: VARestorer) -> None:
+    config = tiny_system.config
+    config["student"] |= {"attention": "causal", "long_input": False}
+    causal = VARestorer(**config).eval()
+    causal.load_state_dict(tiny_system.state_dict())
+    squares = torch.stack([image(32, 32), image(32, 32, 1)])
+    with torch.no_grad():
+        condition = causal.condition(squares)
+        changed = condition.tokens_BLZ.clone()
+        changed[:, 4:] += 1.0  # the inputs of the last scale
+        logits = causal.student_logits(condition, causal.null_text(2))
+        other = causal.student_logits(replace(condition, tokens_BLZ=changed), causal.null_text(2))
+    assert torch.equal(logits[:, :5], other[:, :5])
+    assert not torch.allclose(logits[:, 5:], other[:, 5:], atol=1e-3)
+    with pytest.raises(UserError, match=r"model\.student\.attention must be cross_scale or causal, got all"):
+        VARestorer(**(config | {"student": {"attention": "all"}}))

@@ -2,14 +2,18 @@
 
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from varestorer.utils.errors import UserError
+from varestorer.utils.images import resize
 from varestorer.utils.tiling import (
+    enlarged_tile,
     gaussian_weights,
     gaussian_window,
     ramp_window,
@@ -70,14 +74,14 @@ def test_identity_gives_any_image_back(window) -> None:
         height, width, tile = draw.randint(1, 200), draw.randint(1, 200), draw.randint(1, 64)
         overlap, batch = draw.randint(0, tile - 1) // 2, draw.randint(1, 9)
         image = torch.rand(3, height, width, generator=torch.Generator().manual_seed(seed))
-        out = restore_tiled(image, tile, overlap, batch, identity, window)
+        out = restore_tiled(image, (height, width), tile, overlap, batch, identity, window)
         assert out.shape == image.shape and out.dtype == torch.float32
         torch.testing.assert_close(out, image, atol=1e-6, rtol=0)
 
 
 def test_a_constant_shift_leaves_no_seam() -> None:
     image = torch.rand(3, 77, 130, generator=torch.Generator().manual_seed(0))
-    out = restore_tiled(image, 32, 8, 4, lambda tiles, indices: tiles + 0.25)
+    out = restore_tiled(image, (77, 130), 32, 8, 4, lambda tiles, indices: tiles + 0.25)
     torch.testing.assert_close(out, image + 0.25, atol=1e-6, rtol=0)
 
 
@@ -85,7 +89,7 @@ def test_tiles_that_disagree_are_blended_without_a_jump() -> None:
     def paint(tiles_B3tt: Tensor, indices: list[int]) -> Tensor:
         return torch.tensor(indices).view(-1, 1, 1, 1).float().expand_as(tiles_B3tt)
 
-    row = restore_tiled(torch.zeros(3, 32, 56), 32, 8, 1, paint)[0, 0]
+    row = restore_tiled(torch.zeros(3, 32, 56), (32, 56), 32, 8, 1, paint)[0, 0]
     assert row[0] == 0 and row[-1] == 1
     assert (row.diff() >= 0).all() and row.diff().max() < 0.25
 
@@ -100,7 +104,7 @@ def test_batches_are_full_numbered_in_row_major_order_and_do_not_change_the_resu
             calls.append(indices)
             return tiles_B3tt * torch.tensor(indices).view(-1, 1, 1, 1)
 
-        return calls, restore_tiled(image, 32, 4, batch, run)
+        return calls, restore_tiled(image, (50, 90), 32, 4, batch, run)
 
     one_by_one, alone = run_with(1)
     batched, together = run_with(4)
@@ -116,20 +120,95 @@ def test_small_images_are_continued_by_their_mirror_image_never_stretched() -> N
         seen.append(tiles_B3tt)
         return tiles_B3tt
 
-    image = torch.arange(3.0).view(1, 1, 3).expand(3, 1, 3)
-    assert restore_tiled(image, 6, 0, 1, run).shape == (3, 1, 3)
-    assert seen[0][0, 0].tolist() == [[0, 1, 2, 1, 0, 1]] * 6
+    image = torch.tensor([0.0, 0.5, 1.0]).expand(3, 1, 3)
+    assert restore_tiled(image, (1, 3), 6, 0, 1, run).shape == (3, 1, 3)
+    assert seen[0][0, 0].tolist() == [[0, 0.5, 1, 0.5, 0, 0.5]] * 6
 
 
 @pytest.mark.parametrize(
-    ("shape", "batch", "message"),
-    [((3, 8, 8), 0, "batch must be at least 1"), ((3, 0, 8), 1, "with pixels is needed")],
+    ("shape", "size"),
+    [
+        ((40, 50), (160, 200)),
+        ((40, 50), (148, 185)),
+        ((130, 90), (33, 41)),
+        ((50, 60), (50, 120)),
+        ((70, 30), (70, 30)),
+        ((1, 1), (4, 4)),
+        ((1, 300), (4, 1200)),
+        ((500, 1), (1850, 3)),
+        ((2, 3), (7, 5)),
+    ],
 )
-def test_bad_requests_are_refused(shape: tuple[int, ...], batch: int, message: str) -> None:
+def test_tiles_are_crops_of_the_enlarged_image(shape: tuple[int, int], size: tuple[int, int]) -> None:
+    image = torch.rand(3, *shape, generator=torch.Generator().manual_seed(2))
+    whole = resize(image.double(), size, "bicubic").float()
+    out = restore_tiled(image, size, 32, 8, 3, identity)
+    torch.testing.assert_close(out, whole, atol=2e-6, rtol=0)
+    tile = min(*size, 32)
+    for top, left in ((0, 0), (size[0] - tile, size[1] - tile), ((size[0] - tile) // 3, (size[1] - tile) // 2)):
+        expected = whole[:, top : top + tile, left : left + tile]
+        torch.testing.assert_close(enlarged_tile(image, size, top, left, tile), expected, atol=1e-6, rtol=0)
+
+
+def test_enlarged_tiles_are_clamped_and_smaller_images_mirrored_after_enlarging() -> None:
+    image = torch.tensor([0.0, 1.0, 1.0, 0.0]).expand(3, 4, 4)
+    tile = enlarged_tile(image, (8, 8), 0, 0, 15)
+    assert tile.min() == 0 and tile.max() == 1
+    torch.testing.assert_close(tile[:, :8, :8], resize(image, (8, 8), "bicubic"))
+    assert torch.equal(tile, tile.flip(-1, -2))
+
+
+def test_the_result_has_as_many_channels_as_the_tiles_that_come_back() -> None:
+    image = torch.rand(3, 20, 30, generator=torch.Generator().manual_seed(3))
+    out = restore_tiled(image, (40, 60), 32, 8, 2, lambda tiles, indices: torch.cat([tiles, tiles[:, :1] * 3], dim=1))
+    assert out.shape == (4, 40, 60)
+    torch.testing.assert_close(out[3], out[0] * 3)
+
+
+def peak_memory(act: Callable[[], Tensor], folder: Path) -> int:
+    """Most bytes of torch's CPU allocator held at once beyond what `act` returns.
+
+    The profiler's trace has every allocation and every release, temporary ones inside operations included, so the
+    number is exact and the same in every run, unlike the memory of the process.
+    """
+    with torch.inference_mode(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        result = act()
+    profiler.export_chrome_trace(str(folder / "trace.json"))
+    events = json.loads((folder / "trace.json").read_text())["traceEvents"]
+    changes = sorted((e["ts"], e["args"]["Bytes"]) for e in events if e["name"] == "[memory]")
+    live = [0]
+    for _, change in changes:
+        live.append(live[-1] + change)
+    assert live[-1] == result.nbytes
+    return max(live) - result.nbytes
+
+
+def test_memory_beyond_input_and_output_does_not_grow_with_the_image(tmp_path: Path) -> None:
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.ReLU(), torch.nn.Conv2d(8, 3, 1))
+
+    def peak(side: int) -> int:
+        image, size = torch.zeros(3, side, side), (4 * side, 4 * side)
+        return peak_memory(lambda: restore_tiled(image, size, 64, 16, 4, lambda x, n: network(x)), tmp_path)
+
+    small, large = peak(48), peak(96)
+    whole = 3 * 4 * (4 * 96) ** 2  # bytes of the enlarged image
+    assert small < large + 1 < small + whole / 100  # what grows are vectors as long as a side
+
+
+@pytest.mark.parametrize(
+    ("shape", "size", "batch", "message"),
+    [
+        ((3, 8, 8), (8, 8), 0, "batch must be at least 1"),
+        ((3, 0, 8), (8, 8), 1, "with pixels is needed"),
+        ((3, 8, 8), (0, 8), 1, "with pixels is needed"),
+    ],
+)
+def test_bad_requests_are_refused(shape: tuple[int, ...], size: tuple[int, int], batch: int, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        restore_tiled(torch.zeros(shape), 8, 0, batch, identity)
+        restore_tiled(torch.zeros(shape), size, 8, 0, batch, identity)
 
 
-def test_run_must_keep_the_shape_of_its_tiles() -> None:
-    with pytest.raises(ValueError, match="came back as"):
-        restore_tiled(torch.zeros(3, 8, 8), 8, 0, 1, lambda tiles, indices: tiles[..., :4])
+@pytest.mark.parametrize("crop", [(slice(1, None),), (..., slice(4))])
+def test_run_must_keep_number_and_side_of_its_tiles(crop: tuple) -> None:
+    with pytest.raises(ValueError, match="1 tiles of side 8 came back as"):
+        restore_tiled(torch.zeros(3, 8, 8), (8, 8), 8, 0, 1, lambda tiles, indices: tiles[crop])

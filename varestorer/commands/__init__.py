@@ -1,4 +1,4 @@
-"""The commands: `varestorer train|eval|restore|parity`, the same as `scripts/<name>.py`.
+"""The commands: `varestorer train|eval|restore|convert|parity`, the same as `scripts/<name>.py`.
 
 A command is imported only when it is asked for, so that the list of commands appears at once.
 """
@@ -13,6 +13,7 @@ COMMANDS = {
     "train": ("varestorer.commands.train", "train a network, such as the one-step student of the paper"),
     "eval": ("varestorer.commands.eval", "score a network, or anybody's pictures, on a dataset"),
     "restore": ("varestorer.commands.restore", "restore one picture or a folder of them"),
+    "convert": ("varestorer.commands.convert", "convert, merge, check and share weights"),
     "parity": ("varestorer.commands.parity", "compare the networks with recorded tensors"),
 }
 USAGE_ERROR = 2

@@ -27,8 +27,9 @@ LOG = logging.getLogger(__name__)
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
 # Values of these keys are free text or paths: people write commas, brackets and spaces in them.
-TEXT_KEYS = ("input", "output", "prompt", "ckpt", "predictions")
-PLACE_KEYS = ("run_dir", "out", "data.root", "fixtures")  # as above, but may refer to other keys: ${seed}
+TEXT_KEYS = ("input", "output", "prompt", "ckpt", "predictions", "text_encoder", "captioner")
+# as above, but may refer to other keys: ${seed}
+PLACE_KEYS = ("run_dir", "out", "data.root", "fixtures", "check", "manifest", "base", "tokenizer", "restorer")
 
 # Hydra stays in the folder it was started in and leaves no folder behind: a run writes its own config.
 SETTINGS = (

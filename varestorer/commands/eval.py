@@ -125,9 +125,9 @@ def _source(cfg: DictConfig) -> tuple[Source, str]:
         if cfg.method not in METHODS:
             raise UsageError(f"method must be one of {', '.join(METHODS)}, got {cfg.method!r}")
         return BicubicSource(cfg.scale), str(cfg.method)
-    from varestorer.systems.loading import load_system
+    from varestorer.systems.varestorer import VARestorer
 
-    system = load_system(cfg.ckpt, pick_device(cfg.device), merge=True)
+    system = VARestorer.from_pretrained(cfg.ckpt, device=pick_device(cfg.device), merge=True)
     return SystemSource(system, cfg.scale, cfg.seed), f"{type(system).__name__} (this run)"
 
 

@@ -2,55 +2,71 @@
 
 from __future__ import annotations
 
-import logging
+import math
+import random
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from varestorer.commands.entry import FAILED, OK, Command, say
-from varestorer.systems.folder import FolderReport, RestoreImage, plan_restoration, restore_files
+from varestorer.systems.folder import FolderReport, Job, Restored, RestoreImage, plan_restoration, restore_files
 from varestorer.utils.device import pick_device
-from varestorer.utils.errors import UsageError, UserError
+from varestorer.utils.errors import UsageError
+from varestorer.weights.published import STUDENT_FILE
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from varestorer.systems.prompts import Texts
     from varestorer.systems.varestorer import VARestorer
-
-logger = logging.getLogger(__name__)
-
-PUBLISHED_TEXT_WIDTH = 2048  # of flan-t5-xl; networks of another width were trained with the null text alone
 
 HELP = """
 Restore images: larger, sharper, and without noise and compression marks.
 
-usage: python scripts/restore.py input=FILE_OR_FOLDER output=FOLDER ckpt=RUN_OR_FILE [key=value ...]
+usage: python scripts/restore.py input=FILE_OR_FOLDER output=FOLDER ckpt=MODEL [key=value ...]
 
+what, where, by what
   input=PATH         an image, or a folder of images (subfolders included)
   output=FOLDER      results: <stem>.png in the same subfolders, and restore.json with an entry for each input
-  ckpt=PATH          a run of scripts/train.py (its newest EMA weights), or a checkpoint of one
-  scale=4            how many times larger the result is
-  prompt=TEXT        what the images show; none: the learned null text
-  text_encoder=PATH  folder or hub name of the encoder for the prompt (google/flan-t5-xl)
-  seed=0             of the sampling noise; each image and each tile has its own stream
+  ckpt=MODEL         a bundle's folder, a run of scripts/train.py (its newest EMA weights), the published
+                     varestorer.pth with its companions beside it, or a bundle's name on the Hugging Face hub
+  scale=4            how many times larger the result is; 1 keeps the size
+  overwrite=false    restore again what has a result already
+  max_pixels=N       read images of up to N pixels (otherwise Pillow's limit holds)
+  device=auto        auto | cpu | cuda | cuda:N | mps
+
+what the images show (only models that were trained with text use it)
+  prompt=TEXT        the same for all images; without it the model's learned "no text"
+  caption=none       auto: describe each image with BLIP; its caption becomes the prompt and is noted in restore.json
+  text_encoder=PATH  folder or hub name of the encoder of prompts (google/flan-t5-xl)
+  captioner=PATH     folder or hub name of the captioner (Salesforce/blip-image-captioning-large)
+
+how
   select=argmax      argmax | sample: the likelier bits, or bits drawn from their probabilities
+  seed=0             of what is drawn; each image and each tile has its own stream
   steps=one          one: the student at once; K: the teacher predicts the last K-1 scales again;
                      multi: the teacher predicts all fine scales
-  overlap=PIXELS     that neighbouring tiles share
-  batch=N            tiles restored at once
-  device=auto        auto | cpu | cuda | mps
-  overwrite=false    restore again what has a result already
+  color=none         none | adain | wavelet: give the result the colours of the input
+  uncertainty=false  true: save <stem>.uncertainty.png, a heat map of where the model guessed
+  tile=PIXELS        side of the squares restored at once (the size the model was trained on)
+  overlap=PIXELS     that neighbouring squares share (a quarter of a square)
+  batch=N            squares restored at once; fewer need less memory
+  compat=official    the released script's arithmetic, with its faults, for comparisons; tile= makes it use tiles
 
 Images of any size and aspect are taken: small ones are padded, large ones cut into overlapping tiles.
-A file that cannot be restored is named and the others go on.
+A file that cannot be restored is named and the others go on. Features of prompts are kept in ~/.cache/varestorer
+(VARESTORER_CACHE names another folder), so the text encoder is loaded for new prompts only.
 
 Exit status: 0 all well; 1 a file failed; 2 the command was wrong.
 
-example:
+examples:
   python scripts/train.py +experiment=quickstart run_dir=outputs/mine
   python scripts/restore.py input=photos output=restored ckpt=outputs/mine
+  python scripts/restore.py input=photo.jpg output=restored ckpt=weights/varestorer.pth caption=auto
 """
 
 
@@ -63,18 +79,25 @@ class RestoreOptions:
     ckpt: str | None = None
     scale: float = 4
     prompt: str | None = None
+    caption: str = "none"
     text_encoder: str | None = None
+    captioner: str | None = None
     seed: int = 0
     select: str = "argmax"
     steps: str = "one"
+    color: str = "none"
+    tile: int | None = None
     overlap: int | None = None
     batch: int | None = None
+    uncertainty: bool = False
+    compat: str | None = None
+    max_pixels: int | None = None
     device: str = "auto"
     overwrite: bool = False
 
 
 def restore(cfg: DictConfig) -> int:
-    """Run the command.
+    """Run the command: texts first, then the images, so that only the networks in use take memory.
 
     Args:
         cfg: `configs/restore.yaml` with overrides.
@@ -82,14 +105,27 @@ def restore(cfg: DictConfig) -> int:
         exit status: 1 if a file failed.
     Raises:
         UsageError: an option that cannot be, no such input, no checkpoint given.
-        UserError: the checkpoint or the output folder cannot be used.
+        UserError: the checkpoint, the text encoder, the captioner or the output folder cannot be used.
     """
     typed = OmegaConf.merge(OmegaConf.structured(RestoreOptions), cfg)
     options = cast(RestoreOptions, OmegaConf.to_object(typed))
     check_options(options)
+    device = pick_device(options.device)
     plan = plan_restoration(options.input, options.output)
-    run, settings = load_restoration(options)
-    report = restore_files(plan, run, options.seed, settings, options.overwrite)
+    from varestorer.systems.prompts import TextOptions, find_texts
+    from varestorer.systems.varestorer import VARestorer
+
+    # on the CPU its files are only mapped: weights take no memory before they are used
+    system = VARestorer.from_pretrained(cast(str, options.ckpt), device="cpu")
+    check_fit(system, options)
+    pending = plan.pending(options.overwrite)
+    wanted = TextOptions(options.prompt, options.caption == "auto", options.text_encoder, options.captioner)
+    texts = find_texts(system, pending, wanted, device, options.scale, options.max_pixels)
+    system.to(device)
+    if options.steps == "one" and options.compat is None:
+        system.merge_adapters()
+    run = bind(system, options, texts)
+    report = restore_files(plan, run, options.seed, overwrite=options.overwrite, max_pixels=options.max_pixels)
     say(summary(report))
     return FAILED if report.failed else OK
 
@@ -101,69 +137,92 @@ def check_options(options: RestoreOptions) -> None:
         UsageError: names the key, what it was and what it may be.
     """
     rules = {
-        "scale": (options.scale > 0, "above 0"),
+        "scale": (0 < options.scale < math.inf, "a number above 0"),
+        "caption": (options.caption in ("auto", "none"), "auto or none"),
         "select": (options.select in ("argmax", "sample"), "argmax or sample"),
         "steps": (re.fullmatch(r"one|multi|[1-9]\d*", options.steps), "one, multi or a number from 1"),
+        "color": (options.color in ("none", "adain", "wavelet"), "none, adain or wavelet"),
+        "tile": (options.tile is None or options.tile >= 1, "at least 1 pixel"),
         "overlap": (options.overlap is None or options.overlap >= 0, "at least 0 pixels"),
         "batch": (options.batch is None or options.batch >= 1, "at least 1 tile"),
+        "compat": (options.compat in (None, "official"), "official or null"),
+        "max_pixels": (options.max_pixels is None or options.max_pixels >= 1, "at least 1 pixel"),
+        "device": (re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", options.device), "auto, cpu, cuda, cuda:N or mps"),
     }
     for key, (holds, wanted) in rules.items():
         if not holds:
             raise UsageError(f"{key} must be {wanted}, got {key}={getattr(options, key)}")
+    if options.prompt and options.caption == "auto":
+        raise UsageError("prompt and caption=auto contradict each other: give the text, or have images described")
+    if options.uncertainty and options.steps == "multi":
+        raise UsageError("uncertainty=true is about the student, which steps=multi does not ask: use steps=one or K")
+    own = ("select", "steps", "color", "overlap", "batch", "uncertainty")
+    changed = [f"{key}={getattr(options, key)}" for key in own if getattr(options, key) != getattr(RestoreOptions, key)]
+    if options.compat and changed:
+        raise UsageError(f"compat=official does everything the released way: leave out {' '.join(changed)}")
     if not options.ckpt:
         raise UsageError(
-            "ckpt=RUN_OR_FILE is needed: a run of `python scripts/train.py +experiment=quickstart` (minutes "
-            "on a CPU; it says where its run folder is), or a checkpoint that somebody gave you"
+            "ckpt=MODEL is needed: a run of `python scripts/train.py +experiment=quickstart` (minutes on a CPU; it "
+            "says where its run folder is), a bundle's folder or hub name, or the published varestorer.pth"
         )
 
 
-def load_restoration(options: RestoreOptions) -> tuple[RestoreImage, dict[str, Any]]:
-    """Load the system and bind the options, so that it only needs an image and a seed.
-
-    Returns:
-        the function, and what the report says of its settings.
-    """
-    from varestorer.systems.loading import load_system
-
-    needs_teacher = options.steps not in ("one", "1")
-    system = load_system(cast(str, options.ckpt), pick_device(options.device), merge=not needs_teacher)
-    scale = int(options.scale) if options.scale == int(options.scale) else options.scale
-    chosen: dict[str, Any] = {"scale": scale, "select": options.select, "steps": options.steps}
-    wishes = {"prompt": encode_prompt(system, options), "overlap": options.overlap, "batch": options.batch}
-    chosen |= {key: value for key, value in wishes.items() if value is not None}
-    settings: dict[str, Any] = {"prompt": options.prompt or None}
-    if options.prompt and "prompt" not in chosen:
-        settings["prompt_used"] = False
-
-    def run(image_3HW: Tensor, seed: int) -> Tensor:
-        return system.restore(image_3HW, seed=seed, **chosen).image
-
-    return run, settings
-
-
-def encode_prompt(system: VARestorer, options: RestoreOptions) -> Tensor | None:
-    """Features (T, E) of the prompt; None without one, and for models that were trained without text.
+def check_fit(system: VARestorer, options: RestoreOptions) -> None:
+    """Refuse what this model cannot do, before it costs more than reading the sizes of its files.
 
     Raises:
-        UserError: no text encoder, or one whose features the model does not take.
+        UsageError: names the key, what it was and what it may be.
     """
-    width = system.transformer.config.text_width
-    if not options.prompt:
-        return None
-    if options.text_encoder is None and width != PUBLISHED_TEXT_WIDTH:
-        logger.warning("this model was trained without text: the prompt is recorded, and changes nothing")
-        return None
-    from varestorer.conditioning.text_encoder import DEFAULT_NAME, TextEncoder
-
-    # let go on return: the transformer may need its memory
-    encoder = TextEncoder(options.text_encoder or DEFAULT_NAME, system.device)
-    features = encoder.encode([options.prompt])[0]
-    if features.shape[1] != width:
-        raise UserError(
-            f"text_encoder gives features of width {features.shape[1]}, but ckpt={options.ckpt} wants "
-            f"{width}; choose the encoder the model was trained with"
+    num_scales, tile = len(system.schedule), options.tile or system.tile
+    tiles = (system.tile,) if options.compat else system.tiles
+    if tile not in tiles:
+        how = "compat=official with this model" if options.compat else "this model"
+        raise UsageError(f"tile must be {' or '.join(map(str, tiles))} pixels for {how}, got tile={tile}")
+    if options.overlap is not None and options.overlap >= tile:
+        raise UsageError(f"overlap must be below the tile's {tile} pixels, got overlap={options.overlap}")
+    if options.steps != "one" and system.student_config.merged:
+        raise UsageError(
+            f"steps must be one for a model whose adapters are merged (no teacher is left), got steps={options.steps}"
         )
-    return features
+    if system.student_config.lora_rank == 0 and Path(cast(str, options.ckpt)).is_file() and options.steps != "multi":
+        raise UsageError(f"ckpt={options.ckpt} is a teacher without adapters; use steps=multi, or give {STUDENT_FILE}")
+    if options.compat and system.student_config.conditioning != "pyramid":
+        raise UsageError("compat=official restores in one step, and this model restores scale by scale; leave it out")
+    if options.steps.isdecimal() and int(options.steps) > num_scales:
+        raise UsageError(f"steps must be one, multi or 1 to {num_scales} for this model, got steps={options.steps}")
+
+
+def bind(system: VARestorer, options: RestoreOptions, texts: Texts) -> RestoreImage:
+    """Bind the options, so that only an image, its job and its seed are missing."""
+    scale = int(options.scale) if options.scale == int(options.scale) else options.scale
+    keys = ("select", "steps", "color", "tile", "overlap", "batch", "uncertainty")
+    wishes = {key: getattr(options, key) for key in keys}
+    chosen: dict[str, Any] = {key: value for key, value in wishes.items() if value is not None}
+
+    def run(image_3HW: Tensor, job: Job, seed: int) -> Restored:
+        prompt = texts.prompts.get(job.name)
+        text = None if prompt is None else texts.features.get(prompt)
+        details: dict[str, Any] = {"prompt": prompt}
+        if prompt is not None and text is None:
+            details["prompt_used"] = False
+        if options.compat:
+            return Restored(restore_officially(system, image_3HW, scale, text, options, seed), details=details)
+        result = system.restore(image_3HW, scale, prompt=text, seed=seed, **chosen)
+        maps_KHW = result.uncertainty_KHW
+        return Restored(result.image, None if maps_KHW is None else maps_KHW.mean(dim=0), details)
+
+    return run
+
+
+def restore_officially(
+    system: VARestorer, image_3HW: Tensor, scale: float, text: Tensor | None, options: RestoreOptions, seed: int
+) -> Tensor:
+    """`compat=official`: the released script draws from global generators, so here alone they are seeded."""
+    from varestorer.systems.official import restore_official
+
+    random.seed(seed)
+    torch.manual_seed(seed)
+    return restore_official(system, image_3HW, scale, prompt=text, tiled=options.tile is not None)
 
 
 def summary(report: FolderReport) -> str:

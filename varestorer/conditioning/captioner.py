@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from varestorer.conditioning.pretrained import load_pretrained
+from varestorer.conditioning.pretrained import free_memory, load_pretrained
 from varestorer.utils.images import to_uint8
 
 DEFAULT_NAME = "Salesforce/blip-image-captioning-large"
@@ -47,6 +47,7 @@ class Captioner:
     def release(self) -> None:
         """Give the memory back; the next `caption` loads again."""
         self._loaded = None
+        free_memory(self.device)
 
     def _load(self) -> tuple[Any, Any]:
         """Processor and model, loaded once."""

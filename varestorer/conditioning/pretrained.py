@@ -1,15 +1,21 @@
 """Loading transformers models from a folder or the hub, with errors a newcomer can act on."""
 
-import re
+import gc
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+import torch
+
 from varestorer.utils.errors import UserError
+from varestorer.utils.hub import first_line, is_hub_name
 
 Loaded = TypeVar("Loaded")
 
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_SMALL_FILES = (".json", ".model", ".txt")
+_WEIGHTS = (".safetensors", ".bin")
+_MIB = 2**20
 
 
 def load_pretrained(load: Callable[[str], Loaded], path: str, default: str, key: str) -> Loaded:
@@ -24,10 +30,66 @@ def load_pretrained(load: Callable[[str], Loaded], path: str, default: str, key:
         UserError: nothing there, or nothing that can be loaded.
     """
     remedy = f"download {default} from the Hugging Face hub and set {key} to its folder"
-    if not Path(path).is_dir() and not _HUB_NAME.fullmatch(path):
+    if not Path(path).is_dir() and not is_hub_name(path):
         raise UserError(f"{key} must be a folder or a hub name, but {path} does not exist; {remedy}")
     try:
         return load(path)
     except (OSError, ValueError, KeyError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{key}={path} cannot be loaded as {default} ({reason}); {remedy}") from error
+        raise UserError(f"{key}={path} cannot be loaded as {default} ({first_line(error)}); {remedy}") from error
+
+
+def local_folder(path: str, default: str, key: str) -> Path:
+    """The folder itself, or the local copy of a model on the hub, downloaded if it is not there yet.
+
+    Args:
+        path, default, key: see `load_pretrained`.
+    Raises:
+        UserError: no such folder, or the hub cannot give it.
+    """
+
+    def find(name: str) -> Path:
+        if Path(name).is_dir():
+            return Path(name)
+        from huggingface_hub import snapshot_download
+
+        # the hub keeps the same weights for several frameworks: take one copy of them
+        folder = Path(snapshot_download(name, allow_patterns=[f"*{end}" for end in (*_SMALL_FILES, _WEIGHTS[0])]))
+        if not any(folder.glob(f"*{_WEIGHTS[0]}")):
+            folder = Path(snapshot_download(name, allow_patterns=[f"*{end}" for end in (*_SMALL_FILES, *_WEIGHTS)]))
+        return folder
+
+    return load_pretrained(find, path, default, key)
+
+
+def fingerprint(folder: Path) -> str:
+    """Hash of a model's folder that is another one when its weights, its tokenizer or its config are others.
+
+    Config and tokenizer are hashed whole. Of a file of weights count its size and its first, middle and last
+    MiB: reading all 11 GB of flan-t5-xl takes longer than restoring an image, and training or rounding a
+    network changes numbers everywhere, so three places tell as much. A file that was damaged elsewhere is not
+    noticed.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.suffix not in (*_SMALL_FILES, *_WEIGHTS) or not path.is_file():
+            continue
+        size = path.stat().st_size
+        digest.update(f"{len(path.name)}:{path.name}:{size};".encode())
+        with path.open("rb") as file:
+            if path.suffix in _SMALL_FILES or size <= 3 * _MIB:
+                digest.update(file.read())
+                continue
+            for start in (0, (size - _MIB) // 2, size - _MIB):
+                file.seek(start)
+                digest.update(file.read(_MIB))
+    return digest.hexdigest()
+
+
+def free_memory(device: torch.device) -> None:
+    """Give the memory of networks that nobody holds any more back to the system."""
+    gc.collect()  # a network that refers to itself would wait for the collector's next turn
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

@@ -4,7 +4,10 @@ VARestorer uses DiffBIR's general SwinIR. The network itself comes from spandrel
 the weights; any 1x RGB restoration network that spandrel knows fits as well.
 """
 
-from collections.abc import Callable, Mapping
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +16,21 @@ from torch import Tensor, nn
 
 from varestorer.utils.errors import UserError
 from varestorer.utils.images import pad_reflect
-from varestorer.weights.files import read_tensors
+from varestorer.weights.files import Differences, differences, read_tensors
+from varestorer.weights.published import check_derived, published_restorer_name
 
+PUBLISHED_SIZES = {
+    "img_size": 64,
+    "embed_dim": 180,
+    "depths": [6] * 8,
+    "num_heads": [6] * 8,
+    "mlp_ratio": 2.0,
+    "window_size": 8,
+    "upscale": 8,
+    "upsampler": "nearest+conv",
+    "start_unshuffle": 8,
+}
+DERIVED = (".attn_mask", ".relative_position_index")  # of a SwinIR: they follow from its sizes
 PUBLISHED_FILE = "general_swinir_v1.ckpt"
 _REMEDY = f"get {PUBLISHED_FILE} (GeneralSwinIR of DiffBIR, hub lxq007/DiffBIR) and set model.restorer to it"
 
@@ -49,6 +65,11 @@ class Restorer(nn.Module):
         height, width = image_B3HW.shape[-2:]
         down, right = self._missing(height), self._missing(width)
         return self.network(pad_reflect(image_B3HW, 0, down, 0, right))[..., :height, :width]
+
+    def published_state_dict(self) -> dict[str, Tensor]:
+        """Tensors by the names that `load_restorer` reads, derived ones included."""
+        unshuffled = getattr(self.network, "start_unshuffle", 1) > 1
+        return {published_restorer_name(name, unshuffled): tensor for name, tensor in self.state_dict().items()}
 
     def _missing(self, length: int) -> int:
         """Pixels to add to a side of `length` pixels."""
@@ -85,22 +106,78 @@ def restorer_from_state_dict(state_dict: Mapping[str, Any]) -> Restorer:
         state_dict: tensors by their published names, or wrapped and prefixed as `load_restorer` says; it is
             left as it is.
     Raises:
-        UserError: tensors missing, left over or misshapen, or not of a 1x RGB restorer.
+        UserError: tensors missing, left over or misshapen (they are listed), a derived tensor of another value, or
+            not the tensors of a 1x RGB restorer.
     """
     from spandrel import ImageModelDescriptor, ModelLoader, UnsupportedModelError, canonicalize_state_dict
 
-    # spandrel renames and pops entries of the dictionary it is given
     tensors = dict(canonicalize_state_dict(dict(state_dict)))
-    try:
-        found = ModelLoader(device="cpu").load_from_state_dict(tensors)
+    try:  # spandrel renames and pops entries of the dictionary it is given
+        with _quiet():
+            found = ModelLoader(device="cpu").load_from_state_dict(dict(tensors))
     except (UnsupportedModelError, RuntimeError, KeyError) as error:
-        reason = str(error).strip() or "spandrel knows no such architecture"
-        raise UserError(f"the tensors do not make a restorer ({reason})") from error
+        raise UserError(f"the tensors do not make a restorer ({_misfit(tensors, error)})") from error
     if not isinstance(found, ImageModelDescriptor) or (found.scale, found.input_channels) != (1, 3):
         got = f"{found.architecture.name}, {found.scale}x, of {found.input_channels} channels"
         raise UserError(f"a restorer must take RGB images and keep their size, got {got}")
     sizes = found.size_requirements
-    return Restorer(found.model, multiple=sizes.multiple_of, minimum=sizes.minimum)
+    restorer = Restorer(found.model, multiple=sizes.multiple_of, minimum=sizes.minimum)
+    check_derived(restorer.published_state_dict(), _derived_tensors(restorer), "the restorer")
+    return restorer
+
+
+def published_restorer_tensors() -> dict[str, Tensor]:
+    """A network of the published sizes by published names: random weights, and derived tensors as they must be."""
+    from spandrel.architectures.SwinIR import SwinIR
+
+    return _tensors_of(SwinIR, PUBLISHED_SIZES)
+
+
+def _derived_tensors(restorer: Restorer) -> dict[str, Tensor]:
+    """What a fresh network of the same sizes holds beside its weights, by published names."""
+    network: Any = restorer.network
+    if not any(name.endswith(DERIVED) for name in network.state_dict()):
+        return {}
+    fresh = _tensors_of(type(network), network.hyperparameters)
+    return {name: tensor for name, tensor in fresh.items() if name.endswith(DERIVED)}
+
+
+def _tensors_of(network: type[nn.Module], sizes: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Tensors of a new network by published names; the global generator is left as it was."""
+    with _quiet(), torch.random.fork_rng(devices=[]):
+        return Restorer(network(**sizes)).published_state_dict()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep back torch's warning about how spandrel's networks call it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"torch\.meshgrid")
+        yield
+
+
+def _misfit(tensors: Mapping[str, Tensor], error: Exception) -> str:
+    """Which tensors are wrong, in one line.
+
+    spandrel guesses sizes from the names it finds, so a file that lacks some can pass for a network of other sizes:
+    what is nearly the published network is compared with that.
+    """
+    published = published_restorer_tensors()
+    same = sum(name in tensors and tensors[name].shape == tensor.shape for name, tensor in published.items())
+    if same > len(published) / 2:
+        return str(differences(published, tensors))
+    return str(_torch_differences(str(error)) or str(error).strip() or "spandrel knows no such architecture")
+
+
+def _torch_differences(message: str) -> Differences:
+    """The lists in the message of torch's `load_state_dict`."""
+
+    def quoted(kind: str) -> list[str]:
+        found = re.search(rf"{kind} key\(s\) in state_dict: (.*)", message)
+        return sorted(re.findall(r'"([^"]+)"', found[1])) if found else []
+
+    misshapen = sorted(re.findall(r"size mismatch for (\S+):", message))
+    return Differences(quoted("Missing"), quoted("Unexpected"), misshapen)
 
 
 @torch.no_grad()

@@ -1,14 +1,19 @@
 """Text features for the transformer: the encoder of flan-t5-xl."""
 
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from varestorer.conditioning.pretrained import load_pretrained
+from varestorer.conditioning.pretrained import fingerprint, free_memory, load_pretrained, local_folder
+from varestorer.conditioning.text_cache import CacheKey, TextCache, cache_folder
 
 DEFAULT_NAME = "google/flan-t5-xl"
 MAX_LENGTH = 512
+
+_KEY = "text_encoder"  # of the configuration, for messages
 
 _PEOPLE = (
     "man woman men women boy girl child person human adult teenager employee employer worker "
@@ -26,13 +31,14 @@ def add_positive_prompt(prompt: str) -> str:
 
 
 class TextEncoder:
-    """T5 encoder that is loaded when it is first needed.
+    """T5 encoder that remembers features on the disk and is loaded when a prompt is new.
 
     Args:
         path: folder as transformers saves it, or a name on the hub.
         device: where it runs.
         dtype: of its weights; float16 on CUDA as released, else float32.
         max_length: longest prompt in tokens, the end token included; the rest is cut off.
+        cache: folder of the remembered features; "default" for the folder `text` in `cache_folder()`, None for none.
     """
 
     def __init__(
@@ -41,42 +47,68 @@ class TextEncoder:
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
         max_length: int = MAX_LENGTH,
+        cache: str | Path | None = "default",
     ) -> None:
         self.path = str(path)
         self.device = torch.device(device)
         self.dtype = dtype or (torch.float16 if self.device.type == "cuda" else torch.float32)
         self.max_length = max_length
+        folder = cache_folder() / "text" if cache == "default" else cache
+        self._cache = None if folder is None else TextCache(Path(folder))
         self._loaded: tuple[Any, Any] | None = None
 
-    @torch.no_grad()
     def encode(self, prompts: list[str], use_positive_prompt: bool = False) -> list[Tensor]:
-        """Encode prompts.
+        """Encode prompts, one at a time, so that the bits of a prompt's features do not depend on the others.
 
         The released code pads every prompt to 512 tokens and drops the padding's rows again. Masked positions
-        do not change the others, so here prompts are padded to the longest of the list only.
+        do not change the others, so here nothing is padded.
 
         Args:
             prompts: texts; an empty one gives the end token's row.
             use_positive_prompt: pass each through `add_positive_prompt` first.
         Returns:
-            one (length, width) float32 tensor a prompt, the end token's row included.
+            one (length, width) float32 tensor a prompt, the end token's row included, on `device`.
         Raises:
             UserError: no text encoder at `path`.
         """
-        if not prompts:
-            return []
-        if use_positive_prompt:
-            prompts = [add_positive_prompt(prompt) for prompt in prompts]
-        tokenizer, model = self._load()
-        tokens = tokenizer(
-            prompts, max_length=self.max_length, padding="longest", truncation=True, return_tensors="pt"
-        ).to(self.device)
-        features = model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
-        return [rows[mask.bool()].float() for rows, mask in zip(features, tokens.attention_mask, strict=True)]
+        return [self._remembered(prompt, use_positive_prompt).to(self.device) for prompt in prompts]
 
     def release(self) -> None:
-        """Give the memory back; the next `encode` loads again."""
+        """Give the memory back; the next new prompt loads again."""
         self._loaded = None
+        free_memory(self.device)
+
+    def _remembered(self, prompt: str, use_positive_prompt: bool) -> Tensor:
+        """Features of a prompt from the disk, else computed and kept there."""
+        text = add_positive_prompt(prompt) if use_positive_prompt else prompt
+        if self._cache is None:
+            return self._compute(text)
+        key: CacheKey = {
+            "prompt": prompt,
+            "encoder": self._fingerprint,
+            "max_length": self.max_length,
+            "use_positive_prompt": use_positive_prompt,
+            "dtype": str(self.dtype),
+        }
+        features_TE = self._cache.read(key)
+        if features_TE is None:
+            features_TE = self._compute(text)
+            self._cache.write(key, features_TE)
+        return features_TE
+
+    @torch.no_grad()
+    def _compute(self, text: str) -> Tensor:
+        tokenizer, model = self._load()
+        tokens = tokenizer(text, max_length=self.max_length, truncation=True, return_tensors="pt").to(self.device)
+        return model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state[0].float()
+
+    @cached_property
+    def _folder(self) -> Path:
+        return local_folder(self.path, DEFAULT_NAME, _KEY)
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        return load_pretrained(lambda folder: fingerprint(Path(folder)), str(self._folder), DEFAULT_NAME, _KEY)
 
     def _load(self) -> tuple[Any, Any]:
         """Tokenizer and encoder, loaded once."""
@@ -87,6 +119,6 @@ class TextEncoder:
                 model = T5EncoderModel.from_pretrained(path, dtype=self.dtype)
                 return AutoTokenizer.from_pretrained(path, legacy=True), model.eval().requires_grad_(False)
 
-            tokenizer, model = load_pretrained(load, self.path, DEFAULT_NAME, "text_encoder")
+            tokenizer, model = load_pretrained(load, str(self._folder), DEFAULT_NAME, _KEY)
             self._loaded = tokenizer, model.to(self.device)
         return self._loaded

@@ -6,12 +6,12 @@ from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from varestorer.utils.errors import UserError
-from varestorer.utils.images import BROKEN_IMAGE_ERRORS, broken_image, load_image, to_uint8
+from varestorer.utils.image_files import open_image
+from varestorer.utils.images import load_image, to_uint8
 
 log = logging.getLogger(__name__)
 
@@ -123,11 +123,8 @@ class ImageStore:
 
 def _check_file(path: Path, budget: int) -> int:
     """Read a file's header, and its pixels if they are within the budget; returns the pixels decoded."""
-    try:
-        with Image.open(path) as file:
-            num_pixels = file.width * file.height
-    except BROKEN_IMAGE_ERRORS as error:
-        raise broken_image(path, error) from error
+    with open_image(path) as file:
+        num_pixels = file.width * file.height
     if num_pixels > budget:
         return 0
     load_image(path)

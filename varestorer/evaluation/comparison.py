@@ -51,7 +51,8 @@ def methods(system: VARestorer) -> dict[str, Callable[[Photograph], Tensor]]:
             return system.decode(system.encode(tiles_B3tt.to(system.device)).codes).to(tiles_B3tt.device)
 
         with torch.inference_mode():
-            return restore_tiled(photo.hq, system.tile, system.tile // 4, 8, run).clamp(0, 1)
+            size = photo.hq.shape[-2], photo.hq.shape[-1]
+            return restore_tiled(photo.hq, size, system.tile, system.tile // 4, 8, run).clamp(0, 1)
 
     student = copy.deepcopy(system)
     merge_adapters(student.transformer)  # as `restore` does where no teacher is needed

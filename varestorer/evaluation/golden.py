@@ -14,11 +14,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from varestorer.systems.parts import load_tokenizer, load_transformer
 from varestorer.tokenizer import MultiScaleTokenizer, ScaleSchedule, TokenizerConfig
 from varestorer.transformer import TextFeatures, TransformerConfig, VARTransformer
-from varestorer.transformer.adapters import attach_adapters, plain_state_dict
+from varestorer.transformer.adapters import attach_adapters
 from varestorer.utils.errors import UsageError, UserError
-from varestorer.weights.load import load_published_tokenizer, load_published_transformer
 
 
 class GoldenFolder:
@@ -67,7 +67,7 @@ class GoldenFolder:
             channels=self.config["base_ch"], multipliers=self.config["ch_mult"], num_bits=self.config["d"]
         )
         tokenizer = MultiScaleTokenizer(config).eval().requires_grad_(False)
-        load_published_tokenizer(tokenizer, self.state_dict(self.tokenizer_tensors), "vae.safetensors")
+        load_tokenizer(tokenizer, self.state_dict(self.tokenizer_tensors), "vae.safetensors")
         return tokenizer
 
     def _transformer(self) -> VARTransformer:
@@ -86,7 +86,7 @@ class GoldenFolder:
         """The base network with the folder's weights."""
         model = self._transformer()
         weights = self.state_dict(self.tensors("teacher_weights"))
-        load_published_transformer(model, plain_state_dict(model), weights, "teacher_weights.safetensors")
+        load_transformer(model, weights, "teacher_weights.safetensors")
         return model
 
     def student(self) -> VARTransformer:
@@ -94,7 +94,7 @@ class GoldenFolder:
         model = self._transformer()
         attach_adapters(model, self.config["r"], cross_value_bias=False)
         weights = self.state_dict(self.student_tensors)
-        load_published_transformer(model, plain_state_dict(model), weights, "student.safetensors")
+        load_transformer(model, weights, "student.safetensors")
         return model
 
     def text(self, tensors: dict[str, Tensor]) -> TextFeatures:

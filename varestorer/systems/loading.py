@@ -1,49 +1,67 @@
-"""A system with its weights, from whatever `ckpt=` names."""
+"""A system with its weights, from a run, a bundle, a published file or the hub."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from varestorer.conditioning.restorer import PUBLISHED_FILE
-from varestorer.systems.varestorer import VARestorer
-from varestorer.transformer.adapters import merge_adapters
+from varestorer.systems.parts import check_part
 from varestorer.utils.errors import UsageError, UserError
+from varestorer.weights.bundles import RESTORER, is_bundle, read_config, tensors_file
+from varestorer.weights.files import read_tensors
 from varestorer.weights.published import STUDENT_FILE, TOKENIZER_FILE
 from varestorer.weights.runs import CONFIG, is_run, latest_checkpoint, load_run_weights
+from varestorer.weights.sizes import adapter_rank, tokenizer_sizes, transformer_sizes
 
-HOW = f"give a run of scripts/train.py, a checkpoint of one, or the published {STUDENT_FILE}"
+if TYPE_CHECKING:
+    from varestorer.systems.varestorer import VARestorer
+
+HOW = f"give a run of scripts/train.py, a checkpoint of one, a bundle's folder, or the published {STUDENT_FILE}"
 
 
-def load_system(ckpt: str | Path, device: torch.device | str = "cpu", merge: bool = False) -> VARestorer:
-    """The system a checkpoint belongs to, in evaluation mode.
+def build(
+    system_class: type[VARestorer], path: Path, tokenizer_file: str | None = None, restorer_file: str | None = None
+) -> VARestorer:
+    """The system that a path holds.
 
     Args:
-        ckpt: a run's folder (the averaged weights of its latest checkpoint), a checkpoint's folder, or the published
-            student, with its tokenizer and restorer beside it.
-        device: where it runs.
-        merge: fold the adapters into the weights: faster, but without the teacher, so for `steps="one"` alone.
+        system_class: what to build.
+        path: a run, a checkpoint of one, a bundle or the published student.
+        tokenizer_file: of the published student, where it does not lie beside it.
+        restorer_file: likewise.
 
     Raises:
         UsageError: no such path.
-        UserError: the path holds no checkpoint, or one that does not fit its config.
+        UserError: the path holds no system, or its files do not fit.
     """
-    path = Path(ckpt)
     if not path.exists():
-        raise UsageError(f"ckpt={path} does not exist; {HOW}")
+        raise UsageError(f"{path} does not exist; {HOW}")
     if path.is_file() and path.suffix in (".pth", ".safetensors"):
-        system = _published(path)
-    elif is_run(path):
-        system = _from_run(path)
-    else:
-        raise UserError(f"ckpt={path} holds no checkpoint; {HOW}")
-    if merge:
-        merge_adapters(system.transformer)
-    return system.to(device).eval().requires_grad_(False)
+        return _from_published(system_class, path, tokenizer_file, restorer_file)
+    if is_bundle(path):
+        return _from_bundle(system_class, path)
+    if is_run(path):
+        return _from_run(system_class, path)
+    raise UserError(f"{path} holds no model; {HOW}")
+
+
+def download(name: str, options: Mapping[str, Any]) -> Path:
+    """Fetch a bundle from the hub into its cache.
+
+    Args:
+        name: `owner/name`.
+        options: huggingface_hub's `revision`, `cache_dir`, `token`, ...
+    """
+    from huggingface_hub import snapshot_download
+
+    known = ("revision", "cache_dir", "force_download", "local_files_only", "token")
+    wanted = {key: options[key] for key in known if key in options}
+    return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"], **wanted))
 
 
 def load_into(system: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
@@ -60,7 +78,7 @@ def load_into(system: nn.Module, weights: Mapping[str, Tensor], source: str) -> 
         raise UserError(f"{source} was made with another model: this one has no {unexpected[0]}")
 
 
-def _from_run(path: Path) -> VARestorer:
+def _from_run(system_class: type[VARestorer], path: Path) -> VARestorer:
     """Rebuild the model of a run's config and fill it with the run's weights."""
     run_dir = latest_checkpoint(path).parents[2]
     try:
@@ -68,18 +86,38 @@ def _from_run(path: Path) -> VARestorer:
     except (OSError, AttributeError) as error:
         raise UserError(f"the run {run_dir} has no model in its {CONFIG} ({error})") from error
     options = {key: value for key, value in dict(model).items() if not str(key).startswith("_")}  # type: ignore[arg-type]
-    system = VARestorer(**options)
+    system = system_class(**options)
     load_into(system, load_run_weights(path), f"the run {run_dir}")
     return system
 
 
-def _published(path: Path) -> VARestorer:
-    """The released student of 2b sizes; tokenizer and restorer lie in the same folder."""
-    return VARestorer(
+def _from_bundle(system_class: type[VARestorer], bundle: Path) -> VARestorer:
+    config = read_config(bundle)
+    restorer = tensors_file(bundle, RESTORER)
+    if config["restorer"] and not restorer.is_file():
+        raise UserError(f"the bundle {bundle} has lost its {restorer.name}; download or convert it again")
+    return system_class(
+        schedule=config["schedule"],
+        tokenizer=config["tokenizer"],
+        transformer=config["transformer"],
+        student=config["student"],
+        restorer=str(restorer) if config["restorer"] else None,
+        weights={"tokenizer": str(bundle), "transformer": str(bundle)},
+    )
+
+
+def _from_published(
+    system_class: type[VARestorer], student_file: Path, tokenizer_file: str | None, restorer_file: str | None
+) -> VARestorer:
+    """The released student, or a network of other sizes in its form."""
+    tokenizer = Path(tokenizer_file or student_file.parent / TOKENIZER_FILE)
+    check_part("tokenizer", tokenizer)
+    student = read_tensors(student_file)
+    return system_class(
         schedule={"size": "0.25M"},
-        tokenizer={},
-        transformer={},
-        student={},
-        restorer=str(path.parent / PUBLISHED_FILE),
-        weights={"tokenizer": str(path.parent / TOKENIZER_FILE), "transformer": str(path)},
+        tokenizer=tokenizer_sizes(read_tensors(tokenizer, nested=("vae",))),
+        transformer=transformer_sizes(student),
+        student={"lora_rank": adapter_rank(student)},
+        restorer=restorer_file or str(student_file.parent / PUBLISHED_FILE),
+        weights={"tokenizer": str(tokenizer), "transformer": str(student_file)},
     )

@@ -1,8 +1,12 @@
-"""Weights of one part of a system, from a published file or from a run."""
+"""Weights of one part of a system, from a published file, from a bundle or from a run.
+
+Files are mapped into memory and their tensors taken as they are, so a part costs memory once, when it is first used.
+"""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from varestorer.transformer import VARTransformer
-from varestorer.transformer.adapters import plain_name, plain_state_dict
+from varestorer.transformer.adapters import assign_plain, plain_name, plain_state_dict
 from varestorer.utils.errors import UserError
-from varestorer.weights.files import read_tensors
-from varestorer.weights.load import load_published_tokenizer, load_published_transformer
+from varestorer.weights.bundles import ADAPTERS, is_bundle, read_config, tensors_file
+from varestorer.weights.files import check_names_and_shapes, read_tensors
+from varestorer.weights.load import tokenizer_tensors, transformer_tensors
 from varestorer.weights.published import STUDENT_FILE, TOKENIZER_FILE, TRANSFORMER_FILE
 from varestorer.weights.runs import is_run, load_run_weights
 
@@ -32,68 +37,116 @@ def check_part(part: str, path: str | Path) -> None:
     """
     if part not in WHERE:
         raise UserError(f"model.weights has the parts {' and '.join(WHERE)}, got {part}")
-    if not (is_run(path) or Path(path).is_file()):
-        raise UserError(f"weights not found: {path}; get {WHERE[part]} and set model.weights.{part} to it, or to a run")
+    if not (is_run(path) or is_bundle(path) or Path(path).is_file()):
+        raise UserError(
+            f"weights not found: {path}; get {WHERE[part]} and set model.weights.{part} to it, or to a run or a bundle"
+        )
 
 
-@torch.no_grad()
 def load_part(system: Any, part: str, path: str | Path) -> None:
     """Fill a part of a system.
 
     Args:
         system: has the part as an attribute.
         part: "tokenizer" or "transformer".
-        path: a published file, or the folder of a run that trained or held that part.
+        path: a published file, a bundle, or the folder of a run that trained or held that part.
 
     Raises:
         UserError: no such file (says which to get, and the key to set), or one that does not fit.
     """
-    path = Path(path)
-    if is_run(path):
-        _load_from_run(getattr(system, part), part, path)
-        return
     check_part(part, path)
-    if part == "tokenizer":
-        load_published_tokenizer(system.tokenizer, read_tensors(path, nested=("vae",)), str(path))
-    else:
-        load_transformer(system.transformer, read_tensors(path), str(path))
+    _fill(getattr(system, part), part, Path(path))
 
 
 def load_teacher(system: Any, path: str | Path) -> VARTransformer:
-    """A network of the system's sizes without adapters, filled from a published teacher or a run."""
+    """A network of the system's sizes without adapters, filled from a published teacher, a bundle or a run."""
     check_part("transformer", path)
-    teacher = VARTransformer(system.transformer.config).to(system.device)
+    with torch.device("meta"):
+        teacher = VARTransformer(system.transformer.config)
+    _fill(teacher, "transformer", Path(path))
+    return teacher.to(system.device)
+
+
+def _fill(module: Any, part: str, path: Path) -> None:
     if is_run(path):
-        _load_from_run(teacher, "transformer", Path(path))
+        _load_from_run(module, part, path)
+    elif is_bundle(path):
+        _load_from_bundle(module, part, path)
+    elif part == "tokenizer":
+        load_tokenizer(module, read_tensors(path, nested=("vae",)), str(path))
     else:
-        load_transformer(teacher, read_tensors(path), str(path))
-    return teacher
+        load_transformer(module, read_tensors(path), str(path))
 
 
-def load_transformer(transformer: Any, tensors: dict[str, Tensor], source: str) -> None:
-    """Fill a transformer from a published teacher (its adapters stay as they are) or student."""
-    plain = plain_state_dict(transformer)
+def load_tokenizer(tokenizer: Any, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Fill a tokenizer from a published file's tensors."""
+    config = tokenizer.config
+    wanted = tokenizer.state_dict()
+    ours = tokenizer_tensors(wanted, len(config.multipliers), config.num_bits, tensors, source)
+    assign_plain(tokenizer, _in_float32(ours))
+
+
+def load_transformer(transformer: Any, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Fill a transformer from the tensors of a published teacher (its adapters stay as they are) or student."""
+    wanted = plain_state_dict(transformer)
     if not any(".lora_" in name for name in tensors):
-        plain = {name: tensor for name, tensor in plain.items() if ".lora_" not in name}
-    load_published_transformer(transformer, plain, tensors, source)
+        wanted = _without_adapters(wanted)
+    ours = transformer_tensors(wanted, transformer.config.width, tensors, source)
+    assign_plain(transformer, _in_float32(ours))
 
 
-@torch.no_grad()
+def _load_from_bundle(module: nn.Module, part: str, bundle: Path) -> None:
+    """Take a part of a bundle in the precision in which it is stored."""
+    file = tensors_file(bundle, part)
+    given, wanted = read_tensors(file), plain_state_dict(module)
+    check_names_and_shapes(_without_adapters(wanted), given, str(file))
+    adapters = {name: tensor for name, tensor in wanted.items() if ".lora_" in name}
+    student = read_config(bundle)["student"]
+    if adapters and student["lora_rank"] and not student["merged"]:
+        held = read_tensors(tensors_file(bundle, ADAPTERS))
+        rank = next(len(tensor) for name, tensor in adapters.items() if name.endswith(".lora_down.weight"))
+        if rank == student["lora_rank"]:  # of another rank, another student is to be trained from this teacher
+            check_names_and_shapes(adapters, held, str(tensors_file(bundle, ADAPTERS)))
+        given |= held
+    assign_plain(module, _fitting(given, wanted, f"the bundle {bundle}"))
+
+
 def _load_from_run(module: nn.Module, part: str, run: Path) -> None:
-    """Copy a part of a run's weights; adapters that the module has not, or has at another rank, are left out."""
+    """Take a part of a run's weights; adapters that the module has not, or has at another rank, are left out."""
     prefix = f"{part}."
     held = load_run_weights(run).items()
     weights = {plain_name(name.removeprefix(prefix)): t for name, t in held if name.startswith(prefix)}
     wanted = plain_state_dict(module)
-    given = {name: tensor for name, tensor in weights.items() if name in wanted}
-    if any(".lora_" in name and tensor.shape != wanted[name].shape for name, tensor in given.items()):
-        LOG.warning("the adapters of the run %s have another rank: the student starts afresh from its teacher", run)
-        given = {name: tensor for name, tensor in given.items() if ".lora_" not in name}
-    missing = [name for name in wanted if name not in given and ".lora_" not in name]
+    given = _fitting({name: t for name, t in weights.items() if name in wanted}, wanted, f"the run {run}")
+    missing = [name for name in _without_adapters(wanted) if name not in given]
     if missing:
         raise UserError(f"the run {run} does not hold a whole {part}: {missing[0]} and {len(missing) - 1} more missing")
     misshapen = [name for name, tensor in given.items() if tensor.shape != wanted[name].shape]
     if misshapen:
         raise UserError(f"the {part} of the run {run} has other sizes than the model: {misshapen[0]}")
-    for name, tensor in given.items():
-        wanted[name].copy_(tensor)
+    assign_plain(module, given)
+
+
+def _fitting(given: dict[str, Tensor], wanted: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+    """What was given, without its adapters where they have another rank than is wanted."""
+    adapters = given.keys() - _without_adapters(given).keys()
+    if all(name in wanted and given[name].shape == wanted[name].shape for name in adapters):
+        return given
+    LOG.warning("the adapters of %s have another rank: the student starts afresh from its teacher", source)
+    return _without_adapters(given)
+
+
+def _without_adapters(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if ".lora_" not in name}
+
+
+def _in_float32(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.float() for name, tensor in tensors.items()}
+
+
+def allocate(module: nn.Module) -> set[str]:
+    """Give memory to the tensors that are on the meta device still; returns their names. Their values are arbitrary."""
+    names = {name for name, tensor in module.state_dict().items() if tensor.is_meta}
+    empty = {name: torch.empty_like(t, device="cpu") for name, t in module.state_dict().items() if name in names}
+    module.load_state_dict(empty, strict=False, assign=True)
+    return names

@@ -9,28 +9,39 @@ Shapes: `B` batch, `H W` pixels, `L` tokens of all scales, `Z` bits per token.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from copy import copy
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub import ModelHubMixin
 from torch import Tensor, nn
 
 from varestorer.conditioning.pyramid import Condition, PyramidConditioner
 from varestorer.conditioning.restorer import load_restorer
-from varestorer.systems.parts import check_part, load_part
+from varestorer.conditioning.text_encoder import TextEncoder
+from varestorer.systems.bundle import save_bundle
+from varestorer.systems.loading import HOW, build, download
+from varestorer.systems.parts import allocate, check_part, load_part
+from varestorer.systems.prefix import generate_from_prefix
 from varestorer.tokenizer import MultiScaleTokenizer, ScaleSchedule, TokenizerConfig, TokenPyramid
 from varestorer.tokenizer.autoencoder import init_weights as init_tokenizer_weights
 from varestorer.transformer import TextContext, TextFeatures, TransformerConfig, VARTransformer
-from varestorer.transformer.adapters import adapters_off, attach_adapters, init_adapters
+from varestorer.transformer.adapters import adapters_off, attach_adapters, init_adapters, merge_adapters
 from varestorer.transformer.generation import Generation, MultiStepGenerator, SamplingOptions
 from varestorer.transformer.layout import pyramid_layout
-from varestorer.transformer.masks import block_causal_mask, cross_scale_mask
+from varestorer.transformer.masks import MASKS, block_causal_mask
 from varestorer.transformer.sampling import Noise, bit_entropy, bits_to_map, keyed_noise, select_bits
-from varestorer.utils.errors import UserError
-from varestorer.utils.images import from_network, resize, to_network
+from varestorer.utils.color import match_color
+from varestorer.utils.errors import UsageError, UserError
+from varestorer.utils.hub import first_line, is_hub_name
+from varestorer.utils.images import from_network, to_network
 from varestorer.utils.seeds import torch_generator
 from varestorer.utils.tiling import restore_tiled, scaled_size
+
+PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -42,12 +53,26 @@ class StudentConfig:
         long_input: append the complete codes at the last scale to the input.
         long_positions: rotary rows of the appended tokens, "next_scale" or "own".
         cross_value_bias: whether block cross attention adds its value bias while the adapters are on.
+        attention: "cross_scale": every token sees all, or "causal": its own and coarser scales (table 3).
+        conditioning: "pyramid": one step from the degraded image's tokens, or "prefix": scale by scale, with the
+            degraded image in front of all (table 3, without distillation; see `systems.prefix`).
+        guidance: c of the prefix: c * with it + (1 - c) * without it.
+        merged: the adapters are folded into the base weights, so that no teacher is left.
     """
 
     lora_rank: int = 32
     long_input: bool = True
     long_positions: str = "next_scale"
     cross_value_bias: bool = False
+    attention: str = "cross_scale"
+    conditioning: str = "pyramid"
+    guidance: float = 1.0
+    merged: bool = False
+
+    def __post_init__(self) -> None:
+        for name, choices in (("attention", MASKS), ("conditioning", ("pyramid", "prefix"))):
+            if getattr(self, name) not in choices:
+                raise UserError(f"model.student.{name} must be {' or '.join(choices)}, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
@@ -67,13 +92,30 @@ class RestoredBatch:
 
 @dataclass(frozen=True)
 class Restoration:
-    """A restored image: (3, H, W) float32 in [0, 1]."""
+    """A restored image.
+
+    Attributes:
+        image: (3, H, W) float32 in [0, 1].
+        uncertainty_KHW: where the student guessed, at each scale: mean entropy of a token's bits, 0 (decided) to 1 (a
+            coin toss), up-sampled to the image; None unless asked for.
+    """
 
     image: Tensor
+    uncertainty_KHW: Tensor | None = None
 
 
-class VARestorer(nn.Module):
+class VARestorer(
+    nn.Module,
+    ModelHubMixin,
+    library_name="varestorer",
+    pipeline_tag="image-to-image",
+    tags=["super-resolution", "image-restoration"],
+    paper_url="https://arxiv.org/abs/2604.21450",
+):
     """The pieces put together.
+
+    `from_pretrained` loads one, `save_pretrained` and `push_to_hub` (huggingface_hub's) share one as a bundle, in
+    the form it has: after `merge_adapters` without adapters, after `set_precision` in that precision.
 
     Args:
         schedule: arguments of `ScaleSchedule.build`: `size`, or `sides`; the last scale is a square.
@@ -81,8 +123,8 @@ class VARestorer(nn.Module):
         transformer: arguments of `TransformerConfig`.
         student: arguments of `StudentConfig`.
         restorer: file of the restorer that cleans images before they are tokenised, or None.
-        weights: files of the parts "tokenizer" and "transformer", published or of a run, see
-            `systems.loading.load_part`; a part without a file gets random weights.
+        weights: files of the parts "tokenizer" and "transformer": published, a bundle or a run, see
+            `systems.parts.load_part`; a part without a file gets random weights.
         seed: of the random weights.
     """
 
@@ -97,30 +139,24 @@ class VARestorer(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self._files = {part: file for part, file in (weights or {}).items() if file}
-        for part, file in self._files.items():
+        self.files = {part: file for part, file in (weights or {}).items() if file}
+        for part, file in self.files.items():
             check_part(part, file)
-        loaded_restorer = load_restorer(restorer) if restorer else None
+        self.restorer = load_restorer(restorer) if restorer else None
         self.schedule = ScaleSchedule.build(**schedule)
         self.student_config = StudentConfig(**(student or {}))
         with torch.device("meta"):
             self.tokenizer = MultiScaleTokenizer(TokenizerConfig(**tokenizer))
             self.transformer = VARTransformer(TransformerConfig(**transformer))
-            if self.student_config.lora_rank:
+            if self.student_config.lora_rank and not self.student_config.merged:
                 attach_adapters(self.transformer, self.student_config.lora_rank, self.student_config.cross_value_bias)
         self._check_sizes()
-        self.config = {
-            "schedule": dict(schedule),
-            "tokenizer": asdict(self.tokenizer.config),
-            "transformer": asdict(self.transformer.config),
-            "student": asdict(self.student_config),
-            "restorer": restorer,
-        }
+        self._schedule_options = dict(schedule)
         if torch.get_default_device().type != "meta":
-            self.to_empty(device=torch.get_default_device())
             self._fill(seed)
             self.tokenizer.to(memory_format=torch.channels_last)  # convolutions run faster so, on CPU and GPU
-        self.restorer = loaded_restorer
+        if restorer:
+            self.files["restorer"] = restorer
         self.conditioner = PyramidConditioner(
             self.tokenizer,
             self.transformer.config.head_dim,
@@ -128,6 +164,81 @@ class VARestorer(nn.Module):
             self.student_config.long_positions,
             self.restorer,
         )
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, pretrained_model_name_or_path: str | Path | None = None, **options: Any
+    ) -> VARestorer:
+        """Load a system, in evaluation mode.
+
+        Args:
+            pretrained_model_name_or_path: a bundle's folder, a run of scripts/train.py (the averaged weights of its
+                latest checkpoint) or a checkpoint of one, the published student with its tokenizer and restorer
+                beside it, or a bundle's name on the hub.
+            options: `device`; `merge=True` folds the adapters into the weights (faster, but only for `steps="one"`);
+                `tokenizer_file` and `restorer_file` of the published student, where they lie elsewhere; for the
+                hub `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`.
+
+        Raises:
+            UsageError: neither a path nor a name that the hub knows.
+            UserError: the path holds no system, or its files do not fit.
+        """
+        if pretrained_model_name_or_path is None:
+            raise UserError("no model comes with this version; name a bundle, a run or a published file")
+        name = str(pretrained_model_name_or_path)
+        if Path(name).exists() or not is_hub_name(name):
+            return cls._from_pretrained(model_id=name, **options)
+        try:
+            system: VARestorer = super().from_pretrained(name, **options)
+        except (OSError, ValueError) as error:
+            raise UsageError(
+                f"{name} is no path here, and the hub does not give it: {first_line(error)}; {HOW}"
+            ) from error
+        return system
+
+    @classmethod
+    def _from_pretrained(  # type: ignore[override]
+        cls,
+        *,
+        model_id: str,
+        device: torch.device | str = "cpu",
+        merge: bool = False,
+        tokenizer_file: str | None = None,
+        restorer_file: str | None = None,
+        **hub: Any,
+    ) -> VARestorer:
+        path = Path(model_id) if Path(model_id).exists() or not is_hub_name(model_id) else download(model_id, hub)
+        system: VARestorer = build(cls, path, tokenizer_file, restorer_file)
+        if merge:
+            system.merge_adapters()
+        return system.to(device).eval().requires_grad_(False)
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        save_bundle(self, save_directory)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What the system is made of, as its constructor takes it: sizes, without files."""
+        return {
+            "schedule": self._schedule_options,
+            "tokenizer": asdict(self.tokenizer.config),
+            "transformer": asdict(self.transformer.config),
+            "student": asdict(self.student_config),
+        }
+
+    def merge_adapters(self) -> VARestorer:
+        """Fold the adapters into the base weights; what is left is the student alone."""
+        if self.student_config.lora_rank and not self.student_config.merged:
+            merge_adapters(self.transformer)
+            self.student_config = replace(self.student_config, merged=True)
+        return self
+
+    def set_precision(self, precision: str) -> VARestorer:
+        """Keep the blocks of the transformer in "bf16", or in "fp32"; the rest is always float32 (spec E)."""
+        if precision not in PRECISIONS:
+            raise UserError(f"precision must be {' or '.join(PRECISIONS)}, got {precision!r}")
+        self.transformer.blocks.to(PRECISIONS[precision])
+        return self
 
     def _check_sizes(self) -> None:
         bits = self.tokenizer.config.num_bits, self.transformer.config.num_bits
@@ -143,25 +254,43 @@ class VARestorer(nn.Module):
     @torch.no_grad()
     def _fill(self, seed: int) -> None:
         """Weights of each part from its file, or drawn; adapters start without effect unless a file has them."""
-        init_adapters(self.transformer, torch_generator(seed, "adapters"))
-        if "tokenizer" in self._files:
-            load_part(self, "tokenizer", self._files["tokenizer"])
-        else:
+        for part, file in self.files.items():
+            load_part(self, part, file)
+        drawn = allocate(self)
+        if "tokenizer" not in self.files:
             init_tokenizer_weights(self.tokenizer, torch_generator(seed, "tokenizer"))
-        if "transformer" in self._files:
-            load_part(self, "transformer", self._files["transformer"])
-        else:
+        if "transformer" not in self.files:
             self.transformer.init_weights(torch_generator(seed, "transformer"))
+        if any(".lora_" in name for name in drawn):
+            init_adapters(self.transformer, torch_generator(seed, "adapters"))
 
     def initial_state(self) -> dict[str, Tensor]:
         """The weights that no file can give again: what was drawn at random."""
-        from_files = (*(f"{part}." for part in self._files), "restorer.")
+        from_files = (*(f"{part}." for part in self.files), "restorer.")
         return {name: tensor for name, tensor in self.state_dict().items() if not name.startswith(from_files)}
 
     @property
     def tile(self) -> int:
         """Side of the square restored in one go, pixels."""
         return self.schedule.latent_size[0] * self.tokenizer.stride
+
+    @property
+    def tiles(self) -> tuple[int, ...]:
+        """Sides that `at_tile` takes, pixels: from half the trained one to the end of the table of positions."""
+        squares = (h * self.tokenizer.stride for h, w in self.schedule.position_scales if h == w)
+        return tuple(side for side in squares if 2 * side >= self.tile)
+
+    def at_tile(self, side: int) -> VARestorer:
+        """This system, with the same weights, restoring squares of another side (pixels).
+
+        Raises:
+            UserError: not one of `tiles`.
+        """
+        if side not in self.tiles:
+            raise UserError(f"tile must be one of {', '.join(map(str, self.tiles))} pixels for this model, got {side}")
+        other = copy(self)
+        other.schedule = self.schedule.with_side(side // self.tokenizer.stride)
+        return other
 
     @property
     def device(self) -> torch.device:
@@ -203,7 +332,7 @@ class VARestorer(nn.Module):
 
     def student_logits(self, condition: Condition, text: TextFeatures | TextContext) -> Tensor:
         """p_S(r_k | r_LQ): logits (B, L, Z, 2) of every scale in one pass; all tokens see all tokens."""
-        mask = cross_scale_mask(condition.layout.levels_L)
+        mask = MASKS[self.student_config.attention](condition.layout.levels_L)
         logits = self.transformer(condition.tokens_BLZ, text, condition.layout, mask)
         return logits[:, : self.schedule.num_tokens]
 
@@ -234,8 +363,15 @@ class VARestorer(nn.Module):
                 last, given those of the degraded image.
             text: features of the prompts; None for no prompt.
         """
+        if steps != "one" and self.student_config.merged:
+            raise UserError(
+                f"steps={steps} needs the teacher, and the adapters of this model are merged; use steps=one"
+            )
         text = text or self.null_text(len(lq_B3HW))
         condition = self.condition(lq_B3HW)
+        if self.student_config.conditioning == "prefix":
+            generation = generate_from_prefix(self, condition.pyramid, text, noise)
+            return RestoredBatch(self.decode(generation.codes), generation.bits, None)
         if steps == "multi":
             generation = self._continue(self._coarse_bits(condition.pyramid), text, noise)
             return RestoredBatch(self.decode(generation.codes), generation.bits, None)
@@ -272,16 +408,33 @@ class VARestorer(nn.Module):
             return generator(text, SamplingOptions(), noise=noise, known_bits=known_bits)
 
     def uncertainty(self, logits_BLZ2: Tensor) -> Tensor:
-        """Where the student guesses: the entropy of its bits at each pixel, mean over the scales, (B, H, W).
+        """Where the student guesses: mean entropy of each token's bits, up-sampled to pixels, (B, K, H, W).
 
-        0 where all bits are decided, 1 where all are a coin toss. Each scale is up-sampled to pixels first.
+        0 where all bits of a token are decided, 1 where all are a coin toss; one map for each scale.
         """
         entropy_BL1 = bit_entropy(logits_BLZ2)[..., None]
         maps = [
             F.interpolate(entropy, size=(self.tile, self.tile), mode="bilinear", align_corners=False)
             for entropy in self.split_bits(entropy_BL1)
         ]
-        return torch.stack(maps).mean(dim=0)[:, 0]
+        return torch.cat(maps, dim=1)
+
+    def text_features(self, prompt: str | Tensor | None) -> Tensor | None:
+        """Features (T, E) of a prompt by the text encoder of the released models; None for no prompt.
+
+        Raises:
+            UserError: a model that was trained with another encoder; give features then.
+        """
+        if not isinstance(prompt, str):
+            return prompt
+        encoder = TextEncoder(device=self.device)
+        features = encoder.encode([prompt])[0]
+        if features.shape[1] != self.transformer.config.text_width:
+            raise UserError(
+                f"{encoder.path} gives features of width {features.shape[1]}, the model wants "
+                f"{self.transformer.config.text_width}; give prompt=features of the encoder it was trained with"
+            )
+        return features
 
     @torch.inference_mode()
     def restore(
@@ -289,39 +442,52 @@ class VARestorer(nn.Module):
         image: Tensor,
         scale: float = 4,
         *,
+        prompt: str | Tensor | None = None,
         seed: int = 0,
         select: str = "argmax",
         steps: str | int = "one",
-        prompt: Tensor | None = None,
+        color: str = "none",
+        tile: int | None = None,
         overlap: int | None = None,
         batch: int = 8,
+        uncertainty: bool = False,
     ) -> Restoration:
         """Restore an image of any size; it is enlarged first, and padded or tiled, never squashed.
 
         Args:
             image: (3, H, W) float in [0, 1].
             scale: enlargement.
+            prompt: what the image shows, or text features (T, E); None for no prompt.
             seed: of the noise when sampling.
             select: "argmax" takes the likelier bits, "sample" draws them.
             steps: see `restore_batch`.
-            prompt: text features (T, E) of a prompt; None for no prompt.
+            color: "adain" or "wavelet" gives each tile the colours of the input, see `utils.color`; "none" does not.
+            tile: side of the squares, pixels, one of `tiles`; None for the one the model was trained on.
             overlap: pixels shared by neighbouring tiles; None for a quarter of a tile.
             batch: tiles per forward pass.
+            uncertainty: whether to return it; costs K channels of the size of the result.
 
         Raises:
-            UserError: unknown `select` or `steps`, an impossible overlap.
+            UserError: unknown `select`, `steps`, `color` or `tile`, an impossible overlap.
         """
         if select not in ("argmax", "sample"):
             raise UserError(f"select must be argmax or sample, got {select!r}")
-        height, width = image.shape[-2:]
-        size = scaled_size(height, width, scale)
-        enlarged = resize(image, size, "bicubic") if size != (height, width) else image
+        if uncertainty and (steps == "multi" or self.student_config.conditioning == "prefix"):
+            raise UserError("uncertainty is the one-step student's; use steps=one or K of a distilled model")
+        system = self if tile is None else self.at_tile(tile)
+        features = self.text_features(prompt)
 
         def run(tiles_B3tt: Tensor, numbers: list[int]) -> Tensor:
-            noise = keyed_noise(seed, numbers, "restore", self.device) if select == "sample" else None
-            text = None if prompt is None else TextFeatures.from_list([prompt.to(self.device)] * len(numbers))
             tiles = tiles_B3tt.to(self.device)
-            return self.restore_batch(tiles, noise, steps, text).images_B3HW.to(tiles_B3tt.device)
+            noise = keyed_noise(seed, numbers, "restore", self.device) if select == "sample" else None
+            text = None if features is None else TextFeatures.from_list([features.to(self.device)] * len(numbers))
+            restored = system.restore_batch(tiles, noise, steps, text)
+            images = match_color(restored.images_B3HW, tiles, color)
+            if uncertainty and restored.logits_BLZ2 is not None:
+                images = torch.cat([images, system.uncertainty(restored.logits_BLZ2)], dim=1)
+            return images.to(tiles_B3tt.device)
 
-        overlap = self.tile // 4 if overlap is None else overlap
-        return Restoration(restore_tiled(enlarged, self.tile, overlap, batch, run).clamp(0, 1))
+        size = scaled_size(image.shape[-2], image.shape[-1], scale)
+        overlap = system.tile // 4 if overlap is None else overlap
+        channels = restore_tiled(image, size, system.tile, overlap, batch, run).clamp_(0, 1)
+        return Restoration(channels[:3], channels[3:] if uncertainty else None)

@@ -100,6 +100,13 @@ class ScaleSchedule:
             raise UserError("a schedule takes either size (and aspect) or sides, not both")
         return cls(tuple((side, side) for side in sides))
 
+    def with_side(self, side: int) -> ScaleSchedule:
+        """The schedule that ends with the square of this side, in the same table of positions."""
+        if (side, side) not in self.position_scales:
+            raise UserError(f"no square scale of side {side} in {self.position_scales}")
+        count = self.position_scales.index((side, side)) + 1
+        return ScaleSchedule(self.position_scales[:count], self.position_scales)
+
     def __len__(self) -> int:
         return len(self.scales)
 

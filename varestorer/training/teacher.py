@@ -7,9 +7,11 @@ from torch import Tensor
 
 from varestorer.losses.tokens import bit_accuracy, bit_cross_entropy, token_weights
 from varestorer.systems.varestorer import VARestorer
+from varestorer.tokenizer import TokenPyramid
 from varestorer.tokenizer.residual import Corruption
 from varestorer.training.task import Batch, Task, train_only
 from varestorer.training.text import prompts_of
+from varestorer.transformer import TextFeatures
 from varestorer.transformer.adapters import adapter_parameters
 from varestorer.utils.images import to_network
 from varestorer.utils.seeds import uniform_per_sample
@@ -54,13 +56,17 @@ class TeacherTask(Task):
             features = system.tokenizer.features(to_network(batch["hq"]))
             pyramid = system.tokenizer.quantizer(features, system.schedule, self._flips(keys))
         text = prompts_of(batch, system, self.condition_drop, self.seed)
-        logits = system.teacher_logits(pyramid, text)
+        logits = self.logits(pyramid, text, batch)
         labels = pyramid.labels()
         loss_BL = bit_cross_entropy(logits, labels)
         accuracy_BL = bit_accuracy(logits.detach(), labels)
         parts = {f"accuracy_{k}": accuracy_BL[:, tokens].mean() for k, tokens in enumerate(system.schedule.slices)}
         loss = (loss_BL * self.weights_L).sum(dim=1).mean()
         return {"loss": loss, "cross_entropy": loss_BL.mean(), "accuracy": accuracy_BL.mean(), **parts}
+
+    def logits(self, pyramid: TokenPyramid, text: TextFeatures, batch: Batch) -> Tensor:
+        """Logits (B, L, Z, 2) of every scale, given the true coarser ones."""
+        return self.system.teacher_logits(pyramid, text)
 
     def _flips(self, keys: Tensor) -> Corruption:
         """Bit flips whose strength and place depend on sample and scale alone."""

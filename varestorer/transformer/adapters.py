@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -101,6 +101,19 @@ def merge_adapters(transformer: nn.Module) -> None:
 def plain_state_dict(module: nn.Module) -> dict[str, Tensor]:
     """The module's state dict under plain names."""
     return {plain_name(name): tensor for name, tensor in module.state_dict().items()}
+
+
+def assign_plain(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Make tensors under plain names the module's own, without a copy; others of the module stay as they are.
+
+    They go to the device of the tensors they replace (those on the meta device: stay where they are).
+    """
+    places = {plain_name(name): (name, tensor.device) for name, tensor in module.state_dict().items()}
+    placed = {}
+    for name, tensor in tensors.items():
+        place, device = places[name]
+        placed[place] = tensor if device.type == "meta" else tensor.to(device)
+    module.load_state_dict(placed, strict=False, assign=True)
 
 
 def _named_adapted_layers(transformer: nn.Module) -> Iterator[tuple[str, Any]]:

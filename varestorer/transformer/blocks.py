@@ -38,6 +38,13 @@ class FeedForward(nn.Module):
         return self.fc2(F.gelu(self.fc1(x_BLC), approximate="tanh"))
 
 
+class Float32LayerNorm(nn.LayerNorm):
+    """Layer norm in float32, whatever precision its weights are kept in (spec E)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps)
+
+
 class Block(nn.Module):
     """A transformer block whose modulation is a learned part plus one shared by all blocks."""
 
@@ -45,7 +52,7 @@ class Block(nn.Module):
         super().__init__()
         self.modulation = nn.Parameter(torch.zeros(1, 1, 6, width))
         self.self_attention = SelfAttention(width, num_heads)
-        self.cross_norm = nn.LayerNorm(width, eps=EPS)
+        self.cross_norm = Float32LayerNorm(width, eps=EPS)
         self.cross_attention = CrossAttention(width, num_heads)
         self.ffn = FeedForward(width, ffn_width(width))
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from varestorer.tokenizer.residual import MultiScaleQuantizer, resize_bilinear, to_tokens
 from varestorer.tokenizer.schedule import Scale, ScaleSchedule
 from varestorer.transformer.attention import LayerCache
-from varestorer.transformer.layout import pyramid_layout
-from varestorer.transformer.masks import block_causal_mask
+from varestorer.transformer.layout import TokenLayout, pyramid_layout
+from varestorer.transformer.masks import block_causal_mask, prefix_causal_mask
 from varestorer.transformer.model import VARTransformer
 from varestorer.transformer.sampling import Noise, bits_to_map, select_bits
 from varestorer.transformer.text import TextFeatures
@@ -48,6 +48,19 @@ class SamplingOptions:
         if len(cfg) != num_scales or len(tau) != num_scales:
             raise ValueError(f"cfg and tau need one entry per scale ({num_scales}), got {len(cfg)} and {len(tau)}")
         return list(zip(cfg, tau, strict=True))
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """Tokens that every scale sees and that see themselves alone; guidance compares with and without them.
+
+    Attributes:
+        tokens_BPZ: inputs of the transformer.
+        layout: their level and position.
+    """
+
+    tokens_BPZ: Tensor
+    layout: TokenLayout
 
 
 @dataclass(frozen=True)
@@ -92,6 +105,7 @@ class MultiStepGenerator:
         noise: Noise | None = None,
         negative: TextFeatures | None = None,
         known_bits: Sequence[Tensor] = (),
+        prefix: Prefix | None = None,
     ) -> Generation:
         """Generate.
 
@@ -101,6 +115,7 @@ class MultiStepGenerator:
             noise: uniform noise per scale; None is greedy.
             negative: text of the unconditional half; None takes the learned null text.
             known_bits: bits of the first scales, taken as they are; they are read in one pass.
+            prefix: tokens seen by all; the unconditional half does not see them.
         """
         settings = options.per_scale(len(self.schedule))
         batch_size = len(text.lengths)
@@ -110,20 +125,23 @@ class MultiStepGenerator:
             text = TextFeatures.from_list([*text.to_list(), *other.to_list()])
         context = self.transformer.text(text)
         layout = pyramid_layout(self.schedule, self.transformer.config.head_dim, context.cond_BC.device)
-        cache = [LayerCache(self.schedule.num_tokens) for _ in self.transformer.blocks]
+        device = context.cond_BC.device
+        unconditional_B = torch.arange(2 * batch_size, device=device) >= batch_size if guided else None
+        view = _View(prefix, unconditional_B)
+        num_keys = self.schedule.num_tokens + (0 if prefix is None else len(prefix.layout))
+        cache = [LayerCache(num_keys) for _ in self.transformer.blocks]
 
-        total, inputs = self._read(known_bits, batch_size, context.cond_BC.device)
+        total, inputs = self._read(known_bits, batch_size, device)
         bits, logits, start = list(known_bits), {}, 0
         for k in range(len(bits), len(self.schedule)):
             cfg, tau = settings[k]
             new = layout[start : self.schedule.slices[k].stop]
+            tokens, whole, mask = view.first(inputs, new) if start == 0 else (inputs, new, view.later(new))
             start = self.schedule.slices[k].stop
-            # the first pass may hold several known scales, which must not see later ones
-            mask = block_causal_mask(new.levels_L) if len(new) > self.schedule.num_tokens_per_scale[k] else None
-            tokens = None if inputs is None else inputs.repeat(2 if guided else 1, 1, 1)
+            tokens = None if tokens is None else tokens.repeat(2 if guided else 1, 1, 1)
             mix = _mix_after_blocks(cfg, options.insertion_layers, len(cache), batch_size)
-            raw = self.transformer(tokens, context, new, mask, cache, mix)
-            logits[k] = raw[:, -self.schedule.num_tokens_per_scale[k] :]
+            raw = self.transformer(tokens, context, whole, mask, cache, mix)
+            logits[k] = raw[:, len(new) - self.schedule.num_tokens_per_scale[k] : len(new)]
             mixed = _mix_logits(logits[k], cfg if 0 in options.insertion_layers else 1.0, batch_size) / tau
             uniform = None if noise is None else noise(k, tuple(mixed.shape))
             chosen = select_bits(mixed, uniform, options.top_k, options.top_p)
@@ -149,6 +167,37 @@ class MultiStepGenerator:
         if scale_number + 1 == len(self.schedule):
             return total, None
         return total, to_tokens(self.resize(total, self.schedule.scales[scale_number + 1]))
+
+
+class _View:
+    """What the tokens of a pass see of each other and of those before them.
+
+    Args:
+        prefix: enters with the first pass, behind that pass's own tokens.
+        dropped_B: samples that must not see the prefix, or None.
+    """
+
+    def __init__(self, prefix: Prefix | None, dropped_B: Tensor | None) -> None:
+        self.prefix = prefix
+        self.dropped_B = dropped_B
+        self.is_prefix_L = torch.zeros(0, dtype=torch.bool)
+
+    def first(self, inputs: Tensor | None, layout: TokenLayout) -> tuple[Tensor | None, TokenLayout, Tensor | None]:
+        """Inputs, layout and mask of the first pass, which may hold several scales."""
+        if self.prefix is None:
+            has_one_scale = bool((layout.levels_L == layout.levels_L[0]).all())
+            return inputs, layout, None if has_one_scale else block_causal_mask(layout.levels_L)
+        tokens = self.prefix.tokens_BPZ if inputs is None else torch.cat([inputs, self.prefix.tokens_BPZ], dim=1)
+        whole = layout + self.prefix.layout
+        self.is_prefix_L = torch.arange(len(whole), device=whole.levels_L.device) >= len(layout)
+        return tokens, whole, prefix_causal_mask(whole.levels_L, self.is_prefix_L, self.dropped_B)
+
+    def later(self, layout: TokenLayout) -> Tensor | None:
+        """Mask of a pass over one further scale, over all keys so far and its own."""
+        if self.prefix is None or self.dropped_B is None:
+            return None
+        self.is_prefix_L = torch.cat([self.is_prefix_L, torch.zeros_like(layout.levels_L, dtype=torch.bool)])
+        return ~(self.dropped_B[:, None, None, None] & self.is_prefix_L)
 
 
 def _mix_logits(raw: Tensor, cfg: float, batch_size: int) -> Tensor:

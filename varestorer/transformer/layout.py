@@ -36,6 +36,11 @@ class TokenLayout:
     def __getitem__(self, tokens: slice) -> TokenLayout:
         return TokenLayout(self.levels_L[tokens], self.cos_LD[tokens], self.sin_LD[tokens])
 
+    def __add__(self, other: TokenLayout) -> TokenLayout:
+        """The tokens of this layout, then those of the other."""
+        names = ("levels_L", "cos_LD", "sin_LD")
+        return TokenLayout(*(torch.cat([getattr(self, name), getattr(other, name)]) for name in names))
+
     def to(self, device: torch.device | str) -> TokenLayout:
         """The same layout on a device."""
         return TokenLayout(self.levels_L.to(device), self.cos_LD.to(device), self.sin_LD.to(device))

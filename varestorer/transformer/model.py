@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import cast
 
@@ -143,11 +144,18 @@ class VARTransformer(nn.Module):
         """
         context = self.text(text) if isinstance(text, TextFeatures) else text
         x_BLC = self.embed(tokens_BLZ, context, layout)
-        for number, block in enumerate(self.blocks):
-            x_BLC = self._run(block, x_BLC, context, layout, mask, cache[number] if cache else None)
-            if after_block is not None:
-                x_BLC = after_block(number, x_BLC)
+        with self._precision(x_BLC.device):
+            for number, block in enumerate(self.blocks):
+                x_BLC = self._run(block, x_BLC, context, layout, mask, cache[number] if cache else None)
+                if after_block is not None:
+                    x_BLC = after_block(number, x_BLC)
         return self.predict(x_BLC, context.cond_BC)
+
+    def _precision(self, device: torch.device) -> AbstractContextManager:
+        """Blocks kept in bfloat16 compute their matrix products in it, as the released ones do (spec E)."""
+        if self.blocks[0].modulation.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(device.type, dtype=torch.bfloat16)
 
     def _run(self, block: nn.Module, *args: object) -> Tensor:
         if self.checkpoint_activations and torch.is_grad_enabled():

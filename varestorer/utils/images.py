@@ -6,35 +6,49 @@ Outside networks a picture is RGB float32 (3, H, W) in [0, 1]; inside it is in [
 
 import os
 import re
-import struct
-import zlib
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
 from einops import rearrange
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, features
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from varestorer.utils.decoding import decode
 from varestorer.utils.errors import UserError
 from varestorer.utils.files import atomic_write
+from varestorer.utils.image_files import open_image
 
-IMAGE_EXTENSIONS = frozenset(".png .jpg .jpeg .jpe .jfif .bmp .webp .tif .tiff .ppm .pgm .pnm .avif".split())
 
-# what Pillow raises for files that are not, or not wholly, pictures
-BROKEN_IMAGE_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    IndexError,
-    EOFError,
-    TypeError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
+def _readable_extensions() -> frozenset[str]:
+    """Extensions of the formats that the installed Pillow reads."""
+    optional = {"webp": ".webp", "avif": ".avif", "jpg_2000": ".jp2"}
+    known = features.modules.keys() | features.codecs.keys()
+    found = [extension for name, extension in optional.items() if name in known and features.check(name)]
+    return frozenset([*".png .apng .jpg .jpeg .jpe .jfif .bmp .gif .tif .tiff .ppm .pgm .pnm".split(), *found])
+
+
+IMAGE_EXTENSIONS = _readable_extensions()
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture as its file shows it, the right way up.
+
+    Attributes:
+        image: (3, H, W) RGB float32 in [0, 1].
+        alpha: (1, H, W) float32 in [0, 1]; None for a file without transparency.
+        icc_profile: an RGB profile that says what the colours mean; None: sRGB.
+        note: what was left out or changed (other frames, a colour profile); None if nothing was.
+    """
+
+    image: Tensor
+    alpha: Tensor | None
+    icc_profile: bytes | None
+    note: str | None
 
 
 def natural_key(text: str) -> list[tuple[int, int | str]]:
@@ -68,57 +82,62 @@ def list_images(folder: str | os.PathLike) -> list[Path]:
     return sorted(found, key=lambda path: (natural_key(path.relative_to(root).as_posix()), path))
 
 
-def load_image(path: str | os.PathLike) -> Tensor:
-    """Read a picture as RGB, turned the way its EXIF orientation says.
+def load_picture(path: str | os.PathLike, max_pixels: int | None = None) -> Picture:
+    """Read a picture with its transparency and colour profile.
 
-    Grey, palette, 16-bit, CMYK and float pictures are converted; alpha is ignored (the colours below it are
-    kept); of several frames the first is read.
+    Any mode and depth that Pillow reads is taken; EXIF orientation is applied; of several frames the first is
+    read; grey and CMYK colours with a profile are converted to sRGB.
 
-    Returns:
-        (3, H, W) float32 in [0, 1].
+    Args:
+        path: the file.
+        max_pixels: larger pictures are refused before they are decoded; None: Pillow's limit (about 179 million).
     Raises:
-        UserError: missing, unreadable or truncated file; names it.
+        UserError: missing, unreadable, truncated or too large; names the file and the remedy.
     """
-    try:
-        with Image.open(path) as file:
-            array = _rgb_array(ImageOps.exif_transpose(file))
-    except BROKEN_IMAGE_ERRORS as error:
-        raise broken_image(path, error) from error
-    return rearrange(torch.from_numpy(array), "h w c -> c h w").contiguous()
+    with open_image(path, max_pixels) as file:
+        decoded = decode(file)
+    alpha = None if decoded.alpha_HW is None else torch.from_numpy(decoded.alpha_HW)[None]
+    return Picture(torch.from_numpy(decoded.rgb_CHW), alpha, decoded.icc_profile, "; ".join(decoded.notes) or None)
 
 
-def broken_image(path: str | os.PathLike, error: Exception) -> UserError:
-    """One line about a picture that Pillow could not read, naming the file once."""
-    if isinstance(error, FileNotFoundError):
-        return UserError(f"no such image: {path}")
-    if isinstance(error, UnidentifiedImageError):
-        return UserError(f"cannot read the image {path}: the file holds no picture in a known format")
-    return UserError(f"cannot read the image {path}: {str(error) or type(error).__name__}")
+def load_image(path: str | os.PathLike) -> Tensor:
+    """(3, H, W) float32 in [0, 1]: the colours of `load_picture`."""
+    return load_picture(path).image
 
 
-def _rgb_array(image: Image.Image) -> np.ndarray:
-    """(H, W, 3) float32 in [0, 1] of any Pillow mode."""
-    if image.mode.startswith("I") or image.mode == "F":
-        # Pillow's own conversion to RGB clips these to 255
-        peak = 1.0 if image.mode == "F" else 65535.0
-        grey = np.asarray(image).astype(np.float32) / peak
-        if not np.isfinite(grey).all() or grey.min() < 0 or grey.max() > 1:
-            raise ValueError(f"values of a {image.mode!r} picture must be in [0, {peak:g}]")
-        return np.repeat(grey[..., None], 3, axis=2)
-    return np.asarray(image.convert("RGB")).astype(np.float32) / 255.0
+def save_image(
+    path: str | os.PathLike, img_3HW: Tensor, alpha_1HW: Tensor | None = None, icc_profile: bytes | None = None
+) -> None:
+    """Write a picture in [0, 1] as an 8-bit RGB or RGBA PNG (rounded, not truncated), whole or not at all.
 
-
-def save_image(path: str | os.PathLike, img_3HW: Tensor) -> None:
-    """Write a picture in [0, 1] as an 8-bit RGB PNG (rounded, not truncated), whole or not at all.
-
+    Args:
+        path: the file.
+        img_3HW: colours.
+        alpha_1HW: transparency of the same size.
+        icc_profile: what the colours mean; None: sRGB.
     Raises:
         UserError: the file cannot be written; names it.
     """
     if img_3HW.ndim != 3 or img_3HW.shape[0] != 3:
         raise ValueError(f"wanted one RGB picture (3, H, W), got shape {tuple(img_3HW.shape)}")
-    array = rearrange(to_uint8(img_3HW.detach()).cpu(), "c h w -> h w c").numpy()
+    if alpha_1HW is not None and alpha_1HW.shape != (1, *img_3HW.shape[1:]):
+        raise ValueError(f"wanted alpha (1, H, W) of {tuple(img_3HW.shape[1:])}, got shape {tuple(alpha_1HW.shape)}")
+    bands = [to_uint8(band.detach()).cpu() for band in (img_3HW, alpha_1HW) if band is not None]
+    array = rearrange(torch.cat(bands), "c h w -> h w c").numpy()
     with atomic_write(path) as temporary:
-        Image.fromarray(array).save(temporary, format="PNG")
+        Image.fromarray(array).save(temporary, format="PNG", icc_profile=icc_profile)
+
+
+def heat_map(values_HW: Tensor) -> Tensor:
+    """Colours of values in [0, 1]: 0 is black, 1 pale yellow, the same in every picture.
+
+    Returns:
+        (3, H, W) float32 in [0, 1].
+    """
+    from matplotlib import colormaps
+
+    colours = torch.from_numpy(colormaps["inferno"](np.arange(256))[:, :3]).float()
+    return rearrange(colours[to_uint8(values_HW.detach()).cpu().int()], "h w c -> c h w")
 
 
 def to_uint8(img: Tensor) -> Tensor:

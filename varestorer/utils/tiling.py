@@ -1,14 +1,16 @@
 """Restoring images of any size with a network that sees squares of one size.
 
-An image smaller than a tile is continued by its mirror image, cut into overlapping tiles, and put together
-again with weights that sum to one. Nothing is ever squashed.
+The image is cut into overlapping tiles at the size of the result, each enlarged straight from the pixels below it,
+and the restored tiles are put together with weights that sum to one. What a tile has beyond the image is its mirror
+image; nothing is ever squashed.
 
-Letters: `B` tiles of a batch, `H W` image, `t` side of a tile (pixels).
+Letters: `B` tiles of a batch, `C` channels, `H W` image, `t` side of a tile (pixels).
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
+from math import ceil, floor
 
 import torch
 from torch import Tensor
@@ -20,7 +22,7 @@ Window = Callable[[int, int], Tensor]
 """(side of a tile, overlap) -> positive weights (t,), float64; they need not sum to one."""
 
 RunTiles = Callable[[Tensor, list[int]], Tensor]
-"""(tiles_B3tt, their numbers in row-major order) -> restored tiles_B3tt."""
+"""(tiles_B3tt, their numbers in row-major order) -> restored tiles (B, C, t, t), any number of channels."""
 
 
 def scaled_size(height: int, width: int, scale: float) -> tuple[int, int]:
@@ -83,10 +85,17 @@ def ramp_window(tile: int, overlap: int) -> Tensor:
 
 @dataclass(frozen=True)
 class _Axis:
-    """Tiles along one direction: where they begin, and their weights, which sum to one at every pixel."""
+    """Tiles along one direction: where they begin, and how they blend.
+
+    Attributes:
+        positions: first pixels of the tiles.
+        profile: weights of a tile (t,), float64.
+        total: sum of the profiles at every pixel, float64.
+    """
 
     positions: list[int]
-    weights: list[Tensor]
+    profile: Tensor
+    total: Tensor
 
     @classmethod
     def cover(cls, length: int, tile: int, overlap: int, window: Window) -> "_Axis":
@@ -95,50 +104,130 @@ class _Axis:
         total = torch.zeros(max(length, tile), dtype=torch.float64)
         for start in positions:
             total[start : start + tile] += profile
-        return cls(positions, [(profile / total[start : start + tile]).float() for start in positions])
+        return cls(positions, profile, total)
+
+    def weights(self, number: int) -> Tensor:
+        """Weights of one tile (t,); those of all tiles sum to one at every pixel."""
+        start = self.positions[number]
+        return self.profile / self.total[start : start + len(self.profile)]
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """The tiles of an image, numbered row by row. Windows are separable, and so is their sum over the tiles."""
+
+    rows: _Axis
+    columns: _Axis
+
+    def __len__(self) -> int:
+        return len(self.rows.positions) * len(self.columns.positions)
+
+    def corner(self, number: int) -> tuple[int, int]:
+        """First row and column of a tile."""
+        row, column = divmod(number, len(self.columns.positions))
+        return self.rows.positions[row], self.columns.positions[column]
+
+    def weights(self, number: int) -> Tensor:
+        """Weights of a tile (t, t), float32; those of all tiles sum to one at every pixel."""
+        row, column = divmod(number, len(self.columns.positions))
+        return torch.outer(self.rows.weights(row), self.columns.weights(column)).float()
+
+
+def enlarged_tile(image_3HW: Tensor, size: tuple[int, int], top: int, left: int, tile: int) -> Tensor:
+    """One square of `resize(image, size, "bicubic")`, made from the pixels that it needs alone.
+
+    Weights are computed in float64. Torch resizes float32 images with float32 positions, and Pillow takes its box in
+    float32: far from the corner, and at scales that are not powers of two, both drift (by 1e-3 near pixel 50,000).
+
+    Args:
+        image_3HW: float image in [0, 1].
+        size: (height, width) of the enlarged image, which may also be a smaller one; its own size only crops.
+        top: first row of the square.
+        left: first column of the square.
+        tile: side of the square; beyond the enlarged image it holds the mirror image.
+    Returns:
+        (3, t, t) float32 in [0, 1].
+    """
+    bottom, right = min(top + tile, size[0]), min(left + tile, size[1])
+    if tuple(image_3HW.shape[-2:]) == tuple(size):
+        piece = image_3HW[:, top:bottom, left:right].float()
+    else:
+        rows, from_rows = _bicubic(image_3HW.shape[-2], size[0], top, bottom)
+        columns, from_columns = _bicubic(image_3HW.shape[-1], size[1], left, right)
+        source = image_3HW[:, rows, columns].float()
+        piece = (from_rows.to(source) @ source @ from_columns.to(source).T).clamp(0, 1)
+    return pad_reflect(piece, 0, top + tile - bottom, 0, left + tile - right)
+
+
+def _bicubic(length: int, target: int, start: int, stop: int) -> tuple[slice, Tensor]:
+    """Pixels start to stop of `length` pixels resized to `target` (Keys' kernel, a = -0.5, widened when shrinking).
+
+    Returns:
+        the source pixels needed, S of them, and their weights (stop - start, S), float64, which sum to one.
+    """
+    step = length / target
+    width = max(step, 1.0)
+    centre = (torch.arange(start, stop, dtype=torch.float64) + 0.5) * step
+    source = slice(max(floor(centre[0] - 2 * width), 0), min(ceil(centre[-1] + 2 * width), length))
+    x = ((torch.arange(source.start, source.stop) + 0.5 - centre[:, None]) / width).abs()
+    near, far = (1.5 * x - 2.5) * x**2 + 1, ((2.5 - 0.5 * x) * x - 4) * x + 2
+    weights = torch.where(x < 1, near, torch.where(x < 2, far, 0.0))
+    return source, weights / weights.sum(dim=1, keepdim=True)
 
 
 def restore_tiled(
-    image_3HW: Tensor, tile: int, overlap: int, batch: int, run: RunTiles, window: Window = ramp_window
+    image_3HW: Tensor,
+    size: tuple[int, int],
+    tile: int,
+    overlap: int,
+    batch: int,
+    run: RunTiles,
+    window: Window = ramp_window,
 ) -> Tensor:
-    """Restore an image of any size with a function of square tiles.
+    """Enlarge an image bicubically and restore it with a function of square tiles.
 
-    The window is separable, so its sum over a grid of tiles is too: each tile is weighted by two vectors
-    already divided by that sum, and besides input and output only one batch of tiles is held.
+    Besides input and output only one batch of tiles is held, never the enlarged image.
 
     Args:
-        image_3HW: float image, any range, any size from 1x1.
+        image_3HW: float image in [0, 1], any size from 1x1.
+        size: (height, width) of the result.
         tile: side of the squares `run` takes and returns (pixels).
         overlap: pixels shared by neighbouring tiles, 0 <= overlap < tile.
         batch: most tiles in one call.
-        run: restores (B, 3, t, t) tiles given their row-major numbers, which key their noise.
+        run: restores (B, 3, t, t) tiles to (B, C, t, t), given their row-major numbers, which key their noise.
         window: profile of the blending weights.
     Returns:
-        float32 image of the same size, on the device of the input.
+        (C, *size) float32, not clamped, on the device of the input.
     Raises:
         UserError: an impossible overlap or batch, or an image without pixels.
-        ValueError: `run` changed the shape of its tiles.
+        ValueError: `run` changed the number or the side of its tiles.
     """
     if batch < 1:
         raise UserError(f"batch must be at least 1 tile, got {batch}")
-    if image_3HW.ndim != 3 or image_3HW.numel() == 0:
-        raise UserError(f"an image of 3 dimensions with pixels is needed, got shape {tuple(image_3HW.shape)}")
-    height, width = image_3HW.shape[-2:]
-    padded = pad_reflect(image_3HW, 0, max(tile - height, 0), 0, max(tile - width, 0))
-    rows, columns = (_Axis.cover(side, tile, overlap, window) for side in padded.shape[-2:])
-    output = torch.zeros_like(padded, dtype=torch.float32)
-    grid = [(y, x) for y in range(len(rows.positions)) for x in range(len(columns.positions))]
+    if image_3HW.ndim != 3 or image_3HW.numel() == 0 or min(size) < 1:
+        raise UserError(f"an image (3, H, W) with pixels is needed, got {tuple(image_3HW.shape)} for {tuple(size)}")
+    grid = _Grid(*(_Axis.cover(side, tile, overlap, window) for side in size))
+    output_CHW = image_3HW.new_zeros((0, *size), dtype=torch.float32)
     for numbers in _batched(range(len(grid)), batch):
-        corners = [(rows.positions[grid[n][0]], columns.positions[grid[n][1]]) for n in numbers]
-        tiles_B3tt = torch.stack([padded[:, top : top + tile, left : left + tile] for top, left in corners])
-        restored_B3tt = run(tiles_B3tt, numbers)
-        if restored_B3tt.shape != tiles_B3tt.shape:
-            went, came = tuple(tiles_B3tt.shape), tuple(restored_B3tt.shape)
-            raise ValueError(f"tiles must keep their shape: went in as {went}, came back as {came}")
-        for number, (top, left), piece in zip(numbers, corners, restored_B3tt, strict=True):
-            weight_tt = torch.outer(rows.weights[grid[number][0]], columns.weights[grid[number][1]])
-            output[:, top : top + tile, left : left + tile] += piece.to(output) * weight_tt.to(output.device)
-    return output[:, :height, :width].contiguous()
+        tiles_B3tt = torch.stack([enlarged_tile(image_3HW, size, *grid.corner(n), tile) for n in numbers])
+        output_CHW = _blended(output_CHW, grid, numbers, run(tiles_B3tt, numbers))
+    return output_CHW
+
+
+def _blended(output_CHW: Tensor, grid: _Grid, numbers: list[int], restored_BCtt: Tensor) -> Tensor:
+    """The output, in place, with a batch of tiles added; without channels yet, it gets those of the tiles."""
+    tile = len(grid.rows.profile)
+    num_channels = restored_BCtt.shape[1]
+    if restored_BCtt.shape != (len(numbers), num_channels, tile, tile):
+        raise ValueError(f"{len(numbers)} tiles of side {tile} came back as {tuple(restored_BCtt.shape)}")
+    if len(output_CHW) == 0:
+        output_CHW = output_CHW.new_zeros((num_channels, *output_CHW.shape[1:]))
+    for number, piece_Ctt in zip(numbers, restored_BCtt, strict=True):
+        top, left = grid.corner(number)
+        target = output_CHW[:, top : top + tile, left : left + tile]
+        weighted = piece_Ctt.to(output_CHW) * grid.weights(number).to(output_CHW.device)
+        target += weighted[:, : target.shape[-2], : target.shape[-1]]
+    return output_CHW
 
 
 def _batched(numbers: range, size: int) -> Iterator[list[int]]:

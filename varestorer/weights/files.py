@@ -1,68 +1,161 @@
-"""Reading tensors from files, and comparing them with what a module wants."""
+"""Reading tensors from files, and comparing them with what is wanted."""
 
 from __future__ import annotations
 
 import pickle
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from varestorer.utils.errors import UserError
 
+Content = TypeVar("Content")
+
 MAX_NAMES = 12
+WRAPPER = "module."  # before every name where a network was saved inside DataParallel
+
+
+@dataclass(frozen=True)
+class Differences:
+    """What sets two collections of tensors apart, each list in the order of the names."""
+
+    missing: list[str]
+    unexpected: list[str]
+    misshapen: list[str]
+
+    def __bool__(self) -> bool:
+        return bool(self.missing or self.unexpected or self.misshapen)
+
+    def __str__(self) -> str:
+        """The first names of each list and how many there are; empty where there are none."""
+        lists = {"missing": self.missing, "unexpected": self.unexpected, "misshapen": self.misshapen}
+        return "; ".join(f"{len(names)} {kind}: {_shorten(names)}" for kind, names in lists.items() if names)
 
 
 def read_tensors(path: str | Path, nested: tuple[str, ...] = ()) -> dict[str, Tensor]:
-    """Tensors of a `.safetensors` file or of a torch file (opened with `weights_only=True`).
+    """Tensors of a `.safetensors` file or of a torch file (opened with `weights_only=True`), mapped into memory.
 
     Args:
         path: the file.
-        nested: keys under which a torch file may hold its state dict; the first that is there is followed.
+        nested: keys under which a torch file may hold its state dict; each that is there is followed, in turn. The
+            prefix `module.` is taken off where every name has it.
 
     Raises:
         UserError: the file is missing, damaged, holds more than tensors, or has no tensors.
     """
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"weights not found: {path}")
+    if path.suffix == ".safetensors":
+        return open_safetensors(path, load_file)
+    return unwrap(load_torch_file(path, "cpu"), nested, path)
+
+
+def open_safetensors(path: Path, read: Callable[[Path], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Call `read(path)` with errors a user can act on.
+
+    Raises:
+        UserError: the file is missing or damaged, or has no tensors.
+    """
+    return _some(_read_safetensors(path, read), path)
+
+
+def load_torch_file(path: Path, device: str) -> Any:
+    """Content of a torch file; on the device "meta" its tensors are names, shapes and types, and no data are read.
+
+    Raises:
+        UserError: the file is missing, damaged, or holds more than tensors; none of its code is run.
+    """
+    _must_exist(path)
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
         mmap = zipfile.is_zipfile(path)  # files older than torch 1.6 cannot be mapped
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except (pickle.UnpicklingError, RuntimeError, SafetensorError, EOFError, ValueError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"cannot read weights {path}: damaged, or it holds more than tensors ({reason})") from error
+        return torch.load(path, map_location=device, weights_only=True, mmap=mmap)
+    except pickle.UnpicklingError as error:
+        reason = f"damaged, or it holds more than tensors, whose code is not run ({_reason(error)})"
+        raise UserError(f"cannot read weights {path}: {reason}") from error
+    except (RuntimeError, EOFError, ValueError, OSError, KeyError) as error:
+        raise UserError(f"cannot read weights {path}: damaged ({_reason(error)})") from error
+
+
+def unwrap(content: Any, nested: tuple[str, ...], path: Path) -> dict[str, Tensor]:
+    """The tensors in a torch file's content, see `read_tensors`."""
     for key in nested:
         content = content[key] if isinstance(content, Mapping) and key in content else content
     tensors = {k: v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, Mapping) else {}
+    if all(name.startswith(WRAPPER) for name in tensors):
+        tensors = {name.removeprefix(WRAPPER): tensor for name, tensor in tensors.items()}
+    return _some(tensors, path)
+
+
+def differences(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> Differences:
+    """Compare names, shapes and kinds of tensors; any floating type stands for any other, values are not looked at."""
+    misshapen = [
+        f"{name} (wanted {_describe(wanted[name], given[name])}, got {_describe(given[name], wanted[name])})"
+        for name in sorted(wanted.keys() & given.keys())
+        if wanted[name].shape != given[name].shape or _of_another_kind(wanted[name], given[name])
+    ]
+    return Differences(sorted(wanted.keys() - given.keys()), sorted(given.keys() - wanted.keys()), misshapen)
+
+
+def check_names_and_shapes(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor], source: str) -> None:
+    """Compare two sets of tensors by name, shape and kind.
+
+    Raises:
+        UserError: naming what is missing, unexpected or misshapen.
+    """
+    found = differences(wanted, given)
+    if found:
+        raise UserError(f"{source} does not fit the model; {found}")
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """Metadata in the header of a safetensors file; empty where there are none, or for another kind of file."""
+    if path.suffix != ".safetensors":
+        return {}
+
+    def header(path: Path) -> dict[str, str]:
+        with safe_open(path, "pt") as file:
+            return dict(file.metadata() or {})
+
+    return _read_safetensors(path, header)
+
+
+def _read_safetensors(path: Path, read: Callable[[Path], Content]) -> Content:
+    _must_exist(path)
+    try:
+        return read(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"cannot read weights {path}: damaged ({_reason(error)})") from error
+
+
+def _must_exist(path: Path) -> None:
+    if not path.is_file():
+        raise UserError(f"weights not found: {path}")
+
+
+def _some(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     if not tensors:
         raise UserError(f"no tensors in {path}: wanted a state dict")
     return tensors
 
 
-def check_names_and_shapes(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor], source: str) -> None:
-    """Compare two sets of tensors by name and shape.
+def _reason(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
 
-    Raises:
-        UserError: naming what is missing, unexpected or misshapen.
-    """
-    missing = sorted(wanted.keys() - given.keys())
-    unexpected = sorted(given.keys() - wanted.keys())
-    misshapen = [
-        f"{name} (wanted {tuple(wanted[name].shape)}, got {tuple(given[name].shape)})"
-        for name in sorted(wanted.keys() & given.keys())
-        if wanted[name].shape != given[name].shape
-    ]
-    problems = {"missing": missing, "unexpected": unexpected, "misshapen": misshapen}
-    if any(problems.values()):
-        parts = [f"{kind}: {_shorten(names)}" for kind, names in problems.items() if names]
-        raise UserError(f"{source} does not fit the model; " + "; ".join(parts))
+
+def _of_another_kind(one: Tensor, other: Tensor) -> bool:
+    return one.dtype != other.dtype and not (one.is_floating_point() and other.is_floating_point())
+
+
+def _describe(tensor: Tensor, other: Tensor) -> str:
+    """The shape, and the type where that is of another kind."""
+    kind = f" {tensor.dtype}".replace("torch.", "") if _of_another_kind(tensor, other) else ""
+    return f"{tuple(tensor.shape)}{kind}"
 
 
 def _shorten(names: list[str]) -> str:

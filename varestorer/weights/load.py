@@ -1,13 +1,12 @@
-"""Published state dicts into our modules, strictly."""
+"""Published state dicts under our names, strictly: every tensor has a place, and every place its tensor."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from typing import Any
 
 from torch import Tensor
 
-from varestorer.weights.files import check_names_and_shapes
 from varestorer.weights.published import (
     adapted_layers,
     add_infixes,
@@ -19,36 +18,44 @@ from varestorer.weights.published import (
     published_transformer_name,
 )
 
-
-def load_published_tokenizer(tokenizer: Any, tensors: Mapping[str, Tensor], source: str) -> None:
-    """Copy a published tokenizer into a `MultiScaleTokenizer` of the same sizes."""
-    num_levels = len(tokenizer.config.multipliers)
-    names = {name: published_tokenizer_name(name, num_levels) for name in tokenizer.state_dict()}
-    tensors = add_infixes(tensors, names.values())
-    derived = derived_tokenizer_buffers(tokenizer.config.num_bits, tensors)
-    ours = from_published(tensors, names, derived, source)
-    check_names_and_shapes(tokenizer.state_dict(), ours, source)
-    tokenizer.load_state_dict(ours)
+BLOCK = r"block_chunks\.\d+\.module\.(\d+)\."
 
 
-def load_published_transformer(
-    transformer: Any, plain: Mapping[str, Tensor], tensors: Mapping[str, Tensor], source: str
-) -> None:
-    """Copy a published teacher, or student (base and adapters), into a `VARTransformer`.
+def tokenizer_tensors(
+    wanted: Mapping[str, Tensor], num_levels: int, num_bits: int, tensors: Mapping[str, Tensor], source: str
+) -> dict[str, Tensor]:
+    """Tensors of a published tokenizer under our names.
 
     Args:
-        transformer: receives the weights.
-        plain: its state dict under plain names (`adapters.plain_state_dict`); for a teacher file without the
-            adapters.
+        wanted: state dict of a `MultiScaleTokenizer` of the same sizes, on any device.
+        num_levels: of its autoencoder.
+        num_bits: of its tokens.
+        tensors: the file's content.
+        source: the file, for messages.
+    Raises:
+        UserError: names what is missing, unexpected or misshapen.
+    """
+    names = {name: published_tokenizer_name(name, num_levels) for name in wanted}
+    tensors = add_infixes(tensors, names.values())
+    return from_published(wanted, tensors, names, derived_tokenizer_buffers(num_bits, tensors), source)
+
+
+def transformer_tensors(
+    wanted: Mapping[str, Tensor], width: int, tensors: Mapping[str, Tensor], source: str
+) -> dict[str, Tensor]:
+    """Tensors of a published teacher, or student (base and adapters), under our plain names.
+
+    Args:
+        wanted: a `VARTransformer`'s state dict under plain names (`adapters.plain_state_dict`), on any device; for a
+            teacher's file without the adapters.
+        width: of the transformer.
         tensors: the file's content; adapters are recognised by their names.
         source: the file, for messages.
+    Raises:
+        UserError: names what is missing, unexpected or misshapen.
     """
-    names = transformer_names(plain, blocks_per_chunk(tensors))
-    derived = derived_transformer_buffers(names.values(), transformer.config.width)
-    ours = from_published(tensors, names, derived, source)
-    check_names_and_shapes(plain, ours, source)
-    for name, tensor in ours.items():
-        plain[name].copy_(tensor)
+    names = transformer_names(wanted, blocks_per_chunk(tensors))
+    return from_published(wanted, tensors, names, derived_transformer_buffers(names.values(), width), source)
 
 
 def transformer_names(plain: Mapping[str, Tensor], per_chunk: int) -> dict[str, str]:
@@ -61,5 +68,5 @@ def transformer_names(plain: Mapping[str, Tensor], per_chunk: int) -> dict[str, 
 
 def blocks_per_chunk(tensors: Mapping[str, Tensor]) -> int:
     """Blocks are stored in chunks: how many in each, read from the names (1 where there are none)."""
-    numbers = [int(name.split(".")[3]) for name in tensors if name.startswith("block_chunks.")]
+    numbers = [int(found[1]) for found in (re.match(BLOCK, name) for name in tensors) if found]
     return max(numbers, default=0) + 1

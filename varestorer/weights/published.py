@@ -1,7 +1,8 @@
 """Names of tensors in the published files, as functions of ours (spec A, B, C; one table per network).
 
 Each table turns one of our names into the published one; the way back is the inverted dictionary. Tensors that the
-published files carry but that follow from the configuration ("derived") are checked on load and written on export.
+published files carry but that follow from the configuration ("derived") must be there, are checked on load and
+written on export.
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ import torch
 from torch import Tensor
 
 from varestorer.utils.errors import UserError
+from varestorer.weights.files import check_names_and_shapes
 
 Table = Iterable[tuple[str, str | Callable[[re.Match[str]], str]]]
 
 TRANSFORMER_FILE = "infinity_2b_reg.pth"
 TOKENIZER_FILE = "infinity_vae_d32reg.pth"
 STUDENT_FILE = "varestorer.pth"
+LFQ_MASKS = ("quantizer.lfq.mask", "quantize.lfq.mask")  # one tensor under two names; a file may have either or both
 
 
 def _translate(name: str, table: Table) -> str:
@@ -96,32 +99,47 @@ def derived_transformer_buffers(published: Mapping[str, Tensor] | Iterable[str],
     return {f"{attention}zero_k_bias": torch.zeros(width) for attention in sorted(attentions)}
 
 
-def derived_tokenizer_buffers(num_bits: int, names: Iterable[str]) -> dict[str, Tensor]:
-    """The powers of two that would number the codes, under those of the given names that are there."""
+def derived_tokenizer_buffers(num_bits: int, names: Iterable[str] = LFQ_MASKS) -> dict[str, Tensor]:
+    """The powers of two that would number the codes, under those of their two names that a file has, or the first."""
+    there = set(names).intersection(LFQ_MASKS) or LFQ_MASKS[:1]
     mask = 2 ** torch.arange(num_bits - 1, -1, -1, dtype=torch.int64)
-    return {name: mask for name in ("quantizer.lfq.mask", "quantize.lfq.mask") if name in set(names)}
+    return {name: mask.clone() for name in LFQ_MASKS if name in there}
 
 
 def from_published(
-    tensors: Mapping[str, Tensor], names: Mapping[str, str], derived: Mapping[str, Tensor], source: str
+    wanted: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor],
+    names: Mapping[str, str],
+    derived: Mapping[str, Tensor],
+    source: str,
 ) -> dict[str, Tensor]:
     """Tensors of a published file under our names.
 
     Args:
+        wanted: tensors of the shapes that ours must have, by our names.
         tensors: the file's content.
         names: ours -> published.
-        derived: published name -> the value it must have; these do not become ours.
+        derived: published name -> the value it must have; the file must hold these too, and they do not become ours.
         source: the file, for messages.
 
     Raises:
-        UserError: a derived tensor has another value. (Missing and unexpected names are for `check_names_and_shapes`
-            to find: unexpected ones keep their published name.)
+        UserError: lists what is missing, unexpected or misshapen, or names a derived tensor of another value.
+    """
+    shapes = {names[name]: tensor for name, tensor in wanted.items()}
+    check_names_and_shapes(shapes | dict(derived), tensors, source)
+    check_derived(tensors, derived, source)
+    return {name: tensors[published] for name, published in names.items()}
+
+
+def check_derived(tensors: Mapping[str, Tensor], derived: Mapping[str, Tensor], source: str) -> None:
+    """Refuse a file whose derived tensors have other values than the configuration gives.
+
+    Raises:
+        UserError: names the first.
     """
     for name, value in derived.items():
-        if name in tensors and not torch.equal(tensors[name].to(value.dtype), value):
+        if not torch.equal(tensors[name].to(value.dtype), value):
             raise UserError(f"{source}: {name} has other values than the configuration gives")
-    ours = {published: name for name, published in names.items()}
-    return {ours.get(name, name): tensor for name, tensor in tensors.items() if name not in derived}
 
 
 def to_published(
@@ -132,7 +150,27 @@ def to_published(
 
 
 def add_infixes(tensors: Mapping[str, Tensor], published: Iterable[str]) -> dict[str, Tensor]:
-    """Tokenizer files also come without the `.conv` and `.norm` infixes: give such names their full form."""
+    """Tokenizer files also come without the `.conv` and `.norm` infixes: give such names their full form.
+
+    A name stays as it is where the file has the full form as well: it is one too many then.
+    """
     full = {re.sub(r"\.(conv|norm)(?=\.(weight|bias)$)", "", name): name for name in published}
     full_names = set(full.values())
-    return {name if name in full_names else full.get(name, name): tensor for name, tensor in tensors.items()}
+
+    def longer(name: str) -> str:
+        is_bare = name not in full_names and full.get(name, name) not in tensors
+        return full.get(name, name) if is_bare else name
+
+    return {longer(name): tensor for name, tensor in tensors.items()}
+
+
+def published_restorer_name(name: str, unshuffled: bool) -> str:
+    """Our restorer's name -> `general_swinir_v1.ckpt`'s.
+
+    Args:
+        name: such as `network.conv_first.weight`.
+        unshuffled: whether the network folds pixels into channels first; its first convolution is then the second
+            of two published layers.
+    """
+    table: Table = ((r"^network\.", ""), (r"^conv_first\.", "conv_first.1." if unshuffled else "conv_first."))
+    return _translate(name, table)

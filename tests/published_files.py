@@ -1,0 +1,58 @@
+"""Small files in the published form: the schedule and the stride of the release, few channels and blocks."""
+
+from pathlib import Path
+
+import torch
+
+from varestorer.conditioning.restorer import Restorer
+from varestorer.systems.published import part_tensors
+from varestorer.systems.varestorer import VARestorer
+from varestorer.utils.seeds import torch_generator
+from varestorer.weights.published import STUDENT_FILE, TOKENIZER_FILE, TRANSFORMER_FILE
+
+TOKENIZER = {
+    "channels": 32,
+    "multipliers": [1, 1, 1, 1, 1],
+    "num_bits": 8,
+    "num_encoder_blocks": 1,
+    "num_decoder_blocks": 1,
+}
+TRANSFORMER = {
+    "width": 32,
+    "depth": 2,
+    "num_heads": 2,
+    "num_bits": 8,
+    "text_width": 16,
+    "text_length": 3,
+    "num_levels": 15,
+}
+
+
+def small_restorer() -> Restorer:
+    """A SwinIR of the published form: unshuffle by 8, three doublings, window 8."""
+    from spandrel.architectures.SwinIR import SwinIR
+
+    size = {"img_size": 16, "embed_dim": 12, "depths": [2], "num_heads": [2], "mlp_ratio": 2.0}
+    return Restorer(SwinIR(**size, window_size=8, upscale=8, upsampler="nearest+conv", start_unshuffle=8))
+
+
+def small_system(rank: int) -> VARestorer:
+    """A system of random weights, none of them idle."""
+    system = VARestorer({"size": "0.25M"}, TOKENIZER, TRANSFORMER, {"lora_rank": rank})
+    generator = torch_generator(rank, "published")
+    with torch.no_grad():
+        for parameter in system.transformer.parameters():
+            parameter.normal_(std=0.3, generator=generator)
+    return system
+
+
+def write_release(folder: Path) -> Path:
+    """Write teacher, student, tokenizer and restorer as they are published; returns the student's file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    student, teacher = small_system(4), small_system(0)
+    torch.save({"vae": part_tensors(student, "tokenizer"), "step": 3}, folder / TOKENIZER_FILE)
+    torch.save(part_tensors(student, "transformer"), folder / STUDENT_FILE)
+    torch.save(part_tensors(teacher, "transformer"), folder / TRANSFORMER_FILE)
+    prefixed = {f"module.{name}": tensor for name, tensor in small_restorer().published_state_dict().items()}
+    torch.save({"state_dict": prefixed}, folder / "general_swinir_v1.ckpt")
+    return folder / STUDENT_FILE

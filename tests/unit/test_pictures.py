@@ -1,0 +1,571 @@
+"""Reading picture files of every kind, and naming the bad ones; the files are made here, some byte by byte."""
+
+import os
+import struct
+import warnings
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import PIL
+import pytest
+import torch
+from PIL import Image, ImageCms, features
+
+from varestorer.utils.errors import UserError
+from varestorer.utils.image_files import open_image
+from varestorer.utils.images import IMAGE_EXTENSIONS, load_image, load_picture, save_image
+
+BIG = 100_000  # pixels a side in headers of pictures that are too large
+PIL_MAJOR = int(PIL.__version__.split(".")[0])
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+
+
+def smooth(height: int = 24, width: int = 32) -> np.ndarray:
+    """A smooth colour picture, uint8 (H, W, 3): survives JPEG well."""
+    rows, columns = np.mgrid[0:height, 0:width]
+    planes = [rows / height, columns / width, (rows + columns) / (height + width)]
+    return (np.stack(planes, axis=2) * 200 + 30).astype(np.uint8)
+
+
+COLOUR = smooth()
+GREY = COLOUR[..., 1]
+GREY_RGB = np.repeat(GREY[..., None], 3, axis=2)
+FADE = (np.arange(24 * 32).reshape(24, 32) % 256).astype(np.uint8)
+RGBA = np.dstack([COLOUR, FADE])
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png(size: tuple[int, int], depth: int, colour: int, rows: Sequence[bytes], key: Sequence[int] = ()) -> bytes:
+    """A PNG of any depth and colour type (0 grey, 2 RGB, 4 grey and alpha, 6 RGBA), with a transparent key."""
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", *size, depth, colour, 0, 0, 0))
+    transparent = chunk(b"tRNS", struct.pack(f">{len(key)}H", *key)) if key else b""
+    body = chunk(b"IDAT", zlib.compress(b"".join(b"\0" + row for row in rows)))
+    return b"\x89PNG\r\n\x1a\n" + header + transparent + body + chunk(b"IEND", b"")
+
+
+def png16(array: np.ndarray, key: Sequence[int] = ()) -> bytes:
+    """A 16-bit PNG of (H, W) or (H, W, 2 | 3 | 4): Pillow cannot write most of them."""
+    colour = 0 if array.ndim == 2 else {2: 4, 3: 2, 4: 6}[array.shape[2]]
+    rows = [row.astype(">u2").tobytes() for row in array]
+    return png((array.shape[1], array.shape[0]), 16, colour, rows, key)
+
+
+def tiff(bands: np.ndarray, order: str, photometric: int, extra: int | None = None) -> bytes:
+    """An uncompressed TIFF in a byte order (`<` or `>`); `extra` says what its last band is (1: alpha, multiplied)."""
+    bands = bands if bands.ndim == 3 else bands[..., None]
+    height, width, num_bands = bands.shape
+    depth = bands.dtype.itemsize * 8
+    data = bands.astype(bands.dtype.newbyteorder(order)).tobytes()
+    tags = {256: [width], 257: [height], 258: [depth] * num_bands, 259: [1], 262: [photometric], 273: [8]}
+    tags |= {277: [num_bands], 278: [height], 279: [len(data)]} | ({338: [extra]} if extra else {})
+    start = 8 + len(data)
+    overflow, entries = b"", b""
+    for tag, values in sorted(tags.items()):
+        packed = struct.pack(f"{order}{len(values)}H", *values)
+        if len(packed) > 4:
+            position = start + 2 + 12 * len(tags) + 4 + len(overflow)
+            overflow, packed = overflow + packed, struct.pack(f"{order}I", position)
+        entries += struct.pack(f"{order}HHI", tag, 3, len(values)) + packed.ljust(4, b"\0")
+    mark = b"II*\0" if order == "<" else b"MM\0*"
+    directory = struct.pack(f"{order}H", len(tags)) + entries + bytes(4) + overflow
+    return mark + struct.pack(f"{order}I", start) + data + directory
+
+
+def icc(kind: bytes, space: bytes, connection: bytes, tags: dict[bytes, bytes]) -> bytes:
+    """The smallest colour profile that LittleCMS takes."""
+    table, data = b"", b""
+    for name, content in tags.items():
+        table += name + struct.pack(">II", 132 + 12 * len(tags) + len(data), len(content))
+        data += content
+    d50 = struct.pack(">III", 0xF6D6, 0x10000, 0xD32D)
+    head = bytes(4) + struct.pack(">I", 0x02400000) + kind + space + connection + bytes(12) + b"acsp" + bytes(28) + d50
+    body = head.ljust(124, b"\0") + struct.pack(">I", len(tags)) + table + data
+    return struct.pack(">I", len(body) + 4) + body
+
+
+def grey_profile() -> bytes:
+    """Linear light: level 128 of 255 is 188 in sRGB."""
+    white = b"XYZ " + bytes(4) + struct.pack(">III", 0xF6D6, 0x10000, 0xD32D)
+    curve = b"curv" + bytes(4) + struct.pack(">IHH", 1, 0x100, 0)
+    return icc(b"mntr", b"GRAY", b"XYZ ", {b"wtpt": white, b"kTRC": curve})
+
+
+def cmyk_profile() -> bytes:
+    """A strange press: only black ink shows."""
+    ramp = bytes(range(256))
+    corners = b"".join(bytes([0 if number & 1 else 255, 128, 128]) for number in range(16))
+    matrix = struct.pack(">9I", *[0x10000 * (number % 4 == 0) for number in range(9)])
+    table = b"mft1" + bytes(4) + bytes([4, 3, 2, 0]) + matrix + ramp * 4 + corners + ramp * 3
+    return icc(b"prtr", b"CMYK", b"Lab ", {b"A2B0": table})
+
+
+def save(image: Image.Image, name: str, **options) -> Callable[[Path], Path]:
+    """Writes the image into a folder; gives its path."""
+
+    def write(folder: Path) -> Path:
+        image.save(folder / name, **options)
+        return folder / name
+
+    return write
+
+
+def frames(image: Image.Image, name: str, **options) -> Callable[[Path], Path]:
+    """Writes the image and two others after it into one file."""
+
+    def write(folder: Path) -> Path:
+        # Pillow leaves options of one format in the frames: new ones for each file
+        others = [picture(COLOUR[::-1].copy()), picture(COLOUR[:, ::-1].copy())]
+        image.save(folder / name, save_all=True, append_images=others, **options)
+        return folder / name
+
+    return write
+
+
+def content(name: str, data: bytes) -> Callable[[Path], Path]:
+    """Writes the bytes into a folder; gives their path."""
+
+    def write(folder: Path) -> Path:
+        (folder / name).write_bytes(data)
+        return folder / name
+
+    return write
+
+
+def picture(array: np.ndarray) -> Image.Image:
+    return Image.fromarray(array)
+
+
+def palette() -> tuple[Image.Image, np.ndarray]:
+    """A picture of 16 colours, and its colours."""
+    image = picture(COLOUR).quantize(16)
+    return image, np.asarray(image.convert("RGB"))
+
+
+def turned(orientation: int) -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return exif
+
+
+GREY16 = GREY.astype(np.uint16) * 257
+PALETTE, PALETTE_RGB = palette()
+PALETTE_NUMBERS = np.asarray(PALETTE)
+BILEVEL = picture(GREY).convert("1")
+BILEVEL_RGB = np.repeat(np.asarray(BILEVEL)[..., None], 3, axis=2) * 255
+CMYK = picture(COLOUR).convert("CMYK")
+LINEAR_RGB = ((1.055 * (GREY_RGB / 255) ** (1 / 2.4)) - 0.055) * 255
+PREMULTIPLIED = np.dstack([np.round(COLOUR * (FADE[..., None] / 255)).astype(np.uint8), FADE])
+SEEN = FADE > 100  # where a multiplied colour has not lost too many of its levels
+
+# writer, RGB in 0..255, alpha in 0..255 or None, how many levels it may be off
+KINDS = {
+    "png": (save(picture(COLOUR), "a.png"), COLOUR, None, 0),
+    "bmp": (save(picture(COLOUR), "a.bmp"), COLOUR, None, 0),
+    "ppm": (save(picture(COLOUR), "a.ppm"), COLOUR, None, 0),
+    "tiff": (save(picture(COLOUR), "a.tif"), COLOUR, None, 0),
+    "tiff-lzw": (save(picture(COLOUR), "a.tiff", compression="tiff_lzw"), COLOUR, None, 0),
+    "jpeg": (save(picture(COLOUR), "a.jpg", quality=95), COLOUR, None, 8),
+    "grey-jpeg": (save(picture(GREY), "a.jpeg", quality=95), GREY_RGB, None, 4),
+    "webp": (save(picture(COLOUR), "a.webp", lossless=True), COLOUR, None, 0),
+    "webp-alpha": (save(picture(RGBA), "a.webp", lossless=True, exact=True), COLOUR, FADE, 0),
+    "avif": (save(picture(COLOUR), "a.avif", quality=100), COLOUR, None, 8),
+    "avif-alpha": (save(picture(RGBA), "a.avif", quality=100), COLOUR, FADE, 16),
+    "jp2": (save(picture(COLOUR), "a.jp2"), COLOUR, None, 0),
+    "wrong-extension": (save(picture(COLOUR), "a.jpg", format="PNG"), COLOUR, None, 0),
+    "grey": (save(picture(GREY), "a.png"), GREY_RGB, None, 0),
+    "grey-alpha": (save(picture(np.dstack([GREY, FADE])), "a.png"), GREY_RGB, FADE, 0),
+    "rgba": (save(picture(RGBA), "a.png"), COLOUR, FADE, 0),
+    "bilevel": (save(BILEVEL, "a.png"), BILEVEL_RGB, None, 0),
+    "bilevel-tiff": (save(BILEVEL, "a.tif"), BILEVEL_RGB, None, 0),
+    "palette": (save(PALETTE, "a.png"), PALETTE_RGB, None, 0),
+    "palette-key": (save(PALETTE, "a.png", transparency=3), PALETTE_RGB, 255 * (PALETTE_NUMBERS != 3), 0),
+    "palette-alphas": (
+        save(PALETTE, "a.png", transparency=bytes(range(0, 256, 17))),
+        PALETTE_RGB,
+        PALETTE_NUMBERS * 17,
+        0,
+    ),
+    "gif": (save(PALETTE, "a.gif"), PALETTE_RGB, None, 0),
+    "gif-key": (save(PALETTE, "a.gif", transparency=3), PALETTE_RGB, 255 * (PALETTE_NUMBERS != 3), 0),
+    "rgb-key": (save(picture(COLOUR), "a.png", transparency=(30, 30, 30)), COLOUR, 255 * (COLOUR.sum(2) != 90), 0),
+    "grey-key": (save(picture(GREY), "a.png", transparency=30), GREY_RGB, 255 * (GREY != 30), 0),
+    "grey-key-of-4-bits": (
+        content("a.png", png((2, 2), 4, 0, [b"\x3f", b"\x07"], [3])),
+        np.array([[51, 255], [0, 119]])[..., None].repeat(3, 2),
+        np.array([[0, 255], [255, 255]]),
+        0,
+    ),
+    "bilevel-key": (
+        content("a.png", png((2, 1), 1, 0, [b"\x40"], [1])),
+        np.array([[0, 255]])[..., None].repeat(3, 2),
+        np.array([[255, 0]]),
+        0,
+    ),
+    "grey16": (content("a.png", png16(GREY16)), GREY_RGB, None, 0),
+    "grey16-between-levels": (content("a.png", png16(GREY16 + 100)), GREY_RGB + 100 / 257, None, 0),
+    "grey16-key": (content("a.png", png16(GREY16, [30 * 257])), GREY_RGB, 255 * (GREY != 30), 0),
+    "grey16-alpha": (content("a.png", png16(np.dstack([GREY, FADE]).astype(np.uint16) * 257)), GREY_RGB, FADE, 0),
+    "rgb16": (content("a.png", png16(COLOUR.astype(np.uint16) * 257)), COLOUR, None, 0),
+    "rgb16-key": (
+        content("a.png", png16(COLOUR.astype(np.uint16) * 257, [30 * 257] * 3)),
+        COLOUR,
+        255 * (COLOUR.sum(2) != 90),
+        0,
+    ),
+    "rgba16": (content("a.png", png16(RGBA.astype(np.uint16) * 257)), COLOUR, FADE, 0),
+    "grey16-tiff-little": (content("a.tif", tiff(GREY16, "<", 1)), GREY_RGB, None, 0),
+    "grey16-tiff-big": (content("a.tif", tiff(GREY16, ">", 1)), GREY_RGB, None, 0),
+    "rgb16-tiff-little": (content("a.tif", tiff(COLOUR.astype(np.uint16) * 257, "<", 2)), COLOUR, None, 0),
+    "rgb16-tiff-big": (content("a.tif", tiff(COLOUR.astype(np.uint16) * 257, ">", 2)), COLOUR, None, 0),
+    "negative-tiff": (content("a.tif", tiff(255 - GREY, "<", 0)), GREY_RGB, None, 0),
+    "negative16-tiff": (content("a.tif", tiff(65535 - GREY16, "<", 0)), GREY_RGB, None, 0),
+    "float-tiff": (save(picture(GREY.astype(np.float32) / 255), "a.tif"), GREY_RGB, None, 0),
+    "int-tiff": (save(picture(GREY16.astype(np.int32)), "a.tif"), GREY_RGB, None, 0),
+    "cmyk-tiff": (save(CMYK, "a.tif"), COLOUR, None, 1),
+    "cmyk-jpeg": (save(CMYK, "a.jpg", quality=95), COLOUR, None, 16),
+    "ycbcr-tiff": (save(picture(COLOUR).convert("YCbCr"), "a.tif"), COLOUR, None, 3),
+    "lab-tiff": (save(picture(COLOUR).convert("LAB"), "a.tif"), COLOUR, None, 16),
+    "grey-profile": (save(picture(GREY), "a.png", icc_profile=grey_profile()), LINEAR_RGB, None, 1),
+    "grey-profile-alpha": (
+        save(picture(np.dstack([GREY, FADE])), "a.png", icc_profile=grey_profile()),
+        LINEAR_RGB,
+        FADE,
+        1,
+    ),
+    "grey16-profile": (save(picture(GREY16), "a.png", icc_profile=grey_profile()), LINEAR_RGB, None, 1),
+    "gif-animated": (frames(PALETTE, "a.gif"), PALETTE_RGB, None, 0),
+    "apng": (frames(picture(COLOUR), "a.apng", format="PNG"), COLOUR, None, 0),
+    "webp-animated": (
+        frames(picture(COLOUR), "a.webp", lossless=True),
+        COLOUR,
+        None,
+        0,
+    ),
+    "tiff-pages": (frames(picture(COLOUR), "a.tif"), COLOUR, None, 0),
+    "mpo": (frames(picture(COLOUR), "a.jpg", format="MPO", quality=95), COLOUR, None, 8),
+    "one-pixel": (save(picture(COLOUR[:1, :1]), "a.png"), COLOUR[:1, :1], None, 0),
+}
+
+
+def needs(name: str) -> None:
+    """Skip a kind that the installed Pillow cannot write or read."""
+    for kind, feature in {"avif": "avif", "webp": "webp", "jp2": "jpg_2000"}.items():
+        if name.startswith(kind) and f".{kind}" not in IMAGE_EXTENSIONS:
+            pytest.skip(f"Pillow was built without {feature}")
+    if name in ("bilevel-key", "ycbcr-tiff", "mpo", "grey-multiplied") and PIL_MAJOR < 13:
+        pytest.skip("older Pillow writes or reads these wrong")
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_of_picture_is_read(tmp_path: Path, name: str) -> None:
+    needs(name)
+    write, rgb, alpha, tolerance = KINDS[name]
+    path = write(tmp_path)
+    with warnings.catch_warnings(action="error"):
+        read = load_picture(path)
+    assert read.image.shape == (3, *rgb.shape[:2]) and read.image.dtype == torch.float32
+    assert read.image.is_contiguous() and torch.equal(read.image, load_image(path))
+    assert np.abs(read.image.permute(1, 2, 0).numpy() * 255 - rgb).max() <= tolerance + 1e-3
+    if alpha is None:
+        assert read.alpha is None
+    else:
+        assert read.alpha is not None and read.alpha.dtype == torch.float32
+        assert np.abs(read.alpha[0].numpy() * 255 - alpha).max() <= (8 if "avif" in name else 1e-3)
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_multiplied_colours_are_divided_by_their_alpha(tmp_path: Path, order: str) -> None:
+    (tmp_path / "a.tif").write_bytes(tiff(PREMULTIPLIED, order, 2, extra=1))
+    read = load_picture(tmp_path / "a.tif")
+    assert np.abs(read.image.permute(1, 2, 0).numpy() * 255 - COLOUR)[SEEN].max() < 3
+    assert read.alpha is not None and torch.equal(read.alpha[0] * 255, torch.from_numpy(FADE).float())
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_multiplied_grey_is_divided_by_its_alpha(tmp_path: Path, order: str) -> None:
+    needs("grey-multiplied")
+    (tmp_path / "a.tif").write_bytes(tiff(PREMULTIPLIED[..., [1, 3]], order, 1, extra=1))
+    read = load_picture(tmp_path / "a.tif")
+    assert np.abs(read.image[0].numpy() * 255 - GREY)[SEEN].max() < 3 and read.alpha is not None
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.webp", "a.tif", "a.avif"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_pictures_are_turned_upright(tmp_path: Path, name: str, orientation: int) -> None:
+    needs(name[2:])
+    picture(COLOUR).save(tmp_path / name, exif=turned(orientation), **({} if name == "a.webp" else {"quality": 95}))
+    mirrored = COLOUR[:, ::-1] if orientation in (2, 4, 5, 7) else COLOUR
+    quarters = {1: 0, 2: 0, 3: 2, 4: 2, 5: 1, 6: 3, 7: 3, 8: 1}[orientation]
+    upright = np.rot90(mirrored, quarters)
+    read = load_image(tmp_path / name).permute(1, 2, 0).numpy() * 255
+    assert read.shape == upright.shape and np.abs(read - upright).mean() < 4
+
+
+def test_alpha_and_16_bit_grey_are_turned_too(tmp_path: Path) -> None:
+    picture(RGBA).save(tmp_path / "a.png", exif=turned(6))
+    read = load_picture(tmp_path / "a.png")
+    assert read.alpha is not None
+    assert np.array_equal(np.round(read.alpha[0].numpy() * 255), np.rot90(FADE, 3))
+    picture(GREY16).save(tmp_path / "b.png", exif=turned(8))
+    assert np.array_equal(np.round(load_image(tmp_path / "b.png")[0].numpy() * 255), np.rot90(GREY, 1))
+
+
+def test_damaged_exif_does_not_spoil_a_picture(tmp_path: Path) -> None:
+    picture(COLOUR).save(tmp_path / "a.png", exif=b"Exif\0\0" + b"no directory of tags")
+    read = load_picture(tmp_path / "a.png")
+    assert torch.equal(read.image, torch.from_numpy(COLOUR).permute(2, 0, 1).float() / 255)
+    assert read.note == "its EXIF data are damaged: taken as upright"
+
+
+@pytest.mark.parametrize(
+    ("name", "note"),
+    [
+        ("gif-animated", "animated: first of 3 frames"),
+        ("apng", "animated: first of 3 frames"),
+        ("webp-animated", "animated: first of 3 frames"),
+        ("tiff-pages", "first of 3 pages"),
+        ("mpo", "first of 3 pictures"),
+        ("grey-profile", "colours converted from its GRAY profile to sRGB"),
+        ("png", None),
+        ("gif", None),
+    ],
+)
+def test_what_was_left_out_is_said(tmp_path: Path, name: str, note: str | None) -> None:
+    needs(name)
+    assert load_picture(KINDS[name][0](tmp_path)).note == note
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "tif", "avif"])
+def test_an_rgb_profile_is_kept(tmp_path: Path, suffix: str) -> None:
+    needs(suffix)
+    picture(COLOUR).save(tmp_path / f"a.{suffix}", icc_profile=SRGB)
+    read = load_picture(tmp_path / f"a.{suffix}")
+    assert read.icc_profile == SRGB and read.note is None
+
+
+@pytest.mark.parametrize("name", ["palette", "rgba", "grey"])
+def test_an_rgb_profile_is_kept_for_pictures_that_become_rgb(tmp_path: Path, name: str) -> None:
+    image = {"palette": PALETTE, "rgba": picture(RGBA), "grey": picture(GREY)}[name]
+    image.save(tmp_path / "a.png", icc_profile=SRGB)
+    assert load_picture(tmp_path / "a.png").icc_profile == SRGB
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "tif"])
+def test_a_cmyk_profile_is_applied(tmp_path: Path, suffix: str) -> None:
+    inks = np.zeros((16, 16, 4), dtype=np.uint8)
+    inks[:, :8, 0] = 255
+    inks[8:, :, 3] = 255
+    image = Image.frombytes("CMYK", (16, 16), inks.tobytes())
+    image.save(tmp_path / f"a.{suffix}", icc_profile=cmyk_profile())
+    read = load_picture(tmp_path / f"a.{suffix}")
+    assert (read.icc_profile, read.note) == (None, "colours converted from its CMYK profile to sRGB")
+    assert read.image[:, :8].min() > 0.97 and read.image[:, 8:].max() < 0.03
+    image.save(tmp_path / f"b.{suffix}")
+    assert load_image(tmp_path / f"b.{suffix}")[0, :8, :8].max() < 0.03
+
+
+@pytest.mark.parametrize(
+    ("image", "profile", "space"),
+    [
+        (picture(COLOUR), grey_profile(), "GRAY"),
+        (picture(COLOUR), cmyk_profile(), "CMYK"),
+        (picture(GREY), cmyk_profile(), "CMYK"),
+        (CMYK, SRGB, "RGB"),
+        (CMYK, grey_profile(), "GRAY"),
+        (picture(COLOUR), SRGB[:100], "damaged"),
+        (picture(COLOUR), b"no profile" * 20, "damaged"),
+        (picture(GREY), grey_profile()[:140], "damaged"),
+        (CMYK, cmyk_profile()[:-1000], "CMYK"),
+        (CMYK, icc(b"prtr", b"CMYK", b"Lab ", {}), "CMYK"),
+    ],
+)
+def test_a_profile_that_does_not_fit_is_left_out(
+    tmp_path: Path, image: Image.Image, profile: bytes, space: str
+) -> None:
+    image.save(tmp_path / "a.tif")
+    plain = load_image(tmp_path / "a.tif")
+    image.save(tmp_path / "b.tif", icc_profile=profile)
+    read = load_picture(tmp_path / "b.tif")
+    assert torch.equal(read.image, plain) and read.icc_profile is None
+    assert read.note == f"its colour profile ({space}) does not fit and is left out"
+
+
+def test_extensions_are_those_that_pillow_reads() -> None:
+    reads = Image.registered_extensions().keys()
+    assert {extension for extension in IMAGE_EXTENSIONS if extension not in {*reads, ".jpe", ".jfif"}} == set()
+    assert {".png", ".jpg", ".gif", ".tif", ".bmp"} <= IMAGE_EXTENSIONS and ".heic" not in IMAGE_EXTENSIONS
+    assert (".jp2" in IMAGE_EXTENSIONS) == features.check("jpg_2000")
+
+
+def half(name: str, **options) -> Callable[[Path], Path]:
+    """A picture whose second half is missing."""
+
+    def write(folder: Path) -> Path:
+        path = save(picture(smooth(120, 120)), name, **options)(folder)
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+        return path
+
+    return write
+
+
+def fifo(folder: Path) -> Path:
+    os.mkfifo(folder / "a.png")
+    return folder / "a.png"
+
+
+def a_folder(folder: Path) -> Path:
+    (folder / "a.png").mkdir()
+    return folder / "a.png"
+
+
+def dead_link(folder: Path) -> Path:
+    (folder / "a.png").symlink_to("gone.png")
+    return folder / "a.png"
+
+
+DAMAGED = r"it is truncated or damaged \(.+\); copy it again or remove it$"
+NO_PICTURE = "it holds no picture in a known format, or a damaged one, or one of zero pixels; copy it again, "
+BMP_HEADER = b"BM" + struct.pack("<IHHIIiiHHIIiiII", 54, 0, 0, 54, 40, 0, 5, 1, 24, 0, 0, 0, 0, 0, 0)
+TOO_LARGE = (
+    f"it has {BIG} x {BIG} = {BIG**2} pixels, more than the limit of 178956970; "
+    f"if you trust the file, allow it with max_pixels={BIG**2}$"
+)
+
+# writer, what the line says after the name of the file
+BAD = {
+    "empty": (content("a.png", b""), "the file is empty; copy it again or remove it$"),
+    "text": (content("a.png", b"hello"), NO_PICTURE),
+    "html": (content("a.jpg", b"<html><body>404</body></html>"), NO_PICTURE),
+    "zeros": (content("a.jpg", bytes(1000)), NO_PICTURE),
+    "png-signature-only": (content("a.png", b"\x89PNG\r\n\x1a\n"), NO_PICTURE),
+    "jpeg-start-only": (content("a.jpg", b"\xff\xd8\xff\xe0"), NO_PICTURE),
+    "png-half": (half("a.png"), DAMAGED),
+    "jpeg-half": (half("a.jpg"), DAMAGED),
+    "webp-half": (half("a.webp"), DAMAGED),
+    "gif-half": (half("a.gif"), DAMAGED),
+    "bmp-half": (half("a.bmp"), DAMAGED),
+    "ppm-half": (half("a.ppm"), DAMAGED),
+    "tiff-half": (half("a.tif"), DAMAGED),
+    "tiff-lzw-half": (half("a.tif", compression="tiff_lzw"), NO_PICTURE),
+    "avif-half": (half("a.avif"), NO_PICTURE),
+    "jp2-half": (half("a.jp2"), DAMAGED),
+    "png-0x5": (content("a.png", png((0, 5), 8, 2, [b""])), NO_PICTURE),
+    "png-5x0": (content("a.png", png((5, 0), 8, 2, [b""])), NO_PICTURE),
+    "bmp-0x5": (content("a.bmp", BMP_HEADER), NO_PICTURE),
+    "ppm-0x5": (content("a.ppm", b"P6 0 5 255\n"), NO_PICTURE),
+    "png-too-large": (content("a.png", png((BIG, BIG), 8, 2, [b""])), TOO_LARGE),
+    "ppm-too-large": (content("a.ppm", f"P6 {BIG} {BIG} 255\n".encode()), TOO_LARGE),
+    "float-above-1": (save(picture(GREY.astype(np.float32)), "a.tif"), r"values of a 'F' picture must be in \[0, 1\]"),
+    "float-nan": (save(picture(np.full((4, 4), np.nan, np.float32)), "a.tif"), r"must be in \[0, 1\]; scale them$"),
+    "int-above-16-bits": (save(picture(np.full((4, 4), 2**20, np.int32)), "a.tif"), r"must be in \[0, 65535\]"),
+    "folder": (a_folder, "it is a folder; give a file$"),
+    "pipe": (fifo, "it is a pipe, a socket or a device; give a regular file$"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_file_gets_one_line_with_its_name_and_a_remedy(tmp_path: Path, name: str) -> None:
+    needs(name)
+    write, message = BAD[name]
+    path = write(tmp_path)
+    with warnings.catch_warnings(action="error"), pytest.raises(UserError, match=message) as caught:
+        load_picture(path)
+    assert str(caught.value).startswith(f"cannot read the image {path}: ")
+    assert "\n" not in str(caught.value) and str(caught.value).count(str(path)) == 1
+
+
+def test_missing_files_and_dead_links_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^no such image: .*/gone.png$"):
+        load_image(tmp_path / "gone.png")
+    with pytest.raises(UserError, match=r"^no such image: .*/a.png \(a link to gone.png, which is not there\)$"):
+        load_image(dead_link(tmp_path))
+
+
+def test_a_file_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save(picture(COLOUR), "a.png")(tmp_path)
+
+    def refuse(*args) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    # a test that runs as root may read everything
+    monkeypatch.setattr(Image, "open", refuse)
+    with pytest.raises(UserError, match=r"a.png: no permission to read it; change that \(chmod \+r\) or remove it$"):
+        load_image(path)
+
+
+def test_max_pixels_allows_less_and_more_than_pillow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save(picture(COLOUR), "a.png")(tmp_path)
+    with pytest.raises(UserError, match="32 x 24 = 768 pixels, more than the limit of 767; .* max_pixels=768$"):
+        load_picture(path, max_pixels=767)
+    assert load_picture(path, max_pixels=768).image.shape == (3, 24, 32)
+    # Pillow warns above its limit and raises above twice its limit
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 300)
+    with pytest.raises(UserError, match="more than the limit of 600"):
+        load_picture(path)
+    assert load_picture(path, max_pixels=768).image.shape == (3, 24, 32)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 400)
+    with warnings.catch_warnings(action="error"):
+        assert load_picture(path).image.shape == (3, 24, 32)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    assert load_picture(path).image.shape == (3, 24, 32)
+
+
+def test_a_large_picture_is_refused_before_it_is_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save(picture(COLOUR), "a.jpg")(tmp_path)
+
+    def decode(self) -> None:
+        raise AssertionError("pixels were decoded")
+
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", decode)
+    with pytest.raises(UserError, match="max_pixels=768"):
+        load_picture(path, max_pixels=100)
+
+
+def test_pillow_is_left_as_it_was(tmp_path: Path) -> None:
+    limit, filters = Image.MAX_IMAGE_PIXELS, list(warnings.filters)
+    good = save(picture(COLOUR), "good.png")(tmp_path)
+    (tmp_path / "bad.png").write_bytes(b"hello")
+    for path, max_pixels in [(good, 10), (good, 10**9), (good, None), (tmp_path / "bad.png", 10)]:
+        try:
+            load_picture(path, max_pixels)
+        except UserError:
+            pass
+        assert limit == Image.MAX_IMAGE_PIXELS and warnings.filters == filters
+
+
+def test_opening_does_not_decode_and_may_be_nested(tmp_path: Path) -> None:
+    first, second = half("a.png")(tmp_path), save(picture(COLOUR), "b.png")(tmp_path)
+    with open_image(first) as one, open_image(second) as two:
+        assert (one.size, two.size) == ((120, 120), (32, 24))
+
+
+def test_saving_rounds_and_loads_back(tmp_path: Path) -> None:
+    levels = torch.arange(256).float().reshape(1, 16, 16).expand(3, -1, -1)
+    save_image(tmp_path / "new" / "a.png", ((levels + 0.49) / 255).clamp(0, 1))
+    assert torch.equal(load_image(tmp_path / "new" / "a.png"), levels / 255)
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["a.png"]
+
+
+def test_alpha_and_profile_are_saved(tmp_path: Path) -> None:
+    img = torch.rand(3, 5, 7, generator=torch.Generator().manual_seed(0))
+    save_image(tmp_path / "a.png", img, 1 - img[:1], SRGB)
+    read = load_picture(tmp_path / "a.png")
+    assert read.alpha is not None and read.icc_profile == SRGB
+    assert (read.image - img).abs().max() <= 0.5 / 255 + 1e-6
+    assert (read.alpha - (1 - img[:1])).abs().max() <= 0.5 / 255 + 1e-6
+    save_image(tmp_path / "b.png", img)
+    plain = load_picture(tmp_path / "b.png")
+    assert (plain.alpha, plain.icc_profile, plain.note) == (None, None, None)
+
+
+def test_what_is_no_picture_is_not_saved(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="one RGB picture"):
+        save_image(tmp_path / "a.png", torch.zeros(1, 3, 4, 4))
+    with pytest.raises(ValueError, match=r"alpha \(1, H, W\) of \(4, 4\)"):
+        save_image(tmp_path / "a.png", torch.zeros(3, 4, 4), torch.zeros(1, 4, 5))
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,104 @@
+"""Multi-step restoring from a prefix: who sees whom, and that generation is the trained network step by step."""
+
+import pytest
+import torch
+
+from varestorer.systems.prefix import generate_from_prefix, prefix_logits
+from varestorer.systems.varestorer import VARestorer
+from varestorer.training.prefix import PrefixTask
+from varestorer.transformer.masks import prefix_causal_mask
+from varestorer.utils.errors import UserError
+
+
+@pytest.fixture
+def prefixed(tiny_system: VARestorer) -> VARestorer:
+    config = tiny_system.config
+    config["student"] |= {"conditioning": "prefix", "guidance": 2.0}
+    system = VARestorer(**config).eval()
+    system.load_state_dict(tiny_system.state_dict())
+    return system
+
+
+def photo(seed: int) -> torch.Tensor:
+    return torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+
+
+def test_the_mask_by_hand() -> None:
+    levels = torch.tensor([0, 1, 1, 2, 2])
+    is_prefix = torch.tensor([False, False, False, True, True])
+    mask = prefix_causal_mask(levels, is_prefix)
+    assert mask.int().tolist() == [
+        [1, 0, 0, 1, 1],
+        [1, 1, 1, 1, 1],
+        [1, 1, 1, 1, 1],
+        [0, 0, 0, 1, 1],
+        [0, 0, 0, 1, 1],
+    ]
+    both = prefix_causal_mask(levels, is_prefix, torch.tensor([False, True]))
+    assert both.shape == (2, 1, 5, 5)
+    assert torch.equal(both[0, 0], mask)
+    assert both[1, 0].int().tolist() == [
+        [1, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0],
+        [1, 1, 1, 0, 0],
+        [0, 0, 0, 1, 1],
+        [0, 0, 0, 1, 1],
+    ]
+
+
+@torch.no_grad()
+def test_generation_equals_the_trained_network_given_its_own_bits(prefixed: VARestorer) -> None:
+    """What the cache gives scale by scale is what one pass over the finished pyramid gives."""
+    lq = prefixed.encode(photo(0))
+    text = prefixed.null_text(2)
+    generation = generate_from_prefix(prefixed, lq, text, None)
+    pyramid = _pyramid_of(prefixed, generation.bits)
+    given = prefix_logits(prefixed, pyramid, lq, text)
+    without = prefix_logits(prefixed, pyramid, lq, text, torch.tensor([True, True]))
+    generated = torch.cat([generation.logits[k] for k in range(3)], dim=1)
+    assert torch.allclose(generated[:2], given, atol=1e-4)
+    assert torch.allclose(generated[2:], without, atol=1e-4)
+    assert not torch.allclose(given, without, atol=1e-2)
+    mixed = 2 * given - without
+    bits = torch.cat([bits.flatten(2).transpose(1, 2) for bits in generation.bits], dim=1)
+    decided = (mixed[..., 1] - mixed[..., 0]).abs() > 1e-3
+    assert torch.equal((mixed[..., 1] > mixed[..., 0])[decided], bits[decided])
+
+
+def _pyramid_of(system: VARestorer, bits: list[torch.Tensor]):  # noqa: ANN202
+    from varestorer.tokenizer import TokenPyramid
+    from varestorer.tokenizer.residual import resize_bilinear
+
+    total, cumulative = torch.zeros(1), []
+    for one in bits:
+        codes = system.tokenizer.quantizer.quantiser.codes(one)
+        total = total + resize_bilinear(codes, system.schedule.latent_size)
+        cumulative.append(total)
+    return TokenPyramid(tuple(bits), tuple(bits), tuple(cumulative))
+
+
+@torch.no_grad()
+def test_a_sample_without_its_prefix_does_not_depend_on_the_degraded_image(prefixed: VARestorer) -> None:
+    pyramid, text = prefixed.encode(photo(1)), prefixed.null_text(2)
+    dropped = torch.tensor([False, True])
+    one = prefix_logits(prefixed, pyramid, prefixed.encode(photo(2)), text, dropped)
+    two = prefix_logits(prefixed, pyramid, prefixed.encode(photo(3)), text, dropped)
+    assert torch.equal(one[1], two[1])
+    assert not torch.allclose(one[0], two[0], atol=1e-3)
+
+
+def test_the_stage_trains_adapters_and_restores(prefixed: VARestorer, tiny_system: VARestorer) -> None:
+    task = PrefixTask(prefixed, prefix_drop=0.5)
+    batch = {"hq": photo(4), "lq": photo(5), "name": ["a", "b"], "key": torch.tensor([3, 4])}
+    losses = task(batch, 1)
+    losses["loss"].backward()
+    assert {name for name, p in task.named_parameters() if p.grad is not None} == {
+        f"system.{name}" for name in task.trainable_parameters()
+    }
+    assert all(".lora_" in name for name in task.trainable_parameters())
+    assert task.preview(batch)["multi-step"].shape == (2, 3, 32, 32)
+    assert prefixed.restore(photo(6)[0], 2).image.shape == (3, 64, 64)
+    with pytest.raises(UserError, match="conditioning=prefix"):
+        PrefixTask(tiny_system)
+    with pytest.raises(UserError, match="uncertainty is the one-step student's"):
+        prefixed.restore(photo(6)[0], 2, uncertainty=True)

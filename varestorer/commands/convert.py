@@ -1,0 +1,276 @@
+"""`varestorer convert`: published weights to bundles and back, adapters apart or merged, and checks of files."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from omegaconf import DictConfig, OmegaConf
+
+from varestorer.commands.entry import FAILED, OK, Command, say
+from varestorer.utils.errors import UsageError, UserError
+
+if TYPE_CHECKING:
+    from varestorer.systems.varestorer import VARestorer
+
+LOG = logging.getLogger(__name__)
+
+ADAPTERS_FILE = "adapters.safetensors"
+PUBLISHED_SUFFIXES = (".pth", ".ckpt", ".safetensors")
+WRAPPERS = {"tokenizer": "vae", "restorer": "state_dict"}  # under which the published torch files hold their tensors
+CHOICES = {
+    "adapters": ("separate", "merged", "only"),
+    "dtype": ("fp32", "bf16", None),
+    "part": ("transformer", "tokenizer", "restorer"),
+}
+
+HELP = """
+varestorer convert: convert, merge, check and share weights.
+
+usage: varestorer convert input=MODEL output=FOLDER [key=value ...]      (or: python scripts/convert.py ...)
+       varestorer convert check=FILE [manifest=NAME_OR_FILE]
+
+to a bundle: a folder with config.json, *.safetensors and a model card, for ckpt= and VARestorer.from_pretrained
+  input=MODEL            the published varestorer.pth (its companions beside it), a bundle, a run of
+                         scripts/train.py, or adapters (with base=)
+  output=FOLDER          the bundle
+  tokenizer=FILE         the published tokenizer, where it is not beside the input (infinity_vae_d32reg.pth)
+  restorer=FILE          the restorer, where it is not beside the input (general_swinir_v1.ckpt)
+  adapters=separate      separate: beside the transformer; merged: folded into it, faster, but without a teacher;
+                         only: write adapters.safetensors and nothing else
+  base=MODEL             what the adapters of input=adapters.safetensors are put onto: a bundle, or a published
+                         student or teacher
+  dtype=fp32|bf16        of the transformer's blocks; without it as stored
+  overwrite=false        true: replace a bundle, or a file, that is there already
+
+to a file of the published form
+  output=FILE            ending in .pth, .ckpt or .safetensors
+  part=transformer       which network goes into it: transformer | tokenizer | restorer
+
+to look at a file without loading it
+  check=FILE             compare names, shapes and types of its tensors with a manifest
+  manifest=NAME_OR_FILE  infinity_2b, infinity_vae_d32, varestorer_student_lora_r32, general_swinir, or a JSON file
+                         {"head.bias": {"shape": [64], "dtype": "float32"}, ...}; without it by the file's names
+
+The same input gives the same bytes. Exit status: 0 all well; 1 it could not be converted, or the file differs from
+the manifest; 2 wrong command.
+
+examples:
+  python scripts/convert.py input=weights/varestorer.pth output=bundle
+  python scripts/convert.py input=bundle output=small adapters=merged dtype=bf16
+  python scripts/convert.py input=bundle output=shared adapters=only dtype=bf16
+  python scripts/convert.py input=shared/adapters.safetensors base=bundle output=again
+  python scripts/convert.py input=bundle output=varestorer.pth
+  python scripts/convert.py check=weights/varestorer.pth
+"""
+
+
+@dataclass
+class ConvertOptions:
+    """The keys of `configs/convert.yaml`, explained there; values of another type are refused."""
+
+    input: str | None = None
+    output: str | None = None
+    tokenizer: str | None = None
+    restorer: str | None = None
+    base: str | None = None
+    adapters: str = "separate"
+    dtype: str | None = None
+    part: str = "transformer"
+    check: str | None = None
+    manifest: str | None = None
+    overwrite: bool = False
+
+
+def convert(cfg: DictConfig) -> int:
+    """Run the command.
+
+    Args:
+        cfg: `configs/convert.yaml` with overrides.
+    Returns:
+        exit status: 1 if a checked file differs.
+    Raises:
+        UsageError: options that cannot be, or contradict each other.
+        UserError: the input cannot be read, or the output cannot be written.
+    """
+    typed = OmegaConf.merge(OmegaConf.structured(ConvertOptions), cfg)
+    options = cast(ConvertOptions, OmegaConf.to_object(typed))
+    check_options(options)
+    if options.check is not None:
+        return check_file(options.check, options.manifest)
+    output = Path(cast(str, options.output))
+    if options.adapters == "only" and output.suffix != ".safetensors":
+        output = output / ADAPTERS_FILE
+    is_file = output.suffix in PUBLISHED_SUFFIXES
+    check_output(output, is_file, options.overwrite)
+    from varestorer.systems.adapters import save_adapters
+
+    system = open_system(options)
+    if options.adapters == "merged":
+        system.merge_adapters()
+    if options.dtype is not None:
+        system.set_precision(options.dtype)
+    if options.adapters == "only":
+        save_adapters(system, output)
+    elif is_file:
+        save_published(system, options.part, output)
+    else:
+        save_aside(system, output)
+    say(written(output))
+    return OK
+
+
+def check_options(options: ConvertOptions) -> None:
+    """Refuse options that cannot be, before anything is read.
+
+    Raises:
+        UsageError: names the key and what it may be.
+    """
+    for key, allowed in CHOICES.items():
+        value = getattr(options, key)
+        if value not in allowed:
+            raise UsageError(f"{key} must be {' or '.join(str(one) for one in allowed if one)}, got {value!r}")
+    if options.check is not None:
+        if options.input or options.output:
+            raise UsageError("check= only looks at a file; leave input= and output= out")
+        return
+    if not options.input or not options.output:
+        raise UsageError("no value for input or output: add input=... output=..., or check=...; see --help")
+    if options.manifest is not None:
+        raise UsageError("manifest= belongs to check=FILE")
+    if options.adapters == "only" and options.base:
+        raise UsageError("adapters=only takes adapters off a model, base= puts them onto one; choose one of the two")
+
+
+def check_output(output: Path, is_file: bool, overwrite: bool) -> None:
+    """Refuse to write over what is there.
+
+    Raises:
+        UserError: a file, or a folder with something in it; `overwrite` allows a file, and a bundle.
+    """
+    from varestorer.weights.bundles import is_bundle
+
+    if is_file:
+        if output.is_dir() or (output.exists() and not overwrite):
+            raise UserError(f"output={output} is there already; choose another name, or add overwrite=true")
+    elif output.is_file():
+        raise UserError(
+            f"output={output} is a file, and a bundle is a folder; published forms end in .pth or .safetensors"
+        )
+    elif output.is_dir() and any(output.iterdir()):
+        if not is_bundle(output):
+            raise UserError(f"output={output} is a folder with other things in it; choose another")
+        if not overwrite:
+            raise UserError(f"output={output} holds a bundle already; choose another folder, or add overwrite=true")
+
+
+def check_file(path: str, manifest: str | None) -> int:
+    """Compare a file with a manifest and say what differs.
+
+    Returns:
+        exit status: 1 if anything differs.
+    """
+    from varestorer.systems.published import KINDS, kind_of
+    from varestorer.systems.published import manifest as published_manifest
+    from varestorer.weights.manifest import compare, read_entries, read_manifest
+
+    entries = read_entries(path)
+    name = manifest or kind_of(entries)
+    if name is None:
+        raise UsageError(f"check={path} is like no published file; add manifest={'|'.join(KINDS)}|FILE.json")
+    result = compare(entries, published_manifest(name) if name in KINDS else read_manifest(name))
+    types = ", ".join(f"{count} {dtype}" for dtype, count in result.types.items())
+    say(f"{path}: {result.mapped} / {result.total} tensors of {name}; it holds {types}")
+    if result.retyped:
+        say(f"{result.retyped} are of another floating type than in the manifest, which is no difference")
+    lists = {"missing": result.found.missing, "unexpected": result.found.unexpected}
+    for kind, names in (lists | {"misshapen": result.found.misshapen}).items():
+        if names:
+            say("\n".join([f"{len(names)} {kind}:", *(f"  {one}" for one in names)]))
+    return FAILED if result.found else OK
+
+
+def open_system(options: ConvertOptions) -> VARestorer:
+    """The model that `input=` names, in the precision in which it is stored."""
+    from varestorer.systems.adapters import put_adapters, student_of
+    from varestorer.systems.varestorer import VARestorer
+    from varestorer.weights.runs import is_run, latest_checkpoint
+
+    source = Path(cast(str, options.input))
+    if not source.exists() and (options.base or source.suffix in PUBLISHED_SUFFIXES):  # others may be names on the hub
+        raise UsageError(f"input={source} does not exist")
+    adapters = student_of(source)
+    if options.base and adapters is None:
+        raise UsageError(f"base= goes with input={ADAPTERS_FILE}, but {source} is not such a file")
+    if adapters is not None and not options.base:
+        raise UsageError(f"{source} holds adapters alone; add base=MODEL to put them onto it")
+    model = Path(options.base or source)
+    beside = {"tokenizer_file": options.tokenizer, "restorer_file": options.restorer}
+    if any(beside.values()) and not model.is_file():
+        raise UsageError(f"tokenizer= and restorer= go with a published file, but {model} is none; leave them out")
+    system = VARestorer.from_pretrained(model, **beside)
+    if model.is_file() and stored_precision(model) == "bf16":
+        system.set_precision("bf16")  # what was read is float32: nothing is lost
+    if is_run(model):
+        system.files["run"] = str(latest_checkpoint(model) / "ema.safetensors")
+    return system if adapters is None else put_adapters(system, source, adapters)
+
+
+def stored_precision(path: Path) -> str:
+    """In which precision a published file holds the transformer's blocks."""
+    import torch
+
+    from varestorer.weights.manifest import read_entries
+
+    blocks = {tensor.dtype for name, tensor in read_entries(path).items() if name.endswith(".sa.v_bias")}
+    return "bf16" if blocks == {torch.bfloat16} else "fp32"
+
+
+def save_published(system: VARestorer, part: str, path: Path) -> None:
+    """Write one network under its published names, derived tensors included."""
+    import torch
+
+    from varestorer.systems.bundle import save_tensors
+    from varestorer.systems.published import part_tensors
+    from varestorer.utils.files import atomic_write
+
+    if dict(system.config["schedule"]) != {"size": "0.25M"}:
+        LOG.warning("the published form has no place for the schedule: what reads it will assume that of 0.25M")
+    tensors = {name: tensor.contiguous() for name, tensor in sorted(part_tensors(system, part).items())}
+    if path.suffix == ".safetensors":
+        save_tensors(path, tensors)
+        return
+    with atomic_write(path) as temporary, temporary.open("wb") as file:  # a name would get into the file's bytes
+        torch.save({WRAPPERS[part]: tensors} if part in WRAPPERS else tensors, file)
+
+
+def save_aside(system: VARestorer, folder: Path) -> None:
+    """Write a bundle beside the folder and rename it: a folder of that name is a whole bundle, old or new.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    aside = folder.with_name(f".{folder.name}.tmp")
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        system.save_pretrained(aside)
+        shutil.rmtree(folder, ignore_errors=True)
+        aside.rename(folder)
+    except OSError as error:
+        raise UserError(f"cannot write output={folder}: {error}; check the folder and its free space") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def written(output: Path) -> str:
+    """What the command says at the end: every file and its size."""
+    files = sorted(output.iterdir()) if output.is_dir() else [output]
+    lines = [f"  {path.name:24} {path.stat().st_size:>14,} bytes" for path in files]
+    use = f"\nuse it with ckpt={output}" if output.is_dir() else ""
+    return "\n".join([f"wrote {output}", *lines]) + use
+
+
+COMMAND = Command("convert", "convert", convert, HELP)

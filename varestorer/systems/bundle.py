@@ -1,0 +1,93 @@
+"""Writing a system as a bundle, see `weights.bundles`. The same system gives the same bytes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from varestorer.transformer.adapters import plain_state_dict
+from varestorer.utils.files import atomic_write
+from varestorer.weights.bundles import ADAPTERS, CONFIG, FORMAT, RESTORER, is_bundle, read_config, tensors_file
+from varestorer.weights.card import model_card
+from varestorer.weights.storage import file_sha256
+
+if TYPE_CHECKING:
+    from varestorer.systems.varestorer import VARestorer
+
+CARD = "README.md"
+
+
+def save_bundle(system: VARestorer, folder: Path) -> None:
+    """Write a system into a folder; its `config.json` comes last, so that half a bundle is none.
+
+    Raises:
+        UserError: a file cannot be written.
+    """
+    (folder / CONFIG).unlink(missing_ok=True)
+    parts = _parts(system)
+    for leftover in {ADAPTERS, RESTORER} - parts.keys():
+        tensors_file(folder, leftover).unlink(missing_ok=True)
+    for part, tensors in parts.items():
+        save_tensors(tensors_file(folder, part), tensors, adapters_metadata(system) if part == ADAPTERS else None)
+    files = {f"{part}.safetensors": tensors_file(folder, part).stat().st_size for part in parts}
+    config = {"format": FORMAT, **system.config, "restorer": system.restorer is not None, "sources": sources(system)}
+    with atomic_write(folder / CARD) as temporary:
+        temporary.write_text(model_card(config, files, config["sources"], precision(system)), encoding="utf-8")
+    with atomic_write(folder / CONFIG) as temporary:
+        temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file, whole or not at all.
+
+    Args:
+        path: the file.
+        tensors: from any device.
+        metadata: of the header; one entry at most, as safetensors writes several in a random order.
+    Raises:
+        UserError: it cannot be written.
+    """
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with atomic_write(path) as temporary:
+        save_file(plain, temporary, metadata or {"format": "pt"})
+        temporary.chmod(0o644)  # safetensors lets nobody else read
+
+
+def sources(system: VARestorer) -> dict[str, str]:
+    """SHA-256 of the files that a system came from, by their names; a bundle hands on those of its own."""
+    known: dict[str, str] = {}
+    for file in map(Path, system.files.values()):
+        if is_bundle(file):
+            known |= read_config(file).get("sources", {})
+        elif file.is_file() and not is_bundle(file.parent):
+            known[file.name] = file_sha256(file)
+    return dict(sorted(known.items()))
+
+
+def _parts(system: VARestorer) -> dict[str, dict[str, Tensor]]:
+    """Tensors of each file."""
+    transformer = plain_state_dict(system.transformer)
+    adapters = {name: tensor for name, tensor in transformer.items() if ".lora_" in name}
+    parts = {
+        "tokenizer": dict(system.tokenizer.state_dict()),
+        "transformer": {name: tensor for name, tensor in transformer.items() if name not in adapters},
+        ADAPTERS: adapters,
+        RESTORER: {} if system.restorer is None else dict(system.restorer.published_state_dict()),
+    }
+    return {part: tensors for part, tensors in parts.items() if tensors}
+
+
+def adapters_metadata(system: VARestorer) -> dict[str, str]:
+    """What has to be known to put the adapters onto a base again."""
+    return {"student": json.dumps(system.config["student"])}
+
+
+def precision(system: VARestorer) -> str:
+    """What the blocks of the transformer are kept in, as `VARestorer.set_precision` names it."""
+    dtype = next(system.transformer.blocks.parameters()).dtype
+    return "bf16" if dtype == torch.bfloat16 else "fp32"

@@ -1,0 +1,159 @@
+"""The text of images: captions, and the features of prompts that the transformer reads.
+
+Captions come first, then features, then the restoring. Each network is let go before the next is loaded, so that
+memory never holds two of them.
+
+Shapes: `H W` pixels, `T` tokens of a prompt, `E` width of the text encoder.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from varestorer.conditioning.captioner import DEFAULT_NAME as CAPTIONER
+from varestorer.conditioning.captioner import Captioner
+from varestorer.conditioning.text_encoder import DEFAULT_NAME as TEXT_ENCODER
+from varestorer.conditioning.text_encoder import TextEncoder
+from varestorer.systems.folder import Job
+from varestorer.systems.varestorer import VARestorer
+from varestorer.utils.errors import UserError
+from varestorer.utils.images import load_picture, resize
+from varestorer.utils.tiling import scaled_size
+
+logger = logging.getLogger(__name__)
+
+PUBLISHED_TEXT_WIDTH = 2048  # of flan-t5-xl; networks of another width were trained with the null text alone
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """Where the text of images comes from.
+
+    Attributes:
+        prompt: what all images show, or None.
+        use_captions: describe each image instead.
+        text_encoder: folder or hub name; None: flan-t5-xl, for systems that were trained with it.
+        captioner: folder or hub name; None: BLIP's large one.
+    """
+
+    prompt: str | None = None
+    use_captions: bool = False
+    text_encoder: str | None = None
+    captioner: str | None = None
+
+
+@dataclass(frozen=True)
+class Texts:
+    """The text of images.
+
+    Attributes:
+        prompts: name of the job -> prompt.
+        features: prompt -> features (T, E) on the CPU; empty for systems without text.
+    """
+
+    prompts: dict[str, str] = field(default_factory=dict)
+    features: dict[str, Tensor] = field(default_factory=dict)
+
+
+def find_texts(
+    system: VARestorer,
+    jobs: Sequence[Job],
+    options: TextOptions,
+    device: torch.device,
+    scale: float = 4,
+    max_pixels: int | None = None,
+) -> Texts:
+    """The prompt of each job and its features.
+
+    Args:
+        system: what will restore the images.
+        jobs: the images that need a text.
+        options: where it comes from.
+        device: where captioner and text encoder run.
+        scale: enlargement of the results.
+        max_pixels: largest image that is read, see `load_picture`.
+    Raises:
+        UserError: captioner or text encoder are not there, or the system does not take its features.
+    """
+    prompts = {job.name: options.prompt for job in jobs} if options.prompt else {}
+    if not prompts and not options.use_captions:
+        return Texts()
+    if options.text_encoder is None and system.transformer.config.text_width != PUBLISHED_TEXT_WIDTH:
+        what = "no captions are made" if options.use_captions else "the prompt is recorded, and changes nothing"
+        logger.warning("this model was trained without text: %s", what)
+        return Texts(prompts)
+    if options.use_captions:
+        prompts = caption_images(system, jobs, Captioner(options.captioner or CAPTIONER, device), scale, max_pixels)
+    encoder = TextEncoder(options.text_encoder or TEXT_ENCODER, device)
+    return Texts(prompts, encode_prompts(system, prompts.values(), encoder))
+
+
+def caption_images(
+    system: VARestorer, jobs: Sequence[Job], captioner: Captioner, scale: float = 4, max_pixels: int | None = None
+) -> dict[str, str]:
+    """Describe the images of jobs, and let go of the captioner.
+
+    Args:
+        system: its restorer, if it has one, is moved to the captioner's device; nothing else of it is.
+        jobs: images that cannot be read are left out: whoever restores them says why.
+        captioner: what describes them.
+        scale: enlargement of the results.
+        max_pixels: largest image that is read, see `load_picture`.
+    Returns:
+        name of the job -> caption.
+    """
+    captions: dict[str, str] = {}
+    with logging_redirect_tqdm():
+        for job in tqdm(jobs, desc="captions", unit=" images"):
+            try:
+                image_3HW = load_picture(job.source, max_pixels).image
+            except (UserError, MemoryError):
+                continue
+            captions[job.name] = captioner.caption(preview(system, image_3HW, scale, captioner.device))[0]
+    captioner.release()
+    return captions
+
+
+@torch.inference_mode()
+def preview(system: VARestorer, image_3HW: Tensor, scale: float, device: torch.device) -> Tensor:
+    """What a captioner is shown of an image in [0, 1]: the result's size, but no side above the system's square.
+
+    Returns:
+        (1, 3, h, w) in [0, 1], cleaned by the system's restorer where there is one.
+    """
+    height, width = image_3HW.shape[-2:]
+    size = scaled_size(height, width, min(scale, system.tile / max(height, width)))
+    small_13hw = resize(image_3HW[None], size).to(device)
+    if system.restorer is None:
+        return small_13hw
+    return system.restorer.to(device)(small_13hw).clamp(0, 1)
+
+
+def encode_prompts(system: VARestorer, prompts: Iterable[str], encoder: TextEncoder) -> dict[str, Tensor]:
+    """Encode each different prompt once, and let go of the encoder.
+
+    Returns:
+        prompt -> features (T, E) on the CPU.
+    Raises:
+        UserError: no text encoder, or one whose features the system does not take.
+    """
+    wanted = system.transformer.config.text_width
+    different = list(dict.fromkeys(prompts))
+    features: dict[str, Tensor] = {}
+    with logging_redirect_tqdm():
+        for prompt in tqdm(different, desc="prompts", unit=" prompts", disable=len(different) < 2):
+            features[prompt] = encoder.encode([prompt])[0].cpu()
+            if features[prompt].shape[1] != wanted:
+                raise UserError(
+                    f"text_encoder={encoder.path} gives features of width {features[prompt].shape[1]}, but the model "
+                    f"wants {wanted}; choose the encoder the model was trained with"
+                )
+    encoder.release()
+    return features

@@ -1,0 +1,58 @@
+"""Giving a restored image the colours of the degraded one.
+
+Letters: `B` images, `H W` pixels. Images are RGB in [0, 1].
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from varestorer.utils.errors import UserError
+
+COLOR_METHODS = ("none", "adain", "wavelet")
+WAVELET_LEVELS = 5
+
+
+def match_color(image_B3HW: Tensor, reference_B3HW: Tensor, method: str) -> Tensor:
+    """Move the colours of images to those of references of the same size.
+
+    Args:
+        image_B3HW: float in [0, 1].
+        reference_B3HW: float in [0, 1], the same shape.
+        method: "none" changes nothing; "adain" gives each channel the mean and standard deviation of the reference;
+            "wavelet" replaces the low frequencies by those of the reference.
+    Returns:
+        (B, 3, H, W) in [0, 1].
+    Raises:
+        UserError: unknown method.
+        ValueError: shapes differ.
+    """
+    if method not in COLOR_METHODS:
+        raise UserError(f"color must be one of {', '.join(COLOR_METHODS)}, got {method!r}")
+    if image_B3HW.shape != reference_B3HW.shape:
+        got = f"{tuple(image_B3HW.shape)} and {tuple(reference_B3HW.shape)}"
+        raise ValueError(f"image and reference must have the same shape (B, 3, H, W), got {got}")
+    if method == "adain":
+        return _adain(image_B3HW, reference_B3HW).clamp(0, 1)
+    if method == "wavelet":
+        return (image_B3HW - _low_frequencies(image_B3HW) + _low_frequencies(reference_B3HW)).clamp(0, 1)
+    return image_B3HW
+
+
+def _adain(image_B3HW: Tensor, reference_B3HW: Tensor) -> Tensor:
+    """Adaptive instance normalisation; 1e-5 on both variances keeps the noise of flat images small."""
+    mean_B311 = image_B3HW.mean(dim=(-2, -1), keepdim=True)
+    wanted_B311 = reference_B3HW.mean(dim=(-2, -1), keepdim=True)
+    variances = [x.var(dim=(-2, -1), correction=0, keepdim=True) + 1e-5 for x in (image_B3HW, reference_B3HW)]
+    return (image_B3HW - mean_B311) * (variances[1] / variances[0]).sqrt() + wanted_B311
+
+
+def _low_frequencies(image_B3HW: Tensor) -> Tensor:
+    """What a wavelet decomposition with holes leaves: binomial 3x3 blurs with steps of 1, 2, 4, 8 and 16 pixels."""
+    row = torch.tensor([0.25, 0.5, 0.25], dtype=image_B3HW.dtype, device=image_B3HW.device)
+    kernel = torch.outer(row, row).expand(image_B3HW.shape[1], 1, 3, 3)
+    low = image_B3HW
+    for step in (2**level for level in range(WAVELET_LEVELS)):
+        padded = F.pad(low, (step,) * 4, mode="replicate")
+        low = F.conv2d(padded, kernel, dilation=step, groups=kernel.shape[0])
+    return low

@@ -139,7 +139,7 @@ def test_adapters_that_do_not_fit_are_refused(
 ) -> None:
     tiny_system.merge_adapters().save_pretrained(tmp_path / "merged")
     assert run(input=bundle / "adapters.safetensors", base=tmp_path / "merged", output=tmp_path / "out") == 1
-    assert "the teacher is gone" in capsys.readouterr().err
+    assert "its teacher is gone" in capsys.readouterr().err
     config = tiny_system.config
     shallow = {**config, "transformer": {**config["transformer"], "depth": 1}, "student": {"lora_rank": 0}}
     VARestorer(**shallow).save_pretrained(tmp_path / "shallow")

@@ -2,6 +2,10 @@
 
 import csv
 import json
+import os
+import subprocess
+import sys
+from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,6 +14,8 @@ import torch
 
 from varestorer.commands.entry import compose
 from varestorer.commands.eval import COMMAND
+from varestorer.evaluation.evaluator import Evaluator
+from varestorer.evaluation.sources import BicubicSource
 from varestorer.systems.varestorer import VARestorer
 from varestorer.utils.images import load_image, resize, save_image
 
@@ -45,7 +51,7 @@ def test_bicubic(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert [row["image"] for row in rows] == ["0", "1", "2"]
     assert all(float(row["seconds"]) > 0 for row in rows)
     assert sorted(path.name for path in (out / "images").iterdir()) == ["0.png", "1.png", "2.png"]
-    assert "| bicubic |" in (out / "table.md").read_text()
+    assert "bicubic" in (out / "table.md").read_text()
 
 
 def test_missing_prediction_is_named_and_the_rest_scored(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -66,25 +72,106 @@ def test_unavailable_metric_fails_only_if_asked_for(
     monkeypatch.setattr(torch.hub, "_hub_dir", str(root.parent / "hub"))
     assert run(root, "method=bicubic", "limit=1") == 0
     assert "musiq    unavailable: metric 'musiq' needs musiq_koniq" in capsys.readouterr().out
-    assert run(root, "method=bicubic", "limit=1", "metrics=[psnr,musiq]") == 1
+    assert run(root, "method=bicubic", "limit=1", "metrics=[psnr,musiq]", f"out={root.parent / 'asked'}") == 1
     assert "musiq    FAILED: metric 'musiq' needs musiq_koniq" in capsys.readouterr().out
 
 
+def test_a_second_run_does_only_what_is_missing_and_gives_the_same_figures(
+    root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("method=bicubic", "metrics=[psnr,ssim]")
+    out = root.parent / "out"
+    assert run(root, *words) == 0
+    whole = {name: (out / name).read_text() for name in ("summary.json", "per_image.csv")}
+    lines = whole["per_image.csv"].splitlines(keepends=True)
+    (out / "per_image.csv").write_text("".join(lines[:2]) + lines[2][:9])  # as if the machine had stopped
+    (out / "images" / "2.png").unlink()
+    made, scored = [], []
+    make, score = BicubicSource.__call__, Evaluator.score_batch
+    monkeypatch.setattr(BicubicSource, "__call__", lambda self, name, lq: made.append(name) or make(self, name, lq))
+    monkeypatch.setattr(Evaluator, "score_batch", lambda self, *args: scored.append(len(args[0])) or score(self, *args))
+    assert run(root, *words) == 0
+    assert made == ["2"] and sum(scored) == 2
+    assert (out / "summary.json").read_text() == whole["summary.json"]
+    rows = list(csv.DictReader((out / "per_image.csv").open(newline="")))
+    before = list(csv.DictReader(StringIO(whole["per_image.csv"])))
+    assert [(row["psnr"], row["ssim"]) for row in rows] == [(row["psnr"], row["ssim"]) for row in before]
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("protocol=stablesr_y", "with protocol=varestorer, metrics=[psnr]; this one has protocol=stablesr_y"),
+        ("seed=1", "with seed=0; this one has seed=1"),
+        ("metrics=[ssim]", "with metrics=[psnr]; this one has metrics=[ssim]"),
+    ],
+)
+def test_a_folder_with_another_evaluation_is_refused(
+    word: str, message: str, root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(root, "method=bicubic", "metrics=[psnr]") == 0
+    words = {"metrics=[psnr]", word} if not word.startswith("metrics") else {word}
+    assert run(root, "method=bicubic", *words) == 2
+    error = capsys.readouterr().err
+    assert message in error and "give another out=, or remove that folder" in error
+
+
+def test_images_without_references(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("method=bicubic", "metrics=[psnr,lpips,fid,entropy]", f"data.root={root / 'lr'}")
+    assert run(root, *words, dataset="images") == 1
+    summary = json.loads((root.parent / "out" / "summary.json").read_text())
+    assert set(summary["metrics"]) == {"entropy"} and summary["n"] == 3
+    reason = "needs references, and the data set has none"
+    assert summary["unavailable"] == {"psnr": reason, "lpips": reason, "fid": reason}
+
+
+def test_two_processes_give_the_same_figures(root: Path) -> None:
+    (root / "lr" / "1.png").write_bytes(b"broken")
+    words = ["method=bicubic", "metrics=[psnr,ssim]"]
+    assert run(root, *words, f"out={root.parent / 'one'}") == 1
+    shared = [f"data.root={root}", "dataset=folder", "device=cpu", "offline=true", f"out={root.parent / 'two'}"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*launcher, "scripts/eval.py", *words, *shared],
+        cwd=Path(__file__).parents[2],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 1 and done.stdout.count("2 images scored") == 1, done.stdout + done.stderr
+    one, two = (root.parent / name for name in ("one", "two"))
+    assert (one / "summary.json").read_text() == (two / "summary.json").read_text()
+    figures = []
+    for out in (one, two):
+        with (out / "per_image.csv").open(newline="") as file:
+            figures.append([{**row, "seconds": ""} for row in csv.DictReader(file)])
+    assert figures[0] == figures[1] and "cannot read the image" in figures[0][1]["error"]
+
+
 def test_checkpoint(root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    class System:
+    class System(torch.nn.Linear):
+        is_merged = False
+
+        def merge_adapters(self) -> None:
+            self.is_merged = True
+
         def restore(self, image: torch.Tensor, scale: int = 4, *, seed: int = 0) -> SimpleNamespace:
+            assert self.is_merged
             return SimpleNamespace(image=resize(image, (image.shape[1] * scale, image.shape[2] * scale)))
 
+    torch.manual_seed(0)
+    system = System(2, 2)
     asked = []
-
-    def load(ckpt: str, device: torch.device, merge: bool) -> System:
-        asked.append((ckpt, device, merge))
-        return System()
-
-    monkeypatch.setattr(VARestorer, "from_pretrained", load)
+    monkeypatch.setattr(VARestorer, "from_pretrained", lambda ckpt: asked.append(ckpt) or system)
     assert run(root, "ckpt=outputs/a run, the best", "metrics=psnr") == 0
-    assert asked == [("outputs/a run, the best", torch.device("cpu"), True)]
+    assert asked == ["outputs/a run, the best"]
     assert "s per image" in capsys.readouterr().out
+    assert run(root, "ckpt=outputs/a run, the best", "metrics=psnr") == 0
+    with torch.no_grad():
+        system.weight[0, 0] += 1  # trained on
+    assert run(root, "ckpt=outputs/a run, the best", "metrics=psnr") == 2
+    assert "holds an evaluation with weights=" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -92,7 +179,10 @@ def test_checkpoint(root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     [
         (["method=bicubic", "data.root=/nowhere"], "/nowhere"),
         (["method=bicubic", "metrics=[pnsr]"], "no metric 'pnsr'; did you mean psnr"),
-        (["method=nearest"], "method must be one of bicubic, got 'nearest'"),
+        (["method=nearest"], "method must be one of bicubic, spandrel, got 'nearest'"),
+        (["method=spandrel"], "method=spandrel and model_path=FILE go together"),
+        (["method=spandrel", "model_path=/nowhere.pth"], "/nowhere.pth is no file"),
+        (["method=bicubic", "batch=0"], "batch must be at least 1 image"),
         (["method=bicubic", "limit=0"], "limit must be at least 1"),
         (["method=bicubic", "protocol=paper"], "paper"),
         (["method=bicubic", "predictions=x"], "got predictions and method"),
@@ -117,9 +207,20 @@ def test_help_and_choices(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(word in text for word in ("predictions=FOLDER", "realsr", "stablesr_y", "Exit status"))
 
 
-@pytest.mark.parametrize("dataset", ["div2k", "realsr", "drealsr", "folder"])
+@pytest.mark.parametrize("dataset", ["div2k", "realsr", "drealsr", "reallr200", "folder", "images"])
 @pytest.mark.parametrize("protocol", ["varestorer", "stablesr_y", "varsr"])
 def test_every_choice_composes(dataset: str, protocol: str) -> None:
     cfg = compose("eval", [f"dataset={dataset}", f"protocol={protocol}", "data.root=x"])
     assert cfg.dataset.name == dataset and cfg.protocol.name == protocol
     assert cfg.out.startswith(f"outputs/eval/{dataset}_")
+
+
+def test_wandb_gets_the_figures(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    logged: list[dict] = []
+    run_of = SimpleNamespace(log=logged.append, finish=lambda: None)
+    monkeypatch.setattr("varestorer.evaluation.wandb_log.open_wandb_run", lambda *_: run_of)
+    assert run(root, "method=bicubic", "metrics=psnr") == 0
+    assert logged == []
+    assert run(root, "method=bicubic", "metrics=psnr", "wandb=true") == 0
+    assert logged[0].keys() == {"eval/folder/psnr"}
+    assert len(logged[1]["eval/folder/images"].data) == 3

@@ -2,6 +2,7 @@ import pytest
 
 from varestorer.data import embedded_photographs, find_pairs, hq_images
 from varestorer.data.embedded import embedded_paths
+from varestorer.data.folders import find_images_or_pairs, list_test_set
 from varestorer.utils.errors import UserError
 
 
@@ -106,3 +107,43 @@ def test_missing_package_is_named(monkeypatch):
     monkeypatch.setattr("varestorer.data.embedded.find_spec", lambda module: None)
     with pytest.raises(UserError, match="scikit-image, which is not installed.*pip install.*data=folder"):
         embedded_paths("train")
+
+
+def test_images_without_references_are_listed_like_pairs(tmp_path):
+    touch(tmp_path, "b10.png", "b9.jpg", "sub/a.png", "notes.txt")
+    found = find_images_or_pairs(tmp_path)
+    assert [(name, high) for name, _, high in found] == [("b9", None), ("b10", None), ("sub/a", None)]
+    assert found[0][1] == tmp_path / "b9.jpg"
+
+
+def test_a_folder_of_bad_images_alone_is_found_by_its_name(tmp_path):
+    touch(tmp_path, "test_LR/a.png", "preview.png")
+    assert find_images_or_pairs(tmp_path) == [("a", tmp_path / "test_LR" / "a.png", None)]
+
+
+def test_pairs_stay_pairs_where_references_are_optional(tmp_path):
+    touch(tmp_path, "lr/a.png", "hr/a.png")
+    assert find_images_or_pairs(tmp_path) == find_pairs(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (["hr/a.png"], "holds no bad images.*found hr"),
+        (["notes.txt"], "holds no image; put there a folder of images"),
+        (["a.png", "a.jpg"], "two images of the same name"),
+        (["lr/a.png", "lr/b.png", "hr/a.png"], "1 images have no partner.*lr/b.png"),
+    ],
+)
+def test_what_is_neither_images_nor_pairs(tmp_path, files, message):
+    touch(tmp_path, *files)
+    with pytest.raises(UserError, match=message):
+        find_images_or_pairs(tmp_path)
+
+
+def test_a_listing_names_all_that_does_not_match(tmp_path):
+    touch(tmp_path, "lr/a.png", "lr/b.png", "lr/c.png", "lr/c.jpg", "hr/a.png", "hr/c.png", "hr/d.png")
+    listing = list_test_set(tmp_path, need_pairs=True)
+    assert [name for name, _, _ in listing.images] == ["a", "c"]
+    assert relative(listing.lonely, tmp_path) == ["lr/b.png", "hr/d.png"]
+    assert [relative(pair, tmp_path) for pair in listing.doubles] == [["lr/c.png", "lr/c.jpg"]]

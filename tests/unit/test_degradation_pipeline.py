@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 
 from varestorer.data import BicubicDegradation, Degradation
 from varestorer.data.degradation import RandomBlur, RandomNoise, RandomResize
+from varestorer.data.degradation.operations import compress_jpeg
 from varestorer.utils.errors import UserError
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "degradation"
@@ -195,3 +196,23 @@ def test_sinc_and_jpeg_come_in_both_orders(monkeypatch):
 def test_wrong_settings_are_named(make, words):
     with pytest.raises(UserError, match=words):
         make()
+
+
+def test_in_float64_the_number_of_threads_changes_nothing():
+    hq = torch.rand(3, 96, 96, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            results.append([Degradation()(hq, np.random.default_rng(seed)) for seed in range(12)])
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))
+
+
+def test_every_step_keeps_float64():
+    hq = torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for step in (RandomBlur(), RandomResize(), RandomNoise(gaussian_prob=1.0), RandomNoise(gaussian_prob=0.0)):
+        assert step(hq, np.random.default_rng(0)).dtype == torch.float64
+    assert compress_jpeg(hq, 80).dtype == torch.float64

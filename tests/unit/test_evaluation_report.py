@@ -10,7 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from varestorer.evaluation.report import detailed_crop, html_table, series, smooth, write_report
+from varestorer.evaluation.renderers import html_table
+from varestorer.evaluation.report import methods_table, series, smooth, write_run_report
 
 
 def make(path: Path) -> str:
@@ -19,7 +20,7 @@ def make(path: Path) -> str:
     lines = [{"stage": "teacher", "step": i, "loss": 1 / i, "kl": 2 / i, "lr": 0.1} for i in range(1, 30)]
     rows = [{"method": "bicubic", "PSNR": 20.0}, {"method": "ours", "PSNR": 21.0, "seconds per image": 0.5}]
     facts = {"wall time": 12.5, "config": {"a.b": "<c>"}}
-    write_report(path, "A & B", {"teacher": lines, "empty": []}, rows, {"coffee": columns}, facts)
+    write_run_report(path, "A & B", {"teacher": lines, "empty": []}, rows, {"coffee": columns}, facts)
     return path.read_text(encoding="utf-8")
 
 
@@ -35,24 +36,14 @@ def test_report_holds_everything_and_fetches_nothing(tmp_path: Path) -> None:
     assert sizes[:6] == [(128, 96), (216, 216)] * 3 and len(sizes) == 7
 
 
-def test_crop_is_where_the_detail_is() -> None:
-    image = torch.zeros(3, 200, 300)
-    image[:, 100:150, 200:250] = torch.rand(3, 50, 50, generator=torch.Generator().manual_seed(0))
-    top, left, side = detailed_crop(image)
-    assert side == 50 and abs(top - 100) <= 12 and abs(left - 200) <= 12
-    for size in ((16, 16), (24, 500), (64, 64)):
-        top, left, side = detailed_crop(torch.rand(3, *size))
-        assert side <= min(size) and top + side <= size[0] and left + side <= size[1]
-
-
 def test_table_marks_the_best_in_its_direction() -> None:
     rows = [
         {"method": "a", "LPIPS": 0.3, "seconds": 2.0, "steps": 9},
         {"method": "b", "LPIPS": 0.2, "seconds": None, "steps": 1},
     ]
-    table = html_table(rows)
-    assert "<b>0.2000</b>" in table and "<b>2.00</b>" in table
-    assert table.count("<b>") == 2
+    table = html_table(methods_table(rows))
+    assert "<b>0.2000</b>" in table and "<u>0.3000</u>" in table
+    assert table.count("<b>") == table.count("<u>") == 1  # a time alone is not the best, and steps have no direction
 
 
 def test_series_and_smoothing() -> None:

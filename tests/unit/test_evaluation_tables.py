@@ -1,12 +1,14 @@
-"""Published tables, and ours beside them."""
+"""Published figures, the marks of a table, and its three renderers."""
 
+import csv
+import re
 from pathlib import Path
 
 import pytest
 
-from varestorer.evaluation.evaluator import Evaluation, Row
-from varestorer.evaluation.tables import markdown_table, published_rows, read_published
-from varestorer.utils.iqa import Metric
+from varestorer.evaluation.baselines import measured_rows, published_rows, read_published
+from varestorer.evaluation.renderers import to_html, to_latex, to_markdown, write_tables
+from varestorer.evaluation.tables import BEST, SECOND, Column, Table, TableRow, figure
 
 PUBLISHED = {
     "varestorer_table1": 24,
@@ -27,8 +29,6 @@ def test_published_tables_are_complete_and_numeric(name: str, count: int) -> Non
 
 
 def test_published_tables_equal_the_shared_ones(shared: Path) -> None:
-    import csv
-
     folder = shared / "published"
     if not folder.is_dir():
         pytest.skip(f"no {folder}")
@@ -39,35 +39,99 @@ def test_published_tables_equal_the_shared_ones(shared: Path) -> None:
 
 def test_rows_of_another_protocol_or_set_never_mix() -> None:
     names = ["psnr", "ssim", "lpips"]
-    ours = published_rows("realsr", "varestorer", names)
-    osediff = {row.source: row.scores for row in ours if row.method.startswith("OSEDiff")}
-    assert osediff["VARestorer, table 1"]["psnr"] == 23.59
-    assert osediff["measured with pyiqa 0.1.16"] == {"psnr": 23.5895, "ssim": 0.7073, "lpips": 0.2921}
-    luma = published_rows("realsr", "stablesr_y", names)
-    assert [row.scores["psnr"] for row in luma] == [27.1128, 25.7093, 25.1511]
-    assert len(published_rows("div2k", "varestorer", names)) == 8
+    papers = {row.cells["method"]: row.cells for row in published_rows("realsr", "varestorer", names)}
+    assert papers["OSEDiff (1 step)"]["psnr"] == "23.59" and len(papers) == 8
+    measured = [row.cells for row in measured_rows("realsr", "varestorer", names)]
+    assert [measured[2][name] for name in names] == [23.5895, 0.7073, 0.2921]
+    luma = measured_rows("realsr", "stablesr_y", names)
+    assert [row.cells["psnr"] for row in luma] == [27.1128, 25.7093, 25.1511]
+    assert len(published_rows("div2k", "varestorer", names)) == 8 and not measured_rows("div2k", "varestorer", names)
     for dataset, protocol in (("div2k", "stablesr_y"), ("folder", "varestorer"), ("realsr", "my own")):
         assert not published_rows(dataset, protocol, names)
+    assert not measured_rows("realsr", "my own", names)
 
 
-def evaluation(**means: float) -> Evaluation:
-    lower = {"lpips": True}
-    metrics = {name: Metric(name, None, True, lower.get(name, False)) for name in means}
-    columns = {name: lower.get(name, False) for name in [*means, "musiq"]}
-    rows = (Row("a", dict(means)),)
-    return Evaluation("realsr", "varestorer", columns, metrics, rows, {}, {"musiq": "no weights"})
+def test_figures_have_four_digits() -> None:
+    assert [figure(value) for value in (0.73414, 4.7632, 25.1511, 117.24, 17386.2)] == [
+        "0.7341",
+        "4.763",
+        "25.15",
+        "117.2",
+        "17386",
+    ]
 
 
-def test_best_of_each_column_is_bold_in_its_direction() -> None:
-    table = markdown_table(evaluation(psnr=30.0, lpips=0.1234), "ours").splitlines()
-    ours = next(line for line in table if line.startswith("| ours"))
-    assert ours == "| ours | **30.00** | **0.1234** | – | this evaluation |"
-    assert sum("**" in line for line in table) == 2  # ours, and the best MUSIQ
-    assert "| VARSR (10 steps) | 24.12 | 0.3216 | 71.16 | VARestorer, table 1 |" in table
-    assert "| VARestorer (1 step) | 22.78 | 0.3249 | **71.37** | VARestorer, table 1 |" in table
-    assert "| method | psnr ↑ | lpips ↓ | musiq ↑ | source |" in table
+def table(*rows: TableRow, lower: bool | None = False) -> Table:
+    return Table((Column("method", is_text=True), Column("x", lower)), rows, "a title", ("a note",))
 
 
-def test_means_over_other_images_win_nothing() -> None:
-    table = markdown_table(evaluation(psnr=99.0), "ours", expected_pairs=100)
-    assert "**" not in table and "means over 100 images: not comparable" in table
+def marks(*cells: object, lower: bool | None = False) -> list[str]:
+    rows = [TableRow({"method": f"m{n}"} | ({} if cell is None else {"x": cell})) for n, cell in enumerate(cells)]
+    return [found.get("x", "") for found in table(*rows, lower=lower).marks()]
+
+
+def test_marks_follow_the_direction_and_skip_what_is_missing() -> None:
+    assert marks(1.0, None, 3.0, "2.0") == ["", "", BEST, SECOND]
+    assert marks(1.0, None, 3.0, "2.0", lower=True) == [BEST, "", "", SECOND]
+    assert marks(1.0, 2.0, lower=None) == ["", ""]
+    assert marks(1.0, None) == ["", ""]
+
+
+def test_figures_that_are_printed_alike_share_a_mark() -> None:
+    assert marks("23.59", 23.5895, 23.1, 20.0) == [BEST, BEST, SECOND, ""]
+    assert marks(9.0, 5.0, 5.0) == [BEST, SECOND, SECOND]
+    assert marks(5.0, 5.0) == [BEST, BEST]
+
+
+def test_only_ranked_rows_of_one_group_are_compared() -> None:
+    rows = [
+        TableRow({"x": 1.0}, group="a"),
+        TableRow({"x": 9.0}, group="a", is_ranked=False),
+        TableRow({"x": 2.0}, group="a"),
+        TableRow({"x": 5.0}, group="b"),
+    ]
+    assert [found.get("x", "") for found in table(*rows).marks()] == [SECOND, "", BEST, ""]
+
+
+EVIL = "a|b_c <i>&amp; 50%$#{~^\\*"
+EXAMPLE = table(
+    TableRow({"method": "bicubic", "x": "23.50"}, group="set A"),
+    TableRow({"method": EVIL, "x": 30.0}, is_ours=True, group="set A"),
+    TableRow({"method": "none"}, group="set B"),
+)
+
+
+def test_markdown_marks_and_escapes() -> None:
+    lines = to_markdown([EXAMPLE], "T_1").splitlines()
+    assert lines[0] == "# T\\_1" and "## a title" in lines and lines[-1] == "- a note"
+    assert "| method | x ↑ |" in lines and "| --- | ---: |" in lines
+    assert "| *set A* |  |" in lines and "| bicubic | <ins>23.50</ins> |" in lines and "| none | – |" in lines
+    ours = next(line for line in lines if line.startswith("| ▸"))
+    assert ours.endswith("| **30.00** |") and r"a\|b\_c \<i\>&amp; 50%$#{~^\\\*" in ours
+
+
+def test_latex_marks_and_escapes() -> None:
+    text = to_latex([EXAMPLE], "T")
+    assert r"method & x $\uparrow$ \\" in text and r"bicubic & \underline{23.50} \\" in text
+    assert r"none & -- \\" in text and r"\multicolumn{2}{l}{\textit{set B}}" in text
+    body = next(line for line in text.splitlines() if line.startswith(r"$\triangleright$"))
+    escaped = r"\textbar{}b\_c \textless{}i\textgreater{}\&amp; 50\%\$\#\{\textasciitilde{}\textasciicircum{}"
+    assert body == rf"$\triangleright$ a{escaped}\textbackslash{{}}* & \textbf{{30.00}} \\"
+    for name in ("table", "tabular"):
+        assert text.count(rf"\begin{{{name}}}") == text.count(rf"\end{{{name}}}") == 1
+    assert not re.search(r"(?<!\\)[%#]", text.split("booktabs}", 1)[1])
+
+
+def test_html_marks_and_escapes() -> None:
+    page = to_html([EXAMPLE], "A & B")
+    assert "<h1>A &amp; B</h1>" in page and "<b>30.00</b>" in page and "<u>23.50</u>" in page
+    assert "a|b_c &lt;i&gt;&amp;amp; 50%$#{~^\\*" in page and "<i>" not in page
+    assert page.count('class="ours"') == 1 and page.count('class="group"') == 2
+    assert "<li>a note</li>" in page and "–</td>" in page
+    assert not re.search(r"https?://|<script|<link", page)
+
+
+def test_three_files_are_written(tmp_path: Path) -> None:
+    files = write_tables([EXAMPLE], "T", tmp_path / "new", "table")
+    assert [path.name for path in files] == ["table.md", "table.tex", "table.html"]
+    assert all("bicubic" in path.read_text(encoding="utf-8") for path in files)

@@ -113,18 +113,6 @@ def test_padding_of_prompts_changes_nothing(tiny_system: VARestorer) -> None:
     assert torch.allclose(both, tiny_system.transformer(tokens[1:], alone, layout)[0], atol=1e-5)
 
 
-def test_dropping_prompts_leaves_the_given_features_alone(tiny_system: VARestorer) -> None:
-    text = TextFeatures.from_list([torch.ones(3, 16), torch.ones(2, 16)])
-    before = text.features_BTE.clone()
-    dropped = tiny_system.transformer.text.drop(text, torch.tensor([True, False]))
-    assert torch.equal(text.features_BTE, before)
-    assert torch.equal(dropped.features_BTE[0], tiny_system.transformer.text.null_features)
-    assert torch.equal(dropped.features_BTE[1], before[1])
-
-
-# adapters
-
-
 def test_adapters_sit_on_attention_only(tiny_system: VARestorer) -> None:
     layers = {name.split(".lora_")[0] for name in adapter_parameters(tiny_system.transformer)}
     per_block = ["cross_attention.kv", "cross_attention.proj", "cross_attention.q"]

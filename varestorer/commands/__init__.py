@@ -1,4 +1,4 @@
-"""The commands: `varestorer train|eval|restore|convert|parity`, the same as `scripts/<name>.py`.
+"""The commands: `varestorer train|eval|restore|...`, the same as `scripts/<name>.py`.
 
 A command is imported only when it is asked for, so that the list of commands appears at once.
 """
@@ -14,6 +14,12 @@ COMMANDS = {
     "eval": ("varestorer.commands.eval", "score a network, or anybody's pictures, on a dataset"),
     "restore": ("varestorer.commands.restore", "restore one picture or a folder of them"),
     "convert": ("varestorer.commands.convert", "convert, merge, check and share weights"),
+    "prepare_data": ("varestorer.commands.prepare_data", "explain, check and make test sets"),
+    "precompute_text": (
+        "varestorer.commands.precompute_text",
+        "make captions and text features of training photographs, once",
+    ),
+    "tables": ("varestorer.commands.tables", "assemble a table of the paper, with our rows beside the published"),
     "parity": ("varestorer.commands.parity", "compare the networks with recorded tensors"),
 }
 USAGE_ERROR = 2

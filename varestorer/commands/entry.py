@@ -27,9 +27,24 @@ LOG = logging.getLogger(__name__)
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
 # Values of these keys are free text or paths: people write commas, brackets and spaces in them.
-TEXT_KEYS = ("input", "output", "prompt", "ckpt", "predictions", "text_encoder", "captioner")
+TEXT_KEYS = ("input", "output", "prompt", "ckpt", "predictions", "text_encoder", "captioner", "make", "source")
 # as above, but may refer to other keys: ${seed}
-PLACE_KEYS = ("run_dir", "out", "data.root", "fixtures", "check", "manifest", "base", "tokenizer", "restorer")
+PLACE_KEYS = (
+    "run_dir",
+    "out",
+    "data.root",
+    "data.text",
+    "captions",
+    "fixtures",
+    "check",
+    "manifest",
+    "base",
+    "tokenizer",
+    "restorer",
+    "model_path",
+    "metric_weights",
+)
+LIST_KEYS = ("runs",)  # lists of such texts: [ours=outputs/eval/a b, outputs/eval/c]
 
 # Hydra stays in the folder it was started in and leaves no folder behind: a run writes its own config.
 SETTINGS = (
@@ -198,9 +213,11 @@ def quote_value(word: str) -> str:
     stay as they are.
     """
     match = re.fullmatch(r"(\+{0,2})([\w.]+)=(.*)", word, flags=re.DOTALL)
-    if match is None or match[2] not in TEXT_KEYS + PLACE_KEYS:
+    if match is None or match[2] not in TEXT_KEYS + PLACE_KEYS + LIST_KEYS:
         return word
     plus, key, value = match.groups()
+    if key in LIST_KEYS:
+        return f"{plus}{key}={_quote_items(value)}"
     if value.lower() == "null" or value == "???" or _is_quoted(value):
         return word
     from hydra.core.override_parser.types import Quote, QuotedString
@@ -208,6 +225,15 @@ def quote_value(word: str) -> str:
     if key in TEXT_KEYS:  # OmegaConf reads ${...} in quoted text too; `\` before it says to leave it alone
         value = re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + r"\${", value)
     return f"{plus}{key}={QuotedString(text=value, quote=Quote.single).with_quotes()}"
+
+
+def _quote_items(value: str) -> str:
+    """Quote the texts of a list, which may be written without its brackets and hold no comma."""
+    from hydra.core.override_parser.types import Quote, QuotedString
+
+    items = [item.strip() for item in value.strip().removeprefix("[").removesuffix("]").split(",") if item.strip()]
+    quoted = [item if _is_quoted(item) else QuotedString(text=item, quote=Quote.single).with_quotes() for item in items]
+    return f"[{','.join(quoted)}]"
 
 
 def _is_quoted(value: str) -> bool:

@@ -6,7 +6,7 @@ or processes, and the position of the data in a run is one integer.
 """
 
 from collections.abc import Sequence
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 import numpy as np
 from torch import Tensor
@@ -17,18 +17,23 @@ from varestorer.data.degradation import Degrade, round_to_8bit
 from varestorer.data.embedded import embedded_paths
 from varestorer.data.folders import find_pairs, hq_images
 from varestorer.data.store import ImageStore
+from varestorer.data.text import PhotoTexts, open_texts
 from varestorer.utils.errors import UserError
 from varestorer.utils.images import resize
 from varestorer.utils.seeds import numpy_generator
 
 
 class Sample(TypedDict):
-    """A pair: `hq`, `lq` (3, H, W) float32 in [0, 1], `lq` at the size of `hq`; `key`: the sample number."""
+    """A pair: `hq`, `lq` (3, H, W) float32 in [0, 1], `lq` at the size of `hq`; `key`: the sample number.
+
+    Data sets with text add `text`: features (T, E) float32 of the prompt, or None for the null text.
+    """
 
     hq: Tensor
     lq: Tensor
     name: str
     key: int
+    text: NotRequired[Tensor | None]
 
 
 class EpochOrder:
@@ -58,8 +63,11 @@ class PhotoCrops(Dataset[Sample]):
         seed: seed of order, place, flip and degradation.
         downscale: range of a random zoom out, e.g. (1, 2): small crops then show more of a scene. None: off.
         use_flip: mirror every other square, left to right.
+        text: a folder that `precompute_text` made of these photographs; None: samples come without text. A prompt is
+            about the whole photograph, whatever the square shows of it.
     Raises:
-        UserError: `root` is missing, without usable images, or more than 5 % of them are broken.
+        UserError: `root` is missing, without usable images, or more than 5 % of them are broken; `text` is no such
+            folder, or one of other photographs.
     """
 
     def __init__(
@@ -70,6 +78,7 @@ class PhotoCrops(Dataset[Sample]):
         seed: int,
         downscale: Sequence[float] | None = None,
         use_flip: bool = True,
+        text: str | None = None,
     ) -> None:
         if crop < 1:
             raise UserError(f"data.crop must be a positive number of pixels, got {crop}")
@@ -80,6 +89,7 @@ class PhotoCrops(Dataset[Sample]):
         self.downscale = None if downscale is None else (float(downscale[0]), float(downscale[1]))
         self.store = ImageStore([(path,) for path in paths], root or "the embedded photographs")
         self.order = EpochOrder(len(paths), seed)
+        self.texts = open_texts(text, root, paths)
 
     def __len__(self) -> int:
         """Number of images (of one epoch); sample numbers go on beyond it."""
@@ -95,7 +105,8 @@ class PhotoCrops(Dataset[Sample]):
         lq_3HW = hq_3HW
         if self.degradation is not None:
             lq_3HW = self.degradation(hq_3HW, numpy_generator(self.seed, "degradation", n))
-        return {"hq": hq_3HW, "lq": lq_3HW, "name": self.store.items[index][0].stem, "key": n}
+        sample: Sample = {"hq": hq_3HW, "lq": lq_3HW, "name": self.store.items[index][0].stem, "key": n}
+        return with_text(sample, self.texts, index)
 
 
 class PairedCrops(Dataset[Sample]):
@@ -107,11 +118,15 @@ class PairedCrops(Dataset[Sample]):
         seed: seed of order, place and flip.
         scale: how much larger the good images are; bad images already of their size are taken too.
         use_flip: mirror every other square, left to right.
+        text: as for `PhotoCrops`, made of the good images.
     Raises:
-        UserError: `root` is missing or not of this form, sizes do not fit, or more than 5 % are broken.
+        UserError: `root` is missing or not of this form, sizes do not fit, or more than 5 % are broken; `text` is of
+            no use.
     """
 
-    def __init__(self, root: str, crop: int, seed: int, scale: int = 4, use_flip: bool = True) -> None:
+    def __init__(
+        self, root: str, crop: int, seed: int, scale: int = 4, use_flip: bool = True, text: str | None = None
+    ) -> None:
         if crop < 1 or crop % scale:
             raise UserError(f"data.crop must be a positive multiple of scale {scale}, got {crop}")
         pairs = find_pairs(root)
@@ -119,6 +134,7 @@ class PairedCrops(Dataset[Sample]):
         self.names = [name for name, _, _ in pairs]
         self.store = ImageStore([(low, high) for _, low, high in pairs], str(root))
         self.order = EpochOrder(len(pairs), seed)
+        self.texts = open_texts(text, root, [high for _, _, high in pairs])
 
     def __len__(self) -> int:
         """Number of pairs (of one epoch); sample numbers go on beyond it."""
@@ -136,7 +152,13 @@ class PairedCrops(Dataset[Sample]):
         hq_3HW, lq_3HW = fill_square(hq_3HW, self.crop), fill_square(lq_3HW, self.crop)
         if self.use_flip and rng.random() < 0.5:
             hq_3HW, lq_3HW = hq_3HW.flip(-1), lq_3HW.flip(-1)
-        return {"hq": hq_3HW, "lq": lq_3HW, "name": self.names[index], "key": n}
+        sample: Sample = {"hq": hq_3HW, "lq": lq_3HW, "name": self.names[index], "key": n}
+        return with_text(sample, self.texts, index)
+
+
+def with_text(sample: Sample, texts: PhotoTexts | None, index: int) -> Sample:
+    """Add the text of photograph `index`, if the data set has texts."""
+    return sample if texts is None else {**sample, "text": texts[index]}
 
 
 def pair_factor(low: Tensor, high: Tensor, scale: int, paths: Sequence[object]) -> int:

@@ -2,6 +2,7 @@
 
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 from varestorer.utils.errors import UserError
@@ -11,6 +12,30 @@ HQ_NAMES = ("hr", "hq", "gt")
 LQ_NAMES = ("lr", "lq")
 HQ_HELP = "a folder of images, or one that holds them in hr, hq, gt, test_HR or NAME_train_HR"
 PAIRS_HELP = "hr, hq, gt or test_HR with the good images beside lr, lq or test_LR with the bad ones"
+IMAGES_HELP = f"a folder of images, or {PAIRS_HELP}"
+
+
+Listed = tuple[str, Path, Path | None]
+"""(name, bad image, good image if there is one)."""
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The images of a test set, matched by name but not opened.
+
+    Attributes:
+        low_folder: holds the bad images.
+        high_folder: holds the good ones; None: there are none.
+        images: in natural order of the names.
+        lonely: images without a partner, likewise.
+        doubles: (image, the one whose name it has too); such an image is left out.
+    """
+
+    low_folder: Path
+    high_folder: Path | None
+    images: list[Listed]
+    lonely: list[Path]
+    doubles: list[tuple[Path, Path]]
 
 
 def hq_images(root: str | os.PathLike) -> list[Path]:
@@ -22,12 +47,16 @@ def hq_images(root: str | os.PathLike) -> list[Path]:
     Raises:
         UserError: no such folder, or no image in it; says what belongs there.
     """
-    folder = existing_folder(root, HQ_HELP)
-    inner = _named_subfolder(folder, HQ_NAMES)
-    images = list_images(inner or folder)
+    images = list_images(hq_folder(root))
     if not images:
-        raise UserError(f"data.root={folder} holds no image; put there {HQ_HELP}")
+        raise UserError(f"data.root={Path(root).expanduser()} holds no image; put there {HQ_HELP}")
     return images
+
+
+def hq_folder(root: str | os.PathLike) -> Path:
+    """The folder whose images `hq_images` lists; UserError if `root` is none."""
+    folder = existing_folder(root, HQ_HELP)
+    return _named_subfolder(folder, HQ_NAMES) or folder
 
 
 def find_pairs(root: str | os.PathLike) -> list[tuple[str, Path, Path]]:
@@ -43,20 +72,43 @@ def find_pairs(root: str | os.PathLike) -> list[tuple[str, Path, Path]]:
     Raises:
         UserError: folders missing, or images without a partner; lists them.
     """
-    folder = existing_folder(root, PAIRS_HELP)
-    sides = [_named_subfolder(folder, names) for names in (LQ_NAMES, HQ_NAMES)]
-    if sides[0] is None or sides[1] is None:
+    images = _without_fault(list_test_set(root, need_pairs=True))
+    return [(name, low, high) for name, low, high in images if high]
+
+
+def find_images_or_pairs(root: str | os.PathLike) -> list[Listed]:
+    """List a data set that may do without good images, without opening any.
+
+    Args:
+        root: as for `find_pairs`; or a folder of images alone (subfolders included), which may hold them in
+            `lr`, `lq` or `test_LR`.
+    Returns:
+        (name, bad image, good image or None for all), in natural order of the names.
+    Raises:
+        UserError: no image, images without a partner, two of the same name, or good images alone.
+    """
+    return _without_fault(list_test_set(root, need_pairs=False))
+
+
+def list_test_set(root: str | os.PathLike, need_pairs: bool) -> Listing:
+    """List a test set as `find_pairs` or `find_images_or_pairs` do, with all that is wrong with its names.
+
+    Args:
+        root: as for these two.
+        need_pairs: whether bad images alone will not do.
+    Raises:
+        UserError: a side is missing.
+    """
+    wanted = PAIRS_HELP if need_pairs else IMAGES_HELP
+    folder = existing_folder(root, wanted)
+    low, high = _named_subfolder(folder, LQ_NAMES), _named_subfolder(folder, HQ_NAMES)
+    if low and high:
+        return _match(low, high)
+    if need_pairs or high:
         there = ", ".join(sorted(child.name for child in folder.iterdir())[:8]) or "nothing"
-        raise UserError(f"{folder} holds no pairs: wanted {PAIRS_HELP}, found {there}")
-    low, high = (_by_name(side, keep_endings=True) for side in sides if side)
-    if not low.keys() & high.keys():
-        low, high = (_by_name(side, keep_endings=False) for side in sides if side)
-    lonely = sorted(low.keys() ^ high.keys(), key=natural_key)
-    if lonely or not low:
-        files = ", ".join(str(low.get(name) or high.get(name)) for name in lonely[:5])
-        problem = f"{len(lonely)} images have no partner of the same name: {files}" if lonely else "no image"
-        raise UserError(f"{folder} ({sides[0].name} beside {sides[1].name}): {problem}")
-    return [(name, low[name], high[name]) for name in sorted(low, key=natural_key)]
+        raise UserError(f"{folder} holds no {'pairs' if need_pairs else 'bad images'}: wanted {wanted}, found {there}")
+    by_name, doubles = _by_name(low or folder, keep_endings=True)
+    return Listing(low or folder, None, [(name, path, None) for name, path in by_name.items()], [], doubles)
 
 
 def existing_folder(root: str | os.PathLike | None, wanted: str) -> Path:
@@ -67,22 +119,57 @@ def existing_folder(root: str | os.PathLike | None, wanted: str) -> Path:
     return folder
 
 
+def _match(low_folder: Path, high_folder: Path) -> Listing:
+    sides = [_by_name(side, keep_endings=True) for side in (low_folder, high_folder)]
+    if not sides[0][0].keys() & sides[1][0].keys():
+        sides = [_by_name(side, keep_endings=False) for side in (low_folder, high_folder)]
+    (low, low_doubles), (high, high_doubles) = sides
+    names = sorted(low.keys() | high.keys(), key=natural_key)
+    pairs: list[Listed] = [(name, low[name], high[name]) for name in names if name in low and name in high]
+    lonely = [low.get(name) or high[name] for name in names if (name in low) != (name in high)]
+    return Listing(low_folder, high_folder, pairs, lonely, low_doubles + high_doubles)
+
+
+def _without_fault(listing: Listing) -> list[Listed]:
+    """The images; UserError if names do not match or there are none."""
+    if listing.doubles:
+        path, earlier = listing.doubles[0]
+        raise UserError(f"two images of the same name: {earlier} and {path}; rename or remove one")
+    where = str(listing.low_folder)
+    if listing.high_folder:
+        where = f"{listing.low_folder.parent} ({listing.low_folder.name} beside {listing.high_folder.name})"
+    if listing.lonely:
+        files = ", ".join(map(str, listing.lonely[:5]))
+        raise UserError(f"{where}: {len(listing.lonely)} images have no partner of the same name: {files}")
+    if not listing.images:
+        raise UserError(f"{where} holds no image; put there {PAIRS_HELP if listing.high_folder else IMAGES_HELP}")
+    return listing.images
+
+
 def _named_subfolder(folder: Path, names: tuple[str, ...]) -> Path | None:
     """The subfolder called one of `names`, or ending in `_NAME`; training sides come first."""
-    found = [child for child in folder.iterdir() if child.is_dir() and child.name.lower().endswith(names)]
-    found = [child for child in found if child.name.lower().rpartition("_")[2] in names]
+    # names before kinds: a folder can hold 85,000 files
+    named = [folder / name for name in os.listdir(folder) if name.lower().rpartition("_")[2] in names]
+    found = [child for child in named if child.is_dir()]
     is_plain = {child: child.name.lower() in names for child in found}
     found.sort(key=lambda child: (not is_plain[child], "train" not in child.name.lower(), child.name))
     return found[0] if found else None
 
 
-def _by_name(folder: Path, keep_endings: bool) -> dict[str, Path]:
-    """Images of a folder by their path inside it, without extension and maybe without `_LR4` and the like."""
+def _by_name(folder: Path, keep_endings: bool) -> tuple[dict[str, Path], list[tuple[Path, Path]]]:
+    """Name the images of a folder by their path inside it, without extension.
+
+    Args:
+        folder: searched with its subfolders.
+        keep_endings: whether `_LR4`, `x4` and the like stay in the name.
+    Returns:
+        images by name; (image, earlier image of the same name) of those left out.
+    """
     found: dict[str, Path] = {}
+    doubles: list[tuple[Path, Path]] = []
     for path in list_images(folder):
         name = path.relative_to(folder).with_suffix("").as_posix()
         name = name if keep_endings else re.sub(r"(?i)([_-]?x\d|[_-](lr|lq|hr|hq|gt)\d?)$", "", name)
-        if name in found:
-            raise UserError(f"two images of the same name: {found[name]} and {path}; rename or remove one")
-        found[name] = path
-    return found
+        if found.setdefault(name, path) is not path:
+            doubles.append((path, found[name]))
+    return found, doubles

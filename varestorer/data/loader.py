@@ -1,7 +1,7 @@
 """From a dataset to batches, for any number of workers and processes."""
 
 from collections.abc import Iterator
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import torch
 from torch import Tensor
@@ -13,12 +13,16 @@ from varestorer.utils.seeds import torch_generator
 
 
 class Batch(TypedDict):
-    """B pairs: `hq`, `lq` (B, 3, H, W) float32 in [0, 1]; B names; `key` (B,) int64 sample numbers."""
+    """B pairs: `hq`, `lq` (B, 3, H, W) float32 in [0, 1]; B names; `key` (B,) int64 sample numbers.
+
+    Data sets with text add `text`: of each prompt its features (T, E), or None for the null text.
+    """
 
     hq: Tensor
     lq: Tensor
     name: list[str]
     key: Tensor
+    text: NotRequired[list[Tensor | None]]
 
 
 class ShardedNumbers:
@@ -67,12 +71,15 @@ def collate(samples: list[Sample | UserError]) -> Batch | UserError:
         if isinstance(sample, UserError):
             return sample
     good = [sample for sample in samples if not isinstance(sample, UserError)]
-    return {
+    batch: Batch = {
         "hq": torch.stack([sample["hq"] for sample in good]),
         "lq": torch.stack([sample["lq"] for sample in good]),
         "name": [sample["name"] for sample in good],
         "key": torch.tensor([sample["key"] for sample in good]),
     }
+    if "text" in good[0]:
+        batch["text"] = [sample["text"] for sample in good]
+    return batch
 
 
 def build_loader(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from varestorer.evaluation.evaluator import Evaluator
 from varestorer.evaluation.protocols import load_protocol
-from varestorer.evaluation.report import write_report
+from varestorer.evaluation.report import write_run_report
 from varestorer.systems.varestorer import VARestorer
 from varestorer.transformer.adapters import merge_adapters
 from varestorer.utils.images import resize
@@ -141,7 +141,7 @@ def write_comparison(
         "device": str(device),
     }
     path = run_dir / "report.html"
-    write_report(path, title, curves, rows, pictures, facts)
+    write_run_report(path, title, curves, rows, pictures, facts)
     (run_dir / "report.json").write_text(json.dumps({"rows": rows, "facts": facts}, indent=1), encoding="utf-8")
     return path
 

@@ -4,119 +4,37 @@ from __future__ import annotations
 
 import logging
 import math
-import statistics
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import chain, repeat
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from varestorer.evaluation.processes import ALONE, Processes
+from varestorer.evaluation.progress import Progress
 from varestorer.evaluation.protocols import Protocol
-from varestorer.evaluation.sources import Candidate, Source
-from varestorer.utils.errors import UsageError, UserError
-from varestorer.utils.images import load_image, save_image, to_uint8
+from varestorer.evaluation.results import Evaluation, Pair, Row, Scores
+from varestorer.evaluation.samples import Sample, SampleReader, check_sizes
+from varestorer.evaluation.sources import Source
+from varestorer.utils.errors import UsageError
+from varestorer.utils.images import to_uint8
 from varestorer.utils.iqa import (
-    DATASET_METRICS,
     METRIC_ERRORS,
     Metric,
     MetricUnavailableError,
     create_metric,
     metric_config,
+    metric_id,
+    needs_reference,
 )
+from varestorer.utils.iqa_sandbox import quiet
 
 log = logging.getLogger(__name__)
 
-Pair = tuple[str, Path, Path]
-"""Name, low-quality file, high-quality file."""
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Scores of one image: column -> value, and column -> reason where a metric refused the image."""
-
-    values: dict[str, float] = field(default_factory=dict)
-    errors: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Row:
-    """One image of an evaluation.
-
-    Attributes:
-        name: of the pair.
-        scores: column -> value; columns that failed are absent.
-        seconds: that generating it took; None when it was given.
-        errors: what went wrong, one line each.
-        image: the file that was scored, where there is one.
-        reference: the high-quality file.
-    """
-
-    name: str
-    scores: dict[str, float] = field(default_factory=dict)
-    seconds: float | None = None
-    errors: tuple[str, ...] = ()
-    image: Path | None = None
-    reference: Path | None = None
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Scores of a data set under a protocol.
-
-    Attributes:
-        dataset: name of the data set.
-        protocol: name of the protocol.
-        columns: the metrics asked for -> whether lower is better, in the order of the table.
-        metrics: the metrics that ran.
-        rows: one per pair.
-        dataset_scores: metrics of the whole set (FID) -> value.
-        unavailable: metrics that did not run -> reason.
-    """
-
-    dataset: str
-    protocol: str
-    columns: dict[str, bool]
-    metrics: dict[str, Metric]
-    rows: tuple[Row, ...]
-    dataset_scores: dict[str, float]
-    unavailable: dict[str, str]
-
-    @property
-    def failures(self) -> list[str]:
-        """One line for everything that went wrong with an image."""
-        return [f"{row.name}: {error}" for row in self.rows for error in row.errors]
-
-    @property
-    def seconds_per_image(self) -> float | None:
-        """Mean time of generating an image; None when the images were given."""
-        times = [row.seconds for row in self.rows if row.seconds is not None]
-        return statistics.fmean(times) if times else None
-
-    def summary(self) -> dict[str, Any]:
-        """What `summary.json` holds; `std` is the population's, null for metrics of the whole set."""
-        unavailable = dict(self.unavailable)
-        metrics: dict[str, Any] = {}
-        for name, metric in self.metrics.items():
-            values = [row.scores[name] for row in self.rows if name in row.scores]
-            entry = {"id": metric.id, "weights_sha256": metric.weights}
-            if name in self.dataset_scores:
-                scored = sum(row.image is not None and not row.errors for row in self.rows)
-                metrics[name] = {"mean": self.dataset_scores[name], "std": None, "n": scored, **entry}
-            elif values:
-                mean, std = statistics.fmean(values), statistics.pstdev(values)
-                metrics[name] = {"mean": mean, "std": std, "n": len(values), **entry}
-            else:
-                unavailable.setdefault(name, "no image could be scored")
-        return {
-            "dataset": self.dataset,
-            "protocol": self.protocol,
-            "n": sum(bool(row.scores) or not row.errors for row in self.rows),
-            "metrics": metrics,
-            "unavailable": unavailable,
-        }
+NEEDS_REFERENCES = "needs references, and the data set has none"
 
 
 class Evaluator:
@@ -132,8 +50,10 @@ class Evaluator:
         weights_folder: searched for weight files before torch's hub folder.
         offline: never touch the network; default: when HF_HUB_OFFLINE is set.
         seed: of metrics that draw random patches.
+        references: whether the data set has any; without them metrics that compare are not even built.
+        batch: images scored at once where sizes agree, by the metrics whose scores do not depend on it.
     Raises:
-        UsageError: a metric that pyiqa does not know.
+        UsageError: a metric that pyiqa does not know, or an impossible batch.
     """
 
     def __init__(
@@ -145,15 +65,22 @@ class Evaluator:
         weights_folder: str | Path | None = None,
         offline: bool | None = None,
         seed: int = 0,
+        references: bool = True,
+        batch: int = 1,
     ) -> None:
+        if batch < 1:
+            raise UsageError(f"batch must be at least 1 image, got {batch}")
         self.protocol = protocol
         self.device = torch.device("cpu" if torch.device(device).type == "mps" else device)
+        self.batch = batch
         self.metrics: dict[str, Metric] = {}
         self.unavailable: dict[str, str] = {}
         self.columns: dict[str, bool] = {}
+        self.ids: dict[str, str] = {}
         for spec in protocol.select(metrics):
-            self.columns[spec.name] = bool(metric_config(spec.pyiqa_name).get("lower_better", False))
             try:
+                if not references and needs_reference(spec.pyiqa_name):
+                    raise MetricUnavailableError(NEEDS_REFERENCES)
                 self.metrics[spec.name] = create_metric(
                     spec.pyiqa_name,
                     spec.options,
@@ -165,79 +92,134 @@ class Evaluator:
             except MetricUnavailableError as error:
                 log.warning("%s", error)
                 self.unavailable[spec.name] = str(error)
+            self.ids[spec.name] = metric_id(spec.pyiqa_name, spec.options)
+            self.columns[spec.name] = bool(metric_config(spec.pyiqa_name).get("lower_better", False))
+
+    @property
+    def image_metrics(self) -> dict[str, Metric]:
+        """The metrics that score one image, by column."""
+        return {name: metric for name, metric in self.metrics.items() if not metric.is_of_folders}
+
+    def drop(self, unavailable: Mapping[str, str]) -> None:
+        """Do without these metrics: they cannot run in another process of this evaluation, for the reason given."""
+        for name, reason in unavailable.items():
+            self.metrics.pop(name, None)
+            self.unavailable.setdefault(name, reason)
 
     def score(self, image_3HW: Tensor, reference_3HW: Tensor | None = None) -> Scores:
-        """Score one image.
+        """Score one image, as `score_batch` does; UserError if its reference has another size."""
+        check_sizes(image_3HW, reference_3HW)
+        return self.score_batch([image_3HW], [reference_3HW])[0]
+
+    def score_batch(self, images: Sequence[Tensor], references: Sequence[Tensor | None]) -> list[Scores]:
+        """Score images of one size.
 
         Args:
-            image_3HW: RGB in [0, 1]; rounded to 8 bit first, as the reference is.
-            reference_3HW: the same size; without it only metrics that need none run.
+            images: (3, H, W) RGB in [0, 1]; rounded to 8 bit first, as the references are.
+            references: the same size; without them only metrics that need none run.
         Raises:
-            UserError: the sizes differ.
+            ValueError: some have a reference and some have none.
         """
-        if reference_3HW is not None and image_3HW.shape != reference_3HW.shape:
-            got, wanted = _size(image_3HW), _size(reference_3HW)
-            raise UserError(f"the image is {got} and its reference {wanted} pixels; scores need equal sizes")
-        image = _round_trip(image_3HW, self.device)
-        reference = None if reference_3HW is None else _round_trip(reference_3HW, self.device)
-        scores = Scores()
-        for name, metric in self.metrics.items():
-            if metric.name in DATASET_METRICS or (metric.needs_reference and reference is None):
-                continue
-            try:
-                scores.values[name] = _finite(metric(image, reference).item())
-            except METRIC_ERRORS as error:
-                scores.errors[name] = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        return scores
+        image_B3HW = _round_trip(images, self.device)
+        given = [reference for reference in references if reference is not None]
+        reference_B3HW = _round_trip(given, self.device) if given else None
+        if len(given) not in (0, len(images)):
+            raise ValueError(f"{len(images)} images need as many references, or none, got {len(given)}")
+        found = [Scores() for _ in images]
+        for name, metric in self.image_metrics.items():
+            if not metric.needs_reference or reference_B3HW is not None:
+                _score(name, metric, image_B3HW, reference_B3HW, found)
+        return found
 
     def evaluate(
-        self, pairs: Sequence[Pair], source: Source, dataset: str = "folder", keep: Path | None = None
+        self,
+        pairs: Sequence[Pair],
+        source: Source,
+        dataset: str = "folder",
+        keep: Path | None = None,
+        *,
+        progress: Progress | None = None,
+        processes: Processes = ALONE,
     ) -> Evaluation:
         """Score a data set; an image that fails is recorded, and the rest goes on.
 
+        The same pairs are scored together however many processes there are and wherever an earlier run stopped, so
+        the figures are the same.
+
         Args:
-            pairs: name, low-quality file, high-quality file.
+            pairs: name, low-quality file, high-quality file or None.
             source: gives the image to be scored.
             dataset: its name, for the records.
-            keep: folder for the images that the source makes, `<stem>.png`.
+            keep: folder for the images that the source makes, `<name>.png`.
+            progress: what an earlier run did is not done again, and what this one does is noted.
+            processes: that share the work; all get all rows, and the first scores of whole folders (FID).
         Raises:
             UsageError: no pairs.
         """
         from tqdm import tqdm
 
         if not pairs:
-            raise UsageError(f"data set {dataset!r} has no pairs of images to score")
-        progress = tqdm(pairs, desc=f"evaluate {dataset}", unit="image", disable=None)
-        rows = tuple(self._row(pair, source, keep) for pair in progress)
-        dataset_scores, refused = self._dataset_scores(rows)
+            raise UsageError(f"data set {dataset!r} has no images to score")
+        reader = SampleReader(source, keep, reuse=progress is not None)
+        rows = self._kept(pairs, reader, progress) if progress else {}
+        # all have read what there is before the first writes
+        if all(processes.gather([True])) and progress and processes.is_main:
+            progress.begin(list(self.image_metrics), rows.values())
+        chunks = self._chunks(pairs, rows)
+        rounds = math.ceil(len(chunks) / processes.size)
+        bar = tqdm(total=len(pairs), initial=len(rows), desc=f"evaluate {dataset}", unit="image", disable=None)
+        with quiet(), bar:
+            mine = (self._rows(samples) for samples in reader.read(processes.share(chunks)))
+            for _, scored in zip(range(rounds), chain(mine, repeat(())), strict=False):
+                new = processes.gather(list(scored))
+                if progress and processes.is_main:
+                    progress.append(new)
+                rows |= {row.name: row for row in new}
+                bar.update(len(new))
+        ordered = tuple(rows[name] for name, _, _ in pairs)
+        dataset_scores, refused = self._dataset_scores(ordered) if processes.is_main else ({}, {})
         return Evaluation(
             dataset=dataset,
             protocol=self.protocol.name,
             columns=self.columns,
             metrics=self.metrics,
-            rows=rows,
+            rows=ordered,
             dataset_scores=dataset_scores,
             unavailable={**self.unavailable, **refused},
         )
 
-    def _row(self, pair: Pair, source: Source, keep: Path | None) -> Row:
-        name, lq_path, hq_path = pair
-        try:
-            candidate = source(name, lq_path)
-            path = _keep(candidate, name, keep)
-            scores = self.score(candidate.image, load_image(hq_path))
-        except UserError as error:
-            log.warning("%s: %s", name, error)
-            return Row(name, errors=(str(error),), reference=hq_path)
-        errors = tuple(f"{metric}: {reason}" for metric, reason in scores.errors.items())
-        return Row(name, scores.values, candidate.seconds, errors, path, hq_path)
+    def _kept(self, pairs: Sequence[Pair], reader: SampleReader, progress: Progress) -> dict[str, Row]:
+        """Rows of an earlier run whose files are there and have not changed since."""
+        done = progress.kept(list(self.image_metrics))
+        rows = {}
+        for name, lq, hq in pairs:
+            image = reader.file((name, lq, hq))
+            files = [file for file in (image, lq, hq) if file is not None]
+            if name in done and progress.is_current(files):
+                rows[name] = replace(done[name], image=image, reference=hq, lq=lq)
+        return rows
+
+    def _chunks(self, pairs: Sequence[Pair], rows: Mapping[str, Row]) -> list[list[Pair]]:
+        """Pairs that are scored together, without those that have a row; none is empty."""
+        parts = (pairs[start : start + self.batch] for start in range(0, len(pairs), self.batch))
+        chunks = ([pair for pair in part if pair[0] not in rows] for part in parts)
+        return [chunk for chunk in chunks if chunk]
+
+    def _rows(self, samples: Sequence[Sample]) -> list[Row]:
+        """Score the samples of a chunk, those of one size at once."""
+        scores: dict[str, Scores] = {}
+        for group in _same_size(samples):
+            images, references = [s.image for s in group if s.image is not None], [s.reference for s in group]
+            found = self.score_batch(images, references)
+            scores |= {sample.row.name: one for sample, one in zip(group, found, strict=True)}
+        return [_with_scores(sample.row, scores.get(sample.row.name, Scores())) for sample in samples]
 
     def _dataset_scores(self, rows: Sequence[Row]) -> tuple[dict[str, float], dict[str, str]]:
         """Scores of metrics that compare whole folders, and why those that failed did."""
         scores: dict[str, float] = {}
         refused: dict[str, str] = {}
-        metrics = {name: metric for name, metric in self.metrics.items() if metric.name in DATASET_METRICS}
-        pairs = [(row.image, row.reference) for row in rows if row.image and row.reference and not row.errors]
+        metrics = {name: metric for name, metric in self.metrics.items() if metric.is_of_folders}
+        pairs = [(row.image, row.reference or row.image) for row in rows if row.image and not row.errors]
         for name, metric in metrics.items():
             try:
                 with tempfile.TemporaryDirectory(prefix="varestorer-eval-") as folder:
@@ -248,13 +230,39 @@ class Evaluator:
         return scores, refused
 
 
-def _keep(candidate: Candidate, name: str, folder: Path | None) -> Path | None:
-    """Write an image that was made here to `folder`; return the file that holds the image, if any."""
-    if candidate.path is not None or folder is None:
-        return candidate.path
-    path = folder / f"{name}.png"
-    save_image(path, candidate.image)
-    return path
+def _score(
+    name: str, metric: Metric, image_B3HW: Tensor, reference_B3HW: Tensor | None, found: Sequence[Scores]
+) -> None:
+    """Add a metric's scores, or the reason why it refused an image, to what was found of each image."""
+    try:
+        if metric.takes_batches and len(found) > 1:
+            values = [_finite(value) for value in metric(image_B3HW, reference_B3HW).tolist()]
+            for scores, value in zip(found, values, strict=True):
+                scores.values[name] = value
+            return
+    except METRIC_ERRORS as error:
+        log.debug("%s one by one, because a batch failed: %s", name, error)
+    for i, scores in enumerate(found):
+        one = slice(i, i + 1)
+        try:
+            reference = None if reference_B3HW is None else reference_B3HW[one]
+            scores.values[name] = _finite(metric(image_B3HW[one], reference).item())
+        except METRIC_ERRORS as error:
+            scores.errors[name] = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+
+
+def _same_size(samples: Sequence[Sample]) -> Iterator[list[Sample]]:
+    """The samples that have an image, in groups of one size, with or without references."""
+    groups: dict[tuple[object, ...], list[Sample]] = {}
+    for sample in samples:
+        if sample.image is not None:
+            groups.setdefault((sample.image.shape, sample.reference is None), []).append(sample)
+    yield from groups.values()
+
+
+def _with_scores(row: Row, scores: Scores) -> Row:
+    errors = tuple(f"{metric}: {reason}" for metric, reason in scores.errors.items())
+    return replace(row, scores=scores.values, errors=row.errors + errors)
 
 
 def _link_pairs(pairs: Sequence[tuple[Path, Path]], folder: Path) -> tuple[Path, Path]:
@@ -267,13 +275,9 @@ def _link_pairs(pairs: Sequence[tuple[Path, Path]], folder: Path) -> tuple[Path,
     return folders
 
 
-def _round_trip(image_3HW: Tensor, device: torch.device) -> Tensor:
-    """(1, 3, H, W) float32 in [0, 1] as it would be read back from an 8-bit PNG."""
-    return (to_uint8(image_3HW).to(torch.float32) / 255)[None].to(device)
-
-
-def _size(image_3HW: Tensor) -> str:
-    return f"{image_3HW.shape[-1]}x{image_3HW.shape[-2]}"
+def _round_trip(images: Sequence[Tensor], device: torch.device) -> Tensor:
+    """(B, 3, H, W) float32 in [0, 1] as it would be read back from 8-bit PNGs."""
+    return (to_uint8(torch.stack(list(images))).to(torch.float32) / 255).to(device)
 
 
 def _finite(value: float) -> float:

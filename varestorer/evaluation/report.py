@@ -1,30 +1,31 @@
-"""The report of a run: one HTML file that holds loss curves, pictures, a table of scores and the facts."""
+"""The report of a training run: one HTML file that holds loss curves, pictures, a table of scores and the facts."""
 
 from __future__ import annotations
 
 import base64
 from collections.abc import Mapping, Sequence
 from html import escape
-from importlib.resources import files
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from einops import rearrange
+from markupsafe import Markup
 from torch import Tensor
 
+from varestorer.evaluation.pictures import (
+    DETAIL_WIDTH,
+    HINT,
+    PictureColumn,
+    detailed_crops,
+    enlarge,
+    html_picture,
+    png_url,
+)
+from varestorer.evaluation.renderers import html_table
+from varestorer.evaluation.tables import Column, Table, TableRow, printed
+from varestorer.evaluation.templates import render
 from varestorer.utils.files import atomic_write
-from varestorer.utils.images import to_uint8
-
-MIN_ZOOM = 3
-DETAIL_WIDTH = 216
-"""Width of a column and of the enlarged detail in it, pixels: six columns fit a usual screen."""
-
-PICTURE_HINT = """<p class="hint">Under each picture the framed place, enlarged pixel by pixel.
-Click a picture to see it at its own pixels; then the arrow keys step through the columns at the same place,
-+ and - zoom, Esc closes.</p>"""
 
 Picture = Mapping[str, Tensor]
 """Columns of one photograph: label -> (3, H, W) in [0, 1]; the last one is the reference."""
@@ -32,7 +33,7 @@ Picture = Mapping[str, Tensor]
 NOT_LOSSES = frozenset({"stage", "step", "seconds", "lr", "epoch"})
 
 
-def write_report(
+def write_run_report(
     path: str | Path,
     title: str,
     curves: Mapping[str, Sequence[Mapping[str, Any]]],
@@ -58,63 +59,37 @@ def write_report(
     """
     named = pictures if isinstance(pictures, Mapping) else {f"{i + 1}": p for i, p in enumerate(pictures)}
     body = [
-        f"<h1>{escape(title)}</h1>",
-        *(["<h2>Scores</h2>", html_table(rows)] if rows else []),
-        *(["<h2>Pictures</h2>", PICTURE_HINT] if named else []),
-        *(html_picture(name, picture) for name, picture in named.items()),
+        *(["<h2>Scores</h2>", html_table(methods_table(rows))] if rows else []),
+        *(["<h2>Pictures</h2>", f'<p class="hint">{HINT}</p>'] if named else []),
+        *(shown_picture(name, picture) for name, picture in named.items()),
         *(["<h2>Losses</h2>"] if curves else []),
         *(html_curves(stage, lines) for stage, lines in curves.items() if lines),
         "<h2>Run</h2>",
         html_facts(facts),
     ]
     with atomic_write(path) as temporary:
-        temporary.write_text(_page(title, "\n".join(body)), encoding="utf-8")
+        temporary.write_text(render("report.html", title=title, body=Markup("\n".join(body))), encoding="utf-8")
     return Path(path)
 
 
-def html_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A table of methods; numbers are right-aligned, the best of each column of scores is bold."""
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    best = {name: _best(name, [row[name] for row in rows if _is_number(row.get(name))]) for name in columns}
-    lines = ["<table><tr>", *(f"<th>{escape(name)}</th>" for name in columns), "</tr>"]
-    for row in rows:
-        cells = []
-        for name in columns:
-            value = row.get(name)
-            kind = "number" if _is_number(value) else "text"
-            text = escape(_text(value))
-            is_best = kind == "number" and best[name] == value
-            cells.append(f'<td class="{kind}">{f"<b>{text}</b>" if is_best else text}</td>')
-        lines.append(f"<tr>{''.join(cells)}</tr>")
-    return "".join([*lines, "</table>"])
+def methods_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """A table of methods in which scores and times have a direction."""
+    columns = []
+    for name in dict.fromkeys(name for row in rows for name in row):
+        is_text = not any(_is_number(row.get(name)) for row in rows)
+        columns.append(Column(name, _lower_is_better(name), is_text))
+    return Table(tuple(columns), tuple(TableRow(row) for row in rows))
 
 
-def html_picture(name: str, picture: Picture) -> str:
-    """One photograph: its columns side by side, and under each the same detail enlarged."""
+def shown_picture(name: str, picture: Picture) -> Markup:
+    """One photograph: its columns at the size of the largest, and the place with the most detail."""
     height = max(image.shape[-2] for image in picture.values())
     width = max(image.shape[-1] for image in picture.values())
-    full = {label: _enlarge(image, height, width) for label, image in picture.items()}
-    top, left, side = detailed_crop(list(full.values())[-1])
-    # by repeating pixels: what is seen is what the network made
-    zoom = max(MIN_ZOOM, DETAIL_WIDTH // side)
-    sharp = " sharp" if width < DETAIL_WIDTH else ""
-    # the frame is drawn by the page, in percent, so that the picture's own pixels stay as they are
-    frame = (
-        f"left:{100 * left / width:.3f}%;top:{100 * top / height:.3f}%;"
-        f"width:{100 * side / width:.3f}%;height:{100 * side / height:.3f}%"
-    )
-    cells = []
-    for label, image in full.items():
-        detail = image[:, top : top + side, left : left + side]
-        detail = detail.repeat_interleave(zoom, dim=1).repeat_interleave(zoom, dim=2)
-        cells.append(
-            f"<figure><figcaption>{escape(label)}</figcaption>"
-            f'<div class="picture"><img class="full{sharp}" alt="{escape(label)}" src="{png_url(image)}">'
-            f'<i style="{frame}"></i></div>'
-            f'<img class="detail" alt="{escape(label)}, enlarged" src="{png_url(detail)}"></figure>'
-        )
-    caption = f"{escape(name)} <small>{width} x {height}</small>"
-    return f'<h3>{caption}</h3><div class="row" style="--columns:{len(cells)}">{"".join(cells)}</div>'
+    columns = []
+    for label, image in picture.items():
+        full = enlarge(image, height, width)
+        columns.append(PictureColumn(label, png_url(full), full, width < DETAIL_WIDTH))
+    return html_picture(name, f"{width} x {height}", columns, detailed_crops(columns[-1].image))
 
 
 def html_curves(stage: str, lines: Sequence[Mapping[str, Any]]) -> str:
@@ -179,49 +154,12 @@ def smooth(values: np.ndarray, share: float = 0.05) -> np.ndarray:
     return (sums[index + reach + 1] - sums[index - reach]) / (2 * reach + 1)
 
 
-def detailed_crop(image_3HW: Tensor) -> tuple[int, int, int]:
-    """Find the square with the most detail (gradient energy), the first of equals.
-
-    Returns:
-        top, left, side; pixels. The side is a quarter of the shorter side, 24 to 72.
-    """
-    grey = image_3HW.float().mean(dim=0)
-    height, width = grey.shape
-    side = min(max(min(height, width) // 4, 24), DETAIL_WIDTH // MIN_ZOOM, height, width)
-    energy = torch.zeros_like(grey)
-    energy[:-1] += (grey[1:] - grey[:-1]).abs()
-    energy[:, :-1] += (grey[:, 1:] - grey[:, :-1]).abs()
-    stride = max(side // 4, 1)
-    sums = torch.nn.functional.avg_pool2d(energy[None], side, stride)[0]
-    best = int(sums.argmax())
-    return best // sums.shape[1] * stride, best % sums.shape[1] * stride, side
-
-
-def png_url(image_3HW: Tensor) -> str:
-    """An image in [0, 1] as a PNG inside a `data:` URL."""
-    from PIL import Image
-
-    buffer = BytesIO()
-    array = rearrange(to_uint8(image_3HW.detach()).cpu(), "c h w -> h w c").numpy()
-    Image.fromarray(array).save(buffer, format="PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def _enlarge(image_3HW: Tensor, height: int, width: int) -> Tensor:
-    """Repeat pixels until the image has the size of the largest column."""
-    if tuple(image_3HW.shape[-2:]) == (height, width):
-        return image_3HW
-    return torch.nn.functional.interpolate(image_3HW[None].float(), (height, width), mode="nearest")[0]
-
-
-def _best(column: str, values: Sequence[float]) -> float | None:
-    """The best value of a column of scores or times; None for other columns."""
+def _lower_is_better(column: str) -> bool | None:
+    """The direction of a column of scores or times; None for other columns."""
     name = column.lower()
-    if not values:
-        return None
     if "second" in name or any(word in name for word in ("lpips", "dists", "niqe")):
-        return min(values)
-    return max(values) if any(word in name for word in ("psnr", "ssim", "musiq", "clipiqa")) else None
+        return True
+    return False if any(word in name for word in ("psnr", "ssim", "musiq", "clipiqa")) else None
 
 
 def _is_number(value: Any) -> bool:
@@ -229,13 +167,4 @@ def _is_number(value: Any) -> bool:
 
 
 def _text(value: Any) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, float):
-        return f"{value:.4f}" if abs(value) < 2 else f"{value:.2f}"
-    return str(value)
-
-
-def _page(title: str, body: str) -> str:
-    template = files("varestorer.evaluation").joinpath("report.html").read_text(encoding="utf-8")
-    return template.replace("{{title}}", escape(title)).replace("{{body}}", body)
+    return "" if value is None else printed(value)

@@ -8,11 +8,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from varestorer.utils.errors import UsageError, UserError
 from varestorer.utils.images import list_images, load_image, resize
@@ -37,6 +38,25 @@ class Candidate:
 Source = Callable[[str, Path], Candidate]
 
 
+class KnownSource(Protocol):
+    """A source that the command offers: it says what decides its images.
+
+    Attributes:
+        method: its name in tables.
+        settings: with the same ones it gives the same images; see `progress`.
+        runs_ahead: whether it may make an image while the one before is scored: if its work is done elsewhere (on a
+            disk, on an accelerator). On a CPU the two would only take the cores from each other.
+    """
+
+    method: str
+    settings: dict[str, Any]
+    runs_ahead: bool
+
+    def __call__(self, name: str, lq_path: Path) -> Candidate:
+        """Give the image for a low-quality one."""
+        ...
+
+
 class Restorer(Protocol):
     """What `SystemSource` needs of a system: `systems.VARestorer` is one."""
 
@@ -54,8 +74,12 @@ class FolderSource:
         UsageError: not a folder, or no images in it.
     """
 
+    runs_ahead = True
+
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder).expanduser()
+        self.method = self.folder.name
+        self.settings = {"predictions": str(self.folder.resolve())}
         if not self.folder.is_dir():
             raise UsageError(f"predictions must be a folder of images, and {self.folder} is not a folder")
         self.paths: dict[str, list[Path]] = {}
@@ -65,14 +89,19 @@ class FolderSource:
         if not self.paths:
             raise UsageError(f"predictions must be a folder of images, and {self.folder} holds none")
 
-    def __call__(self, name: str, lq_path: Path) -> Candidate:
-        """Read the prediction for `name`; UserError when there is none, or more than one."""
+    def find(self, name: str, lq_path: Path) -> Path:
+        """The file of the prediction for `name`; UserError when there is none, or more than one."""
         keys = (name, name.rpartition("/")[2], lq_path.stem)
         found = next((self.paths[key] for key in keys if key in self.paths), [])
         if len(found) != 1:
             problem = ", ".join(path.name for path in found) if found else "none"
             raise UserError(f"wanted one prediction {name}.* in {self.folder}, found {problem}")
-        return Candidate(load_image(found[0]), path=found[0])
+        return found[0]
+
+    def __call__(self, name: str, lq_path: Path) -> Candidate:
+        """Read the prediction for `name`; UserError when there is none, more than one, or a broken one."""
+        path = self.find(name, lq_path)
+        return Candidate(load_image(path), path=path)
 
 
 class BicubicSource:
@@ -82,8 +111,12 @@ class BicubicSource:
         scale: side of the output over side of the input.
     """
 
+    method = "bicubic"
+    runs_ahead = False
+
     def __init__(self, scale: int = 4) -> None:
         self.scale = scale
+        self.settings = {"method": "bicubic", "scale": scale}
 
     def __call__(self, name: str, lq_path: Path) -> Candidate:
         """Upsample one image."""
@@ -101,12 +134,16 @@ class SystemSource:
         system: has `restore(image_3HW, scale=, seed=)`.
         scale: side of the output over side of the input.
         seed: each image gets a seed of its own, derived from this one and its name.
+        settings: what is known of the system, such as the digest of its weights.
     """
 
-    def __init__(self, system: Restorer, scale: int = 4, seed: int = 0) -> None:
+    def __init__(self, system: Restorer, scale: int = 4, seed: int = 0, settings: dict[str, Any] | None = None) -> None:
         self.system = system
         self.scale = scale
         self.seed = seed
+        self.method = f"{type(system).__name__} (this run)"
+        self.settings = {**(settings or {}), "scale": scale, "seed": seed}
+        self.runs_ahead = getattr(getattr(system, "device", None), "type", "cpu") != "cpu"
 
     def __call__(self, name: str, lq_path: Path) -> Candidate:
         """Restore one image; the time includes moving it to the device and back.
@@ -120,7 +157,20 @@ class SystemSource:
             with torch.no_grad():
                 seed = derive_seed(self.seed, name)
                 image = self.system.restore(lq_3hw, scale=self.scale, seed=seed).image
-        except torch.cuda.OutOfMemoryError as error:
+        except torch.OutOfMemoryError as error:
             raise UserError(f"not enough GPU memory to restore {lq_path} (try device=cpu)") from error
         image = image.detach().float().cpu()
         return Candidate(image, seconds=time.perf_counter() - start)
+
+
+def weights_digest(module: nn.Module) -> str:
+    """Tell one set of weights from another: the SHA-256 of the names, shapes and first and last values of all.
+
+    A step of training changes it, a copy of the files does not; it takes no time with large models either.
+    """
+    digest = sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        flat = tensor.detach().reshape(-1)
+        ends = [flat[:4].double().tolist(), flat[-4:].double().tolist()]
+        digest.update(f"{name} {tuple(tensor.shape)} {ends}\n".encode())
+    return digest.hexdigest()[:16]

@@ -1,143 +1,122 @@
-"""Tables: the published rows, ours beside them, in Markdown."""
+"""A table of methods: columns with a direction, rows of figures, and which figures are the best.
+
+One model for every table of the project; `renderers` turns it into Markdown, LaTeX and HTML.
+"""
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.resources import files
 
-from varestorer.evaluation.evaluator import Evaluation
+MISSING = "–"
+BEST, SECOND = "best", "second"
 
-MEASURED_COLUMNS = {
-    "varestorer": {"psnr": "psnr_rgb", "ssim": "ssim"},
-    "stablesr_y": {"psnr": "psnr_y", "ssim": "ssim_y"},
-    "varsr": {"psnr": "psnr_y", "ssim": "ssim_y"},
-}
-"""Which column of the measured baselines holds PSNR and SSIM in the convention of a protocol."""
+Cell = str | float | int | None
+"""What stands in a table. In a column of figures a text is a figure as somebody else printed it."""
+
+
+def figure(value: float) -> str:
+    """A figure with four digits, as papers print them: 0.7341, 4.763, 25.15, 117.2."""
+    size = abs(value)
+    decimals = next((n for limit, n in ((1, 4), (10, 3), (100, 2), (1000, 1)) if size < limit), 0)
+    return f"{value:.{decimals}f}"
+
+
+def printed(cell: Cell) -> str:
+    """The text of a cell; a dash where there is nothing."""
+    if cell is None:
+        return MISSING
+    return figure(cell) if isinstance(cell, float) else str(cell)
 
 
 @dataclass(frozen=True)
-class MethodRow:
-    """A method of a table.
+class Column:
+    """A column.
 
     Attributes:
-        method: its name.
-        scores: metric -> value; missing ones were not reported.
-        source: where the figures come from.
+        name: its heading, and the key of its cells.
+        lower_is_better: direction of its figures; None where nothing is best.
+        is_text: words instead of figures.
     """
 
-    method: str
-    scores: Mapping[str, float]
-    source: str
+    name: str
+    lower_is_better: bool | None = None
+    is_text: bool = False
+
+    @property
+    def heading(self) -> str:
+        """The name with an arrow for its direction."""
+        arrow = {None: "", True: " ↓", False: " ↑"}[self.lower_is_better]
+        return self.name + arrow
 
 
-def read_published(name: str) -> list[dict[str, str]]:
-    """Read one of the tables that ship with the package.
+@dataclass(frozen=True)
+class TableRow:
+    """A row.
 
-    Args:
-        name: `varestorer_table1`, `varestorer_table2`, `varestorer_table3_ablation_div2k` or
-            `measured_baselines_realsr`.
-    Returns:
-        One dict per row, column -> text; empty where nothing was reported.
+    Attributes:
+        cells: column -> figure or text; those that are absent are shown as a dash.
+        is_ours: whether it is marked as ours.
+        is_ranked: whether it competes for the marks; not where its figures are means over other images.
+        group: rows of one group stand under its name, and only they are compared.
     """
-    text = files("varestorer.evaluation").joinpath("published", f"{name}.csv").read_text(encoding="utf-8")
-    return list(csv.DictReader(line for line in text.splitlines() if not line.startswith("#")))
+
+    cells: Mapping[str, Cell]
+    is_ours: bool = False
+    is_ranked: bool = True
+    group: str = ""
 
 
-def published_rows(dataset: str, protocol: str, metrics: Sequence[str]) -> list[MethodRow]:
-    """Rows that may stand beside ours: same data set, same protocol.
+@dataclass(frozen=True)
+class Shown:
+    """A cell as it is shown: its text, `BEST`, `SECOND` or no mark, and whether it is words."""
 
-    Args:
-        dataset: `div2k`, `realsr` or `drealsr`; others have no published rows.
-        protocol: name of the protocol; only `varestorer` has published rows, RealSR has measured ones in all.
-        metrics: columns wanted; rows without any of them are left out.
+    text: str
+    mark: str
+    is_text: bool
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table.
+
+    Attributes:
+        columns: in order.
+        rows: in order; those of one group together.
+        title: what it shows.
+        notes: sentences under it.
     """
-    rows: list[MethodRow] = []
-    if protocol == "varestorer":
-        for row in read_published("varestorer_table1"):
-            if row["dataset"] == dataset:
-                steps = f"{row['steps']} step" + ("s" if row["steps"] != "1" else "")
-                scores = _numbers(row, {name: name for name in metrics})
-                rows.append(MethodRow(f"{row['method']} ({steps})", scores, "VARestorer, table 1"))
-    if dataset == "realsr" and protocol in MEASURED_COLUMNS:
-        same = {name: name for name in metrics if name not in ("psnr", "ssim")}
-        own = {name: column for name, column in MEASURED_COLUMNS[protocol].items() if name in metrics}
-        for row in read_published("measured_baselines_realsr"):
-            scores = _numbers(row, {**same, **own})
-            rows.append(MethodRow(row["method"], scores, "measured with pyiqa 0.1.16"))
-    return [row for row in rows if row.scores]
 
+    columns: tuple[Column, ...]
+    rows: tuple[TableRow, ...]
+    title: str = ""
+    notes: tuple[str, ...] = ()
 
-def markdown_table(evaluation: Evaluation, method: str = "this run", expected_pairs: int | None = None) -> str:
-    """Our row under the published ones, the best value of each column bold, and what the figures rest on.
+    def marks(self) -> list[dict[str, str]]:
+        """For each row, column -> `BEST` or `SECOND`; figures that are printed alike share a mark."""
+        marks: list[dict[str, str]] = [{} for _ in self.rows]
+        for group in dict.fromkeys(row.group for row in self.rows):
+            ranked = [n for n, row in enumerate(self.rows) if row.group == group and row.is_ranked]
+            for column in self.columns:
+                for number, mark in self._ranking(column, ranked).items():
+                    marks[number][column.name] = mark
+        return marks
 
-    Args:
-        evaluation: the scores.
-        method: name of our row.
-        expected_pairs: size of the published test set; with another number of images a note says that the
-            rows cannot be compared, and nothing is bold.
-    """
-    summary = evaluation.summary()
-    ours = MethodRow(method, {name: m["mean"] for name, m in summary["metrics"].items()}, "this evaluation")
-    metrics = list(evaluation.columns)
-    rows = [*published_rows(evaluation.dataset, evaluation.protocol, metrics), ours]
-    comparable = expected_pairs is None or summary["n"] == expected_pairs
-    best = _best(rows, evaluation.columns) if comparable and len(rows) > 1 else {}
-    heads = [f"{name} {'↓' if is_lower else '↑'}" for name, is_lower in evaluation.columns.items()]
-    lines = [
-        f"# {evaluation.dataset}, protocol `{evaluation.protocol}`",
-        "",
-        _line(["method", *heads, "source"]),
-        _line(["---", *("---:" for _ in metrics), "---"]),
-        *(_line([row.method, *(_cell(row, name, best) for name in metrics), row.source]) for row in rows),
-        "",
-        *_notes(evaluation, comparable, expected_pairs),
-    ]
-    return "\n".join(lines) + "\n"
+    def _ranking(self, column: Column, ranked: list[int]) -> dict[int, str]:
+        """Marks of one column among these rows, by row."""
+        if column.lower_is_better is None:
+            return {}
+        cells = {number: self.rows[number].cells.get(column.name) for number in ranked}
+        figures = {number: float(printed(cell)) for number, cell in cells.items() if cell is not None}
+        if len(figures) < 2:
+            return {}
+        order = sorted(set(figures.values()), reverse=not column.lower_is_better)
+        places = dict(zip(order, (BEST, SECOND), strict=False))
+        return {number: places[value] for number, value in figures.items() if value in places}
 
-
-def _notes(evaluation: Evaluation, comparable: bool, expected_pairs: int | None) -> list[str]:
-    """What our row rests on: number of images, spread, ids, weights, what did not run and why."""
-    summary = evaluation.summary()
-    notes = [f"{summary['n']} images scored, {len(evaluation.rows) - summary['n']} not."]
-    if not comparable:
-        notes.append(f"The other rows are means over {expected_pairs} images: not comparable with this one.")
-    if evaluation.seconds_per_image is not None:
-        notes.append(f"{evaluation.seconds_per_image:.3f} s per image (wall time of making it).")
-    notes += ["", "| metric | mean | std | n | id | weights (SHA-256) |", "|---|---:|---:|---:|---|---|"]
-    for name, m in summary["metrics"].items():
-        std = "" if m["std"] is None else f"{m['std']:.4f}"
-        weights = (m["weights_sha256"] or "none")[:16]
-        notes.append(_line([name, f"{m['mean']:.4f}", std, str(m["n"]), f"`{m['id']}`", weights]))
-    if summary["unavailable"]:
-        notes += ["", "Not available:", ""]
-        notes += [f"- {name}: {reason}" for name, reason in summary["unavailable"].items()]
-    return notes
-
-
-def _numbers(row: Mapping[str, str], columns: Mapping[str, str]) -> dict[str, float]:
-    """Metric -> value, of those columns of a row that are there and not empty."""
-    return {name: float(row[column]) for name, column in columns.items() if row.get(column)}
-
-
-def _best(rows: Sequence[MethodRow], lower_is_better: Mapping[str, bool]) -> dict[str, float]:
-    best = {}
-    for name, is_lower in lower_is_better.items():
-        values = [row.scores[name] for row in rows if name in row.scores]
-        if values:
-            best[name] = min(values) if is_lower else max(values)
-    return best
-
-
-def _cell(row: MethodRow, metric: str, best: Mapping[str, float]) -> str:
-    if metric not in row.scores:
-        return "–"
-    value = row.scores[metric]
-    # as the papers print: 25.15, 0.7341, 4.763
-    text = f"{value:.4f}" if abs(value) < 2 else f"{value:.2f}" if abs(value) >= 10 else f"{value:.3f}"
-    return f"**{text}**" if best.get(metric) == value else text
-
-
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+    def shown(self) -> list[list[Shown]]:
+        """All cells as they are shown, row by row."""
+        return [
+            [Shown(printed(row.cells.get(c.name)), marks.get(c.name, ""), c.is_text) for c in self.columns]
+            for row, marks in zip(self.rows, self.marks(), strict=True)
+        ]

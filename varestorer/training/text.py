@@ -2,24 +2,43 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from varestorer.systems.varestorer import VARestorer
 from varestorer.training.task import Batch
 from varestorer.transformer import TextFeatures
+from varestorer.utils.errors import UserError
 from varestorer.utils.seeds import uniform_per_sample
 
 
 def prompts_of(batch: Batch, system: VARestorer, condition_drop: float, seed: int) -> TextFeatures:
     """Features of the batch's prompts, some replaced by the null text; the null text where there are no prompts.
 
+    A dropped prompt becomes the null text of its length; a sample without a prompt gets all of the null text, as in
+    restoring without a prompt.
+
     Args:
-        batch: its optional entry "text" is a list of (T, E) features, one per sample.
+        batch: its optional entry "text" is a list of (T, E) features on any device, or None, one per sample.
         system: holds the learned null text.
         condition_drop: share of prompts that are dropped; which ones depends on seed and sample alone.
         seed: of the drops.
+    Raises:
+        UserError: features of another width than the model's.
     """
     keys = batch["key"]
     if "text" not in batch:
         return system.null_text(len(keys))
-    text = TextFeatures.from_list(batch["text"])
-    dropped = uniform_per_sample((), seed, keys, "condition drop", text.features_BTE.device) < condition_drop
-    return system.transformer.text.drop(text, dropped)
+    null_TE = system.transformer.text.null_features
+    draws = uniform_per_sample((), seed, keys, "condition drop").tolist()
+    chosen: list[Tensor] = []
+    for text_TE, draw in zip(batch["text"], draws, strict=True):
+        if text_TE is None:
+            chosen.append(null_TE)
+            continue
+        if text_TE.shape[-1] != null_TE.shape[-1]:
+            raise UserError(
+                f"data.text holds features of width {text_TE.shape[-1]}, but the model wants {null_TE.shape[-1]}; make "
+                "the folder again with the text encoder of this model (scripts/precompute_text.py text_encoder=...)"
+            )
+        chosen.append(null_TE[: len(text_TE)] if draw < condition_drop else text_TE.to(null_TE))
+    return TextFeatures.from_list(chosen)

@@ -164,7 +164,12 @@ class VARTransformer(nn.Module):
 
     def predict(self, x_BLC: Tensor, cond_BC: Tensor) -> Tensor:
         """The head, always in float32: logits (B, L, Z, 2) of tokens that left the last block."""
-        with torch.autocast(x_BLC.device.type, enabled=False):
+        with _no_autocast(x_BLC.device):
             scale, shift = self.head_modulation(F.silu(cond_BC.float()))[:, None].chunk(2, dim=-1)
             logits = self.head(modulate(x_BLC.float(), scale, shift))
         return rearrange(logits, "b l (z two) -> b l z two", two=2)
+
+
+def _no_autocast(device: torch.device) -> AbstractContextManager:
+    """Float32, whatever the caller chose; the meta device, on which costs are counted, knows no autocast."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)

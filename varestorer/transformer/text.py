@@ -121,12 +121,6 @@ class TextPath(nn.Module):
         """The whole null text for a batch without prompts."""
         return TextFeatures(self.null_features.expand(batch_size, -1, -1), (len(self.null_features),) * batch_size)
 
-    def drop(self, text: TextFeatures, dropped: Tensor) -> TextFeatures:
-        """A copy of `text` in which the prompts marked in `dropped` (B,) bool are the null text (condition drop)."""
-        null = self.null(text.lengths).features_BTE
-        features = torch.where(dropped[:, None, None], null.to(text.features_BTE), text.features_BTE)
-        return TextFeatures(features, text.lengths)
-
     def forward(self, text: TextFeatures) -> TextContext:
         normed = self.norm(text.features_BTE)
         key_mask = text.key_mask()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import pickle
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from varestorer.utils.errors import UsageError, UserError
 from varestorer.utils.iqa_sandbox import (
+    ask_network,
     isolated_rng,
     network_reachable,
     no_downloads,
@@ -40,6 +41,10 @@ if TYPE_CHECKING:
 
 DATASET_METRICS = frozenset({"fid", "sfid", "fid_dinov2", "inception_score"})
 """Metrics of whole folders: they have no value for a single image."""
+
+BATCHABLE = frozenset({"psnr", "ssim", "lpips", "dists", "niqe"})
+"""Metrics that gave each image of a batch the score that it has alone, bit for bit (measured on a CPU, batches of 2, 4
+and 8). Others draw patches, or were never measured: they see one image at a time."""
 
 # What building or calling somebody else's network can raise when a file, a package or an image is not as it
 # expects it. Anything else is a bug and should be seen.
@@ -68,7 +73,7 @@ class Metric:
     Attributes:
         name: pyiqa's name.
         model: pyiqa's wrapper around the network, in evaluation mode.
-        needs_reference: whether it compares with a reference image.
+        needs_reference: whether it compares with a reference image, or with a folder of them.
         lower_is_better: direction of the score.
         options: pyiqa's options, where they differ from its defaults.
         weights: SHA-256 of its weight files, see `weights_sha256`; None without weights.
@@ -89,10 +94,19 @@ class Metric:
         return self.model.net
 
     @property
+    def is_of_folders(self) -> bool:
+        """Whether it scores a whole folder, and no single image."""
+        return self.name in DATASET_METRICS
+
+    @property
+    def takes_batches(self) -> bool:
+        """Whether scores do not depend on the other images of a batch."""
+        return self.name in BATCHABLE
+
+    @property
     def id(self) -> str:
-        """pyiqa's name and the options set, e.g. `psnr[color_space=ycbcr,test_y_channel=True]`."""
-        options = ",".join(f"{key}={value}" for key, value in sorted(self.options.items()))
-        return f"{self.name}[{options}]" if options else self.name
+        """See `metric_id`."""
+        return metric_id(self.name, self.options)
 
     def __call__(self, image_B3HW: Tensor, reference_B3HW: Tensor | None = None) -> Tensor:
         """Score images; the same images always get the same scores.
@@ -151,8 +165,15 @@ def create_metric(
         MetricUnavailableError: a weight file or a Python package is missing, or the metric cannot be built.
         UsageError: pyiqa knows no metric of this name.
     """
+    if offline is None:
+        offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON")
+    missing = missing_weights(name, weights_folder)
+    is_complete = name in WEIGHT_FILES and not missing
+    if missing and not offline:
+        ask_network()  # it answers while pyiqa is imported
     config = metric_config(name)
-    may_download = _check_available(name, weights_folder, offline)
+    may_download = not is_complete and not offline and network_reachable()
+    _check_available(name, [] if may_download else missing, offline)
     opts = dict(options or {})
     given = _given_weights(name, weights_folder)
     try:
@@ -164,11 +185,12 @@ def create_metric(
                 stack.enter_context(no_downloads())
             model = _pyiqa().create_metric(name, device=_as_device(device), **opts)
     except METRIC_ERRORS as error:
-        raise MetricUnavailableError(f"metric {name!r} cannot be built: {_one_line(error)}") from error
+        what = f"could not fetch {'; '.join(missing)}" if missing else "cannot be built"
+        raise MetricUnavailableError(f"metric {name!r} {what}: {_one_line(error)}") from error
     return Metric(
         name=name,
         model=model,
-        needs_reference=config.get("metric_mode") == "FR",
+        needs_reference=needs_reference(name),
         lower_is_better=bool(config.get("lower_better", False)),
         options=opts,
         weights=weights_sha256(name, weights_folder),
@@ -192,23 +214,35 @@ def metric_config(name: str) -> Mapping[str, Any]:
     return DEFAULT_CONFIGS[name]
 
 
-def _check_available(name: str, folder: str | Path | None, offline: bool | None) -> bool:
-    """Whether building the metric may use the network: only if it has to, and can.
+def metric_id(name: str, options: Mapping[str, Any]) -> str:
+    """pyiqa's name and the options set, e.g. `psnr[color_space=ycbcr,test_y_channel=True]`."""
+    listed = ",".join(f"{key}={value}" for key, value in sorted(options.items()))
+    return f"{name}[{listed}]" if listed else name
+
+
+def needs_reference(name: str) -> bool:
+    """Whether a metric compares with references; pyiqa counts FID among those that need none.
 
     Raises:
-        MetricUnavailableError: something is missing and cannot be fetched.
+        UsageError: unknown name.
     """
-    if package := missing_package(name):
-        raise MetricUnavailableError(f"metric {name!r}: {package}")
-    if offline is None:
-        offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON")
-    missing = missing_weights(name, folder)
-    is_complete = name in WEIGHT_FILES and not missing
-    may_download = not is_complete and not offline and network_reachable()
-    if missing and not may_download:
+    compares = metric_config(name).get("metric_mode") == "FR"
+    return compares or name in DATASET_METRICS - {"inception_score"}
+
+
+def _check_available(name: str, missing: Sequence[str], offline: bool) -> None:
+    """Say in one line what a metric lacks.
+
+    Raises:
+        MetricUnavailableError: a Python package is not there, or one of the files `missing`.
+    """
+    package = missing_package(name)
+    problems = [package] if package else []
+    if missing:
         why = "offline" if offline else "the network cannot be reached"
-        raise MetricUnavailableError(f"metric {name!r} needs {'; '.join(missing)}: not there, and {why}")
-    return may_download
+        problems.append(f"needs {'; '.join(missing)}: not there, and {why}")
+    if problems:
+        raise MetricUnavailableError(f"metric {name!r} {'; '.join(problems)}")
 
 
 def _given_weights(name: str, folder: str | Path | None) -> dict[str, Path]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import random
+import sys
 import tempfile
 import threading
 import urllib.error
@@ -26,10 +27,20 @@ import torch.hub
 log = logging.getLogger(__name__)
 
 
+class _Printed(StringIO):
+    """What was printed inside `quiet`."""
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep prints and warnings of other people's code off the terminal (to our debug log instead)."""
-    printed = StringIO()
+    """Keep prints and warnings of other people's code off the terminal (to our debug log instead).
+
+    A block inside another adds nothing: what it would put back, another thread may have changed since.
+    """
+    if isinstance(sys.stdout, _Printed):
+        yield
+        return
+    printed = _Printed()
     with warnings.catch_warnings(), redirect_stdout(printed):
         warnings.simplefilter("ignore")
         yield
@@ -114,8 +125,12 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 
 @cache
-def network_reachable(url: str = "https://huggingface.co", seconds: float = 3) -> bool:
-    """Whether the host of the weights answers. In a thread: name servers may take longer than any timeout."""
+def ask_network(url: str = "https://huggingface.co", seconds: float = 3) -> tuple[threading.Thread, threading.Event]:
+    """Ask the host of the weights for an answer, once, in a thread: name servers may take longer than any timeout.
+
+    Returns:
+        The thread, and what is set once the host has answered.
+    """
     answered = threading.Event()
 
     def ask() -> None:
@@ -130,5 +145,12 @@ def network_reachable(url: str = "https://huggingface.co", seconds: float = 3) -
 
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
+    return thread, answered
+
+
+@cache
+def network_reachable(seconds: float = 0.8) -> bool:
+    """Whether the host of the weights answers: at once if `ask_network` was called long enough before."""
+    thread, answered = ask_network()
     thread.join(seconds)
     return answered.is_set()

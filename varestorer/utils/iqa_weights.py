@@ -111,7 +111,7 @@ def missing_package(metric: str) -> str | None:
     module, remedy = PACKAGES.get(metric, ("", ""))
     if not module or find_spec(module):
         return None
-    return f"Python module {module!r} is not installed ({remedy})"
+    return f"needs the Python module {module!r} ({remedy})"
 
 
 def find_weights(metric: str, folder: str | Path | None = None) -> dict[str, Path]:

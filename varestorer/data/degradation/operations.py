@@ -1,8 +1,8 @@
 """The steps a photograph is spoilt by: blur, resize, noise, JPEG, rounding.
 
-Functions of one picture (C, H, W), float32 RGB in [0, 1], on the CPU. Results of blur and bicubic resizing
-may leave [0, 1] a little, as in Real-ESRGAN; noise and JPEG clamp. Randomness comes from the given NumPy
-generator.
+Functions of one picture (C, H, W), RGB in [0, 1], float32 or float64 (so is the result), on the CPU. Results of
+blur and bicubic resizing may leave [0, 1] a little, as in Real-ESRGAN; noise and JPEG clamp. Randomness comes
+from the given NumPy generator.
 """
 
 import numpy as np
@@ -87,7 +87,7 @@ def compress_jpeg(img_CHW: Tensor, quality: int) -> Tensor:
         img_CHW: RGB picture.
         quality: 1 to 100 (libjpeg's scale).
     """
-    return decode_jpeg(encode_jpeg(to_uint8(img_CHW), quality)).float() / 255
+    return decode_jpeg(encode_jpeg(to_uint8(img_CHW), quality)).to(img_CHW.dtype) / 255
 
 
 def round_to_8bit(img: Tensor) -> Tensor:

@@ -201,14 +201,15 @@ class Degradation(_Step):
         """Spoil a picture.
 
         Args:
-            hq_3HW: RGB in [0, 1]; any size, best a multiple of `scale`.
+            hq_3HW: RGB in [0, 1]; any size, best a multiple of `scale`. The steps are computed in its type: float64
+                gives the same 8-bit levels on all processors, float32 differs in a few.
             rng: the only source of randomness.
         Returns:
             (3, H, W) float32 in [0, 1], 8-bit levels, at the size of the input.
         """
         full: tuple[int, int] = (hq_3HW.shape[-2], hq_3HW.shape[-1])
         small = _small_size(full, self.scale)
-        x = self.noise1(self.resize1(self.blur1(hq_3HW.float(), rng), rng), rng)
+        x = self.noise1(self.resize1(self.blur1(hq_3HW, rng), rng), rng)
         x = compress_jpeg(x, _integer(rng, self.jpeg1))
         x = self.noise2(self.resize2(self.blur2(x, rng), rng, base=small), rng)
         if rng.random() < 0.5:

@@ -1,0 +1,39 @@
+"""Making things in another thread, a few ahead."""
+
+import threading
+
+import pytest
+
+from varestorer.utils.ahead import make_ahead
+
+
+def test_order_is_kept_and_another_thread_does_it() -> None:
+    made = list(make_ahead(lambda item: (item * 2, threading.current_thread()), range(5), depth=2))
+    assert [number for number, _ in made] == [0, 2, 4, 6, 8]
+    assert len({thread for _, thread in made}) == 1 and made[0][1] is not threading.main_thread()
+
+
+def test_no_more_than_depth_items_are_begun() -> None:
+    begun = []
+    stream = make_ahead(begun.append, range(100), depth=3)
+    for taken in range(1, 6):
+        next(stream)
+        assert len(begun) <= taken + 3
+    stream.close()
+    assert len(begun) <= 5 + 3
+
+
+def test_an_error_comes_at_its_turn() -> None:
+    def make(item: int) -> int:
+        if item == 2:
+            raise ValueError("two")
+        return item
+
+    stream = make_ahead(make, range(9))
+    assert [next(stream), next(stream)] == [0, 1]
+    with pytest.raises(ValueError, match="two"):
+        next(stream)
+
+
+def test_nothing_gives_nothing() -> None:
+    assert list(make_ahead(str, [])) == []

@@ -1,0 +1,119 @@
+"""Parameters, operations, seconds and memory of a system, stage by stage."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from text_models import save_t5
+
+from varestorer.evaluation.cost import add_published_restorer, cost_of, measure, num_trained, spent_by
+from varestorer.evaluation.memory import peak_memory
+from varestorer.systems.varestorer import VARestorer
+from varestorer.transformer.blocks import ffn_width
+
+C, DEPTH, BITS, TEXT_WIDTH, TEXT = 32, 2, 8, 16, 3  # of `tiny_system`, as are sides 1, 2, 4 and rank 4
+TOKENS = 1 + 4 + 16 + 16  # and the long input
+RANK = 4
+
+
+def transformer_flops() -> int:
+    """By hand: two operations for each multiply-add of every matrix product of the merged student."""
+    linear = 6 * C * C + 2 * C * ffn_width(C)  # self attention 4, cross attention's queries and output 2
+    block = TOKENS * linear + 2 * TEXT * C * C  # and its keys and values of the text
+    attention = 2 * TOKENS * TOKENS * C + 2 * TOKENS * TEXT * C
+    inputs = (TOKENS - 1) * BITS * C
+    head = TOKENS * C * 2 * BITS + C * 2 * C
+    pool = TEXT * TEXT_WIDTH * 2 * C + 2 * TEXT * C + C * C
+    memory = TEXT * TEXT_WIDTH * C + TEXT * C * C
+    modulation = C * 6 * C
+    return 2 * (DEPTH * (block + attention) + inputs + head + pool + memory + modulation)
+
+
+def test_operations_of_the_transformer_equal_those_by_hand(tiny_system: VARestorer) -> None:
+    assert cost_of(tiny_system.merge_adapters())["transformer"].flops == transformer_flops()
+
+
+def test_adapters_cost_while_they_are_not_merged(tiny_system: VARestorer) -> None:
+    sides = [(C, 3 * C), (C, C), (C, C), (C, C)]  # self attention in and out, cross attention's queries and output
+    text = RANK * (C + 2 * C) * TEXT
+    extra = 2 * DEPTH * (TOKENS * RANK * sum(a + b for a, b in sides) + text)
+    assert cost_of(tiny_system)["transformer"].flops == transformer_flops() + extra
+
+
+def test_operations_of_the_decoder_equal_those_by_hand(tiny_system: VARestorer) -> None:
+    # 4x4 positions: 8 -> 32 channels, the middle's and the first level's three blocks of two convolutions
+    # 8x8 positions: after up-sampling one more, a block, and the output of 3 * 4 * 4 channels
+    coarse = 16 * 9 * (BITS * C + 6 * C * C)
+    fine = 64 * 9 * (C * C + 2 * C * C + C * 48)
+    assert cost_of(tiny_system)["VAE decoder"].flops == 2 * (coarse + fine)
+
+
+def test_stages_hold_all_parameters(tiny_system: VARestorer) -> None:
+    costs = cost_of(tiny_system)
+    assert list(costs) == ["VAE encoder", "transformer", "VAE decoder"]
+    assert sum(cost.params for cost in costs.values()) == sum(p.numel() for p in tiny_system.parameters())
+
+
+def test_counting_changes_nothing(tiny_system: VARestorer) -> None:
+    before = {name: tensor.clone() for name, tensor in tiny_system.state_dict().items()}
+    flags = [parameter.requires_grad for parameter in tiny_system.parameters()]
+    cost_of(tiny_system)
+    after = tiny_system.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert [parameter.requires_grad for parameter in tiny_system.parameters()] == flags
+
+
+def test_a_system_without_weights_costs_the_same(tiny_system: VARestorer) -> None:
+    with torch.device("meta"):
+        blank = VARestorer(**tiny_system.config)
+    assert cost_of(blank) == cost_of(tiny_system)
+
+
+def test_trained_parameters_are_those_of_the_adapters_merged_or_not(tiny_system: VARestorer) -> None:
+    per_block = RANK * ((C + 3 * C) + (C + C) + (C + C) + (C + 2 * C) + (C + C))
+    assert num_trained(tiny_system) == DEPTH * per_block
+    assert num_trained(tiny_system.merge_adapters()) == DEPTH * per_block
+
+
+def test_text_encoder_is_a_stage_of_its_own(tiny_system: VARestorer, tmp_path: Path) -> None:
+    from transformers import AutoConfig, T5EncoderModel
+
+    encoder = T5EncoderModel(AutoConfig.from_pretrained(save_t5(tmp_path / "t5"))).eval()
+    cost = cost_of(tiny_system, encoder, prompt_tokens=5)["text encoder"]
+    # two layers of width 16: two heads of 8, a gated feed-forward of 32
+    linear, attention = 4 * 16 * 16 + 3 * 16 * 32, 2 * 5 * 16
+    assert cost.flops == 2 * 2 * 5 * (linear + attention)
+    assert cost.params == sum(p.numel() for p in encoder.parameters())
+
+
+def test_published_restorer_is_counted(tiny_system: VARestorer) -> None:
+    with torch.device("meta"):
+        blank = VARestorer(**tiny_system.config)
+    add_published_restorer(blank)
+    assert cost_of(blank)["restorer"].params == 15_792_587
+    assert list(cost_of(blank))[0] == "restorer"
+
+
+def test_measured_stages_are_the_counted_ones(tiny_system: VARestorer) -> None:
+    found = measure({"tiny": tiny_system}, repeats=2)["tiny"]
+    assert found.stages.keys() == cost_of(tiny_system).keys()
+    assert found.seconds > 0 and all(seconds > 0 for seconds in found.stages.values())
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in tiny_system.state_dict().values())
+    assert found.peak_bytes is None or found.peak_bytes >= weights
+
+
+def test_spending_is_summed_over_calls_and_hooks_are_removed() -> None:
+    module, reading = torch.nn.Identity(), iter(range(100))
+    with spent_by({"x": module}, lambda: float(next(reading))) as spent:
+        module(torch.zeros(1))
+        module(torch.zeros(1))
+    module(torch.zeros(1))
+    assert spent == {"x": 2.0} and next(reading) == 4
+
+
+def test_peak_memory_sees_what_is_freed_again() -> None:
+    peak = peak_memory(lambda: torch.ones(64, 2**18).sum(), torch.device("cpu"))
+    if peak is None:
+        pytest.skip("this system does not tell the memory of a process")
+    assert 60e6 < peak < 140e6
+    assert peak_memory(lambda: None, torch.device("meta")) is None

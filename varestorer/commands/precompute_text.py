@@ -1,0 +1,318 @@
+"""`varestorer precompute_text`: captions of training photographs and their text features, made once."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import cast
+
+import torch
+from omegaconf import MISSING, DictConfig, OmegaConf
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from varestorer.commands.entry import FAILED, OK, Command, say
+from varestorer.conditioning.captioner import DEFAULT_NAME as CAPTIONER
+from varestorer.conditioning.captioner import Captioner
+from varestorer.conditioning.pretrained import fingerprint, load_pretrained, local_folder
+from varestorer.conditioning.text_encoder import DEFAULT_NAME as TEXT_ENCODER
+from varestorer.conditioning.text_encoder import MAX_LENGTH, TextEncoder
+from varestorer.data.folders import hq_images
+from varestorer.data.text import (
+    CAPTIONS,
+    EncoderRecord,
+    TextWriter,
+    first_names,
+    photograph_names,
+    plain_text,
+    read_captions,
+    write_captions,
+)
+from varestorer.utils.device import pick_device
+from varestorer.utils.errors import UsageError, UserError
+from varestorer.utils.images import load_image, resize
+from varestorer.utils.seeds import torch_generator
+from varestorer.utils.tiling import scaled_size
+
+LOG = logging.getLogger(__name__)
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+CAPTION_SIDE = 512  # pixels: restoring with caption=auto shows the captioner no more than this either
+SAVE_EVERY = 200  # captions
+SHARD_SIZE = 256  # photographs
+FAILURES_SHOWN = 20
+
+HELP = """
+Make the prompts of training photographs and their text features, so that training needs neither BLIP nor T5.
+
+usage: python scripts/precompute_text.py data.root=PHOTOGRAPHS out=FOLDER [key=value ...]
+
+  data.root=FOLDER   the photographs: a folder (subfolders included), or one that holds hr, hq, gt, DIV2K_train_HR, ...
+  out=FOLDER         gets captions.json, index.json and shards/*.safetensors
+  captions=PATH      texts that are there already: a JSON file {"sub/a.png": "a dog on grass"}, or a folder of text
+                     files sub/a.txt (the photographs' own folder, where they lie beside them)
+  captioner=PATH     folder or hub name of what describes the other photographs (Salesforce/blip-image-captioning-large)
+  text_encoder=PATH  folder or hub name of the encoder the model was made for (google/flan-t5-xl)
+  dtype=fp16         fp16 | bf16 | fp32: how the features are kept
+  num_workers=4      processes that read photographs for the captioner, at most one a processor
+  device=auto        auto | cpu | cuda | cuda:N | mps
+
+Captions are about whole photographs; training shows squares of them, so a caption may name what a square does not
+show. An empty text ("") stands for the null text. With captions=PATH nothing is described: photographs without a text
+there (or in an earlier captions.json) are named and left out, and so are files that cannot be read.
+
+Interrupted, start it again: it goes on. captions.json may be corrected by hand; started again, the command encodes what
+has changed. About 80 kB are kept for each photograph (20 tokens of flan-t5-xl, fp16).
+
+Exit status: 0 all well; 1 a photograph got no text, or the command could not go on; 2 the command was wrong.
+
+examples:
+  python scripts/precompute_text.py data.root=DIV2K out=text/div2k
+  python scripts/train.py +experiment=dmd_div2k data.root=DIV2K data.text=text/div2k
+"""
+
+
+@dataclass
+class DataOptions:
+    """Which photographs."""
+
+    root: str = MISSING
+
+
+@dataclass
+class PrecomputeOptions:
+    """The keys of `configs/precompute_text.yaml`, explained there; values of another type are refused."""
+
+    data: DataOptions = field(default_factory=DataOptions)
+    out: str = MISSING
+    captions: str | None = None
+    captioner: str | None = None
+    text_encoder: str | None = None
+    dtype: str = "fp16"
+    num_workers: int = 4
+    device: str = "auto"
+
+
+def precompute_text(cfg: DictConfig) -> int:
+    """Run the command: captions first, then features, so that memory never holds both networks.
+
+    Args:
+        cfg: `configs/precompute_text.yaml` with overrides.
+    Returns:
+        exit status: 1 if a photograph got no text.
+    Raises:
+        UsageError: an option that cannot be.
+        UserError: no photographs, captioner, text encoder or captions; or `out` cannot be used.
+    """
+    typed = OmegaConf.merge(OmegaConf.structured(PrecomputeOptions), cfg)
+    options = cast(PrecomputeOptions, OmegaConf.to_object(typed))
+    check_options(options)
+    device = pick_device(options.device)
+    paths = hq_images(options.data.root)
+    photographs = dict(zip(photograph_names(options.data.root, paths), paths, strict=True))
+    encoder, record = open_encoder(options, device)
+    out = Path(options.out).expanduser()
+    writer = TextWriter(out, record)
+    file = out / CAPTIONS
+    captions = read_captions(file) if file.exists() else {}
+    if options.captions:
+        captions |= given_captions(Path(options.captions).expanduser(), list(photographs))
+        write_captions(file, captions)
+        failed = {name: f"no text in {options.captions}" for name in photographs if name not in captions}
+    else:
+        captioner = Captioner(options.captioner or CAPTIONER, device)
+        failed = describe(photographs, captions, captioner, file, options.num_workers)
+    encode({name: captions[name] for name in photographs if name in captions}, encoder, writer, options.dtype)
+    say(summary(len(photographs), failed, out))
+    return FAILED if failed else OK
+
+
+def check_options(options: PrecomputeOptions) -> None:
+    """Refuse what cannot be before anything is loaded.
+
+    Raises:
+        UsageError: names the key, what it was and what it may be.
+    """
+    rules = {
+        "dtype": (options.dtype in DTYPES, ", ".join(DTYPES)),
+        "num_workers": (options.num_workers >= 0, "at least 0"),
+        "device": (re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", options.device), "auto, cpu, cuda, cuda:N or mps"),
+    }
+    for key, (holds, wanted) in rules.items():
+        if not holds:
+            raise UsageError(f"{key} must be {wanted}, got {key}={getattr(options, key)}")
+    if options.captions and options.captioner:
+        raise UsageError("captions and captioner contradict each other: give the texts, or have photographs described")
+
+
+def open_encoder(options: PrecomputeOptions, device: torch.device) -> tuple[TextEncoder, EncoderRecord]:
+    """The encoder, not loaded yet, and what the index says of it.
+
+    Raises:
+        UserError: no text encoder.
+    """
+    name, key = options.text_encoder or TEXT_ENCODER, "text_encoder"
+    folder = str(local_folder(name, TEXT_ENCODER, key))
+    mark = load_pretrained(lambda path: fingerprint(Path(path)), folder, TEXT_ENCODER, key)
+    encoder = TextEncoder(folder, device, max_length=MAX_LENGTH, cache=None)
+    return encoder, EncoderRecord(name, mark, MAX_LENGTH, options.dtype)
+
+
+def given_captions(source: Path, names: Sequence[str]) -> dict[str, str]:
+    """Captions that somebody else made.
+
+    Args:
+        source: a JSON file `{name: text}`, or a folder of `<name>.txt`; names with or without their extension.
+        names: of the photographs.
+    Returns:
+        name -> caption, for those that have one.
+    Raises:
+        UserError: nothing there, nothing readable, or nothing for any of the photographs.
+    """
+    bare = {name: Path(name).with_suffix("").as_posix() for name in names}
+    if source.is_dir():
+        found = {name: _read_text(source / f"{bare[name]}.txt") for name in names}
+        captions = {name: text for name, text in found.items() if text is not None}
+    else:
+        given = read_captions(source)
+        keys = {name: name if name in given else bare[name] for name in names}
+        captions = {name: given[key] for name, key in keys.items() if key in given}
+        unused = sorted(given.keys() - set(keys.values()))
+        if captions and unused:
+            LOG.warning(
+                "%s: %d of %d texts belong to no photograph (%s)", source, len(unused), len(given), first_names(unused)
+            )
+    if not captions:
+        wanted = f"{bare[names[0]]}.txt" if source.is_dir() else f'{{"{names[0]}": "text", ...}}'
+        raise UserError(f"captions={source} has no text for any of {len(names)} photographs; wanted {wanted}")
+    return captions
+
+
+def describe(
+    photographs: Mapping[str, Path], captions: dict[str, str], captioner: Captioner, file: Path, num_workers: int
+) -> dict[str, str]:
+    """Describe the photographs that have no caption yet, and let go of the captioner.
+
+    Args:
+        photographs: name -> file.
+        captions: name -> caption; grows.
+        captioner: what describes them.
+        file: where captions are kept, now and then and at the end, however that comes.
+        num_workers: processes that read the photographs.
+    Returns:
+        name -> reason, for those that cannot be read.
+    """
+    todo = [name for name in photographs if name not in captions]
+    failed: dict[str, str] = {}
+    try:
+        with _progress("captions", len(photographs) - len(todo), len(photographs)) as bar:
+            pictures = read_pictures([photographs[name] for name in todo], num_workers)
+            for number, (name, picture) in enumerate(zip(todo, pictures, strict=True), 1):
+                if isinstance(picture, UserError):
+                    failed[name] = str(picture)
+                    LOG.warning("%s", picture)
+                else:
+                    captions[name] = captioner.caption(picture[None].to(captioner.device))[0]
+                if number % SAVE_EVERY == 0:
+                    write_captions(file, captions)
+                bar.update()
+    finally:
+        if todo:
+            write_captions(file, captions)
+    captioner.release()
+    return failed
+
+
+def read_pictures(paths: Sequence[Path], num_workers: int) -> Iterator[Tensor | UserError]:
+    """Whole photographs, in turn, as `_Previews` gives them."""
+    generator = torch_generator(0, "captions")  # without one torch draws from the global generator
+    useful = min(num_workers, len(paths), os.cpu_count() or 1)
+    yield from DataLoader(_Previews(paths), batch_size=None, num_workers=useful, generator=generator)
+
+
+class _Previews(Dataset[Tensor | UserError]):
+    """Whole photographs (3, h, w) in [0, 1], no side above `CAPTION_SIDE`; for a broken one, what is wrong with it."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.paths = paths
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Tensor | UserError:
+        try:
+            image_3HW = load_image(self.paths[index])
+        except UserError as error:
+            return error
+        height, width = image_3HW.shape[-2:]
+        return resize(image_3HW, scaled_size(height, width, min(1, CAPTION_SIDE / max(height, width))))
+
+
+def encode(captions: Mapping[str, str], encoder: TextEncoder, writer: TextWriter, dtype: str) -> None:
+    """Encode the captions whose features are not there yet, shard by shard, and let go of the encoder.
+
+    Raises:
+        UserError: no text encoder, features that `dtype` cannot hold, or a full disk.
+    """
+    todo = writer.pending(captions)
+    with _progress("features", len(captions) - len(todo), len(captions)) as bar:
+        for start in range(0, len(todo), SHARD_SIZE):
+            prompts = {name: captions[name] for name in todo[start : start + SHARD_SIZE]}
+            features = {}
+            for name, prompt in prompts.items():
+                if prompt:
+                    features[name] = encode_prompt(prompt, encoder, dtype)
+                bar.update()
+            writer.add(prompts, features)
+    encoder.release()
+
+
+def encode_prompt(prompt: str, encoder: TextEncoder, dtype: str) -> Tensor:
+    """Features (T, E) of a prompt on the CPU.
+
+    Raises:
+        UserError: a number is not finite, or too large for `dtype`.
+    """
+    features_TE = encoder.encode([prompt])[0].to("cpu", DTYPES[dtype])
+    if not features_TE.isfinite().all():
+        raise UserError(f"{prompt!r}: the features are not finite in {dtype}; try dtype=fp32 or device=cpu")
+    return features_TE
+
+
+def summary(count: int, failed: Mapping[str, str], out: Path) -> str:
+    """What failed and why, what was done, and how training gets at it."""
+    lines = [f"failed: {name}: {reason}" for name, reason in list(failed.items())[:FAILURES_SHOWN]]
+    if len(failed) > FAILURES_SHOWN:
+        lines.append(f"failed: {len(failed) - FAILURES_SHOWN} more")
+    counts = f"{count - len(failed)} of {count} photographs have text in {out}"
+    return "\n".join([*lines, f"{counts}; train with data.text={out}"])
+
+
+@contextmanager
+def _progress(what: str, done: int, total: int) -> Iterator[tqdm]:
+    """A bar that warnings do not break."""
+    with logging_redirect_tqdm(), tqdm(desc=what, initial=done, total=total, unit=" photographs") as bar:
+        yield bar
+
+
+def _read_text(path: Path) -> str | None:
+    """Content of a text file; None if there is none.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        return plain_text(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read the caption {path} ({error}); wanted a text file in UTF-8") from error
+
+
+COMMAND = Command(name="precompute_text", config_name="precompute_text", function=precompute_text, help=HELP)

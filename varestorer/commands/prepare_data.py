@@ -1,0 +1,257 @@
+"""`prepare_data`: where the test sets come from, whether a folder is one of them, and making one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from shlex import quote
+from textwrap import fill
+from typing import Any, cast
+
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from varestorer.commands.entry import FAILED, OK, Command, say
+from varestorer.data.benchmarks import BENCHMARKS, Benchmark
+from varestorer.data.checking import Check, check_test_set
+from varestorer.data.degradation import Degradation
+from varestorer.data.making import Recipe, make_test_set
+from varestorer.data.manifest import MANIFEST, Manifest
+from varestorer.utils.errors import UsageError
+
+SHOWN_KINDS = 4
+WIDTH = 110
+
+HELP = """
+Explain the test sets, check a folder before its figures are believed, or make a test set.
+
+usage: python scripts/prepare_data.py                                     what sets there are
+       python scripts/prepare_data.py dataset=NAME                        where one comes from, what its folder holds
+       python scripts/prepare_data.py dataset=NAME data.root=FOLDER       check a folder
+       python scripts/prepare_data.py make=FOLDER source=PHOTOS_FOLDER    make pairs out of good photographs
+
+check
+  dataset=NAME        what it should be; folder and images are for sets of your own
+  data.root=FOLDER    holds hr, hq, gt or test_HR beside lr, lq or test_LR; or images, for sets without references
+  manifest=FILE       compare the pixels with this file (default: manifest.json in the folder, if there is one)
+  scale=4             how much larger the good images have to be
+  Every image is decoded. Each file that does not pair, cannot be read, or has the wrong size, format or depth is named.
+
+make
+  make=FOLDER         new folder for hr/, lr/ and manifest.json; the same command goes on after an interruption
+  source=FOLDER       good photographs (subfolders included), such as DIV2K_valid_HR; broken and small ones are named
+  count=3000          pairs; every photograph gives equally many. It may be raised later: the first pairs stay
+  crop=512            side of the good images, pixels
+  seed=0              of crops and degradations
+  workers=2           processes (0: none besides this one); the pairs are the same for any number
+  degradation=realesrgan   its settings can be changed too: degradation.jpeg1=[30,95]
+
+  A pair depends on the seed and the name of its photograph. Crops are the same on every machine; the pixels of the bad
+  images are with the same versions of the libraries that manifest.json names. PNG files of equal pixels may differ in
+  their bytes (zlib), so the manifest holds hashes of pixels. To compare two machines, compare the two lines this
+  command ends with, or check the set of one with the manifest of the other.
+  Such a set is like DIV2K-Val but is not it: figures on it stand beside no published ones.
+
+Exit status: 0 all well; 1 the check found something, or the set could not be made; 2 the command was wrong.
+"""
+
+
+@dataclass
+class DataOptions:
+    """The keys below `data`."""
+
+    root: str | None = None
+
+
+@dataclass
+class PrepareOptions:
+    """The keys of `configs/prepare_data.yaml`, explained there; values of another type are refused."""
+
+    degradation: Any
+    dataset: Any = None
+    data: DataOptions = field(default_factory=DataOptions)
+    manifest: str | None = None
+    make: str | None = None
+    source: str | None = None
+    count: int = 3000
+    crop: int = 512
+    seed: int = 0
+    workers: int = 2
+    scale: int = 4
+
+
+def prepare_data(cfg: DictConfig) -> int:
+    """Run the command.
+
+    Args:
+        cfg: `configs/prepare_data.yaml` with overrides.
+    Returns:
+        exit status: 1 if a check found something.
+    Raises:
+        UsageError: keys that do not go together, values that cannot be, no such folder.
+        UserError: the set cannot be made.
+    """
+    typed = OmegaConf.merge(OmegaConf.structured(PrepareOptions), cfg)
+    options = cast(PrepareOptions, OmegaConf.to_object(typed))
+    check_options(options)
+    if options.make:
+        return make(options)
+    if not options.dataset:
+        say(overview())
+        return OK
+    benchmark = find_benchmark(options.dataset)
+    if not options.data.root:
+        say(card(benchmark))
+        return OK
+    return check(benchmark, options)
+
+
+def check_options(options: PrepareOptions) -> None:
+    """Refuse what cannot be.
+
+    Raises:
+        UsageError: names the key, what it was and what it may be.
+    """
+    for key, least in (("count", 1), ("crop", 1), ("scale", 1), ("workers", 0)):
+        if getattr(options, key) < least:
+            raise UsageError(f"{key} must be at least {least}, got {key}={getattr(options, key)}")
+    if bool(options.make) != bool(options.source):
+        raise UsageError("make=FOLDER (where the set goes) and source=FOLDER (good photographs) go together: give both")
+    if options.make and (options.dataset or options.data.root or options.manifest):
+        raise UsageError("make= makes a set of its own: leave out dataset=, data.root= and manifest=, which check one")
+    if options.data.root and not options.dataset:
+        raise UsageError(f"data.root= needs dataset=, what the folder should be: {', '.join(BENCHMARKS)}")
+    if options.manifest and not options.data.root:
+        raise UsageError("manifest= needs data.root=, the folder whose pixels are compared with it")
+    for key, folder in (("data.root", options.data.root), ("source", options.source)):
+        if folder and not Path(folder).expanduser().is_dir():
+            raise UsageError(f"{key}={folder} is no folder; give one that exists")
+
+
+def find_benchmark(dataset: dict[str, Any]) -> Benchmark:
+    """The set of a config of `configs/dataset`.
+
+    Raises:
+        UsageError: a name that is not in the table.
+    """
+    name = dataset.get("name")
+    if name not in BENCHMARKS:
+        raise UsageError(
+            f"dataset must be one of {', '.join(BENCHMARKS)}, got {name!r}; for your own use folder or images"
+        )
+    return BENCHMARKS[name]
+
+
+def overview() -> str:
+    """What sets there are, and what to type next."""
+    width = max(map(len, BENCHMARKS))
+    lines = [f"  {name:{width}}  {benchmark.title}" for name, benchmark in BENCHMARKS.items()]
+    return "\n".join(
+        [
+            "test sets:",
+            *lines,
+            "",
+            "next:",
+            "  python scripts/prepare_data.py dataset=realsr                     where it comes from, what it holds",
+            "  python scripts/prepare_data.py dataset=realsr data.root=FOLDER    check a folder",
+            "  python scripts/prepare_data.py make=FOLDER source=PHOTOS_FOLDER   make a set like div2k",
+        ]
+    )
+
+
+def card(benchmark: Benchmark) -> str:
+    """What a set is, and what to type next."""
+    root = benchmark.root
+    steps = [*benchmark.fetch, f"python scripts/prepare_data.py dataset={benchmark.name} data.root={root}"]
+    parts = {
+        "for": benchmark.purpose,
+        "from": benchmark.origin,
+        "folder": benchmark.layout,
+        "licence": benchmark.licence,
+    }
+    lines = [
+        fill(text, WIDTH, initial_indent=f"  {name:9}", subsequent_indent=" " * 11, break_on_hyphens=False)
+        for name, text in parts.items()
+    ]
+    title = f"{benchmark.name}: {benchmark.title}"
+    return "\n".join([title, *lines, "", "next:", *(f"  {step}" for step in steps)])
+
+
+def check(benchmark: Benchmark, options: PrepareOptions) -> int:
+    """Check a folder and say what was found; returns the exit status."""
+    root = Path(cast(str, options.data.root)).expanduser()
+    path = Path(options.manifest).expanduser() if options.manifest else root / MANIFEST
+    manifest = Manifest.load(path) if options.manifest or path.is_file() else None
+    found = check_test_set(root, benchmark, options.scale, manifest)
+    say("\n".join([f"{benchmark.name}: {benchmark.title}", f"folder: {root}", *findings(found, benchmark)]))
+    if manifest is not None:
+        say(f"manifest: {path}, {'the same' if found.is_good else 'compared'}; made with {_listed(manifest.versions)}")
+    say(verdict(found, benchmark, root))
+    return OK if found.is_good else FAILED
+
+
+def findings(found: Check, benchmark: Benchmark) -> list[str]:
+    """What there is, and everything wrong with it."""
+    lines = []
+    for side, folder in found.folders.items():
+        kinds = found.kinds(side)
+        shown = [f"{number} {kind}" for kind, number in kinds.most_common(SHOWN_KINDS)]
+        rest = len(kinds) - len(shown)
+        shown += [f"{rest} other kinds"] if rest > 0 else []
+        lines.append(f"{side} ({folder.name}): {len(found.images[side])} images read: {'; '.join(shown) or 'none'}")
+    lines += [f"pixels of {side}: sha256 {digest}" for side, digest in found.digests().items()]
+    if benchmark.pixels and found.is_good:
+        same = found.digests() == benchmark.pixels
+        lines.append(f"  {'the same as' if same else 'NOT the same as'} in the copy that this evaluator is tested with")
+    lines += [f"problem: {problem}" for problem in found.problems]
+    lines += [f"{name}: {'; '.join(reasons)}" for name, reasons in found.offenders.items()]
+    return lines
+
+
+def verdict(found: Check, benchmark: Benchmark, root: Path) -> str:
+    """The last line of a check."""
+    if not found.is_good:
+        counts = f"{len(found.problems)} of the folder, {len(found.offenders)} of files"
+        return f"verdict: NOT usable as {benchmark.name}; problems named above: {counts}"
+    return (
+        f"verdict: good, usable as {benchmark.name}; next:\n"
+        f"  python scripts/eval.py dataset={benchmark.name} data.root={quote(str(root))} ckpt=MODEL"
+    )
+
+
+def make(options: PrepareOptions) -> int:
+    """Make a set and say what was made; returns the exit status.
+
+    Raises:
+        UsageError: a degradation of another kind, or a crop that is no multiple of the scale.
+        UserError: the set cannot be made.
+    """
+    degradation = instantiate(options.degradation)
+    if not isinstance(degradation, Degradation):
+        raise UsageError(
+            "make= degrades in the second-order way only: degradation=realesrgan, with settings of your own"
+        )
+    if options.crop % options.scale:
+        raise UsageError(f"crop must be a multiple of scale {options.scale}, got crop={options.crop}")
+    root, source = Path(cast(str, options.make)).expanduser(), Path(cast(str, options.source)).expanduser()
+    if source.resolve() in (root.resolve(), *root.resolve().parents):
+        raise UsageError(f"make={root} lies in the folder of photographs, source={source}; give a folder outside of it")
+    noted = {key: getattr(options, key) for key in ("seed", "crop", "scale", "degradation")}
+    recipe = Recipe(options.crop, options.seed, degradation)
+    manifest = make_test_set(root, source, recipe, noted, options.count, options.workers)
+    lines = [f"skipped: {reason}" for reason in manifest.skipped.values()]
+    lines += [f"pixels of {side}: sha256 {digest}" for side, digest in manifest.digests().items()]
+    lines += [
+        f"computed with {_listed(manifest.versions)}",
+        f"{len(manifest.pairs)} pairs in {root}, their hashes in {root / MANIFEST}; next:",
+        f"  python scripts/eval.py dataset=folder data.root={quote(str(root))} ckpt=MODEL",
+    ]
+    say("\n".join(lines))
+    return OK
+
+
+def _listed(versions: dict[str, str]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in versions.items())
+
+
+COMMAND = Command("prepare_data", "prepare_data", prepare_data, HELP, groups=("dataset",))

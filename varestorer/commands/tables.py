@@ -1,0 +1,185 @@
+"""`tables`: the paper's tables, with our rows beside the published ones."""
+
+from __future__ import annotations
+
+import platform
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig, ListConfig
+
+from varestorer.commands.entry import OK, Command, say
+from varestorer.utils.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from varestorer.evaluation.paper_tables import SystemRecord
+    from varestorer.evaluation.tables import Table
+    from varestorer.systems.varestorer import VARestorer
+
+PAPER_MODEL = "2b"  # the paper's, which has a restorer in front although the config names no file
+MAX_TIMED_ON_CPU = 1e9  # parameters
+
+HELP = """
+Assemble a table of the paper: the published rows, and ours beside them.
+
+usage: python scripts/tables.py table=1 "runs=['ours=outputs/eval/realsr_1','ours=outputs/eval/div2k_1']"
+       python scripts/tables.py table=2 'model=[nano,2b]'
+       python scripts/tables.py table=3 "runs=['w/o KL=outputs/eval/div2k_2']"
+
+  table=1          ten metrics on DIV2K-Val, DRealSR and RealSR
+  table=2          parameters, FLOPs by torch's counter, seconds and peak memory, as a whole and by stages
+  table=3          ablations on DIV2K-Val
+  runs=[...]       folders of scripts/eval.py (their out=), each maybe with the name of its row: 'label=folder';
+                   all under one protocol, for means under two cannot be compared
+options of table 2
+  model=NAME       sizes from configs/model, with random weights: nano, 125m, 2b, or a list of them
+  ckpt=MODEL       a run of scripts/train.py, a bundle or the published student
+  text_encoder=DIR folder of a T5; its cost is counted too
+  measure=BOOL     time the networks; without it those of fewer than 1e9 parameters, on a GPU all
+  repeats=5 device=auto|cpu|cuda seed=0
+  out=FOLDER       default: outputs/tables
+
+Writes table<N>.md, .tex and .html to `out`. What nobody published or measured is a dash.
+Exit status: 0 all well; 1 something could not be read or written; 2 the command was wrong.
+"""
+
+
+def tables(cfg: DictConfig) -> int:
+    """Assemble the table that `cfg` asks for.
+
+    Raises:
+        UserError: a folder or a model cannot be read; UsageError: the command asks for the impossible.
+    """
+    from varestorer.evaluation.renderers import to_markdown, write_tables
+
+    number = str(cfg.table)
+    if number not in ("1", "2", "3"):
+        raise UsageError(f"table must be 1, 2 or 3, got {number}")
+    found = _tables(cfg, number)
+    title = f"Table {number} of VARestorer"
+    out = Path(cfg.out).expanduser()
+    written = write_tables(found, title, out, f"table{number}")
+    say(to_markdown(found, title))
+    say(f"wrote {', '.join(path.name for path in written)} to {out}")
+    return OK
+
+
+def _tables(cfg: DictConfig, number: str) -> list[Table]:
+    from varestorer.evaluation.paper_tables import read_records, table_1, table_2, table_3
+
+    if number != "2" and (_model_names() or cfg.ckpt is not None):
+        raise UsageError(f"model= and ckpt= are for table=2; table={number} takes runs=")
+    records = read_records(_listed(cfg.runs))
+    if number == "1":
+        return table_1(records)
+    return table_3(records) if number == "3" else table_2(system_records(cfg), records)
+
+
+def system_records(cfg: DictConfig) -> list[SystemRecord]:
+    """Count every network that `cfg` names, and time them in turns."""
+    from varestorer.evaluation.cost import cost_of, measure, num_trained
+    from varestorer.evaluation.paper_tables import SystemRecord
+    from varestorer.utils.device import pick_device
+
+    device = pick_device(cfg.device)
+    encoder = None if cfg.text_encoder is None else _text_encoder(cfg.text_encoder)
+    systems = {name: _from_config(name, cfg.seed, "meta") for name in _model_names()}
+    if cfg.ckpt is not None:
+        from varestorer.systems.varestorer import VARestorer
+
+        systems[Path(cfg.ckpt).name] = VARestorer.from_pretrained(cfg.ckpt, device=device, merge=True)
+    costs = {label: cost_of(system, encoder) for label, system in systems.items()}
+    timed = {
+        label: _from_config(label, cfg.seed, device) if system.device.type == "meta" else system
+        for label, system in systems.items()
+        if _is_timed(cfg, sum(cost.params for cost in costs[label].values()), device)
+    }
+    measured = measure(timed, cfg.repeats)
+    where = {label: _where(system, cfg.repeats) for label, system in timed.items()}
+    return [
+        SystemRecord(label, s.tile, num_trained(s), costs[label], measured.get(label), where.get(label, ""))
+        for label, s in systems.items()
+    ]
+
+
+def _model_names() -> list[str]:
+    """What `model=` names: one config of its group, or several, which the composed config holds mixed together."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    given = OverridesParser.create().parse_overrides(list(HydraConfig.get().overrides.task))
+    values = [override.value() for override in given if override.key_or_group == "model"]
+    return _listed(values[-1]) if values else []
+
+
+def _from_config(name: str, seed: int, device: torch.device | str) -> VARestorer:
+    """The network of `configs/model/<name>.yaml` with random weights (none on the meta device), adapters merged."""
+    import hydra
+    import torch
+
+    from varestorer.evaluation.cost import add_published_restorer
+
+    cfg = hydra.compose("tables", [f"model={name}", f"seed={seed}"])
+    with torch.device("meta") if str(device) == "meta" else nullcontext():
+        system: VARestorer = hydra.utils.instantiate(cfg.model)
+    if name == PAPER_MODEL and system.restorer is None:
+        add_published_restorer(system)
+    return system.merge_adapters().to(device).eval().requires_grad_(False)
+
+
+def _text_encoder(folder: str) -> nn.Module:
+    """A T5 encoder of the folder's sizes, without weights.
+
+    Raises:
+        UsageError: the folder describes none.
+    """
+    import torch
+    from transformers import AutoConfig, T5EncoderModel
+
+    try:
+        config = AutoConfig.from_pretrained(Path(folder).expanduser(), local_files_only=True)
+        with torch.device("meta"):
+            return T5EncoderModel(config).eval()
+    except (OSError, ValueError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UsageError(f"text_encoder={folder} has no config.json of a T5 ({reason})") from error
+
+
+def _is_timed(cfg: DictConfig, num_parameters: int, device: torch.device) -> bool:
+    if cfg.measure is not None:
+        return bool(cfg.measure)
+    return device.type == "cuda" or num_parameters < MAX_TIMED_ON_CPU
+
+
+def _where(system: VARestorer, repeats: int) -> str:
+    """Machine and precision of a measurement, in words."""
+    import torch
+
+    device = system.device
+    machine = f"{_cpu_name()}, {torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        machine = torch.cuda.get_device_name(device)
+    dtype = str(next(system.transformer.blocks.parameters()).dtype).removeprefix("torch.")
+    return f"median of {repeats} on {machine}, torch {torch.__version__}, blocks in {dtype}"
+
+
+def _cpu_name() -> str:
+    """The processor's name as Linux tells it, else what Python knows."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _listed(value: Any) -> list[str]:
+    """A list of texts; one alone is meant as a list of one, null as none."""
+    if value is None:
+        return []
+    return [str(item) for item in value] if isinstance(value, list | ListConfig) else [str(value)]
+
+
+COMMAND = Command("tables", "tables", tables, HELP, groups=("model",))

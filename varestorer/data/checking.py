@@ -1,0 +1,190 @@
+"""Checking a test set, file by file, before its figures are believed."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from PIL import ImageFile
+from tqdm.auto import tqdm
+
+from varestorer.data.benchmarks import Benchmark
+from varestorer.data.folders import Listing, list_test_set
+from varestorer.data.manifest import Manifest, joint_hash, pixel_hash
+from varestorer.utils.errors import UserError
+from varestorer.utils.image_files import open_image
+from varestorer.utils.images import load_image, natural_key, to_uint8
+
+
+@dataclass(frozen=True)
+class ReadImage:
+    """An image that could be decoded.
+
+    Attributes:
+        format: of the file, e.g. PNG.
+        mode: as stored, e.g. `8-bit RGB`.
+        size: height, width, pixels.
+        hash: `pixel_hash` of its pixels.
+    """
+
+    format: str
+    mode: str
+    size: tuple[int, int]
+    hash: str
+
+    def __str__(self) -> str:
+        return f"{self.format}, {self.mode}, {show(self.size)}"
+
+
+@dataclass
+class Check:
+    """What a check found.
+
+    Attributes:
+        problems: of the set as a whole.
+        offenders: file, as path inside the folder -> what is wrong with it.
+        folders: the sides, `lr` and maybe `hr`.
+        images: of each side, the images that could be decoded, by name.
+    """
+
+    problems: list[str] = field(default_factory=list)
+    offenders: dict[str, list[str]] = field(default_factory=dict)
+    folders: dict[str, Path] = field(default_factory=dict)
+    images: dict[str, dict[str, ReadImage]] = field(default_factory=dict)
+
+    @property
+    def is_good(self) -> bool:
+        """Nothing was found wrong."""
+        return not self.problems and not self.offenders
+
+    def kinds(self, side: str) -> Counter[str]:
+        """How many images of a side there are of each format, mode and size."""
+        return Counter(map(str, self.images[side].values()))
+
+    def digests(self) -> dict[str, str]:
+        """One hash for all pictures of each side; compare them between machines, or with `Manifest.digests`."""
+        return {
+            side: joint_hash({name: image.hash for name, image in images.items()})
+            for side, images in self.images.items()
+        }
+
+
+def check_test_set(root: Path, benchmark: Benchmark, scale: int = 4, manifest: Manifest | None = None) -> Check:
+    """Decode every image of a test set and compare it with what the set should be.
+
+    Args:
+        root: its folder.
+        benchmark: what it should be. Images of sets with references have to be 8-bit RGB; elsewhere other images
+            are converted when they are read, which no reference contradicts.
+        scale: how much larger the good images are.
+        manifest: of the machine that made the set; the pixels have to be those.
+    """
+    try:
+        listing = list_test_set(root, need_pairs=benchmark.reference)
+    except UserError as error:
+        return Check(problems=[str(error)])
+    checker = _Checker(root, benchmark, scale, listing)
+    checker.check_names()
+    for name, low, high in tqdm(listing.images, desc="reading", unit=" images", leave=False):
+        checker.check_images(name, low, high if benchmark.reference else None)
+    if manifest is not None:
+        checker.compare(manifest)
+    check = checker.check
+    check.offenders = dict(sorted(check.offenders.items(), key=lambda item: natural_key(item[0])))
+    return check
+
+
+def show(size: tuple[int, int]) -> str:
+    """Width x height, as people write it."""
+    return f"{size[1]}x{size[0]}"
+
+
+class _Checker:
+    """Fills a `Check`."""
+
+    def __init__(self, root: Path, benchmark: Benchmark, scale: int, listing: Listing) -> None:
+        self.root, self.benchmark, self.scale, self.listing = root, benchmark, scale, listing
+        sides = {"lr": listing.low_folder, "hr": listing.high_folder if benchmark.reference else None}
+        folders = {side: folder for side, folder in sides.items() if folder}
+        self.check = Check(folders=folders, images={side: {} for side in folders})
+
+    def check_names(self) -> None:
+        """Count, and name the files that do not pair."""
+        for path in self.listing.lonely:
+            self._blame(path, "has no partner of the same name")
+        for path, earlier in self.listing.doubles:
+            self._blame(path, f"has the same name as {self._show(earlier)}")
+        count, wanted = len(self.listing.images), self.benchmark.pairs
+        what = "pairs" if self.benchmark.reference else "images"
+        if wanted is not None and count != wanted:
+            self.check.problems.append(f"wanted {wanted} {what}, found {count}")
+        elif not count:
+            self.check.problems.append(f"holds no {what}")
+
+    def check_images(self, name: str, low: Path, high: Path | None) -> None:
+        """Read an image or a pair, and check formats and sizes."""
+        side = self.benchmark.lq_side
+        small = self._read("lr", name, low)
+        large = None if high is None else self._read("hr", name, high)
+        if side is not None:
+            for path, image, wanted in ((low, small, side), (high, large, side * self.scale)):
+                if path and image and image.size != (wanted, wanted):
+                    self._blame(path, f"is {show(image.size)}, wanted {wanted}x{wanted}")
+        elif high and small and large:
+            wanted_size = (self.scale * small.size[0], self.scale * small.size[1])
+            if large.size != wanted_size:
+                partner = f"{self.scale} times {self._show(low)} ({show(small.size)})"
+                self._blame(high, f"is {show(large.size)}, wanted {show(wanted_size)}: {partner}")
+
+    def compare(self, manifest: Manifest) -> None:
+        """Compare the pixels with those of the machine that made the set."""
+        places = {name: {"lr": low, "hr": high} for name, low, high in self.listing.images}
+        gone = sorted(manifest.pairs.keys() - places.keys())
+        self.check.problems += [f"{name} is in the manifest but not in the folder" for name in gone]
+        for name, sides in places.items():
+            made = manifest.pairs.get(name)
+            for side, images in self.check.images.items():
+                path, image = sides[side], images.get(name)
+                if path and made is None:
+                    self._blame(path, "is not in the manifest")
+                elif path and image and image.hash != getattr(made, side):
+                    self._blame(path, "has other pixels than the manifest says")
+
+    def _read(self, side: str, name: str, path: Path) -> ReadImage | None:
+        """Decode an image; blame it if that fails, or for what it is."""
+        try:
+            image = read_image(path)
+        except UserError as error:
+            self._blame(path, str(error))
+            return None
+        formats = self.benchmark.formats
+        if formats and image.format not in formats:
+            self._blame(path, f"is {image.format}, wanted {' or '.join(formats)}: not the released file")
+        if self.benchmark.reference and image.mode != "8-bit RGB":
+            self._blame(path, f"is {image.mode}, wanted 8-bit RGB")
+        self.check.images[side][name] = image
+        return image
+
+    def _blame(self, path: Path, reason: str) -> None:
+        self.check.offenders.setdefault(self._show(path), []).append(reason)
+
+    def _show(self, path: Path) -> str:
+        return path.relative_to(self.root).as_posix()
+
+
+def read_image(path: Path) -> ReadImage:
+    """Decode an image wholly.
+
+    Raises:
+        UserError: it cannot be read; names it.
+    """
+    with open_image(path) as file:
+        kind, mode = file.format or "unknown", _mode(file)
+    pixels_3HW = to_uint8(load_image(path))
+    return ReadImage(kind, mode, (pixels_3HW.shape[-2], pixels_3HW.shape[-1]), pixel_hash(pixels_3HW))
+
+
+def _mode(file: ImageFile.ImageFile) -> str:
+    """Depth and mode as stored; Pillow calls 16-bit colour RGB too and drops half of it when decoding."""
+    stored = str(file.tile[0][3]) if file.tile else ""
+    depth = "16-bit" if "16" in stored or "16" in file.mode else "8-bit"
+    return f"{depth} {file.mode.partition(';')[0]}"

@@ -1,0 +1,289 @@
+"""The paper's tables with our rows beside the published ones, from the records of evaluations."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from varestorer.evaluation.baselines import NUM_IMAGES, PAPER, PAPER_PROTOCOL, pick, published_rows, read_published
+from varestorer.evaluation.cost import Cost, Measurement
+from varestorer.evaluation.protocols import PROTOCOLS
+from varestorer.evaluation.records import SUMMARY
+from varestorer.evaluation.renderers import LEGEND
+from varestorer.evaluation.tables import Cell, Column, Table, TableRow
+from varestorer.utils.errors import UsageError
+from varestorer.utils.iqa import metric_config
+
+ABLATION_METRICS = ("lpips", "musiq", "niqe", "clipiqa")
+NOT_1536 = (
+    "The published 1,536 G cannot be the FLOPs of this network, nor its multiply-adds: the linear layers of its 32 "
+    "blocks hold 14 × 2048² × 32 = 1.88 G weights, each multiplied once for each of the 3,545 tokens, which is "
+    "6.66 TMAC, and the attention of all tokens to all adds 2 × 3545² × 2048 × 32 = 1.65 TMAC; so the transformer "
+    "alone takes 8.3 TMAC = 16.6 TFLOP (11.1 TFLOP if it ran 2,521 tokens), before the text's cross attention, "
+    "the autoencoder and the restorer."
+)
+OTHER_MACHINES = (
+    "Published seconds were measured by the paper's authors on their own GPU, and the published G do not say whether "
+    "they count operations or multiply-adds: do not compare either with ours."
+)
+
+
+@dataclass(frozen=True)
+class EvaluationRecord:
+    """An evaluation as its folder keeps it.
+
+    Attributes:
+        label: name of its row.
+        folder: where it is.
+        summary: content of its `summary.json`.
+    """
+
+    label: str
+    folder: Path
+    summary: dict[str, Any]
+
+    @property
+    def dataset(self) -> str:
+        """Name of the data set."""
+        return str(self.summary["dataset"])
+
+    @property
+    def means(self) -> dict[str, float]:
+        """Metric -> mean."""
+        return {name: entry["mean"] for name, entry in self.summary["metrics"].items()}
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the means are over as many images as the published ones."""
+        return self.summary["n"] == NUM_IMAGES.get(self.dataset, self.summary["n"])
+
+
+@dataclass(frozen=True)
+class SystemRecord:
+    """What a network costs.
+
+    Attributes:
+        label: name of its row.
+        side: of the square it restores at once, pixels.
+        num_trained: parameters that the paper's training changes.
+        costs: of each stage.
+        measurement: on this machine; None where it was not timed.
+        where: machine and precision of the measurement.
+    """
+
+    label: str
+    side: int
+    num_trained: int
+    costs: dict[str, Cost]
+    measurement: Measurement | None = None
+    where: str = ""
+
+
+@dataclass
+class _Notes:
+    """Sentences under a table, each once."""
+
+    lines: list[str] = field(default_factory=list)
+
+    def add(self, line: str) -> None:
+        if line not in self.lines:
+            self.lines.append(line)
+
+
+def read_records(runs: Iterable[str]) -> list[EvaluationRecord]:
+    """Read evaluations that are to stand in one table.
+
+    Args:
+        runs: folders of `scripts/eval.py`, each maybe with its name in front: `label=folder`.
+    Raises:
+        UsageError: a folder without a summary, two protocols, or the same name twice on one data set.
+    """
+    records = [_read_record(run) for run in runs]
+    for record in records[1:]:
+        first, protocol = records[0], record.summary["protocol"]
+        if protocol != first.summary["protocol"]:
+            raise UsageError(
+                f"two protocols cannot share a table: {first.folder} was scored under "
+                f"{first.summary['protocol']}, {record.folder} under {protocol}; score them under one"
+            )
+    places: dict[tuple[str, str], Path] = {}
+    for record in records:
+        other = places.setdefault((record.label, record.dataset), record.folder)
+        if other != record.folder:
+            raise UsageError(
+                f"{other} and {record.folder} are both {record.label} on {record.dataset}; name them label=folder"
+            )
+    return records
+
+
+def _read_record(run: str) -> EvaluationRecord:
+    label, found, path = run.partition("=")
+    if not found or Path(run).expanduser().exists():
+        label, path = "", run
+    folder = Path(path).expanduser()
+    try:
+        summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+        if not {"dataset", "protocol", "n", "metrics", "unavailable"} <= summary.keys():
+            raise ValueError("it lacks keys of a summary")
+    except (OSError, ValueError, AttributeError) as error:
+        raise UsageError(
+            f"runs: {folder} has no {SUMMARY} of scripts/eval.py ({error}); give its out= folder"
+        ) from error
+    return EvaluationRecord(label or str(summary.get("method", folder.name)), folder, summary)
+
+
+def table_1(records: Sequence[EvaluationRecord]) -> list[Table]:
+    """Ten metrics on three data sets; only rows of the protocol of `records` stand in it."""
+    protocol = _protocol(records)
+    metrics = _metrics(records, protocol)
+    labels = list(dict.fromkeys(record.label for record in records))
+    notes = _Notes([LEGEND])
+    notes.add(f"Rows without a mark: {PAPER}, table 1." if protocol == PAPER_PROTOCOL else _no_published(protocol))
+    rows = []
+    for dataset in dict.fromkeys([*NUM_IMAGES, *(record.dataset for record in records)]):
+        group = [TableRow(row.cells, group=dataset) for row in published_rows(dataset, protocol, metrics)]
+        for label in labels:
+            found = [record for record in records if (record.label, record.dataset) == (label, dataset)]
+            group += [_our_row(found[0], metrics, dataset, notes)] if found else []
+            if not found and dataset in NUM_IMAGES:
+                notes.add(f"{label} has no evaluation on {dataset} here.")
+                group.append(TableRow({"method": label}, is_ours=True, group=dataset))
+        rows += group
+    columns = (Column("method", is_text=True), *_metric_columns(records, metrics))
+    return [Table(columns, tuple(rows), f"Table 1, protocol {protocol}", tuple(notes.lines))]
+
+
+def table_3(records: Sequence[EvaluationRecord]) -> list[Table]:
+    """The ablations on DIV2K-Val.
+
+    Raises:
+        UsageError: an evaluation of another data set, or under another protocol.
+    """
+    for record in records:
+        if record.dataset != "div2k" or record.summary["protocol"] != PAPER_PROTOCOL:
+            got = f"{record.dataset} under {record.summary['protocol']}"
+            raise UsageError(f"table 3 is on div2k under {PAPER_PROTOCOL}, and {record.folder} is on {got}")
+    notes = _Notes([LEGEND, f"Rows without a mark: {PAPER}, table 3."])
+    published = [
+        TableRow({"method": row["variant"], **pick(row, {name: name for name in ABLATION_METRICS})})
+        for row in read_published("varestorer_table3_ablation_div2k")
+    ]
+    ours = [_our_row(record, ABLATION_METRICS, "", notes) for record in records]
+    columns = (Column("method", is_text=True), *_metric_columns(records, ABLATION_METRICS))
+    return [Table(columns, (*published, *ours), "Table 3: ablations on DIV2K-Val", tuple(notes.lines))]
+
+
+def table_2(systems: Sequence[SystemRecord], records: Sequence[EvaluationRecord] = ()) -> list[Table]:
+    """Parameters, operations, seconds and memory beside the published ones, then ours stage by stage.
+
+    Args:
+        systems: measured in one run.
+        records: evaluations on DIV2K-Val by the names of the systems, for MANIQA and MUSIQ.
+    Raises:
+        UsageError: an evaluation of another data set, under another protocol, or of no system here.
+    """
+    scores = {record.label: record.means for record in records}
+    for record in records:
+        is_known = record.label in [system.label for system in systems]
+        if not is_known or record.dataset != "div2k" or record.summary["protocol"] != PAPER_PROTOCOL:
+            raise UsageError(
+                f"table 2 takes MANIQA and MUSIQ of its own networks on div2k under {PAPER_PROTOCOL}, and "
+                f"{record.folder} is {record.label} on {record.dataset} under {record.summary['protocol']}"
+            )
+    published = {
+        "trainable (M)": "trainable_params_m",
+        "GFLOPs": "gflops",
+        "seconds": "inference_s",
+        "maniqa": "maniqa",
+        "musiq": "musiq",
+    }
+    rows = [
+        TableRow({"method": row["method"], "source": "VARestorer, table 2", **pick(row, published)})
+        for row in read_published("varestorer_table2")
+    ]
+    rows += [_system_row(system, scores.get(system.label, {})) for system in systems]
+    names = ("trainable (M)", "total (M)", "side (px)", "GFLOPs", "seconds", "peak (GB)", "maniqa", "musiq")
+    columns = (Column("method", is_text=True), *map(Column, names), Column("source", is_text=True))
+    beside = Table(columns, tuple(rows), "Table 2", (OTHER_MACHINES, NOT_1536))
+    return [beside, _stages_table(systems)] if systems else [beside]
+
+
+def _system_row(system: SystemRecord, scores: dict[str, float]) -> TableRow:
+    measured = system.measurement
+    peak = None if measured is None or measured.peak_bytes is None else measured.peak_bytes / 1e9
+    cells: dict[str, Cell] = {
+        "method": system.label,
+        "trainable (M)": system.num_trained / 1e6,
+        "total (M)": sum(cost.params for cost in system.costs.values()) / 1e6,
+        "side (px)": system.side,
+        "GFLOPs": sum(cost.flops for cost in system.costs.values()) / 1e9,
+        "seconds": None if measured is None else measured.seconds,
+        "peak (GB)": peak,
+        "maniqa": scores.get("maniqa"),
+        "musiq": scores.get("musiq"),
+        "source": "this run",
+    }
+    return TableRow(cells, is_ours=True)
+
+
+def _stages_table(systems: Sequence[SystemRecord]) -> Table:
+    rows, notes = [], _Notes()
+    notes.add("One square of the side given in table 2, batch 1; a multiply-add is two operations (torch's counter).")
+    notes.add("Adapters are merged, as for restoring; without a text encoder the prompt is the learned null text.")
+    for system in systems:
+        measured = system.measurement
+        for stage, cost in system.costs.items():
+            seconds = None if measured is None else measured.stages.get(stage)
+            cells: dict[str, Cell] = {
+                "stage": stage,
+                "params (M)": cost.params / 1e6,
+                "GFLOPs": cost.flops / 1e9,
+                "seconds": seconds,
+            }
+            rows.append(TableRow(cells, group=system.label))
+        notes.add(f"{system.label}: {system.where}." if measured else f"{system.label} was not timed here.")
+    columns = (Column("stage", is_text=True), Column("params (M)"), Column("GFLOPs"), Column("seconds"))
+    return Table(columns, tuple(rows), "Stage by stage", tuple(notes.lines))
+
+
+def _our_row(record: EvaluationRecord, metrics: Sequence[str], group: str, notes: _Notes) -> TableRow:
+    """The row of an evaluation; what it lacks goes into the notes."""
+    name = f"{record.label} on {record.dataset}"
+    unavailable = record.summary["unavailable"]
+    for metric in metrics:
+        if metric not in record.means and metric in unavailable:
+            notes.add(f"{name} lacks {metric}: {unavailable[metric]}")
+    unasked = [metric for metric in metrics if metric not in record.means and metric not in unavailable]
+    if unasked:
+        notes.add(f"{name} was not scored by {', '.join(unasked)}.")
+    if not record.is_whole:
+        wanted = NUM_IMAGES[record.dataset]
+        notes.add(f"{name}: {record.summary['n']} of {wanted} images, so its figures compete for no mark.")
+    cells = {"method": record.label} | {metric: record.means.get(metric) for metric in metrics}
+    return TableRow(cells, is_ours=True, is_ranked=record.is_whole, group=group)
+
+
+def _protocol(records: Sequence[EvaluationRecord]) -> str:
+    return str(records[0].summary["protocol"]) if records else PAPER_PROTOCOL
+
+
+def _no_published(protocol: str) -> str:
+    return f"No rows were published under {protocol}; those of {PAPER} are under {PAPER_PROTOCOL}."
+
+
+def _metrics(records: Sequence[EvaluationRecord], protocol: str) -> list[str]:
+    """Columns: the protocol's metrics, or, of one's own protocol, those of the evaluations."""
+    if protocol in PROTOCOLS:
+        return [spec.name for spec in PROTOCOLS[protocol].metrics]
+    return list(dict.fromkeys(name for r in records for name in (*r.summary["metrics"], *r.summary["unavailable"])))
+
+
+def _metric_columns(records: Sequence[EvaluationRecord], metrics: Sequence[str]) -> list[Column]:
+    """Columns with pyiqa's word on the direction of each metric."""
+    ids = {name: entry["id"].partition("[")[0] for r in records for name, entry in r.summary["metrics"].items()}
+    specs = {spec.name: spec.pyiqa_name for protocol in PROTOCOLS.values() for spec in protocol.metrics}
+    known = specs | ids
+    return [Column(name, bool(metric_config(known.get(name, name)).get("lower_better", False))) for name in metrics]

@@ -1,0 +1,133 @@
+"""Pictures on a page: columns side by side, and under each the places with the most detail, enlarged.
+
+Shapes: `H W` pixels of a whole picture.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from dataclasses import dataclass
+from io import BytesIO
+
+import torch
+from einops import rearrange
+from markupsafe import Markup
+from torch import Tensor
+
+from varestorer.evaluation.templates import render
+from varestorer.utils.images import to_uint8
+
+MIN_SIDE, MAX_SIDE = 24, 72
+DETAIL_WIDTH = 3 * MAX_SIDE
+"""Width of an enlarged detail, pixels."""
+
+HINT = """Under each picture the framed places, enlarged pixel by pixel. Click a picture to see it at its own pixels;
+then the arrow keys step through the columns at the same place, + and - zoom, Esc closes."""
+
+
+@dataclass(frozen=True)
+class Crop:
+    """A square of a picture, pixels."""
+
+    top: int
+    left: int
+    side: int
+
+    def of(self, image_3HW: Tensor) -> Tensor:
+        """The pixels of this square, (3, side, side)."""
+        return image_3HW[:, self.top : self.top + self.side, self.left : self.left + self.side]
+
+    def style(self, height: int, width: int) -> str:
+        """The square as CSS places it on a picture of that size."""
+        return (
+            f"left:{100 * self.left / width:.3f}%;top:{100 * self.top / height:.3f}%;"
+            f"width:{100 * self.side / width:.3f}%;height:{100 * self.side / height:.3f}%"
+        )
+
+
+@dataclass(frozen=True)
+class PictureColumn:
+    """One of the pictures that stand side by side.
+
+    Attributes:
+        label: what it is.
+        source: URL of the whole picture.
+        image: its pixels (3, H, W), all columns at one size.
+        is_small: whether the page enlarges it, which then shows its pixels.
+    """
+
+    label: str
+    source: str
+    image: Tensor
+    is_small: bool = False
+
+
+def html_picture(name: str, note: str, columns: Sequence[PictureColumn], crops: Sequence[Crop]) -> Markup:
+    """Columns of one picture, with the crops framed in each and enlarged below it by repeating pixels."""
+    height, width = columns[-1].image.shape[-2:]
+    return render(
+        "picture.html",
+        name=name,
+        note=note,
+        columns=columns,
+        frames=[crop.style(height, width) for crop in crops],
+        details=[[png_url(_magnify(crop.of(column.image))) for crop in crops] for column in columns],
+    )
+
+
+def _magnify(detail_3hw: Tensor) -> Tensor:
+    side = detail_3hw.shape[-1]
+    side *= max(DETAIL_WIDTH // side, 1)
+    return enlarge(detail_3hw, side, side)
+
+
+def detailed_crops(image_3HW: Tensor, count: int = 1, multiple: int = 1) -> list[Crop]:
+    """Find the squares with the most detail (energy of the differences between neighbours), a side apart or more.
+
+    Args:
+        image_3HW: at least `multiple` pixels wide and high.
+        count: squares wanted; fewer are found in a small picture.
+        multiple: edges of the squares are multiples of this, so that pixels of a smaller picture stay whole.
+    Returns:
+        Squares of a quarter of the shorter side, `MIN_SIDE` to `MAX_SIDE`, best first.
+    """
+    height, width = image_3HW.shape[-2:]
+    side = min(max(min(height, width) // 4, MIN_SIDE), MAX_SIDE, height, width)
+    side = max(side // multiple, 1) * multiple
+    stride = max(side // 4 // multiple, 1) * multiple
+    sums = torch.nn.functional.avg_pool2d(_detail(image_3HW)[None], side, stride)[0]
+    crops: list[Crop] = []
+    while len(crops) < count and sums.max() >= 0:
+        best = int(sums.argmax())
+        row, column = divmod(best, sums.shape[1])
+        crops.append(Crop(row * stride, column * stride, side))
+        reach = -(-2 * side // stride)
+        sums[max(row - reach + 1, 0) : row + reach, max(column - reach + 1, 0) : column + reach] = -1
+    return crops
+
+
+def _detail(image_3HW: Tensor) -> Tensor:
+    """Absolute differences to the pixel below and to the right, (H, W)."""
+    grey = image_3HW.float().mean(dim=0)
+    energy = torch.zeros_like(grey)
+    energy[:-1] += (grey[1:] - grey[:-1]).abs()
+    energy[:, :-1] += (grey[:, 1:] - grey[:, :-1]).abs()
+    return energy
+
+
+def enlarge(image_3HW: Tensor, height: int, width: int) -> Tensor:
+    """Repeat pixels until the picture has that size."""
+    if tuple(image_3HW.shape[-2:]) == (height, width):
+        return image_3HW
+    return torch.nn.functional.interpolate(image_3HW[None].float(), (height, width), mode="nearest")[0]
+
+
+def png_url(image_3HW: Tensor) -> str:
+    """A picture in [0, 1] as a PNG inside a `data:` URL."""
+    from PIL import Image
+
+    buffer = BytesIO()
+    array = rearrange(to_uint8(image_3HW.detach()).cpu(), "c h w -> h w c").numpy()
+    Image.fromarray(array).save(buffer, format="PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -1,0 +1,88 @@
+"""The processes that share an evaluation: one, or those that `accelerate launch` or `torchrun` started."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+
+from varestorer.utils.device import pick_device
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those of an evaluation.
+
+    Attributes:
+        rank: of this process, from 0; process 0 writes the records and speaks.
+        size: how many there are.
+        device: where this one works.
+        state: Accelerate's handle on the others; None for a process alone.
+    """
+
+    rank: int
+    size: int
+    device: torch.device
+    state: PartialState | None = None
+
+    @classmethod
+    def start(cls, device: str = "auto") -> Processes:
+        """Find the other processes, if a launcher says that there are any.
+
+        Raises:
+            UserError: the device is not there.
+        """
+        picked = pick_device(device)
+        if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+            return cls(0, 1, picked)
+        from accelerate import PartialState
+
+        state = PartialState(cpu=picked.type == "cpu")
+        return cls(state.process_index, state.num_processes, state.device, state)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that writes."""
+        return self.rank == 0
+
+    def share(self, items: Sequence[T]) -> Sequence[T]:
+        """Of what all have to do, this one's part: every `size`-th item."""
+        return items[self.rank :: self.size]
+
+    def gather(self, items: list[T]) -> list[T]:
+        """The items of all processes, in the order of the processes; all get them, and all have to ask."""
+        if self.state is None:
+            return items
+        from accelerate.utils import gather_object
+
+        return list(gather_object(items))
+
+    def of_main(self, value: T) -> T:
+        """Process 0's value, for all."""
+        return self.gather([value])[0]
+
+    @contextmanager
+    def main_first(self) -> Iterator[None]:
+        """The others enter when process 0 is through: it may download what all need."""
+        if self.state is None:
+            yield
+        else:
+            with self.state.main_process_first():
+                yield
+
+    def end(self) -> None:
+        """Let go of the others; nothing can be gathered afterwards."""
+        if self.state is not None:
+            self.state.destroy_process_group()
+
+
+ALONE = Processes(0, 1, torch.device("cpu"))

@@ -1,0 +1,148 @@
+"""An evaluation that can be stopped and taken up again: what is done is in its folder.
+
+`settings.json` says what the figures belong to; images that are made go to `images/`, and a line for every scored
+image to `per_image.csv` as soon as it is scored. An evaluation with other settings is refused the folder.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from varestorer.evaluation.results import Row
+from varestorer.utils.errors import UsageError, UserError
+from varestorer.utils.files import atomic_write
+
+PER_IMAGE, SETTINGS, IMAGES = "per_image.csv", "settings.json", "images"
+
+
+class Progress:
+    """What is done of an evaluation.
+
+    Args:
+        folder: of the records.
+        settings: what the figures depend on, by name; values that JSON can hold.
+    Raises:
+        UsageError: the folder holds an evaluation with other settings; says which.
+    """
+
+    def __init__(self, folder: str | Path, settings: Mapping[str, Any]) -> None:
+        self.folder = Path(folder)
+        self.settings = dict(settings)
+        self.path = self.folder / PER_IMAGE
+        self.columns: list[str] = []
+        self._refuse_others()
+
+    @property
+    def images(self) -> Path:
+        """Folder of the images that are made."""
+        return self.folder / IMAGES
+
+    def _refuse_others(self) -> None:
+        remedy = "give another out=, or remove that folder"
+        try:
+            earlier = json.loads((self.folder / SETTINGS).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            if self.path.exists() or self.images.exists():
+                raise UsageError(f"out={self.folder} holds an evaluation without {SETTINGS}: {remedy}") from None
+            return
+        except (OSError, ValueError) as error:
+            raise UsageError(f"cannot read {self.folder / SETTINGS} ({error}); {remedy}") from error
+        wanted = json.loads(json.dumps(self.settings))
+        differing = [key for key in {**earlier, **wanted} if _differ(earlier.get(key), wanted.get(key))]
+        if differing:
+            there, here = (
+                ", ".join(f"{key}={_plain(given.get(key))}" for key in differing) for given in (earlier, wanted)
+            )
+            raise UsageError(f"out={self.folder} holds an evaluation with {there}; this one has {here}: {remedy}")
+
+    def kept(self, columns: Sequence[str]) -> dict[str, Row]:
+        """Rows of an earlier run by name: those without errors that have all columns.
+
+        A row whose image has changed since is for the evaluator to find out, see `is_current`.
+
+        Args:
+            columns: metrics that a row must have.
+        """
+        try:
+            text = self.path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot read {self.path} ({error}); give another out=, or remove it") from error
+        whole = text[: text.rfind("\n") + 1]  # a line that was being written when the machine stopped is no row
+        rows = {}
+        for cells in csv.DictReader(StringIO(whole, newline="")):
+            try:
+                scores = {name: float(cells[name]) for name in columns}
+                seconds = float(cells["seconds"]) if cells["seconds"] else None
+            except (KeyError, ValueError, TypeError):
+                continue
+            if not cells["error"]:
+                rows[cells["image"]] = Row(cells["image"], scores, seconds)
+        return rows
+
+    def is_current(self, files: Iterable[Path]) -> bool:
+        """Whether none of the files that a row was scored from is missing, or newer than the rows."""
+        written = self.path.stat().st_mtime_ns
+        return all(file.is_file() and file.stat().st_mtime_ns <= written for file in files)
+
+    def begin(self, columns: Sequence[str], rows: Iterable[Row]) -> None:
+        """Note the settings, and the rows to go on from.
+
+        Raises:
+            UserError: a file cannot be written; names it.
+        """
+        self.columns = list(columns)
+        with atomic_write(self.folder / SETTINGS) as path:
+            path.write_text(json.dumps(self.settings, indent=2) + "\n", encoding="utf-8")
+        write_rows(self.path, self.columns, rows)
+
+    def append(self, rows: Iterable[Row]) -> None:
+        """Note rows, so that they are there even if the machine stops now.
+
+        Raises:
+            UserError: the file cannot be written; names it.
+        """
+        try:
+            with self.path.open("a", newline="", encoding="utf-8") as file:
+                csv.writer(file).writerows(_cells(row, self.columns) for row in rows)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise UserError(f"cannot write {self.path}: {error}; check the folder and its free space") from error
+
+
+def write_rows(target: Path, columns: Sequence[str], rows: Iterable[Row]) -> None:
+    """Write one line per image: `image`, its scores, `seconds`, `error`; a cell without a value is empty.
+
+    Scores have all their digits, so that they are the same when they are read again.
+    """
+    with atomic_write(target) as path, path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["image", *columns, "seconds", "error"])
+        writer.writerows(_cells(row, columns) for row in rows)
+
+
+def _cells(row: Row, columns: Sequence[str]) -> list[str]:
+    numbers = [*(row.scores.get(name) for name in columns), row.seconds]
+    return [row.name, *("" if number is None else repr(number) for number in numbers), "; ".join(row.errors)]
+
+
+def _differ(one: Any, other: Any) -> bool:
+    """Whether two settings exclude each other; those that have names may have others as well."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return any(one[name] != other[name] for name in one.keys() & other.keys())
+    return bool(one != other)
+
+
+def _plain(value: Any) -> str:
+    """A setting in a line of text."""
+    if isinstance(value, dict):
+        return f"[{', '.join(f'{name}: {entry}' for name, entry in value.items())}]"
+    return f"[{', '.join(map(str, value))}]" if isinstance(value, list) else str(value)

@@ -1,0 +1,101 @@
+"""What an evaluation finds: the scores of each image, and what they add up to."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from varestorer.utils.iqa import Metric
+
+Pair = tuple[str, Path, Path | None]
+"""Name, low-quality file, high-quality file (None: there is no reference)."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores of one image: column -> value, and column -> reason where a metric refused the image."""
+
+    values: dict[str, float] = field(default_factory=dict)
+    errors: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One image of an evaluation.
+
+    Attributes:
+        name: of the pair.
+        scores: column -> value; columns that failed are absent.
+        seconds: that generating it took; None when it was given, or not noted.
+        errors: what went wrong, one line each.
+        image: the file that was scored, where there is one.
+        reference: the high-quality file, where there is one.
+        lq: the low-quality file.
+    """
+
+    name: str
+    scores: dict[str, float] = field(default_factory=dict)
+    seconds: float | None = None
+    errors: tuple[str, ...] = ()
+    image: Path | None = None
+    reference: Path | None = None
+    lq: Path | None = None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores of a data set under a protocol.
+
+    Attributes:
+        dataset: name of the data set.
+        protocol: name of the protocol.
+        columns: the metrics asked for -> whether lower is better, in the order of the table.
+        metrics: the metrics that ran.
+        rows: one per pair.
+        dataset_scores: metrics of the whole set (FID) -> value.
+        unavailable: metrics that did not run -> reason.
+    """
+
+    dataset: str
+    protocol: str
+    columns: dict[str, bool]
+    metrics: dict[str, Metric]
+    rows: tuple[Row, ...]
+    dataset_scores: dict[str, float]
+    unavailable: dict[str, str]
+
+    @property
+    def failures(self) -> list[str]:
+        """One line for everything that went wrong with an image."""
+        return [f"{row.name}: {error}" for row in self.rows for error in row.errors]
+
+    @property
+    def seconds_per_image(self) -> float | None:
+        """Mean time of generating an image; None when the images were given."""
+        times = [row.seconds for row in self.rows if row.seconds is not None]
+        return statistics.fmean(times) if times else None
+
+    def summary(self) -> dict[str, Any]:
+        """What `summary.json` holds; `std` is the population's, null for metrics of the whole set."""
+        unavailable = dict(self.unavailable)
+        metrics: dict[str, Any] = {}
+        for name, metric in self.metrics.items():
+            values = [row.scores[name] for row in self.rows if name in row.scores]
+            entry = {"id": metric.id, "weights_sha256": metric.weights}
+            if name in self.dataset_scores:
+                scored = sum(row.image is not None and not row.errors for row in self.rows)
+                metrics[name] = {"mean": self.dataset_scores[name], "std": None, "n": scored, **entry}
+            elif values:
+                mean, std = statistics.fmean(values), statistics.pstdev(values)
+                metrics[name] = {"mean": mean, "std": std, "n": len(values), **entry}
+            else:
+                unavailable.setdefault(name, "no image could be scored")
+        return {
+            "dataset": self.dataset,
+            "protocol": self.protocol,
+            "n": sum(bool(row.scores) or not row.errors for row in self.rows),
+            "metrics": metrics,
+            "unavailable": unavailable,
+        }

@@ -1,0 +1,34 @@
+"""Making the next thing while the present one is used."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+Item = TypeVar("Item")
+Made = TypeVar("Made")
+
+
+def make_ahead(make: Callable[[Item], Made], items: Iterable[Item], depth: int = 1) -> Iterator[Made]:
+    """Yield `make(item)` of each item, in order, made by one other thread that is at most `depth` items ahead.
+
+    What `make` raises is raised here, at its item's turn; nothing is begun after that, or once the caller stops.
+
+    Args:
+        make: called in the other thread.
+        items: taken in this thread.
+        depth: things made, or being made, that the caller has not asked for yet.
+    """
+    pool = ThreadPoolExecutor(1, thread_name_prefix="ahead")
+    waiting: deque[Future[Made]] = deque()
+    try:
+        for item in items:
+            waiting.append(pool.submit(make, item))
+            if len(waiting) > depth:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -287,11 +287,13 @@ def test_training_leaves_what_the_design_says(tmp_path: Path, experiment: list[s
 
 
 @pytest.mark.smoke
-def test_a_killed_training_resumes_to_the_same_numbers(tmp_path: Path, experiment: list[str], capsys):
+def test_a_killed_training_resumes_to_the_same_numbers(tmp_path: Path, experiment: list[str], monkeypatch, capsys):
     assert TRAIN.main([*experiment, "run_dir=whole"]) == 0
     folder = ["run_dir=my runs, killed"]
-    assert TRAIN.main([*experiment, *folder, "+stages.second.task.fail_at=4"]) == 1
+    monkeypatch.setenv("TOY_FAILS_AT", "second/4")
+    assert TRAIN.main([*experiment, *folder]) == 1
     assert "KilledError" in capsys.readouterr().err
+    monkeypatch.delenv("TOY_FAILS_AT")
     assert TRAIN.main([*experiment, *folder]) == 2
     refused = capsys.readouterr().err
     assert "resume=auto" in refused and "Traceback" not in refused
@@ -300,8 +302,10 @@ def test_a_killed_training_resumes_to_the_same_numbers(tmp_path: Path, experimen
 
 
 @pytest.mark.smoke
-def test_resume_finds_the_newest_unfinished_run(tmp_path: Path, experiment: list[str]):
-    assert TRAIN.main([*experiment, "+stages.second.task.fail_at=1"]) == 1
+def test_resume_finds_the_newest_unfinished_run(tmp_path: Path, experiment: list[str], monkeypatch):
+    monkeypatch.setenv("TOY_FAILS_AT", "second/1")
+    assert TRAIN.main(experiment) == 1
+    monkeypatch.delenv("TOY_FAILS_AT")
     assert TRAIN.main([*experiment, "trainer.max_steps=1", "seed=1"]) == 0
     killed, finished = sorted((tmp_path / "outputs" / "toy").iterdir())
     assert [(line["stage"], line["step"]) for line in lines(finished)] == [("first", 1), ("second", 1)]

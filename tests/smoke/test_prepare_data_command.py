@@ -109,6 +109,12 @@ def test_the_released_pixels_are_recognised(shared: Path, capsys: pytest.Capture
         (["make=x", "source=."], "lies in the folder of photographs"),
         (["make=/tmp/x", "source=.", "crop=30"], "multiple of scale 4"),
         (["make=/tmp/x", "source=.", "degradation=bicubic"], "degradation=realesrgan"),
+        (["make=x", "shard=y", "source=."], "give one of them"),
+        (["shard=x"], "go together"),
+        (["shard=x", "source=."], "lies in the folder of photographs"),
+        (["shard=x", "source=.", "data.root=."], "leave out dataset="),
+        (["text=x"], "text= goes with shard="),
+        (["shard=/tmp/x", "source=.", "shard_mb=0"], "shard_mb must be at least 1"),
         (["count=0"], "count must be at least 1"),
         (["count=many"], "many"),
     ],
@@ -117,6 +123,19 @@ def test_wrong_commands(words: list[str], message: str, capsys: pytest.CaptureFi
     assert COMMAND.main(words) == 2
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
+
+
+def test_photographs_are_packed_into_shards(tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[str]):
+    (photos / "broken.png").write_bytes(b"no picture")
+    root = tmp_path / "shards"
+    for _ in range(2):
+        assert COMMAND.main([f"shard={root}", f"source={photos}"]) == 0
+        text = capsys.readouterr().out
+        assert "skipped: cannot read the image" in text and f"2 photographs in 1 shards in {root}" in text
+        assert f"data=shards data.root={root}" in text
+    assert sorted(path.name for path in root.iterdir()) == ["index.json", "shard-000000.tar"]
+    assert COMMAND.main([f"shard={root}", f"source={photos}", f"text={tmp_path}"]) == 1
+    assert "index.json" in capsys.readouterr().err
 
 
 def test_a_folder_with_another_layout_fails_the_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -14,8 +14,8 @@ from text_models import save_blip, save_t5
 
 from varestorer.conditioning.captioner import Captioner
 from varestorer.conditioning.pretrained import fingerprint
-from varestorer.conditioning.text_cache import cache_folder
 from varestorer.conditioning.text_encoder import TextEncoder, add_positive_prompt
+from varestorer.utils.cache import cache_folder
 from varestorer.utils.errors import UserError
 
 transformers = pytest.importorskip("transformers")

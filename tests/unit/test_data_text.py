@@ -14,6 +14,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import Tensor
 
+import varestorer.training.config  # noqa: F401  # registers the schemas of the train config
 from varestorer.data import BicubicDegradation, PairedCrops, PhotoCrops, build_loader
 from varestorer.data.text import (
     EncoderRecord,

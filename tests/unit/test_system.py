@@ -280,3 +280,12 @@ def test_a_causal_student_does_not_look_at_finer_scales(tiny_system: VARestorer)
     assert not torch.allclose(logits[:, 5:], other[:, 5:], atol=1e-3)
     with pytest.raises(UserError, match=r"model\.student\.attention must be cross_scale or causal, got all"):
         VARestorer(**(config | {"student": {"attention": "all"}}))
+
+
+def test_a_prompt_for_a_model_without_text_is_refused_before_an_encoder_is_fetched(tiny_system: VARestorer) -> None:
+    with pytest.raises(UserError, match="trained without google/flan-t5-xl"):
+        tiny_system.restore(image(8, 8), prompt="a dog")
+    features = torch.rand(2, 16, generator=torch.Generator().manual_seed(3))
+    assert not torch.equal(
+        tiny_system.restore(image(8, 8), prompt=features).image, tiny_system.restore(image(8, 8)).image
+    )

@@ -212,3 +212,9 @@ def test_bad_requests_are_refused(shape: tuple[int, ...], size: tuple[int, int],
 def test_run_must_keep_number_and_side_of_its_tiles(crop: tuple) -> None:
     with pytest.raises(ValueError, match="1 tiles of side 8 came back as"):
         restore_tiled(torch.zeros(3, 8, 8), (8, 8), 8, 0, 1, lambda tiles, indices: tiles[crop])
+
+
+def test_a_scale_that_is_a_slip_is_refused() -> None:
+    assert scaled_size(100, 50, 2.5) == (250, 125)
+    with pytest.raises(UserError, match="the result would have 3000000 x 4000000 pixels; lower scale"):
+        scaled_size(40, 30, 1e5)

@@ -1,6 +1,12 @@
 """The training loop: resume, averages, accumulation, errors, files."""
 
 import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -10,13 +16,18 @@ from PIL import Image
 from safetensors.torch import load_file
 from toy_training import KilledError, ToyPairs, ToySystem, ToyTask
 
+from varestorer.data import PhotoCrops
 from varestorer.data.loader import collate
+from varestorer.training import meter
 from varestorer.training.config import Precision, TrainerConfig
 from varestorer.training.ema import Ema
 from varestorer.training.fit import fit, make_accelerator
+from varestorer.training.loggers import NullLogger
 from varestorer.training.optimisers import build_optimizer
 from varestorer.training.run import Run
+from varestorer.training.stopping import StoppedError, StopRequest, leave_signals_to_parent
 from varestorer.utils.errors import UserError
+from varestorer.utils.images import save_image
 from varestorer.weights.runs import load_ema
 
 ADAMW = partial(torch.optim.AdamW, lr=0.02, betas=(0.9, 0.95), weight_decay=0.1)
@@ -47,7 +58,7 @@ def test_metrics_have_the_agreed_form(tmp_path: Path):
     train(tmp_path, config())
     raw = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in raw] == list(range(1, 9))
-    assert list(raw[0]) == ["stage", "step", "loss", "mse", "l1", "lr", "seconds"]
+    assert list(raw[0]) == ["stage", "step", "loss", "mse", "l1", "lr", "grad_norm", "seconds"]
     assert raw[0]["lr"] == pytest.approx(0.01) and raw[1]["lr"] == pytest.approx(0.02)
     assert raw[0]["loss"] == pytest.approx(raw[0]["mse"] + 0.1 * raw[0]["l1"], rel=1e-6)
     assert all(a["seconds"] <= b["seconds"] for a, b in zip(raw, raw[1:], strict=False))
@@ -124,6 +135,160 @@ def test_non_finite_loss_stops_before_the_step(tmp_path: Path):
     assert len(metrics(tmp_path)) == 1
 
 
+def test_a_few_non_finite_steps_can_be_left_out_and_a_resume_between_them_is_exact(tmp_path: Path, caplog):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    cfg = config(checkpoint_every=1, skip_nonfinite=2)
+    train(whole, cfg, nan_at=[3, 4])
+    lines = metrics(whole)
+    assert [line["step"] for line in lines if line.get("skipped")] == [3, 4]
+    assert lines[2]["loss"] is None and lines[2]["mse"] > 0 and lines[2]["grad_norm"] is None
+    assert "step 4 of stage toy: loss part l1 is not finite" in caplog.text and "left out (2 in a row)" in caplog.text
+    notes = [json.loads(line) for line in (whole / "nonfinite.jsonl").read_text().splitlines()]
+    assert [(note["step"], note["keys"]) for note in notes] == [(3, [8, 9, 10, 11]), (4, [12, 13, 14, 15])]
+    assert notes[0]["files"] == [f"picture_{n}.png" for n in range(8, 12)]
+    with pytest.raises(KilledError):
+        train(cut, cfg, nan_at=[3, 4], fail_at=4)
+    train(cut, cfg, nan_at=[3, 4])
+    assert metrics(cut) == lines
+    assert (cut / "nonfinite.jsonl").read_text() == (whole / "nonfinite.jsonl").read_text()
+    before, after = (load_file(whole / f"checkpoints/toy/step_00000{n}/model.safetensors") for n in (7, 8))
+    assert not torch.equal(before["second.weight"], after["second.weight"])
+
+
+def test_left_out_steps_count_in_a_row_also_over_a_resume(tmp_path: Path):
+    cfg = config(checkpoint_every=1, skip_nonfinite=1)
+    train(tmp_path / "apart", cfg, nan_at=[2, 4])
+    with pytest.raises(KilledError):
+        train(tmp_path / "row", cfg, nan_at=[2, 3], fail_at=3)
+    with pytest.raises(UserError, match="step 3 of stage toy.*stopped before the optimiser step"):
+        train(tmp_path / "row", cfg, nan_at=[2, 3])
+
+
+def test_left_out_steps_leave_weights_averages_and_optimiser_alone(tmp_path: Path):
+    train(tmp_path, config(checkpoint_every=1, keep_last=9, skip_nonfinite=1), nan_at=3)
+    for name in ("model", "ema", "optimizer"):
+        two, three = (load_file(tmp_path / f"checkpoints/toy/step_00000{n}/{name}.safetensors") for n in (2, 3))
+        assert all(torch.equal(two[key], three[key]) for key in two), name
+
+
+def test_a_picture_that_breaks_during_a_run_does_not_end_it(tmp_path: Path, caplog):
+    for number in range(30):
+        save_image(tmp_path / "photos" / f"{number:02d}.png", torch.rand(3, 8, 8))
+    photos = PhotoCrops(str(tmp_path / "photos"), 4, None, seed=0)
+    broken = [tmp_path / "photos" / f"{photos.order[n]:02d}.png" for n in (9, 21)]
+    broken[0].write_bytes(broken[0].read_bytes()[:40])
+    broken[1].unlink()
+    photos.store.items += photos.store.items[:20]  # two broken ones of fifty are few
+    runs = []
+    for workers in (0, 1):
+        torch.manual_seed(5)
+        task = ToyTask(ToySystem())
+        run = Run(tmp_path / f"run{workers}", make_accelerator("cpu"))
+        fit(task, photos, config(num_workers=workers), ADAMW, run)
+        runs.append(metrics(run.run_dir))
+    assert len(runs[0]) == 8 and runs[0] == runs[1]
+    warnings = [line for line in caplog.text.splitlines() if "skipping a broken image" in line]
+    assert [str(path) in line for path, line in zip(broken, warnings, strict=True)] == [True, True]
+
+
+def test_speed_memory_and_utilisation_are_measured(tmp_path: Path, monkeypatch):
+    logger = KeptNumbers()
+    monkeypatch.setattr(meter, "_peak_flops", lambda device: 1e12)
+    torch.manual_seed(5)
+    task = ToyTask(ToySystem())
+    task.name = "toy"
+    run = Run(tmp_path, make_accelerator("cpu"), seed=1, logger=logger)
+    fit(task, ToyPairs(), config(accumulate=2), ADAMW, run)
+    assert len(logger.numbers) == 8
+    for values in logger.numbers:
+        assert values["images_per_second"] > 0 and values["memory_gb"] > 0.01
+    # per picture two 1x1 convolutions from 3 to 3 channels, forward; of the backward pass the second one's weight and
+    # what it reads, but nothing of the first, which is frozen and first
+    flops = 4 * 16 * (2 * 2 * 3 * 3 + 2 * 3 * 3)
+    rates = [values["mfu"] / values["images_per_second"] for values in logger.numbers]
+    assert rates == [pytest.approx(flops / 4 / 1e12)] * 8
+    plain = tmp_path / "plain"
+    train(plain, config(accumulate=2))
+    assert [line["loss"] for line in metrics(plain)] == [line["loss"] for line in metrics(tmp_path)]
+
+
+class KeptNumbers(NullLogger):
+    """A logger that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.numbers: list[dict] = []
+
+    def log_metrics(self, stage: str, step: int, values: dict) -> None:
+        self.numbers.append(dict(values))
+
+
+def test_a_signal_saves_after_the_step_and_the_resume_is_exact(tmp_path: Path, capfd):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    train(whole, config(keep_last=9))
+    run = Run(stopped, make_accelerator("cpu"), seed=1)
+    torch.manual_seed(5)
+    task = ToyTask(ToySystem(), signal_at=5)
+    task.name = "toy"
+    before = signal.getsignal(signal.SIGUSR1)
+    with run.stop.listening(), pytest.raises(StoppedError, match="by SIGUSR1 after step 5 of stage toy.*step_000005"):
+        fit(task, ToyPairs(), config(), ADAMW, run)
+    assert signal.getsignal(signal.SIGUSR1) == before
+    assert run.stop.exit_status == 138 and "SIGUSR1: saving a checkpoint" in capfd.readouterr().err
+    assert len(metrics(stopped)) == 5
+    train(stopped, config())
+    assert metrics(stopped) == metrics(whole)
+
+
+def test_the_same_signal_a_second_time_ends_the_process_at_once():
+    code = """
+import os, signal, time
+from varestorer.training import stopping
+stopping.ECHO_SECONDS = 0.2
+with stopping.StopRequest().listening():
+    for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1):  # an echo, and another signal: not a second time
+        os.kill(os.getpid(), number)
+    time.sleep(0.4)
+    print("here", flush=True)
+    os.kill(os.getpid(), signal.SIGTERM)
+    print("not here", flush=True)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGTERM and done.stdout == "here\n"
+
+
+def test_a_launcher_s_own_handler_is_called_after_saving():
+    asked = []
+    before = signal.signal(signal.SIGUSR2, lambda number, frame: asked.append(number))
+    try:
+        stop = StopRequest()
+        with stop.listening():
+            os.kill(os.getpid(), signal.SIGUSR2)
+            assert asked == []
+            stop.pass_on()
+        assert asked == [signal.SIGUSR2]
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+
+
+def test_validation_scores_the_averages_on_held_out_pairs_and_changes_nothing(tmp_path: Path):
+    train(tmp_path / "without", config())
+    held_out = [collate([ToyPairs(9)[n] for n in numbers]) for numbers in ((0, 1, 2), (3,))]
+    torch.manual_seed(5)
+    system = ToySystem()
+    task = ToyTask(system)
+    task.name = "toy"
+    cfg = config(validate_every=3)
+    fit(task, ToyPairs(), cfg, ADAMW, Run(tmp_path / "with", make_accelerator("cpu"), seed=1), validation=held_out)
+    lines = metrics(tmp_path / "with")
+    assert [line["step"] for line in lines if "val_mse" in line] == [3, 6, 8]
+    plain = [{key: value for key, value in line.items() if not key.startswith("val_")} for line in lines]
+    assert plain == metrics(tmp_path / "without")
+    batch = collate([ToyPairs(9)[n] for n in range(4)])
+    with torch.no_grad():
+        expected = (system(batch["lq"]) - batch["hq"]).square().mean().item()
+    assert lines[-1]["val_mse"] == pytest.approx(expected)
+
+
 def test_non_finite_gradient_names_the_parameter(tmp_path: Path):
     class Root(ToyTask):
         def forward(self, batch, step):
@@ -166,3 +331,53 @@ def test_decay_leaves_biases_alone_and_nothing_to_train_is_an_error():
     task.requires_grad_(False)
     with pytest.raises(UserError, match="no parameter trains"):
         build_optimizer(task, ADAMW)
+
+
+class MarkedPairs(ToyPairs):
+    """Leaves a file with the name of each process that made a sample."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = folder
+
+    def __getitem__(self, n: int) -> dict:
+        (self.folder / f"{n}_{os.getpid()}").touch()
+        return super().__getitem__(n)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere workers cannot tell who sent a signal")
+def test_data_workers_outlive_a_signal_to_the_whole_job_and_end_with_their_stage(tmp_path: Path):
+    class Task(ToyTask):
+        def forward(self, batch, step):
+            if step == 2:
+                pids = {path.name.split("_")[1] for path in tmp_path.glob("*_*")}
+                subprocess.run(["kill", "-TERM", *pids], check=True)  # not sent by this process
+                time.sleep(0.2)
+            return super().forward(batch, step)
+
+    run = Run(tmp_path / "run", make_accelerator("cpu"))
+    fit(Task(ToySystem()), MarkedPairs(tmp_path), config(num_workers=2), ADAMW, run)
+    assert len(metrics(run.run_dir)) == 8
+    workers = {int(path.name.split("_")[1]) for path in tmp_path.glob("*_*")}
+    assert len(workers) == 2
+    for pid in workers:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere workers keep the usual handling")
+def test_a_data_worker_still_ends_when_its_own_process_says_so():
+    process = multiprocessing.get_context("fork").Process(target=idle_worker, daemon=True)
+    process.start()
+    time.sleep(0.3)
+    subprocess.run(["kill", "-TERM", str(process.pid)], check=True)  # somebody else says so
+    process.join(0.3)
+    assert process.is_alive()
+    process.terminate()
+    process.join(20)
+    assert process.exitcode == 0
+
+
+def idle_worker() -> None:
+    leave_signals_to_parent(0)
+    time.sleep(60)

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import atexit
 import gc
+import os
+import signal
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -41,22 +44,26 @@ class ToyTask(Task):
         part: str = "second",
         dropout: float = 0.25,
         fail_at: int = 0,
-        nan_at: int = 0,
+        nan_at: int | Sequence[int] = (),
+        signal_at: int = 0,
     ) -> None:
         super().__init__()
         self.system = system
         self.dropout = nn.Dropout(dropout)
         self.fail_at = fail_at
-        self.nan_at = nan_at
+        self.nan_at = [nan_at] if isinstance(nan_at, int) else list(nan_at)
+        self.signal_at = signal_at
         train_only(self, getattr(system, part).parameters())
 
     def forward(self, batch: Batch, step: int) -> dict[str, Tensor]:
-        if step == self.fail_at:
+        if step == self.fail_at != 0 or os.environ.get("TOY_FAILS_AT") == f"{self.name}/{step}":
             raise KilledError
+        if step == self.signal_at != 0:
+            os.kill(os.getpid(), signal.SIGUSR1)
         error = self.dropout(self.system(batch["lq"]) - batch["hq"])
         mse = error.square().mean()
         other = error.abs().mean()
-        if step == self.nan_at:
+        if step in self.nan_at:
             other = other * torch.nan
         return {"loss": mse + 0.1 * other, "mse": mse, "l1": other}
 

@@ -14,11 +14,12 @@ COMMANDS = {
     "eval": ("varestorer.commands.eval", "score a network, or anybody's pictures, on a dataset"),
     "restore": ("varestorer.commands.restore", "restore one picture or a folder of them"),
     "convert": ("varestorer.commands.convert", "convert, merge, check and share weights"),
-    "prepare_data": ("varestorer.commands.prepare_data", "explain, check and make test sets"),
+    "prepare_data": ("varestorer.commands.prepare_data", "explain, check and make test sets; pack photographs"),
     "precompute_text": (
         "varestorer.commands.precompute_text",
         "make captions and text features of training photographs, once",
     ),
+    "benchmark": ("varestorer.commands.benchmark", "what training needs of memory, and how fast data come"),
     "tables": ("varestorer.commands.tables", "assemble a table of the paper, with our rows beside the published"),
     "parity": ("varestorer.commands.parity", "compare the networks with recorded tensors"),
 }

@@ -16,6 +16,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar, cast
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -24,16 +25,18 @@ import varestorer
 from varestorer.utils.errors import UsageError, UserError
 
 LOG = logging.getLogger(__name__)
+Options = TypeVar("Options")
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
 # Values of these keys are free text or paths: people write commas, brackets and spaces in them.
-TEXT_KEYS = ("input", "output", "prompt", "ckpt", "predictions", "text_encoder", "captioner", "make", "source")
+TEXT_KEYS = ("input", "output", "prompt", "ckpt", "predictions", "text_encoder", "captioner", "make", "source", "shard")
 # as above, but may refer to other keys: ${seed}
 PLACE_KEYS = (
     "run_dir",
     "out",
     "data.root",
     "data.text",
+    "text",
     "captions",
     "fixtures",
     "check",
@@ -130,6 +133,15 @@ class _Job:
             status = report(error)
         self.statuses.append(status)
         return status
+
+
+def typed(schema: type[Options], cfg: DictConfig) -> Options:
+    """A command's config as its dataclass; an unknown key or a value of another type is refused.
+
+    Raises:
+        omegaconf.errors.OmegaConfBaseException: becomes one line and exit status 2.
+    """
+    return cast(Options, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), cfg)))
 
 
 def run_function(function: Callable[[DictConfig], int], cfg: DictConfig) -> int:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-
 from omegaconf import DictConfig
 
 from varestorer.commands.entry import FAILED, OK, Command, say
@@ -32,7 +30,6 @@ def parity(cfg: DictConfig) -> int:
     """
     from varestorer.evaluation.parity import FLOAT_TOLERANCE, compare
 
-    logging.getLogger("varestorer").setLevel(logging.WARNING)
     say(f"{'tensor':58} {'max error':>10} {'tolerance':>10}  ok")
     checks = []
     for check in compare(cfg.fixtures):

@@ -1,4 +1,4 @@
-"""`prepare_data`: where the test sets come from, whether a folder is one of them, and making one."""
+"""`prepare_data`: where the test sets come from, whether a folder is one, making one; packing photographs."""
 
 from __future__ import annotations
 
@@ -17,18 +17,21 @@ from varestorer.data.checking import Check, check_test_set
 from varestorer.data.degradation import Degradation
 from varestorer.data.making import Recipe, make_test_set
 from varestorer.data.manifest import MANIFEST, Manifest
+from varestorer.data.packing import pack
 from varestorer.utils.errors import UsageError
 
 SHOWN_KINDS = 4
 WIDTH = 110
+MEGABYTE = 1_000_000
 
 HELP = """
-Explain the test sets, check a folder before its figures are believed, or make a test set.
+Explain the test sets, check a folder before its figures are believed, make a test set, or pack photographs to train on.
 
 usage: python scripts/prepare_data.py                                     what sets there are
        python scripts/prepare_data.py dataset=NAME                        where one comes from, what its folder holds
        python scripts/prepare_data.py dataset=NAME data.root=FOLDER       check a folder
        python scripts/prepare_data.py make=FOLDER source=PHOTOS_FOLDER    make pairs out of good photographs
+       python scripts/prepare_data.py shard=FOLDER source=PHOTOS_FOLDER   pack photographs into tar files
 
 check
   dataset=NAME        what it should be; folder and images are for sets of your own
@@ -52,6 +55,14 @@ make
   command ends with, or check the set of one with the manifest of the other.
   Such a set is like DIV2K-Val but is not it: figures on it stand beside no published ones.
 
+shard
+  shard=FOLDER        new folder for shard-000000.tar, ... (as webdataset reads them) and index.json, to train with
+                      train.py data=shards data.root=FOLDER; the same command goes on after an interruption
+  source=FOLDER       good photographs (subfolders included); they are packed as the files they are, in the order of
+                      their names; those that cannot be opened are named and left out
+  shard_mb=500        a tar file is closed before its photographs get larger than so many million bytes
+  text=FOLDER         of scripts/precompute_text.py: its captions and features are packed too (data.text=shards)
+
 Exit status: 0 all well; 1 the check found something, or the set could not be made; 2 the command was wrong.
 """
 
@@ -73,6 +84,9 @@ class PrepareOptions:
     manifest: str | None = None
     make: str | None = None
     source: str | None = None
+    shard: str | None = None
+    shard_mb: int = 500
+    text: str | None = None
     count: int = 3000
     crop: int = 512
     seed: int = 0
@@ -96,6 +110,8 @@ def prepare_data(cfg: DictConfig) -> int:
     check_options(options)
     if options.make:
         return make(options)
+    if options.shard:
+        return shard(options)
     if not options.dataset:
         say(overview())
         return OK
@@ -112,13 +128,10 @@ def check_options(options: PrepareOptions) -> None:
     Raises:
         UsageError: names the key, what it was and what it may be.
     """
-    for key, least in (("count", 1), ("crop", 1), ("scale", 1), ("workers", 0)):
+    for key, least in (("count", 1), ("crop", 1), ("scale", 1), ("workers", 0), ("shard_mb", 1)):
         if getattr(options, key) < least:
             raise UsageError(f"{key} must be at least {least}, got {key}={getattr(options, key)}")
-    if bool(options.make) != bool(options.source):
-        raise UsageError("make=FOLDER (where the set goes) and source=FOLDER (good photographs) go together: give both")
-    if options.make and (options.dataset or options.data.root or options.manifest):
-        raise UsageError("make= makes a set of its own: leave out dataset=, data.root= and manifest=, which check one")
+    check_writing_options(options)
     if options.data.root and not options.dataset:
         raise UsageError(f"data.root= needs dataset=, what the folder should be: {', '.join(BENCHMARKS)}")
     if options.manifest and not options.data.root:
@@ -126,6 +139,25 @@ def check_options(options: PrepareOptions) -> None:
     for key, folder in (("data.root", options.data.root), ("source", options.source)):
         if folder and not Path(folder).expanduser().is_dir():
             raise UsageError(f"{key}={folder} is no folder; give one that exists")
+
+
+def check_writing_options(options: PrepareOptions) -> None:
+    """Refuse what cannot be asked of make= and shard=.
+
+    Raises:
+        UsageError: names the keys.
+    """
+    if options.make and options.shard:
+        raise UsageError("make= (test pairs) and shard= (tar files to train on) are two commands: give one of them")
+    out = options.make or options.shard
+    if bool(out) != bool(options.source):
+        where = "make=FOLDER or shard=FOLDER (where the set goes)"
+        raise UsageError(f"{where} and source=FOLDER (good photographs) go together: give both")
+    if out and (options.dataset or options.data.root or options.manifest):
+        others = "leave out dataset=, data.root= and manifest=, which check one"
+        raise UsageError(f"make= and shard= make a set of their own: {others}")
+    if options.text and not options.shard:
+        raise UsageError("text= goes with shard=: the folder of texts to pack beside the photographs")
 
 
 def find_benchmark(dataset: dict[str, Any]) -> Benchmark:
@@ -155,6 +187,7 @@ def overview() -> str:
             "  python scripts/prepare_data.py dataset=realsr                     where it comes from, what it holds",
             "  python scripts/prepare_data.py dataset=realsr data.root=FOLDER    check a folder",
             "  python scripts/prepare_data.py make=FOLDER source=PHOTOS_FOLDER   make a set like div2k",
+            "  python scripts/prepare_data.py shard=FOLDER source=PHOTOS_FOLDER  pack photographs to train on",
         ]
     )
 
@@ -233,9 +266,7 @@ def make(options: PrepareOptions) -> int:
         )
     if options.crop % options.scale:
         raise UsageError(f"crop must be a multiple of scale {options.scale}, got crop={options.crop}")
-    root, source = Path(cast(str, options.make)).expanduser(), Path(cast(str, options.source)).expanduser()
-    if source.resolve() in (root.resolve(), *root.resolve().parents):
-        raise UsageError(f"make={root} lies in the folder of photographs, source={source}; give a folder outside of it")
+    root, source = _two_folders("make", options.make, options.source)
     noted = {key: getattr(options, key) for key in ("seed", "crop", "scale", "degradation")}
     recipe = Recipe(options.crop, options.seed, degradation)
     manifest = make_test_set(root, source, recipe, noted, options.count, options.workers)
@@ -248,6 +279,35 @@ def make(options: PrepareOptions) -> int:
     ]
     say("\n".join(lines))
     return OK
+
+
+def shard(options: PrepareOptions) -> int:
+    """Pack photographs into tar files and say what was made; returns the exit status.
+
+    Raises:
+        UsageError: the folder lies in that of the photographs.
+        UserError: they cannot be packed.
+    """
+    root, source = _two_folders("shard", options.shard, options.source)
+    packing = pack(root, source, options.shard_mb * MEGABYTE, options.text)
+    root_quoted = quote(str(root))
+    lines = [f"skipped: {reason}" for reason in packing.skipped]
+    lines += [
+        f"{packing.num_photographs} photographs in {len(packing.shards)} shards in {root}; next:",
+        f"  python scripts/train.py +experiment=NAME data=shards data.root={root_quoted}",
+    ]
+    say("\n".join(lines))
+    return OK
+
+
+def _two_folders(key: str, made: str | None, source: str | None) -> tuple[Path, Path]:
+    """The folder to make, and that of the photographs, which must not hold it."""
+    root, photographs = Path(made or "").expanduser(), Path(source or "").expanduser()
+    if photographs.resolve() in (root.resolve(), *root.resolve().parents):
+        raise UsageError(
+            f"{key}={root} lies in the folder of photographs, source={photographs}; give a folder outside of it"
+        )
+    return root, photographs
 
 
 def _listed(versions: dict[str, str]) -> str:

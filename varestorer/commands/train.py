@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from omegaconf import DictConfig, OmegaConf
 
 from varestorer.commands.entry import OK, Command, say
 
 # beside giving the types, this registers the schemas that configs/train.yaml is checked against
-from varestorer.training.config import Resume, TrainConfig, trainer_config
+from varestorer.training.config import Resume, Sharding, TrainConfig, TrainerConfig, trainer_config
+from varestorer.training.stopping import StoppedError
 from varestorer.utils.errors import UsageError, UserError
+from varestorer.weights.runs import CONFIG
 
 if TYPE_CHECKING:
     from torch import nn
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger(__name__)
 SECTIONS = ("trainer", "optimizer", "data")  # of the config, which a stage may change for itself
-PREVIEW_IMAGES = 4
+HELDOUT_BATCH = 4
 NO_LOGGER = {"_target_": "varestorer.training.loggers.no_logger", "_partial_": True}
 
 HELP = """
@@ -46,16 +48,29 @@ options
   trainer.max_steps=N        optimiser steps of a stage; given here it counts for every stage
   trainer.batch_size=N       samples per step over all processes; trainer.accumulate=N does it in N parts
   trainer.checkpoint_every=N steps between checkpoints; trainer.sample_every=N between pictures
+  trainer.keep_last=N        newest checkpoints to keep; trainer.keep_best=loss keeps the best one too, named in the
+                             stage's file `best` (trainer.keep_best_mode=min|max)
+  trainer.validate_every=N   steps between validations on the held-out pairs: val_loss, ... in metrics.jsonl
+  trainer.skip_nonfinite=N   leave out up to N steps in a row whose loss or gradient is not finite; default 0
   trainer.precision=auto|fp32|bf16
   optimizer.lr=X             peak learning rate, for every stage
   stages.NAME.trainer.max_steps=N   the same for one stage
-  logger=wandb|none          curves beside metrics.jsonl; wandb is offline without WANDB_API_KEY
+  logger=wandb|none          curves beside metrics.jsonl; wandb is offline without WANDB_API_KEY;
+                             logger.artifacts=true sends checkpoints too
 
 Any other key of the config can be set too: add --cfg job to see them all. -m runs several values in turn
 (seed=0,1,2). Several GPUs: accelerate launch scripts/train.py +experiment=NAME.
 
 The folder gets config.yaml, metrics.jsonl, samples/*.png and checkpoints/; ckpt=FOLDER uses its weights in
-`varestorer eval` and `varestorer restore`. Exit status: 0 well, 1 failed, 2 wrong command.
+`varestorer eval` and `varestorer restore`, ckpt=FOLDER/checkpoints/STAGE/best the best ones.
+
+A run that was killed goes on with resume=auto as if nothing had happened. The model, the stages' tasks, their data and
+batch size, and the seed must be the run's own; a change of anything else is logged. SIGTERM, SIGUSR1 and SIGUSR2 (a
+time limit or preemption of Slurm) save a checkpoint after the step that is being taken; the same signal a second time,
+a second or more later, ends the run at once.
+
+Exit status: 0 well, 1 failed, 2 wrong command, 143, 138 or 140 after SIGTERM, SIGUSR1 or SIGUSR2 (128 + the signal):
+start the same command again with resume=auto. (torchrun and accelerate launch pass the signal on and end with 1.)
 """
 
 
@@ -68,38 +83,62 @@ def train(cfg: DictConfig) -> int:
         UserError: see `fit`; UsageError: the config asks for nothing, or for something impossible.
     """
     stages = stage_configs(cfg, command_line())
-    run = open_run(cfg, list(stages))
-    try:
-        system = build_system(cfg, run)
-        for name, stage in stages.items():
-            train_stage(name, stage, system, run)
-        written = write_report(cfg, system, run)
-        run.mark_finished()
-    finally:
-        run.logger.finish()
+    run = open_run(cfg, stages)
+    with run.stop.listening():
+        try:
+            system = build_system(cfg, run)
+            for name, stage in stages.items():
+                train_stage(name, stage, system, run)
+            written = write_report(cfg, system, run)
+            run.mark_finished()
+        except StoppedError as stopped:
+            end_early(stopped, run)
+        finally:
+            run.logger.finish()
     if run.is_main:
         say(summary(run.run_dir, written))
     return OK
 
 
-def open_run(cfg: DictConfig, stages: list[str]) -> Run:
-    """Choose the folder (in the first process, for all), write the config and start the logger."""
+def end_early(stopped: StoppedError, run: Run) -> NoReturn:
+    """Say where a stopped run was saved, and end the process: a sweep must not go on with its next job.
+
+    Raises:
+        SystemExit: with the signal's status.
+    """
+    if run.is_main:
+        say(f"{stopped}\ngo on with the same command and run_dir={run.run_dir} resume=auto")
+    run.stop.pass_on()
+    raise SystemExit(run.stop.exit_status)
+
+
+def open_run(cfg: DictConfig, stages: Mapping[str, DictConfig]) -> Run:
+    """Choose the folder (in the first process, for all), write the config and start the logger.
+
+    Raises:
+        UsageError: the folder's run was started with another model or other data.
+    """
     from accelerate.utils import broadcast_object_list
     from hydra.utils import instantiate
 
+    from varestorer.training.changes import check_resumable
     from varestorer.training.fit import make_accelerator
+    from varestorer.training.parallel import join_cluster_job
     from varestorer.training.run import Run, choose_run_dir, environment
 
+    join_cluster_job()
     accelerator = make_accelerator(str(cfg.device))
     folder = [""]
     if accelerator.is_main_process:
-        resume = cfg.resume is Resume.auto
-        folder = [str(choose_run_dir(experiment_name(cfg), cfg.run_dir, resume))]
+        job_dir = cluster_job_dir()
+        resume = cfg.resume is Resume.auto or job_dir is not None
+        folder = [str(choose_run_dir(experiment_name(cfg), cfg.run_dir or job_dir, resume))]
     broadcast_object_list(folder)
     run = Run(Path(folder[0]), accelerator, cfg.seed)
-    run.stages = stages
+    run.stages = list(stages)
     if run.is_main:
-        config = {**resolve(cfg), "run_dir": folder[0], "environment": environment()}
+        config = {**whole_config(cfg, stages), "run_dir": folder[0], "environment": environment()}
+        check_resumable(run.run_dir / CONFIG, config)
         run.write_config(config)
         run.logger = instantiate(cfg.logger or NO_LOGGER, _convert_="all")(run.run_dir, config)
         LOG.info("run folder: %s", run.run_dir)
@@ -135,25 +174,42 @@ def train_stage(name: str, cfg: DictConfig, system: nn.Module, run: Run) -> None
     from hydra.utils import instantiate
 
     from varestorer.training.fit import fit
+    from varestorer.training.rng import seed_everything
 
+    seed_everything(run.seed, "task", name)  # a task may draw weights of its own, in a resume the same ones
     task = instantiate(cfg.stages[name].task, _partial_=True, _convert_="all")(system=system)
     task.name = name
     dataset = instantiate(cfg.data, _convert_="all")
     optimizer = instantiate(cfg.optimizer, _convert_="all")
-    fit(task, dataset, trainer_config(cfg.trainer), optimizer, run, preview=preview_batch(cfg, dataset))
+    trainer = trainer_config(cfg.trainer)
+    preview, *others = heldout_batches(cfg, dataset, trainer)
+    validation = [preview, *others] if trainer.validate_every else []
+    fit(task, dataset, trainer, optimizer, run, preview=preview, validation=validation)
 
 
-def preview_batch(cfg: DictConfig, dataset: Any) -> Batch:
-    """The first few pairs of `heldout` (of the training data, if the config has no held-out set)."""
+def heldout_batches(cfg: DictConfig, dataset: Any, trainer: TrainerConfig) -> list[Batch]:
+    """Batches of `heldout`: the first for pictures, all of them for validation.
+
+    Without a held-out set the pictures show training data.
+
+    Raises:
+        UsageError: validation was asked for, and there is no held-out set.
+    """
     from hydra.utils import instantiate
 
     from varestorer.data.loader import collate
 
+    if cfg.heldout is None and trainer.validate_every:
+        raise UsageError("trainer.validate_every needs held-out pairs: set heldout, or validate_every=0")
     source = dataset if cfg.heldout is None else instantiate(cfg.heldout, _convert_="all")
-    batch = collate([source[number] for number in range(min(PREVIEW_IMAGES, len(source)))])
-    if isinstance(batch, UserError):  # collate's way of handing one on
-        raise batch
-    return dict(batch)
+    count = len(source) if trainer.validate_every else min(HELDOUT_BATCH, len(source))
+    batches: list[Batch] = []
+    for start in range(0, count, HELDOUT_BATCH):
+        batch = collate([source[number] for number in range(start, min(start + HELDOUT_BATCH, count))])
+        if isinstance(batch, UserError):  # collate's way of handing one on
+            raise batch
+        batches.append(dict(batch))
+    return batches
 
 
 def write_report(cfg: DictConfig, system: nn.Module, run: Run) -> Path | None:
@@ -180,7 +236,12 @@ def stage_configs(cfg: DictConfig, words: Sequence[str]) -> dict[str, DictConfig
         raise UsageError("nothing to train: the config has no stages; add +experiment=quickstart, see --help")
     configs = {name: stage_config(cfg, name, words) for name in cfg.stages}
     for config in configs.values():
-        trainer_config(config.trainer)
+        trainer = trainer_config(config.trainer)
+        if trainer.sharding is Sharding.fsdp2 and (len(configs) > 1 or cfg.report is not None):
+            raise UsageError(
+                "trainer.sharding=fsdp2 trains one stage per run and writes no report (report=null); start the next "
+                "stage from this run with model.weights.transformer=RUN"
+            )
     return configs
 
 
@@ -207,6 +268,18 @@ def command_line() -> list[str]:
     return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
 
 
+def cluster_job_dir() -> Path | None:
+    """Folder of a job that a launcher put in a cluster's queue, the same each time it is put there again."""
+    from hydra.core.hydra_config import HydraConfig
+
+    from varestorer.training.parallel import in_cluster_job
+
+    if not (in_cluster_job() and HydraConfig.initialized()):
+        return None
+    settings = HydraConfig.get()
+    return Path(settings.sweep.dir) / str(settings.job.num)
+
+
 def experiment_name(cfg: DictConfig) -> str:
     """`experiment_name`, else the choice `+experiment=`, else `train`."""
     from hydra.core.hydra_config import HydraConfig
@@ -219,6 +292,15 @@ def resolve(cfg: DictConfig) -> dict[str, Any]:
     """The config as plain values, all references and the experiment's name filled in."""
     resolved: Any = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
     return {**resolved, "experiment_name": experiment_name(cfg)}
+
+
+def whole_config(cfg: DictConfig, stages: Mapping[str, DictConfig]) -> dict[str, Any]:
+    """The resolved config, each stage with the whole `trainer`, `optimizer` and `data` that it is trained with."""
+    config = resolve(cfg)
+    for name, stage in stages.items():
+        own = resolve(stage)
+        config["stages"][name] |= {section: own[section] for section in SECTIONS}
+    return config
 
 
 def summary(run_dir: Path, report: Path | None) -> str:

@@ -6,7 +6,6 @@ Letters: `T` tokens of the prompt, `E` width of the text encoder.
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -24,14 +23,6 @@ CacheKey = Mapping[str, str | int | bool]
 """All that features depend on, by name."""
 
 _NAME = "features"
-
-
-def cache_folder() -> Path:
-    """`$VARESTORER_CACHE`, else `$XDG_CACHE_HOME/varestorer`, else `~/.cache/varestorer`."""
-    if own := os.environ.get("VARESTORER_CACHE"):
-        return Path(own).expanduser()
-    common = os.environ.get("XDG_CACHE_HOME")
-    return (Path(common) if common else Path.home() / ".cache") / "varestorer"
 
 
 class TextCache:

@@ -6,11 +6,13 @@ from varestorer.data.embedded import embedded_photographs
 from varestorer.data.folders import find_pairs, hq_images
 from varestorer.data.heldout import heldout_pairs
 from varestorer.data.loader import Batch, build_loader
+from varestorer.data.mixture import Mixture
 
 __all__ = [
     "Batch",
     "BicubicDegradation",
     "Degradation",
+    "Mixture",
     "PairedCrops",
     "PhotoCrops",
     "Sample",

@@ -5,8 +5,9 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from varestorer.data.listing import indexed_images
 from varestorer.utils.errors import UserError
-from varestorer.utils.images import list_images, natural_key
+from varestorer.utils.images import natural_key
 
 HQ_NAMES = ("hr", "hq", "gt")
 LQ_NAMES = ("lr", "lq")
@@ -47,7 +48,7 @@ def hq_images(root: str | os.PathLike) -> list[Path]:
     Raises:
         UserError: no such folder, or no image in it; says what belongs there.
     """
-    images = list_images(hq_folder(root))
+    images = indexed_images(hq_folder(root))
     if not images:
         raise UserError(f"data.root={Path(root).expanduser()} holds no image; put there {HQ_HELP}")
     return images
@@ -167,7 +168,7 @@ def _by_name(folder: Path, keep_endings: bool) -> tuple[dict[str, Path], list[tu
     """
     found: dict[str, Path] = {}
     doubles: list[tuple[Path, Path]] = []
-    for path in list_images(folder):
+    for path in indexed_images(folder):
         name = path.relative_to(folder).with_suffix("").as_posix()
         name = name if keep_endings else re.sub(r"(?i)([_-]?x\d|[_-](lr|lq|hr|hq|gt)\d?)$", "", name)
         if found.setdefault(name, path) is not path:

@@ -9,13 +9,14 @@ from pathlib import Path
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
+from varestorer.data.shards import Packed
 from varestorer.utils.errors import UserError
 from varestorer.utils.image_files import open_image
 from varestorer.utils.images import load_image, to_uint8
 
 log = logging.getLogger(__name__)
 
-Item = tuple[Path, ...]
+Item = tuple[Path | Packed, ...]
 CACHE_BYTES = 2**30  # over all the loader's workers of a process
 MAX_BROKEN = 0.05
 HEADERS_TO_CHECK = 300
@@ -24,6 +25,8 @@ PIXELS_TO_CHECK = 32_000_000  # about a second of decoding
 
 class ImageStore:
     """Decoded images by number; an item is a tuple of files that belong together (a photograph, or a pair).
+
+    A file may be a member of a shard.
 
     Broken files are met with a warning, once, and replaced by the next good item, so that what a number gives
     depends on the files alone. Up to `HEADERS_TO_CHECK` files are looked at in the beginning (a small folder:
@@ -80,7 +83,7 @@ class ImageStore:
         if index in self._cache:
             self._cache.move_to_end(index)
             return self._cache[index]
-        images = tuple(to_uint8(load_image(path)) for path in self.items[index])
+        images = tuple(to_uint8(_load(path)) for path in self.items[index])
         self._cache[index] = images
         self._cached_bytes += _num_bytes(images)
         worker = get_worker_info()
@@ -121,14 +124,24 @@ class ImageStore:
         self._stop_if_too_many(count)
 
 
-def _check_file(path: Path, budget: int) -> int:
+def _load(path: Path | Packed) -> Tensor:
+    return path.load() if isinstance(path, Packed) else load_image(path)
+
+
+def _check_file(path: Path | Packed, budget: int) -> int:
     """Read a file's header, and its pixels if they are within the budget; returns the pixels decoded."""
-    with open_image(path) as file:
-        num_pixels = file.width * file.height
+    num_pixels = _num_pixels(path)
     if num_pixels > budget:
         return 0
-    load_image(path)
+    _load(path)
     return num_pixels
+
+
+def _num_pixels(path: Path | Packed) -> int:
+    if isinstance(path, Packed):
+        return path.num_pixels()
+    with open_image(path) as file:
+        return file.width * file.height
 
 
 def _num_bytes(images: tuple[Tensor, ...]) -> int:

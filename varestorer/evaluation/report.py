@@ -30,7 +30,7 @@ from varestorer.utils.files import atomic_write
 Picture = Mapping[str, Tensor]
 """Columns of one photograph: label -> (3, H, W) in [0, 1]; the last one is the reference."""
 
-NOT_LOSSES = frozenset({"stage", "step", "seconds", "lr", "epoch"})
+NOT_LOSSES = frozenset({"stage", "step", "seconds", "lr", "epoch", "grad_norm", "skipped"})
 
 
 def write_run_report(

@@ -20,7 +20,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from varestorer.conditioning.captioner import DEFAULT_NAME as CAPTIONER
 from varestorer.conditioning.captioner import Captioner
 from varestorer.conditioning.text_encoder import DEFAULT_NAME as TEXT_ENCODER
-from varestorer.conditioning.text_encoder import TextEncoder
+from varestorer.conditioning.text_encoder import DEFAULT_WIDTH, TextEncoder
 from varestorer.systems.folder import Job
 from varestorer.systems.varestorer import VARestorer
 from varestorer.utils.errors import UserError
@@ -28,9 +28,6 @@ from varestorer.utils.images import load_picture, resize
 from varestorer.utils.tiling import scaled_size
 
 logger = logging.getLogger(__name__)
-
-PUBLISHED_TEXT_WIDTH = 2048  # of flan-t5-xl; networks of another width were trained with the null text alone
-
 
 @dataclass(frozen=True)
 class TextOptions:
@@ -85,7 +82,7 @@ def find_texts(
     prompts = {job.name: options.prompt for job in jobs} if options.prompt else {}
     if not prompts and not options.use_captions:
         return Texts()
-    if options.text_encoder is None and system.transformer.config.text_width != PUBLISHED_TEXT_WIDTH:
+    if options.text_encoder is None and system.transformer.config.text_width != DEFAULT_WIDTH:
         what = "no captions are made" if options.use_captions else "the prompt is recorded, and changes nothing"
         logger.warning("this model was trained without text: %s", what)
         return Texts(prompts)

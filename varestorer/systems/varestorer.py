@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from varestorer.conditioning.pyramid import Condition, PyramidConditioner
 from varestorer.conditioning.restorer import load_restorer
-from varestorer.conditioning.text_encoder import TextEncoder
+from varestorer.conditioning.text_encoder import DEFAULT_NAME, DEFAULT_WIDTH, TextEncoder
 from varestorer.systems.bundle import save_bundle
 from varestorer.systems.loading import HOW, build, download
 from varestorer.systems.parts import allocate, check_part, load_part
@@ -29,7 +29,14 @@ from varestorer.systems.prefix import generate_from_prefix
 from varestorer.tokenizer import MultiScaleTokenizer, ScaleSchedule, TokenizerConfig, TokenPyramid
 from varestorer.tokenizer.autoencoder import init_weights as init_tokenizer_weights
 from varestorer.transformer import TextContext, TextFeatures, TransformerConfig, VARTransformer
-from varestorer.transformer.adapters import adapters_off, attach_adapters, init_adapters, merge_adapters
+from varestorer.transformer.adapters import (
+    TARGETS,
+    adapters_off,
+    attach_adapters,
+    init_adapters,
+    merge_adapters,
+    target_pattern,
+)
 from varestorer.transformer.generation import Generation, MultiStepGenerator, SamplingOptions
 from varestorer.transformer.layout import pyramid_layout
 from varestorer.transformer.masks import MASKS, block_causal_mask
@@ -50,6 +57,7 @@ class StudentConfig:
 
     Attributes:
         lora_rank: of the adapters; 0 for none (the student is then the base network itself).
+        lora_targets: layers of the blocks that carry them, see `adapters.target_pattern`.
         long_input: append the complete codes at the last scale to the input.
         long_positions: rotary rows of the appended tokens, "next_scale" or "own".
         cross_value_bias: whether block cross attention adds its value bias while the adapters are on.
@@ -61,6 +69,7 @@ class StudentConfig:
     """
 
     lora_rank: int = 32
+    lora_targets: tuple[str, ...] = TARGETS
     long_input: bool = True
     long_positions: str = "next_scale"
     cross_value_bias: bool = False
@@ -70,6 +79,8 @@ class StudentConfig:
     merged: bool = False
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "lora_targets", tuple(self.lora_targets))
+        target_pattern(self.lora_targets)
         for name, choices in (("attention", MASKS), ("conditioning", ("pyramid", "prefix"))):
             if getattr(self, name) not in choices:
                 raise UserError(f"model.student.{name} must be {' or '.join(choices)}, got {getattr(self, name)}")
@@ -148,8 +159,8 @@ class VARestorer(
         with torch.device("meta"):
             self.tokenizer = MultiScaleTokenizer(TokenizerConfig(**tokenizer))
             self.transformer = VARTransformer(TransformerConfig(**transformer))
-            if self.student_config.lora_rank and not self.student_config.merged:
-                attach_adapters(self.transformer, self.student_config.lora_rank, self.student_config.cross_value_bias)
+            if (chosen := self.student_config).lora_rank and not chosen.merged:
+                attach_adapters(self.transformer, chosen.lora_rank, chosen.cross_value_bias, chosen.lora_targets)
         self._check_sizes()
         self._schedule_options = dict(schedule)
         if torch.get_default_device().type != "meta":
@@ -185,7 +196,7 @@ class VARestorer(
         """
         if pretrained_model_name_or_path is None:
             raise UserError("no model comes with this version; name a bundle, a run or a published file")
-        name = str(pretrained_model_name_or_path)
+        name = str(Path(pretrained_model_name_or_path).expanduser())
         if Path(name).exists() or not is_hub_name(name):
             return cls._from_pretrained(model_id=name, **options)
         try:
@@ -427,14 +438,12 @@ class VARestorer(
         """
         if not isinstance(prompt, str):
             return prompt
-        encoder = TextEncoder(device=self.device)
-        features = encoder.encode([prompt])[0]
-        if features.shape[1] != self.transformer.config.text_width:
+        if self.transformer.config.text_width != DEFAULT_WIDTH:
             raise UserError(
-                f"{encoder.path} gives features of width {features.shape[1]}, the model wants "
-                f"{self.transformer.config.text_width}; give prompt=features of the encoder it was trained with"
+                f"this model was trained without {DEFAULT_NAME}: give prompt= the features (T, E) of the encoder it was "
+                "trained with, or None"
             )
-        return features
+        return TextEncoder(device=self.device).encode([prompt])[0]
 
     @torch.inference_mode()
     def restore(

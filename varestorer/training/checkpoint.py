@@ -2,12 +2,15 @@
 
 `<run>/checkpoints/` holds `initial.safetensors` (a start that was drawn at random), a folder per stage with
 `step_000100/` in it, and `latest`, a line of text naming the newest whole checkpoint as `<stage>/<step>`.
-A checkpoint holds `model`, `ema`, `optimizer` and `rng` as safetensors, and `state.json`.
+A checkpoint holds `model`, `ema`, `optimizer` and `rng` as safetensors, and `state.json`. With `trainer.keep_best` each
+has a score, and the stage's folder a file `best`: `{"checkpoint": "step_000100", "metric": ..., "mode": "min",
+"value": ...}`.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,11 +23,12 @@ from torch.optim import Optimizer
 
 from varestorer.training.ema import Ema
 from varestorer.training.optimisers import load_optimizer_tensors, optimizer_tensors
+from varestorer.training.parallel import like, whole_tensors
 from varestorer.training.rng import capture_rng, restore_rng
 from varestorer.utils.errors import UserError
 from varestorer.utils.files import atomic_write
 from varestorer.weights import storage
-from varestorer.weights.runs import FOLDER, INITIAL, LATEST, newest_checkpoint, step_of
+from varestorer.weights.runs import BEST, FOLDER, INITIAL, LATEST, newest_checkpoint, place_of, step_folders, step_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -41,6 +45,29 @@ class Trained:
     ema: Ema
     step: int = 0  # optimiser steps taken
     samples: int = 0  # samples seen: the position in the endless sequence of the data
+    skipped: int = 0  # steps in a row, up to this one, that were left out because something was not finite
+
+
+@dataclass(frozen=True)
+class Score:
+    """What `keep_best` compares.
+
+    Attributes:
+        metric: a key of `metrics.jsonl`.
+        mode: "min" or "max": which value is better.
+        value: its mean over the last `checkpoint_every` steps; None if it never was finite.
+    """
+
+    metric: str
+    mode: str
+    value: float | None
+
+    @property
+    def badness(self) -> float:
+        """Smaller is better, whatever the mode."""
+        if self.value is None:
+            return math.inf
+        return self.value if self.mode == "min" else -self.value
 
 
 @dataclass(frozen=True)
@@ -62,27 +89,33 @@ class Checkpointer:
     frozen_sha256: str
     keep_last: int = 2
 
-    def save(self, trained: Trained, schedule: Mapping[str, Any]) -> None:
-        """Write a checkpoint of the present state, then point `latest` to it and drop old ones.
+    def save(self, trained: Trained, schedule: Mapping[str, Any], score: Score | None = None) -> Path:
+        """Write a checkpoint of the present state, then point `latest` (and `best`) to it and drop old ones.
 
         Args:
             trained: what to save.
             schedule: what the learning rate follows, for the reader of `state.json`.
+            score: what tells the best checkpoint from the others; None keeps the newest ones only.
+        Returns:
+            its folder.
         Raises:
             UserError: it cannot be written; older checkpoints are untouched.
         """
         from accelerate.utils import gather_object
 
         generators = gather_object([capture_rng()])
+        tensors = self._tensors(trained)
+        folder = self.run_dir / FOLDER / self.stage / f"step_{trained.step:06d}"
         if self.accelerator.is_main_process:
-            folder = self.run_dir / FOLDER / self.stage / f"step_{trained.step:06d}"
             with storage.atomic_folder(folder) as temporary:
-                self._write(temporary, trained, schedule, generators)
-            with atomic_write(folder.parents[1] / LATEST) as temporary:
-                temporary.write_text(f"{self.stage}/{folder.name}\n", encoding="utf-8")
-                storage.sync(temporary)
-            self._prune(folder.parent)
+                for name, content in tensors.items():
+                    storage.write_tensors(temporary / f"{name}.safetensors", content)
+                self._write(
+                    temporary, trained, {"schedule": dict(schedule), "score": score and vars(score)}, generators
+                )
+            self._settle(folder, score)
         self.accelerator.wait_for_everyone()
+        return folder
 
     def restore(self, trained: Trained) -> None:
         """Put the newest whole checkpoint of this stage into `trained` and the generators, if there is one.
@@ -93,7 +126,7 @@ class Checkpointer:
         folder = newest_checkpoint(self.run_dir, self.stage)
         if folder is None:
             return
-        state = storage.read_json(folder / "state.json")
+        state = storage.read_json(folder / storage.STATE)
         if state["frozen_sha256"] != self.frozen_sha256:
             raise UserError(
                 f"{folder} was trained on other frozen weights (sha256 {state['frozen_sha256'][:12]}, now "
@@ -104,15 +137,23 @@ class Checkpointer:
         trained.ema.load(storage.read_tensors(folder / "ema.safetensors"))
         optimizer = storage.read_tensors(folder / "optimizer.safetensors")
         load_optimizer_tensors(trained.optimizer, trained.parameters, optimizer)
-        trained.step, trained.samples = state["step"], state["samples"]
+        trained.step, trained.samples, trained.skipped = state["step"], state["samples"], state["skipped"]
         self._restore_generators(folder, state["rng"])
+        if self.accelerator.is_main_process:
+            self._settle(folder, _score(folder))  # a kill may have come between saving and this
         LOG.info("%s: going on from %s", self.stage, folder)
 
-    def _write(self, folder: Path, trained: Trained, schedule: Mapping[str, Any], generators: list[Any]) -> None:
-        storage.write_tensors(folder / "model.safetensors", trained.parameters)
-        storage.write_tensors(folder / "ema.safetensors", trained.ema.averages)
-        optimizer = optimizer_tensors(trained.optimizer, trained.parameters)
-        storage.write_tensors(folder / "optimizer.safetensors", optimizer)
+    def _tensors(self, trained: Trained) -> dict[str, dict[str, Tensor]]:
+        """What goes into each file, whole; empty in all processes but the first. All have to ask."""
+        files: dict[str, Mapping[str, Tensor]] = {
+            "model": trained.parameters,
+            "ema": trained.ema.averages,
+            "optimizer": optimizer_tensors(trained.optimizer, trained.parameters),
+        }
+        is_main = self.accelerator.is_main_process
+        return {name: whole_tensors(tensors, is_main) for name, tensors in files.items()}
+
+    def _write(self, folder: Path, trained: Trained, notes: Mapping[str, Any], generators: list[Any]) -> None:
         tensors = {f"{k}/{rank}": v for rank, (_, found) in enumerate(generators) for k, v in found.items()}
         storage.write_tensors(folder / "rng.safetensors", tensors)
         state = {
@@ -120,11 +161,12 @@ class Checkpointer:
             "stage_index": self.stage_index,
             "step": trained.step,
             "samples": trained.samples,
-            "schedule": dict(schedule),
+            "skipped": trained.skipped,
+            **notes,
             "frozen_sha256": self.frozen_sha256,
             "rng": [plain for plain, _ in generators],
         }
-        storage.write_json(folder / "state.json", state)
+        storage.write_json(folder / storage.STATE, state)
 
     def _restore_generators(self, folder: Path, plain: list[dict[str, Any]]) -> None:
         rank = self.accelerator.process_index
@@ -134,9 +176,47 @@ class Checkpointer:
         mine = {k.removesuffix(f"/{rank}"): v for k, v in tensors.items() if k.endswith(f"/{rank}")}
         restore_rng(plain[rank], mine)
 
-    def _prune(self, folder: Path) -> None:
-        for old in sorted(folder.glob("step_*"), key=step_of)[: -self.keep_last]:
-            shutil.rmtree(old)
+    def _settle(self, folder: Path, score: Score | None) -> None:
+        """Point `latest` and `best` to a checkpoint that is whole, where they should, and drop old ones."""
+        later = (
+            place_of(path)[0] > self.stage_index for one in folder.parents[1].glob("*/") for path in step_folders(one)
+        )
+        if not any(later):
+            with atomic_write(folder.parents[1] / LATEST) as temporary:
+                temporary.write_text(f"{self.stage}/{folder.name}\n", encoding="utf-8")
+                storage.sync(temporary)
+        self._prune(folder, None if score is None else self._mark_best(folder, score))
+
+    def _mark_best(self, newest: Path, score: Score) -> Path | None:
+        """Name the best checkpoint so far in `best`; the earliest, where several are equally good."""
+        scores = {folder: _score(folder) for folder in _up_to(newest)}
+        rated = {f: s for f, s in scores.items() if s is not None and (s.metric, s.mode) == (score.metric, score.mode)}
+        best = min(rated, key=lambda folder: rated[folder].badness, default=None)
+        if best is None or rated[best].value is None:
+            return None
+        with atomic_write(newest.parent / BEST) as temporary:
+            storage.write_json(temporary, {"checkpoint": best.name, **vars(rated[best])})
+            storage.sync(temporary)
+        return best
+
+    def _prune(self, newest: Path, best: Path | None) -> None:
+        """Drop all but the newest checkpoints and the best; later ones were found damaged."""
+        kept = [*_up_to(newest)[-self.keep_last :], best]
+        for folder in step_folders(newest.parent):
+            if folder not in kept:
+                shutil.rmtree(folder)
+
+
+def _up_to(newest: Path) -> list[Path]:
+    return [folder for folder in step_folders(newest.parent) if step_of(folder) <= step_of(newest)]
+
+
+def _score(folder: Path) -> Score | None:
+    """The score a checkpoint was saved with; None if it has none, or cannot be read."""
+    try:
+        return Score(**storage.read_json(folder / storage.STATE)["score"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def save_initial(run_dir: Path, state: Mapping[str, Tensor]) -> None:
@@ -159,4 +239,4 @@ def _load_parameters(parameters: Mapping[str, nn.Parameter], saved: Mapping[str,
             "run's own model options"
         )
     for name, parameter in parameters.items():
-        parameter.copy_(saved[name])
+        parameter.copy_(like(saved[name], parameter))

@@ -8,12 +8,15 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from varestorer.utils.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Precision(StrEnum):
@@ -29,6 +32,20 @@ class Schedule(StrEnum):
 
     cosine = "cosine"
     constant = "constant"
+
+
+class Sharding(StrEnum):
+    """How many processes share the weights that train."""
+
+    none = "none"  # each process holds all of them
+    fsdp2 = "fsdp2"  # each holds its part
+
+
+class Best(StrEnum):
+    """Which value of a metric is better."""
+
+    min = "min"
+    max = "max"
 
 
 class Resume(StrEnum):
@@ -57,6 +74,10 @@ class TrainerConfig:
         accumulate: micro-batches per optimiser step (less memory, same result).
         num_workers: data processes per training process; 0 loads in the training process.
         precision: auto, fp32 or bf16.
+        base_precision: of frozen matrices in the transformer's blocks; auto is that of the passes. bf16 halves their
+            memory and changes nothing in passes of bf16, but they stay rounded for what comes after the stage.
+        sharding: none, or fsdp2, which spreads weights, averages and optimiser state over the processes (for networks
+            that one GPU cannot train; one stage per run, without a report).
         clip_norm: largest gradient norm; null for no clipping.
         ema_decay: of the averaged weights; it warms up as (1 + step) / (10 + step).
         warmup_steps: of linear warm-up of the learning rate.
@@ -64,7 +85,14 @@ class TrainerConfig:
         final_lr_ratio: learning rate at the end of the cosine, as a part of the peak.
         checkpoint_every: steps between checkpoints; one is always written at the end.
         keep_last: newest checkpoints of a stage that are kept.
+        keep_best: a key of `metrics.jsonl`, such as loss or val_mse; the checkpoint with the best mean of it over the
+            last `checkpoint_every` steps is kept too, and named in the stage's file `best`. null: newest ones only.
+        keep_best_mode: whether min or max is best.
         sample_every: steps between preview pictures; 0 for one at the end only.
+        validate_every: steps between validations, also at the end: the losses of all `heldout` pairs with the averaged
+            weights, as val_loss, val_mse, ...; 0 for none.
+        skip_nonfinite: so many steps in a row may have a loss or gradient that is not finite; they do not touch the
+            weights and are marked `skipped` in `metrics.jsonl`. One more stops the run; 0 stops at the first.
     """
 
     max_steps: int = 1000
@@ -72,6 +100,8 @@ class TrainerConfig:
     accumulate: int = 1
     num_workers: int = 2
     precision: Precision = Precision.auto
+    base_precision: Precision = Precision.fp32
+    sharding: Sharding = Sharding.none
     clip_norm: float | None = 1.0
     ema_decay: float = 0.999
     warmup_steps: int = 0
@@ -79,7 +109,11 @@ class TrainerConfig:
     final_lr_ratio: float = 0.0
     checkpoint_every: int = 500
     keep_last: int = 2
+    keep_best: str | None = None
+    keep_best_mode: Best = Best.min
     sample_every: int = 500
+    validate_every: int = 0
+    skip_nonfinite: int = 0
 
     def __post_init__(self) -> None:
         """Refuse values no run could mean.
@@ -89,7 +123,7 @@ class TrainerConfig:
         """
         for key in ("max_steps", "batch_size", "accumulate", "checkpoint_every", "keep_last"):
             _require(getattr(self, key) >= 1, key, "1 or more", getattr(self, key))
-        for key in ("num_workers", "warmup_steps", "sample_every"):
+        for key in ("num_workers", "warmup_steps", "sample_every", "validate_every", "skip_nonfinite"):
             _require(getattr(self, key) >= 0, key, "0 or more", getattr(self, key))
         _require(0 <= self.ema_decay < 1, "ema_decay", "in [0, 1)", self.ema_decay)
         _require(0 <= self.final_lr_ratio <= 1, "final_lr_ratio", "in [0, 1]", self.final_lr_ratio)
@@ -97,6 +131,21 @@ class TrainerConfig:
             _require(self.clip_norm > 0, "clip_norm", "above 0, or null for no clipping", self.clip_norm)
         multiple = f"a multiple of trainer.accumulate={self.accumulate}"
         _require(self.batch_size % self.accumulate == 0, "batch_size", multiple, self.batch_size)
+
+    def uses_bf16(self, device: torch.device) -> bool:
+        """Whether forward and backward passes on this device run in bfloat16 (autocast)."""
+        auto = self.precision is Precision.auto and device.type == "cuda"
+        return auto or self.precision is Precision.bf16
+
+    def keeps_base_in_bf16(self, device: torch.device) -> bool:
+        """Whether frozen matrices are kept in bfloat16 on this device.
+
+        Raises:
+            UsageError: they should be, but the passes are in float32.
+        """
+        if self.base_precision is Precision.bf16 and not self.uses_bf16(device):
+            raise UsageError("trainer.base_precision=bf16 wants trainer.precision=bf16, or auto for both")
+        return self.base_precision is not Precision.fp32 and self.uses_bf16(device)
 
     def learning_rate_factor(self, step: int) -> float:
         """Part of the peak learning rate used by optimiser step `step` (from 1): a pure function.

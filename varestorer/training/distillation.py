@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
+from varestorer.conditioning.pyramid import Condition
 from varestorer.losses.build import perceptual_loss
 from varestorer.losses.distillation import distribution_matching_loss
 from varestorer.losses.pixel import mse_loss
 from varestorer.systems.parts import load_teacher
 from varestorer.systems.varestorer import VARestorer
+from varestorer.tokenizer import TokenPyramid
+from varestorer.training.crops import random_crops
+from varestorer.training.encoder import trained_condition
 from varestorer.training.task import Batch, Task, train_only
 from varestorer.training.text import prompts_of
 from varestorer.transformer import VARTransformer
@@ -44,22 +50,32 @@ class KLOptions:
 
 @dataclass(frozen=True)
 class StraightThrough:
-    """How bits become an image with gradients.
+    """How bits become an image with gradients, and what of it the image losses see.
 
     Attributes:
         tau: temperature of the softmax that gives the gradient.
         gumbel: add Gumbel noise, as sampling will; False takes the likelier bits, as argmax will.
+        crop: side in pixels of a random square of each image; only its codes are decoded, for less memory (at its edges
+            the decoder sees nothing of what lies beyond). None: the whole image.
+        shrink: compare images of 1/shrink of the size, each pixel the mean of a square.
+        image_slices: decode and compare the images of a micro-batch one by one, and again in the backward pass: the
+            memory of one image for any number, at the cost of decoding twice.
     """
 
     tau: float = 0.5
     gumbel: bool = True
+    crop: int | None = None
+    shrink: int = 1
+    image_slices: bool = False
 
 
 class DistillationTask(Task):
     """The student matches the teacher's bits, and its decoded image the photograph.
 
     Teacher and student are the same network with its adapters off and on, and only the adapters train; or, at the cost
-    of a second network, the whole student trains against a separate teacher.
+    of a second network, the whole student trains against a separate teacher. With either, the tokenizer's encoder may
+    train too, straight through the bits of the degraded image; photographs go on being tokenised by the encoder as the
+    stage begins, of which a frozen copy is kept.
 
     Args:
         system: tokenizer, transformer with adapters.
@@ -67,7 +83,8 @@ class DistillationTask(Task):
         kl: arguments of `KLOptions`.
         perceptual: see `losses.build.perceptual_loss`.
         straight_through: arguments of `StraightThrough`.
-        trained: "adapters", or "all" of the student's transformer (full fine-tuning).
+        trained: "adapters", or "all" of the student's transformer (full fine-tuning); [adapters, encoder] or
+            [all, encoder] adds the tokenizer's encoder.
         teacher: file, bundle or run of a separate teacher, or "start": a copy of the network as the stage begins; None:
             the system's own.
         tiles: sides of squares (pixels, see `VARestorer.tiles`) of which each step takes one; None: the system's own.
@@ -82,8 +99,8 @@ class DistillationTask(Task):
         weights: dict[str, float] | None = None,
         kl: dict[str, str | float] | None = None,
         perceptual: str = "lpips",
-        straight_through: dict[str, float | bool] | None = None,
-        trained: str = "adapters",
+        straight_through: dict[str, float | bool | int | None] | None = None,
+        trained: str | Sequence[str] = "adapters",
         teacher: str | None = None,
         tiles: list[int] | None = None,
         condition_drop: float = 0.1,
@@ -94,58 +111,92 @@ class DistillationTask(Task):
         self.system = system
         self.weights = DistillationWeights(**(weights or {}))
         self.kl = KLOptions(**(kl or {}))  # type: ignore[arg-type]
+        parts = {trained} if isinstance(trained, str) else set(trained)
+        self.start_encoder = deepcopy(system.tokenizer.encoder) if "encoder" in parts else None
         wanted = self.weights.perceptual > 0
-        self.perceptual = perceptual_loss(perceptual, system.tokenizer.encoder.features) if wanted else None
+        encoder = self.start_encoder or system.tokenizer.encoder
+        self.perceptual = perceptual_loss(perceptual, encoder.features) if wanted else None
         self.straight_through = StraightThrough(**(straight_through or {}))  # type: ignore[arg-type]
         self.teacher = separate_teacher(system, teacher)
         self.tiles = [system.at_tile(side) for side in tiles or []] or [system]
         self.condition_drop = condition_drop
         self.seed = seed
+        check_image_options(self.straight_through, self.tiles)
         system.transformer.checkpoint_activations = checkpoint_activations
-        train_only(self, self._chosen(trained))
+        train_only(self, self._chosen(parts))
 
-    def _chosen(self, trained: str) -> Iterable[nn.Parameter]:
+    def _chosen(self, parts: set[str]) -> list[nn.Parameter]:
         adapters = adapter_parameters(self.system.transformer)
-        if trained == "adapters" and adapters:
-            return adapters.values()
-        if trained == "all" and self.teacher is not None and not adapters:
-            return self.system.transformer.parameters()
+        encoder = list(self.system.tokenizer.encoder.parameters()) if "encoder" in parts else []
+        network = parts - {"encoder"}
+        if network == {"adapters"} and adapters:
+            return [*adapters.values(), *encoder]
+        if network == {"all"} and self.teacher is not None and not adapters:
+            return [*self.system.transformer.parameters(), *encoder]
         raise UserError(
             "distillation trains either adapters (trained=adapters, model.student.lora_rank above 0), or all of the "
-            f"student (trained=all, lora_rank=0, teacher=start); got trained={trained}, {len(adapters)} adapters and "
+            "student (trained=all, lora_rank=0, teacher=start), and the encoder if it is listed too; got "
+            f"trained={sorted(parts)}, {len(adapters)} adapters and "
             f"{'no ' if self.teacher is None else ''}separate teacher"
         )
 
     def forward(self, batch: Batch, step: int) -> dict[str, Tensor]:
-        system = self.tiles[derive_seed(self.seed, "tile", step) % len(self.tiles)]
+        system = self._system(step)
         batch = batch | {name: batch[name][..., : system.tile, : system.tile] for name in ("hq", "lq")}
-        text = prompts_of(batch, system, self.condition_drop, self.seed)
+        text = prompts_of(batch, system, self.condition_drop if self.training else 0.0, self.seed)
         context = system.transformer.text(text)
         with torch.no_grad():
-            condition = system.condition(batch["lq"])
             asked = context if self.teacher is None else text
-            pyramid = system.encode(batch["hq"]) if self.weights.kl else None
+            pyramid = self._photograph(system, batch["hq"]) if self.weights.kl else None
             teacher = None if pyramid is None else system.teacher_logits(pyramid, asked, self.teacher)
-        student = system.student_logits(condition, context)
+        student = system.student_logits(self._condition(system, batch["lq"]), context)
         parts = {}
         if teacher is not None:
             parts["kl"] = distribution_matching_loss(
                 teacher, student, system.schedule, self.kl.direction, self.kl.temperature, self.kl.reduction
             )
         if self.weights.perceptual or self.weights.mse:
-            parts |= self._image_losses(system, student, batch)
+            parts |= self._image_losses(system, student, batch, step)
         loss = torch.stack([getattr(self.weights, name) * value for name, value in parts.items()]).sum()
         return {"loss": loss, **parts}
 
-    def _image_losses(self, system: VARestorer, student_BLZ2: Tensor, batch: Batch) -> dict[str, Tensor]:
+    def _system(self, step: int) -> VARestorer:
+        """The system at the tile of this step; at its own in eval mode."""
+        number = derive_seed(self.seed, "tile", step) % len(self.tiles)
+        return self.tiles[number] if self.training else self.system
+
+    def _photograph(self, system: VARestorer, hq_B3HW: Tensor) -> TokenPyramid:
+        """Tokens of the photographs, by the encoder as the stage began."""
+        if self.start_encoder is None:
+            return system.encode(hq_B3HW)
+        return system.tokenizer.quantizer(self.start_encoder(to_network(hq_B3HW)), system.schedule)
+
+    def _condition(self, system: VARestorer, lq_B3HW: Tensor) -> Condition:
+        """The student's input, with gradients if the encoder trains."""
+        return system.condition(lq_B3HW) if self.start_encoder is None else trained_condition(system, lq_B3HW)
+
+    def _image_losses(self, system: VARestorer, student_BLZ2: Tensor, batch: Batch, step: int) -> dict[str, Tensor]:
         """L_perc and L_MSE on the decoded image, both in [-1, 1]; gradients go through the bits."""
+        options, keys, device = self.straight_through, batch["key"], student_BLZ2.device
         uniform = None
-        if self.straight_through.gumbel:
-            shape = tuple(student_BLZ2.shape[1:])
-            uniform = uniform_per_sample(shape, self.seed, batch["key"], "gumbel", student_BLZ2.device)
-        bits = straight_through_bits(student_BLZ2, uniform, self.straight_through.tau)
-        image = system.tokenizer.decode(system.codes(bits))
+        if options.gumbel and self.training:
+            uniform = uniform_per_sample(tuple(student_BLZ2.shape[1:]), self.seed, keys, "gumbel", device)
+        codes = system.codes(straight_through_bits(student_BLZ2, uniform, options.tau))
         target = to_network(batch["hq"])
+        if options.crop is not None and self.training:
+            place_B2 = uniform_per_sample((2,), self.seed, keys, f"image crop/{step}")
+            codes, target = random_crops(codes, target, options.crop, place_B2)
+        if not options.image_slices:
+            return self._compare(codes, target)
+        pairs = zip(codes.split(1), target.split(1), strict=True)
+        each = [torch.utils.checkpoint.checkpoint(self._compare, *pair, use_reentrant=False) for pair in pairs]
+        return {name: torch.stack([losses[name] for losses in each]).mean() for name in each[0]}
+
+    def _compare(self, codes_BZhw: Tensor, target_B3HW: Tensor) -> dict[str, Tensor]:
+        """The image losses of decoded codes, means over the images."""
+        image, target, shrink = self.system.tokenizer.decode(codes_BZhw), target_B3HW, self.straight_through.shrink
+        if shrink > 1:
+            image, target = F.avg_pool2d(image, shrink), F.avg_pool2d(target, shrink)
         losses = {"mse": mse_loss(image, target)}
         if self.perceptual is not None:
             losses["perceptual"] = self.perceptual(image, target)
@@ -164,3 +215,18 @@ def separate_teacher(system: VARestorer, teacher: str | None) -> VARTransformer 
         use_adapters(copied, False)
         return copied
     return None if teacher is None else load_teacher(system, teacher)
+
+
+def check_image_options(options: StraightThrough, systems: Sequence[VARestorer]) -> None:
+    """Refuse crops and sizes of the compared image that do not fit the squares.
+
+    Raises:
+        UserError: names the key, what it was and what it has to be.
+    """
+    stride, smallest = systems[0].tokenizer.stride, min(system.tile for system in systems)
+    crop, shrink = options.crop, options.shrink
+    if crop is not None and not (0 < crop <= smallest and crop % stride == 0):
+        wanted = f"a multiple of {stride} pixels, at most the tile's {smallest}"
+        raise UserError(f"straight_through.crop must be {wanted}, got {crop}")
+    if shrink < 1 or (smallest if crop is None else crop) % shrink:
+        raise UserError(f"straight_through.shrink must divide the side of what is compared, got {shrink}")

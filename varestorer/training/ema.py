@@ -8,9 +8,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from varestorer.training.parallel import like
+
 
 class Ema:
-    """Averaged float32 copy of some parameters, kept on their device.
+    """Averaged float32 copy of some parameters, kept on their device and sharded as they are.
 
     `average <- d * average + (1 - d) * weight` with `d = min(decay, (1 + step) / (10 + step))`, so that the
     first steps do not remember the initial weights for long (the warm-up of TensorFlow's moving average).
@@ -36,13 +38,13 @@ class Ema:
 
     @torch.no_grad()
     def load(self, averages: Mapping[str, Tensor]) -> None:
-        """Take over saved averages; the names must be exactly the parameters' names.
+        """Take over saved averages (whole ones); the names must be exactly the parameters' names.
 
         Raises:
             KeyError: a name is missing.
         """
         for name, average in self.averages.items():
-            average.copy_(averages[name])
+            average.copy_(like(averages[name], average))
 
     @torch.no_grad()
     def copy_to_parameters(self) -> None:

@@ -5,14 +5,11 @@ A logger is made by a factory called with the run's folder and its resolved conf
 
 from __future__ import annotations
 
-import logging
-import os
-import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-LOG = logging.getLogger(__name__)
+from varestorer.utils.wandb_run import open_wandb_run
 
 
 class Logger(Protocol):
@@ -24,11 +21,11 @@ class Logger(Protocol):
     def log_image(self, stage: str, step: int, path: Path) -> None:
         """A picture that was just saved."""
 
+    def log_checkpoint(self, stage: str, step: int, folder: Path) -> None:
+        """A checkpoint that was just written."""
+
     def finish(self) -> None:
         """The run ends."""
-
-
-LoggerFactory = Callable[[Path, Mapping[str, Any]], Logger]
 
 
 class NullLogger:
@@ -40,6 +37,9 @@ class NullLogger:
     def log_image(self, stage: str, step: int, path: Path) -> None:
         """Nothing to do."""
 
+    def log_checkpoint(self, stage: str, step: int, folder: Path) -> None:
+        """Nothing to do."""
+
     def finish(self) -> None:
         """Nothing to do."""
 
@@ -47,9 +47,10 @@ class NullLogger:
 class WandbLogger:
     """Weights & Biases; each stage has its own step axis, because stages count from 1 again."""
 
-    def __init__(self, wandb_run: Any) -> None:
-        """Log to a run that `wandb.init` gave."""
+    def __init__(self, wandb_run: Any, artifacts: bool = False) -> None:
+        """Log to a run that `wandb.init` gave; `artifacts`: checkpoints too."""
         self._run = wandb_run
+        self._artifacts = artifacts
         self._stages: set[str] = set()
 
     def log_metrics(self, stage: str, step: int, values: Mapping[str, float]) -> None:
@@ -64,6 +65,16 @@ class WandbLogger:
 
         self._define(stage)
         self._run.log({f"{stage}/samples": wandb.Image(str(path)), f"{stage}/step": step})
+
+    def log_checkpoint(self, stage: str, step: int, folder: Path) -> None:
+        """Send a checkpoint, if asked to, as a version of the artifact `<run>-<stage>`; wandb keeps a copy of it."""
+        if not self._artifacts:
+            return
+        import wandb
+
+        artifact = wandb.Artifact(f"{self._run.id}-{stage}", type="model", metadata={"stage": stage, "step": step})
+        artifact.add_dir(str(folder))
+        self._run.log_artifact(artifact, aliases=["latest", folder.name])
 
     def finish(self) -> None:
         """Flush and close."""
@@ -81,40 +92,24 @@ def no_logger(run_dir: Path, config: Mapping[str, Any]) -> Logger:
 
 
 def open_wandb(
-    run_dir: Path, config: Mapping[str, Any], *, project: str = "varestorer", entity: str | None = None
+    run_dir: Path,
+    config: Mapping[str, Any],
+    *,
+    project: str = "varestorer",
+    entity: str | None = None,
+    artifacts: bool = False,
 ) -> Logger:
-    """Start a Weights & Biases run, or go on with the one this folder had.
+    """Factory of `logger=wandb`: a run of Weights & Biases, or the one this folder had (see `utils.wandb_run`).
 
-    Offline unless there is a key in `WANDB_API_KEY` or `WANDB_MODE` says otherwise (`wandb sync` uploads an
-    offline run later). Its files are under `<run_dir>/wandb`. If it cannot start, a warning says why and the
-    run goes on without: `metrics.jsonl` has the same numbers.
+    The config has the git hash and the versions of packages under `environment`. Where wandb cannot start, training
+    goes on without: `metrics.jsonl` has the same numbers.
+
+    Args:
+        run_dir: the run's folder.
+        config: resolved.
+        project: on the server.
+        entity: user or team; None for the key's own.
+        artifacts: send every checkpoint, too.
     """
-    mode = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
-    try:
-        import wandb
-
-        settings = wandb.Settings(silent=True, console="off")
-        wandb_run = wandb.init(
-            dir=str(run_dir),
-            project=project,
-            entity=entity,
-            name="/".join(run_dir.absolute().parts[-2:]),
-            config=dict(config),
-            mode=mode,  # type: ignore[arg-type]  # a plain string from the environment; wandb checks it
-            id=_run_id(run_dir),
-            resume="allow" if mode == "online" else None,
-            settings=settings,
-        )
-    except Exception as error:  # noqa: BLE001  # whatever its reason, a logger must not end a training run
-        LOG.warning("wandb could not start (%s); going on with metrics.jsonl alone (as logger=none)", error)
-        return NullLogger()
-    return WandbLogger(wandb_run)
-
-
-def _run_id(run_dir: Path) -> str:
-    """The id of this folder's wandb run, drawn once and kept, so that a resume goes on with it."""
-    path = run_dir / "wandb" / "run_id"
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(uuid.uuid4().hex[:8] + "\n", encoding="utf-8")
-    return path.read_text(encoding="utf-8").strip()
+    wandb_run = open_wandb_run(run_dir, config, project=project, entity=entity)
+    return NullLogger() if wandb_run is None else WandbLogger(wandb_run, artifacts)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from varestorer.training.parallel import like, whole
 from varestorer.training.task import Task
 from varestorer.utils.errors import UserError
 
@@ -50,7 +51,7 @@ def clip_gradients(parameters: Mapping[str, nn.Parameter], max_norm: float | Non
         the norm before clipping; not finite (and nothing scaled) when a gradient is not.
     """
     graded = [p for p in parameters.values() if p.grad is not None]
-    total = torch.nn.utils.get_total_norm([p.grad for p in graded if p.grad is not None])
+    total = whole(torch.nn.utils.get_total_norm([p.grad for p in graded if p.grad is not None]))
     norm = float(total)
     if max_norm is not None and torch.isfinite(total):
         torch.nn.utils.clip_grads_with_norm_(graded, max_norm, total)
@@ -58,8 +59,8 @@ def clip_gradients(parameters: Mapping[str, nn.Parameter], max_norm: float | Non
 
 
 def nonfinite_gradients(parameters: Mapping[str, nn.Parameter]) -> list[str]:
-    """Names of the parameters whose gradient has a NaN or an infinity."""
-    graded = ((name, p.grad) for name, p in parameters.items() if p.grad is not None)
+    """Names of the parameters whose gradient has a NaN or an infinity; all processes of a sharded task have to ask."""
+    graded = ((name, whole(p.grad)) for name, p in parameters.items() if p.grad is not None)
     return [name for name, grad in graded if not bool(torch.isfinite(grad).all())]
 
 
@@ -83,11 +84,12 @@ def optimizer_tensors(optimizer: Optimizer, parameters: Mapping[str, nn.Paramete
 def load_optimizer_tensors(
     optimizer: Optimizer, parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]
 ) -> None:
-    """Put back what `optimizer_tensors` gave; learning rates and the like stay as configured."""
+    """Put back what `optimizer_tensors` gave, made whole; learning rates and the like stay as configured."""
     states: dict[str, dict[str, Tensor]] = {}
     for path, tensor in tensors.items():
         key, name = path.split("/", 1)
-        states.setdefault(name, {})[key] = tensor
+        parameter = parameters[name]
+        states.setdefault(name, {})[key] = like(tensor, parameter) if tensor.shape == parameter.shape else tensor
     packed = optimizer.state_dict()
     numbers = dict(zip(_parameter_ids(optimizer.param_groups), _numbers(packed["param_groups"]), strict=True))
     packed["state"] = {numbers[id(parameters[name])]: state for name, state in states.items()}

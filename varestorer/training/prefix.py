@@ -35,6 +35,8 @@ class PrefixTask(TeacherTask):
     def logits(self, pyramid: TokenPyramid, text: TextFeatures, batch: Batch) -> Tensor:
         with torch.no_grad():
             lq_pyramid = self.system.condition(batch["lq"]).pyramid
+        if not self.training:
+            return prefix_logits(self.system, pyramid, lq_pyramid, text)
         draws = uniform_per_sample((), self.seed, batch["key"], "prefix drop", batch["lq"].device)
         return prefix_logits(self.system, pyramid, lq_pyramid, text, draws < self.prefix_drop)
 

@@ -8,7 +8,8 @@ import math
 import platform
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
@@ -19,7 +20,8 @@ from torch import Tensor
 
 import varestorer
 from varestorer.training.loggers import Logger, NullLogger
-from varestorer.utils.errors import UsageError
+from varestorer.training.stopping import StopRequest
+from varestorer.utils.errors import UsageError, UserError
 from varestorer.utils.files import atomic_write
 from varestorer.utils.images import save_image
 from varestorer.weights import storage
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 LOG = logging.getLogger(__name__)
 CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
+NONFINITE = "nonfinite.jsonl"
 FINISHED = "finished"
 PACKAGES = ("torch", "torchvision", "numpy", "accelerate", "peft", "transformers", "pyiqa", "hydra-core")
 
@@ -44,6 +47,7 @@ class Run:
         seed: of the run.
         stages: names of its stages in order.
         logger: gets the same numbers and pictures.
+        stop: whether a signal asked the run to stop.
     """
 
     def __init__(self, run_dir: Path, accelerator: Accelerator, seed: int = 0, logger: Logger | None = None) -> None:
@@ -59,9 +63,13 @@ class Run:
         self.accelerator = accelerator
         self.seed = seed
         self.logger: Logger = logger or NullLogger()
+        self.stop = StopRequest()
         self.stages: list[str] = []
         self._start = time.monotonic()
         run_dir.mkdir(parents=True, exist_ok=True)
+        if self.is_main:
+            checkpoints = run_dir / FOLDER
+            storage.remove_leftovers(run_dir, run_dir / "samples", checkpoints, *checkpoints.glob("*/"))
 
     @property
     def is_main(self) -> bool:
@@ -82,44 +90,94 @@ class Run:
                 temporary.write_text(text, encoding="utf-8")
 
     def rewind(self, stage: str, step: int) -> None:
-        """Drop the lines of `metrics.jsonl` that a resume at `step` of `stage` will write again."""
-        if not self.is_main:
-            return
-        path = self.run_dir / METRICS
-        lines = kept_lines(path, stage, step)
-        seconds = json.loads(lines[-1])["seconds"] if lines else 0.0
-        self._start = min(self._start, time.monotonic() - seconds)
-        if path.is_file():
-            with atomic_write(path) as temporary:
-                temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        """Drop the lines of `metrics.jsonl` that a resume at `step` of `stage` will write again.
 
-    def log(self, stage: str, step: int, losses: Mapping[str, float], lr: float, grad_norm: float) -> None:
-        """Add one optimiser step to `metrics.jsonl` and the logger.
-
-        Args:
-            losses: `loss` and its parts; a part that is not finite is written as null (JSON has no NaN).
-            lr: learning rate of this step.
-            grad_norm: before clipping; for the logger only.
+        Lines of later stages stay, behind those of this one: what a stage repeats is what they were built on.
         """
         if not self.is_main:
             return
-        finite = {key: value if math.isfinite(value) else None for key, value in losses.items()}
+        for path in (self.run_dir / METRICS, self.run_dir / NONFINITE):
+            if path.is_file():
+                lines = kept_lines(path, stage, step)
+                lines.sort(key=lambda line: self.stage_index(json.loads(line)["stage"]))
+                with atomic_write(path) as temporary:
+                    temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        seconds = max((line["seconds"] for line in self._lines()), default=0.0)
+        self._start = min(self._start, time.monotonic() - seconds)
+
+    def log(
+        self,
+        stage: str,
+        step: int,
+        values: Mapping[str, float],
+        lr: float,
+        grad_norm: float,
+        *,
+        skipped: bool = False,
+        speed: Mapping[str, float] | None = None,
+    ) -> None:
+        """Add one optimiser step to `metrics.jsonl` and the logger.
+
+        Args:
+            stage: its name.
+            step: from 1.
+            values: `loss` and its parts; what is not finite is written as null (JSON has no NaN).
+            lr: learning rate of this step.
+            grad_norm: of all gradients, before clipping.
+            skipped: the step did not touch the weights; its line says so.
+            speed: of this step, for the logger only.
+        """
+        if not self.is_main:
+            return
+        numbers = {**values, "lr": lr, "grad_norm": grad_norm}
+        finite = {key: value if math.isfinite(value) else None for key, value in numbers.items()}
         seconds = round(time.monotonic() - self._start, 3)
-        line = {"stage": stage, "step": step, **finite, "lr": lr, "seconds": seconds}
-        with (self.run_dir / METRICS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-        self.logger.log_metrics(stage, step, {**losses, "lr": lr, "grad_norm": grad_norm, "seconds": seconds})
+        line = {"stage": stage, "step": step, **finite, "seconds": seconds, **({"skipped": True} if skipped else {})}
+        self._append(METRICS, line)
+        self.logger.log_metrics(stage, step, {**numbers, "seconds": seconds, **(speed or {})})
+
+    def log_nonfinite(self, stage: str, step: int, problem: str, names: list[str], keys: list[int]) -> None:
+        """Add a step whose loss or gradient is not finite to `nonfinite.jsonl`.
+
+        Args:
+            stage: its name.
+            step: from 1.
+            problem: in words.
+            names: files of the whole batch.
+            keys: its sample numbers.
+        """
+        if self.is_main:
+            self._append(NONFINITE, {"stage": stage, "step": step, "problem": problem, "files": names, "keys": keys})
+
+    def log_checkpoint(self, stage: str, step: int, folder: Path) -> None:
+        """Tell the logger of a checkpoint that was written."""
+        if self.is_main:
+            self.logger.log_checkpoint(stage, step, folder)
+
+    def mean_since(self, stage: str, step: int, key: str) -> float | None:
+        """Mean of a number of `metrics.jsonl` after `step` of `stage`; None if it never was finite there.
+
+        Returns None in all processes but the first.
+        """
+        lines = self._lines() if self.is_main else []
+        found = [line.get(key) for line in lines if line["stage"] == stage and line["step"] > step]
+        numbers = [value for value in found if value is not None]
+        return math.fsum(numbers) / len(numbers) if numbers else None
 
     def save_samples(self, stage: str, step: int, columns: Mapping[str, Tensor]) -> None:
         """Save one picture `samples/<stage>_<step>.png`: a row per sample, a column per entry.
 
         Args:
+            stage: its name.
+            step: from 1.
             columns: each (B,3,H,W) in [0, 1].
         """
         from einops import rearrange
         from torch import stack
         from torchvision.utils import make_grid
 
+        if not self.is_main:
+            return
         pictures = [images.detach().float().cpu().clamp(0, 1) for images in columns.values()]
         cells = rearrange(stack(pictures), "column row c h w -> (row column) c h w")
         path = self.run_dir / "samples" / f"{stage}_{step:06d}.png"
@@ -129,7 +187,8 @@ class Run:
     def sync_metrics(self) -> None:
         """Put the metrics on the disk, before a checkpoint that relies on them."""
         if self.is_main and (self.run_dir / METRICS).is_file():
-            storage.sync(self.run_dir / METRICS)
+            with _clear_errors(self.run_dir / METRICS):
+                storage.sync(self.run_dir / METRICS)
 
     def mark_finished(self) -> None:
         """Say in the folder that nothing is left to do: `resume=auto` then looks for another run."""
@@ -137,18 +196,38 @@ class Run:
             with atomic_write(self.run_dir / FOLDER / FINISHED) as temporary:
                 temporary.write_text(f"{datetime.now().astimezone().isoformat()}\n", encoding="utf-8")
 
+    def _append(self, name: str, line: Mapping[str, Any]) -> None:
+        path = self.run_dir / name
+        with _clear_errors(path), path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def _lines(self) -> list[dict[str, Any]]:
+        path = self.run_dir / METRICS
+        return [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+
+
+@contextmanager
+def _clear_errors(path: Path) -> Iterator[None]:
+    """Turn the system's errors about a file, such as a full disk, into one that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path}: {error}; checkpoints are untouched: check the folder and its free space, then go on "
+            "with resume=auto"
+        ) from error
+
 
 def kept_lines(path: Path, stage: str, step: int) -> list[str]:
-    """Lines of a metrics file up to step `step` of `stage`; a half-written line ends them too."""
+    """Lines of a metrics file without those after `step` of `stage`; a half-written line ends them."""
     kept: list[str] = []
     for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:
             line = json.loads(text)
         except ValueError:
             break
-        if line["stage"] == stage and line["step"] > step:
-            break
-        kept.append(text)
+        if line["stage"] != stage or line["step"] <= step:
+            kept.append(text)
     return kept
 
 

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from varestorer.transformer.model import UNDECAYED
+
 Batch = dict[str, Any]
 
 
@@ -41,7 +43,8 @@ class Task(nn.Module, ABC):
             step: the optimiser step being taken, from 1.
         Returns:
             scalars: `"loss"`, the total that is minimised, and any parts to report beside it (such as `kl`,
-            `mse`). Means over the samples, so that micro-batches and processes average.
+            `mse`). Means over the samples, so that micro-batches and processes average. In eval mode nothing is
+            dropped, flipped or drawn.
         """
 
     @abstractmethod
@@ -52,6 +55,14 @@ class Task(nn.Module, ABC):
             columns in order, such as `{"LQ": ..., "output": ..., "HQ": ...}`, each (B,3,H,W) in [0, 1].
         """
 
+    def validation(self, batch: Batch) -> dict[str, Tensor]:
+        """Scores of held-out pairs, taken without gradients, in eval mode and with the EMA weights.
+
+        Returns:
+            scalars, means over the samples: by default the losses of `forward`.
+        """
+        return self(batch, 0)
+
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
         """What trains, by the name it has in checkpoints.
 
@@ -61,9 +72,18 @@ class Task(nn.Module, ABC):
         named = self.named_parameters()
         return {name.removeprefix("system."): p for name, p in named if p.requires_grad}
 
+    def averaged_parameters(self) -> dict[str, nn.Parameter]:
+        """The trainable parameters of the system: what EMA weights consist of.
+
+        Networks that only serve the training, such as a discriminator, train beside it and are not averaged.
+        """
+        prefix = "system."
+        named = self.named_parameters()
+        return {name.removeprefix(prefix): p for name, p in named if p.requires_grad and name.startswith(prefix)}
+
     def no_decay(self, name: str, parameter: nn.Parameter) -> bool:
-        """Whether weight decay leaves this parameter alone: by default biases, norms and scalars."""
-        return parameter.ndim < 2
+        """Whether weight decay leaves this parameter alone: by default biases, norms, embeddings and gains (spec F)."""
+        return parameter.ndim < 2 or UNDECAYED.search(name) is not None
 
     def frozen_state(self) -> dict[str, Tensor]:
         """The frozen base a checkpoint relies on without holding it: saved tensors that do not train."""

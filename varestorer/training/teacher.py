@@ -13,6 +13,8 @@ from varestorer.training.task import Batch, Task, train_only
 from varestorer.training.text import prompts_of
 from varestorer.transformer import TextFeatures
 from varestorer.transformer.adapters import adapter_parameters
+from varestorer.transformer.drop_path import branch_factors, dropped_paths
+from varestorer.utils.errors import UserError
 from varestorer.utils.images import to_network
 from varestorer.utils.seeds import uniform_per_sample
 
@@ -25,9 +27,14 @@ class TeacherTask(Task):
         flip_strength: each scale of each sample flips its bits with a probability drawn from 0 to this; later scales
             then learn to mend the errors (Infinity, section 3.4: 0.3).
         condition_drop: share of prompts replaced by the learned null text.
+        drop_path: probability with which a sample leaves out each branch of the last block, growing linearly from 0 in
+            the first (Infinity: 0.1 from scratch).
         reweight_by_scale: weigh scales by sqrt(A_K / A_k), so that coarse ones count.
         checkpoint_activations: compute the blocks again in the backward pass, for less memory.
         seed: of flips and drops.
+
+    Raises:
+        UserError: a probability that is none.
     """
 
     def __init__(
@@ -35,6 +42,7 @@ class TeacherTask(Task):
         system: VARestorer,
         flip_strength: float = 0.3,
         condition_drop: float = 0.1,
+        drop_path: float = 0.0,
         reweight_by_scale: bool = True,
         checkpoint_activations: bool = False,
         seed: int = 0,
@@ -44,6 +52,10 @@ class TeacherTask(Task):
         self.weights_L: Tensor
         self.flip_strength = flip_strength
         self.condition_drop = condition_drop
+        self.drop_path = drop_path
+        for name in ("flip_strength", "condition_drop", "drop_path"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"the teacher's {name} must be from 0 to 1, got {getattr(self, name)}")
         self.seed = seed
         system.transformer.checkpoint_activations = checkpoint_activations
         self.register_buffer("weights_L", token_weights(system.schedule, reweight_by_scale), persistent=False)
@@ -54,15 +66,32 @@ class TeacherTask(Task):
         system, keys = self.system, batch["key"]
         with torch.no_grad():
             features = system.tokenizer.features(to_network(batch["hq"]))
-            pyramid = system.tokenizer.quantizer(features, system.schedule, self._flips(keys))
-        text = prompts_of(batch, system, self.condition_drop, self.seed)
-        logits = self.logits(pyramid, text, batch)
-        labels = pyramid.labels()
-        loss_BL = bit_cross_entropy(logits, labels)
-        accuracy_BL = bit_accuracy(logits.detach(), labels)
-        parts = {f"accuracy_{k}": accuracy_BL[:, tokens].mean() for k, tokens in enumerate(system.schedule.slices)}
-        loss = (loss_BL * self.weights_L).sum(dim=1).mean()
-        return {"loss": loss, "cross_entropy": loss_BL.mean(), "accuracy": accuracy_BL.mean(), **parts}
+            corrupt = self._flips(keys) if self.training else None
+            pyramid = system.tokenizer.quantizer(features, system.schedule, corrupt)
+        text = prompts_of(batch, system, self.condition_drop if self.training else 0.0, self.seed)
+        with dropped_paths(system.transformer, self._branch_factors(keys, step)):
+            logits = self.logits(pyramid, text, batch)
+        return self._losses(logits, pyramid.labels())
+
+    def _losses(self, logits_BLZ2: Tensor, bits_BLZ: Tensor) -> dict[str, Tensor]:
+        """Total, cross entropy (nats per bit) and accuracy of all tokens, and both of each scale."""
+        loss_BL = bit_cross_entropy(logits_BLZ2, bits_BLZ)
+        accuracy_BL = bit_accuracy(logits_BLZ2.detach(), bits_BLZ)
+        total = (loss_BL * self.weights_L).sum(dim=1).mean()
+        losses = {"loss": total, "cross_entropy": loss_BL.mean(), "accuracy": accuracy_BL.mean()}
+        for k, tokens in enumerate(self.system.schedule.slices):
+            losses[f"cross_entropy_{k}"] = loss_BL[:, tokens].mean()
+            losses[f"accuracy_{k}"] = accuracy_BL[:, tokens].mean()
+        return losses
+
+    def _branch_factors(self, keys: Tensor, step: int) -> Tensor | None:
+        """What drop path makes of each sample's branches in this step, (B, D, 3); None where it is off."""
+        if not (self.training and self.drop_path):
+            return None
+        transformer = self.system.transformer
+        shape = (transformer.config.depth, 3)
+        draws = uniform_per_sample(shape, self.seed, keys, f"drop path/{step}", transformer.start.device)
+        return branch_factors(draws, self.drop_path)
 
     def logits(self, pyramid: TokenPyramid, text: TextFeatures, batch: Batch) -> Tensor:
         """Logits (B, L, Z, 2) of every scale, given the true coarser ones."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
@@ -10,8 +12,12 @@ from torch import Tensor, nn
 from varestorer.losses.build import perceptual_loss
 from varestorer.losses.pixel import l1_loss, mse_loss
 from varestorer.systems.varestorer import VARestorer
+from varestorer.tokenizer.autoencoder import Encoder
 from varestorer.tokenizer.residual import TokenPyramid
+from varestorer.training.adversary import Adversarial, Adversary
+from varestorer.training.scores import ImageScores
 from varestorer.training.task import Batch, Task, train_only
+from varestorer.utils.errors import UserError
 from varestorer.utils.images import to_network
 
 
@@ -33,6 +39,10 @@ class TokenizerWeights:
     commitment: float = 0.25
     entropy: float = 0.0
 
+    def total(self, parts: dict[str, Tensor], *names: str) -> Tensor:
+        """The weighted sum of these parts."""
+        return torch.stack([getattr(self, name) * parts[name] for name in names]).sum()
+
 
 class TokenizerTask(Task):
     """Reconstruction through the multi-scale bits, gradients straight through.
@@ -40,10 +50,17 @@ class TokenizerTask(Task):
     Args:
         system: holds the tokenizer.
         weights: arguments of `TokenizerWeights`.
-        perceptual: see `losses.build.perceptual_loss`; "features" would be the encoder that is being trained, so it
-            is not offered here.
+        perceptual: see `losses.build.perceptual_loss`; "features" are those of the encoder as the stage begins, for a
+            tokenizer that starts from trained weights.
         continuous_steps: first steps without quantisation; the network learns to reconstruct before it has to spend
             its features on bits.
+        adversarial: arguments of `adversary.Adversarial`.
+        scores: metrics of pyiqa that `validation` gives of the reconstruction.
+        log_each_bit: report the usage of every bit, not of the scales alone.
+        seed: of the discriminator's first weights.
+
+    Raises:
+        UserError: perceptual=features of a tokenizer that starts from random weights.
     """
 
     def __init__(
@@ -52,24 +69,31 @@ class TokenizerTask(Task):
         weights: dict[str, float] | None = None,
         perceptual: str = "ms_ssim",
         continuous_steps: int = 0,
+        adversarial: dict[str, float | int] | None = None,
+        scores: Sequence[str] = ("psnr", "ssim"),
+        log_each_bit: bool = False,
+        seed: int = 0,
     ) -> None:
         super().__init__()
-        if perceptual == "features":
-            raise ValueError("perceptual=features needs a frozen encoder; take lpips or ms_ssim for the tokenizer")
         self.system = system
         self.weights = TokenizerWeights(**(weights or {}))
-        self.perceptual = perceptual_loss(perceptual, system.tokenizer.encoder.features)
-        if isinstance(self.perceptual, nn.Module):
-            self.perceptual.requires_grad_(False)
+        self.start_encoder = _start_encoder(system) if perceptual == "features" else None
+        self.perceptual = perceptual_loss(perceptual, (self.start_encoder or system.tokenizer.encoder).features)
         self.continuous_steps = continuous_steps
-        train_only(self, system.tokenizer.parameters())
+        options = Adversarial(**(adversarial or {}))  # type: ignore[arg-type]
+        self.adversary = Adversary(options, seed) if options.weight else None
+        self.scores = ImageScores(scores)
+        self.log_each_bit = log_each_bit
+        trained = [system.tokenizer] if self.adversary is None else [system.tokenizer, self.adversary]
+        train_only(self, nn.ModuleList(trained).parameters())
 
     def forward(self, batch: Batch, step: int) -> dict[str, Tensor]:
         tokenizer = self.system.tokenizer
         target = to_network(batch["hq"])
         features = tokenizer.features(target)
         pyramid = tokenizer.quantizer(features.detach(), self.system.schedule)
-        codes = features if step <= self.continuous_steps else features + (pyramid.codes - features).detach()
+        is_continuous = self.training and step <= self.continuous_steps
+        codes = features if is_continuous else features + (pyramid.codes - features).detach()
         image = tokenizer.decode(codes)
         decided, used = tokenizer.quantizer.quantiser.entropy_terms(features)
         parts = {
@@ -79,18 +103,44 @@ class TokenizerTask(Task):
             "commitment": mse_loss(features, pyramid.codes),
             "entropy": decided - used,
         }
-        loss = torch.stack([getattr(self.weights, name) * value for name, value in parts.items()]).sum()
-        return {"loss": loss, **parts, "bit_usage": bit_usage(pyramid)}
+        loss = self.weights.total(parts, *parts)
+        if self.adversary is not None and self.training:
+            reconstruction = self.weights.total(parts, "l1", "mse", "perceptual")
+            parts |= self.adversary(image, target, reconstruction, tokenizer.decoder.conv_out.weight, step)
+            loss = loss + parts["adversarial"]
+        return {"loss": loss, **parts, **self._usage(pyramid)}
+
+    def _usage(self, pyramid: TokenPyramid) -> dict[str, Tensor]:
+        """`bit_usage`; of each scale `usage_<scale>`, and if asked for of each bit `bit_<number>`."""
+        usage_KZ = bit_usage(pyramid)
+        named = {f"usage_{k}": usage for k, usage in enumerate(usage_KZ.mean(dim=1))}
+        if self.log_each_bit:
+            named |= {f"bit_{z}": usage for z, usage in enumerate(usage_KZ.mean(dim=0))}
+        return {"bit_usage": usage_KZ.mean(), **named}
+
+    def validation(self, batch: Batch) -> dict[str, Tensor]:
+        """The losses, and metrics of the reconstruction as it would be saved."""
+        image = self.system.decode(self.system.encode(batch["hq"]).codes)
+        return {**self(batch, 0), **self.scores(image, batch["hq"])}
 
     def preview(self, batch: Batch) -> dict[str, Tensor]:
         """HQ beside its reconstruction through the bits."""
         return {"tokenizer": self.system.decode(self.system.encode(batch["hq"]).codes), "HQ": batch["hq"]}
 
 
+def _start_encoder(system: VARestorer) -> Encoder:
+    if "tokenizer" not in system.files:
+        raise UserError(
+            "perceptual=features compares by a trained encoder: set model.weights.tokenizer to a file, a bundle or a "
+            "run, or take perceptual=lpips or ms_ssim"
+        )
+    return deepcopy(system.tokenizer.encoder)
+
+
 def bit_usage(pyramid: TokenPyramid) -> Tensor:
-    """How evenly the bits are used over a batch: mean over bits and scales of the entropy of a bit's mean, 0 to 1."""
-    entropies = []
-    for bits in pyramid.indices:
-        ones = bits.float().mean(dim=(0, 2, 3)).clamp(1e-6, 1 - 1e-6)
-        entropies.append(-(ones * ones.log2() + (1 - ones) * (1 - ones).log2()).mean())
-    return torch.stack(entropies).mean()
+    """How evenly each bit of each scale is used: the entropy of its mean over the batch, (K, Z), from 0 to 1.
+
+    A scale of few tokens needs a large batch to show it: one sample's only token uses each bit in one way.
+    """
+    ones_KZ = torch.stack([bits.float().mean(dim=(0, 2, 3)) for bits in pyramid.indices]).clamp(1e-6, 1 - 1e-6)
+    return -(ones_KZ * ones_KZ.log2() + (1 - ones_KZ) * (1 - ones_KZ).log2())

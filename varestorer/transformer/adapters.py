@@ -1,7 +1,7 @@
 """Low-rank adapters that turn the teacher into the student (LoRA through peft; spec C).
 
-The adapters sit on the linear layers of self and cross attention inside the blocks and nowhere else. With them off
-the network is the teacher, bit for bit, so one copy of the weights serves both.
+The adapters sit on linear layers inside the blocks, by default those of self and cross attention, and nowhere else.
+With them off the network is the teacher, bit for bit, so one copy of the weights serves both.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,28 +17,50 @@ import torch
 from torch import Tensor, nn
 
 from varestorer.transformer.attention import CrossAttention
+from varestorer.utils.errors import UserError
 
-# Anchored: gives peft exactly the 5 layers per block of the released student (320 tensors for Infinity-2B).
-TARGETS = r"^blocks\.\d+\.(self_attention\.(qkv|proj)|cross_attention\.(q|kv|proj))$"
+LAYERS = {"self_attention": "qkv|proj", "cross_attention": "q|kv|proj", "ffn": "fc1|fc2"}
+"""The linear layers of each part of a block that adapters may sit on."""
+TARGETS = ("self_attention", "cross_attention")
+"""Parts with adapters in the released student (5 layers per block, 320 tensors for Infinity-2B)."""
 ADAPTER = "student"
 
 
-def attach_adapters(transformer: nn.Module, rank: int, cross_value_bias: bool) -> None:
+def target_pattern(targets: Sequence[str]) -> str:
+    """Regular expression for the names of the layers that get adapters; anchored, so that no other layer does.
+
+    Raises:
+        UserError: no part, or an unknown one.
+    """
+    if not targets or not set(targets) <= LAYERS.keys():
+        raise UserError(f"model.student.lora_targets must list some of {', '.join(LAYERS)}, got {list(targets)}")
+    layers = "|".join(rf"{part}\.({LAYERS[part]})" for part in targets)
+    return rf"^blocks\.\d+\.({layers})$"
+
+
+def attach_adapters(
+    transformer: nn.Module, rank: int, cross_value_bias: bool, targets: Sequence[str] = TARGETS
+) -> None:
     """Add adapters of the given rank (alpha = rank, no dropout) in place, and switch them on.
 
     Args:
         transformer: a `VARTransformer`.
         rank: r of every adapter.
-        cross_value_bias: whether cross attention adds its value bias while the adapters are on.
+        cross_value_bias: whether cross attention adds its value bias while its adapters are on.
+        targets: parts of the blocks that get adapters, see `LAYERS`.
+
+    Raises:
+        UserError: see `target_pattern`.
     """
     # peft pulls in bitsandbytes where that is installed, which complains about kernels nobody asked it for
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from peft import LoraConfig, inject_adapter_in_model
 
-    config = LoraConfig(r=rank, lora_alpha=rank, lora_dropout=0.0, target_modules=TARGETS, bias="none")
+    pattern = target_pattern(targets)
+    config = LoraConfig(r=rank, lora_alpha=rank, lora_dropout=0.0, target_modules=pattern, bias="none")
     inject_adapter_in_model(config, transformer, adapter_name=ADAPTER)
     for layer in _cross_attentions(transformer):
-        layer.adapted_v_bias = cross_value_bias
+        layer.adapted_v_bias = cross_value_bias or "cross_attention" not in targets
     use_adapters(transformer, True)
 
 
@@ -68,6 +90,11 @@ def adapters_off(transformer: nn.Module) -> Iterator[None]:
         yield
     finally:
         use_adapters(transformer, True)
+
+
+def adapters_are_on(module: nn.Module) -> bool:
+    """Whether a transformer or a part of it is the student now; True also where there are no adapters."""
+    return not any(layer.disable_adapters for layer in _adapted_layers(module))
 
 
 def adapter_parameters(transformer: nn.Module) -> dict[str, nn.Parameter]:

@@ -21,6 +21,11 @@ def modulate(x_BLC: Tensor, scale_B1C: Tensor, shift_B1C: Tensor) -> Tensor:
     return F.layer_norm(x_BLC, x_BLC.shape[-1:], eps=EPS) * (1 + scale_B1C) + shift_B1C
 
 
+def scaled(x_BLC: Tensor, factor_B: Tensor | None) -> Tensor:
+    """Each sample times its factor; None for no change."""
+    return x_BLC if factor_B is None else x_BLC * factor_B[:, None, None]
+
+
 def ffn_width(width: int) -> int:
     """Four times the width, rounded to a multiple of 256 (halves to even), at least 256."""
     return max(1, round(4 * width / 256)) * 256
@@ -63,9 +68,14 @@ class Block(nn.Module):
         layout: TokenLayout,
         mask: Tensor | None = None,
         cache: LayerCache | None = None,
+        factors_B3: Tensor | None = None,
     ) -> Tensor:
+        """Tokens after the block; `factors_B3` multiplies its branches (see `drop_path`), None leaves them."""
+        factors = (None,) * 3 if factors_B3 is None else factors_B3.unbind(dim=1)
         modulation = self.modulation + context.modulation_B6C
         gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation.unbind(dim=2)
-        x_BLC = x_BLC + gamma1 * self.self_attention(modulate(x_BLC, scale1, shift1), layout, mask, cache)
-        x_BLC = x_BLC + self.cross_attention(self.cross_norm(x_BLC), context.memory_BTC, context.key_mask)
-        return x_BLC + gamma2 * self.ffn(modulate(x_BLC, scale2, shift2))
+        branch = gamma1 * self.self_attention(modulate(x_BLC, scale1, shift1), layout, mask, cache)
+        x_BLC = x_BLC + scaled(branch, factors[0])
+        branch = self.cross_attention(self.cross_norm(x_BLC), context.memory_BTC, context.key_mask)
+        x_BLC = x_BLC + scaled(branch, factors[1])
+        return x_BLC + scaled(gamma2 * self.ffn(modulate(x_BLC, scale2, shift2)), factors[2])

@@ -6,6 +6,7 @@ Shapes: `B` batch, `L` tokens of a sequence, `C` width, `Z` bits per token.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import torch.utils.checkpoint
 from einops import rearrange
 from torch import Tensor, nn
 
+from varestorer.transformer.adapters import adapters_are_on, adapters_off
 from varestorer.transformer.attention import LayerCache
 from varestorer.transformer.blocks import Block, modulate
 from varestorer.transformer.layout import TokenLayout
@@ -24,6 +26,9 @@ from varestorer.transformer.text import TextContext, TextFeatures, TextPath
 
 # Called with (block number, tokens) after each block; returns the tokens that go on.
 AfterBlock = Callable[[int, Tensor], Tensor]
+
+# Parameters of more than one dimension that weight decay leaves alone (spec F).
+UNDECAYED = re.compile(r"(^|\.)(text\.(null_features|pool\.query)|start|level_embed\.weight|modulation|log_scale)$")
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,7 @@ class VARTransformer(nn.Module):
         self.head_modulation = nn.Linear(width, 2 * width)
         self.head = nn.Linear(width, 2 * config.num_bits)
         self.checkpoint_activations = False
+        self.branch_factors_BD3: Tensor | None = None
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
@@ -146,7 +152,8 @@ class VARTransformer(nn.Module):
         x_BLC = self.embed(tokens_BLZ, context, layout)
         with self._precision(x_BLC.device):
             for number, block in enumerate(self.blocks):
-                x_BLC = self._run(block, x_BLC, context, layout, mask, cache[number] if cache else None)
+                factors = None if self.branch_factors_BD3 is None else self.branch_factors_BD3[:, number]
+                x_BLC = self._run(block, x_BLC, context, layout, mask, cache[number] if cache else None, factors)
                 if after_block is not None:
                     x_BLC = after_block(number, x_BLC)
         return self.predict(x_BLC, context.cond_BC)
@@ -159,7 +166,10 @@ class VARTransformer(nn.Module):
 
     def _run(self, block: nn.Module, *args: object) -> Tensor:
         if self.checkpoint_activations and torch.is_grad_enabled():
-            return torch.utils.checkpoint.checkpoint(block, *args, use_reentrant=False)
+            # the backward pass computes the block again when `adapters_off` may have ended long ago
+            again = nullcontext() if adapters_are_on(block) else adapters_off(block)
+            checkpoint = torch.utils.checkpoint.checkpoint
+            return checkpoint(block, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), again))
         return block(*args)
 
     def predict(self, x_BLC: Tensor, cond_BC: Tensor) -> Tensor:

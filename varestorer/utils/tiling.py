@@ -18,6 +18,8 @@ from torch import Tensor
 from varestorer.utils.errors import UserError
 from varestorer.utils.images import pad_reflect
 
+MAX_RESULT_PIXELS = 2**30  # 12 GiB of float32; beyond it a scale is taken for a slip
+
 Window = Callable[[int, int], Tensor]
 """(side of a tile, overlap) -> positive weights (t,), float64; they need not sum to one."""
 
@@ -26,8 +28,15 @@ RunTiles = Callable[[Tensor, list[int]], Tensor]
 
 
 def scaled_size(height: int, width: int, scale: float) -> tuple[int, int]:
-    """Size of an image enlarged `scale` times: rounded half to even, at least one pixel."""
-    return max(round(height * scale), 1), max(round(width * scale), 1)
+    """Size of an image enlarged `scale` times: rounded half to even, at least one pixel.
+
+    Raises:
+        UserError: more than `MAX_RESULT_PIXELS`.
+    """
+    size = max(round(height * scale), 1), max(round(width * scale), 1)
+    if size[0] * size[1] > MAX_RESULT_PIXELS:
+        raise UserError(f"the result would have {size[1]} x {size[0]} pixels; lower scale, or cut the image")
+    return size
 
 
 def tile_positions(length: int, tile: int, overlap: int) -> list[int]:

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from varestorer.utils.files import atomic_write
+
 LOG = logging.getLogger(__name__)
 
 
@@ -52,6 +54,6 @@ def _run_id(folder: Path) -> str:
     """The id of this folder's run, drawn once and kept, so that a resume goes on with it."""
     path = folder / "wandb" / "run_id"
     if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(uuid.uuid4().hex[:8] + "\n", encoding="utf-8")
+        with atomic_write(path) as temporary:
+            temporary.write_text(uuid.uuid4().hex[:8] + "\n", encoding="utf-8")
     return path.read_text(encoding="utf-8").strip()

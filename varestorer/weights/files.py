@@ -76,7 +76,7 @@ def load_torch_file(path: Path, device: str) -> Any:
         mmap = zipfile.is_zipfile(path)  # files older than torch 1.6 cannot be mapped
         return torch.load(path, map_location=device, weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
-        reason = f"damaged, or it holds more than tensors, whose code is not run ({_reason(error)})"
+        reason = "damaged, or it holds more than tensors, whose code is not run"
         raise UserError(f"cannot read weights {path}: {reason}") from error
     except (RuntimeError, EOFError, ValueError, OSError, KeyError) as error:
         raise UserError(f"cannot read weights {path}: damaged ({_reason(error)})") from error

@@ -1,12 +1,14 @@
 """The weights of a run, read from its folder; training writes them (`training.checkpoint`).
 
 `<run>/checkpoints/` holds `initial.safetensors` (a start that was drawn at random), a folder per stage with
-`step_000100/` in it, and `latest`, a line of text naming the newest whole checkpoint as `<stage>/<step>`.
+`step_000100/` in it, and `latest`, a line of text naming the newest whole checkpoint as `<stage>/<step>`. Where
+`trainer.keep_best` is set, a stage's folder also has `best`, a JSON object that names its best checkpoint.
 """
 
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,13 +21,16 @@ LOG = logging.getLogger(__name__)
 FOLDER = "checkpoints"
 INITIAL = "initial.safetensors"
 LATEST = "latest"
+BEST = "best"
 CONFIG = "config.yaml"
 
 
 def is_run(path: str | Path) -> bool:
-    """Whether a path is a run's folder, or a checkpoint in one."""
+    """Whether a path is a run's folder, a checkpoint in one, or its `latest` or `best`."""
     path = Path(path)
-    return (path / FOLDER).is_dir() or (path / "state.json").is_file()
+    if path.is_file():
+        return path.name in (LATEST, BEST) and FOLDER in (path.parent.name, path.parents[1].name)
+    return (path / FOLDER).is_dir() or (path / storage.STATE).is_file()
 
 
 def load_initial(run_dir: Path) -> dict[str, Tensor] | None:
@@ -51,7 +56,7 @@ def latest_checkpoint(run_dir: str | Path, stage: str | None = None) -> Path:
     """Folder of the newest whole checkpoint.
 
     Args:
-        run_dir: a run's folder, its `checkpoints/latest`, or a checkpoint's own folder.
+        run_dir: a run's folder, its `checkpoints/latest`, a stage's `best`, or a checkpoint's own folder.
         stage: look at this stage only.
     Raises:
         UserError: there is none.
@@ -59,7 +64,9 @@ def latest_checkpoint(run_dir: str | Path, stage: str | None = None) -> Path:
     path = Path(run_dir)
     if path.name == LATEST and path.parent.name == FOLDER:
         path = path.parents[1]
-    if (path / "state.json").is_file():
+    if path.name == BEST and path.is_file():
+        path = _best(path)
+    if (path / storage.STATE).is_file():
         problem = storage.damage(path)
         if problem is not None:
             raise UserError(f"damaged checkpoint {path}: {problem}; give another one, or the run's folder")
@@ -94,35 +101,49 @@ def load_run_weights(path: str | Path) -> dict[str, Tensor]:
 
 def _earlier_stages(run_dir: Path, last: Path) -> list[Path]:
     """Newest checkpoint of each stage before that of `last`, in order."""
-    index, _ = _place(last)
+    index, _ = place_of(last)
     newest = [newest_checkpoint(run_dir, folder.name) for folder in _stage_folders(run_dir / FOLDER)]
-    found = sorted((folder for folder in newest if folder is not None), key=_place)
-    return [folder for folder in found if _place(folder)[0] < index]
+    found = sorted((folder for folder in newest if folder is not None), key=place_of)
+    return [folder for folder in found if place_of(folder)[0] < index]
 
 
 def _candidates(folder: Path, stage: str | None) -> Iterator[Path]:
     """Checkpoints to try, best first: the one `latest` names, then newest first."""
-    named = None
-    if stage is None and (folder / LATEST).is_file():
-        named = folder / (folder / LATEST).read_text(encoding="utf-8").strip()
-        yield named
     stages = [folder / stage] if stage else _stage_folders(folder)
-    found = [path for one in stages for path in one.glob("step_*")]
-    for path in sorted(found, key=_place, reverse=True):
-        if path != named:
-            yield path
+    found = sorted((path for one in stages for path in step_folders(one)), key=place_of, reverse=True)
+    if stage is None and (folder / LATEST).is_file():
+        name = (folder / LATEST).read_text(encoding="utf-8", errors="replace").strip()
+        if folder / name in found:
+            found.sort(key=lambda path: path != folder / name)
+        else:
+            LOG.warning("%s names no checkpoint of this run (%r): looking for the newest", folder / LATEST, name)
+    yield from found
+
+
+def _best(path: Path) -> Path:
+    """The checkpoint that a stage's `best` names."""
+    try:
+        return path.parent / str(storage.read_json(path)["checkpoint"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} names no checkpoint ({error}); give one of {path.parent}/step_*") from error
 
 
 def _stage_folders(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("*") if path.is_dir() and not path.name.startswith("."))
 
 
-def _place(path: Path) -> tuple[int, int]:
+def place_of(path: Path) -> tuple[int, int]:
     """Place of a checkpoint in its run: stage, step; one whose state cannot be read comes last."""
     try:
-        return int(storage.read_json(path / "state.json")["stage_index"]), step_of(path)
-    except (OSError, ValueError, KeyError):
+        return int(storage.read_json(path / storage.STATE)["stage_index"]), step_of(path)
+    except (OSError, ValueError, KeyError, TypeError):
         return -1, step_of(path)
+
+
+def step_folders(stage_folder: Path) -> list[Path]:
+    """The checkpoints of a stage, oldest first."""
+    found = [path for path in stage_folder.glob("step_*") if re.fullmatch(r"step_\d+", path.name)]
+    return sorted(found, key=step_of)
 
 
 def step_of(path: Path) -> int:

@@ -16,12 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from varestorer.utils.errors import UserError
 
 CHECKSUMS = "checksums.json"
+STATE = "state.json"
 
 
 @contextmanager
@@ -33,8 +35,6 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     """
     temporary = target.with_name(f".{target.name}.tmp")
     try:
-        for leftover in target.parent.glob(".*.tmp"):  # of a process that was killed while writing
-            shutil.rmtree(leftover)
         temporary.mkdir(parents=True)
         yield temporary
         _seal(temporary)
@@ -45,8 +45,21 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         # safetensors reports a full disk as an error of its own, with the system's words in it
         if isinstance(error, OSError) or "No space left on device" in str(error):
-            raise UserError(f"cannot write {target}: {error}; older checkpoints are untouched") from error
+            raise UserError(
+                f"cannot write {target}: {error}; older checkpoints are untouched: check the folder and its free "
+                "space, then go on with resume=auto"
+            ) from error
         raise
+
+
+def remove_leftovers(*folders: Path) -> None:
+    """Remove what a process that was killed while writing left in these folders, half a file or checkpoint."""
+    for folder in folders:
+        for leftover in folder.glob(".*.tmp*"):
+            if leftover.is_dir():
+                shutil.rmtree(leftover)
+            else:
+                leftover.unlink()
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -62,8 +75,15 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Tensors of a safetensors file, on the CPU."""
-    return load_file(path)
+    """Tensors of a safetensors file, on the CPU.
+
+    Raises:
+        UserError: the file cannot be read, or is damaged.
+    """
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot read {path}: {error}; bring back a good copy of it") from error
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -80,18 +100,14 @@ def read_json(path: Path) -> dict[str, Any]:
 def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint folder, in words; None if it is whole."""
     try:
-        expected = read_json(folder / CHECKSUMS)
+        expected = {name: (entry["size"], entry["sha256"]) for name, entry in read_json(folder / CHECKSUMS).items()}
     except (OSError, ValueError) as error:
         return f"{CHECKSUMS}: {error}"
-    for name, entry in expected.items():
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != entry["size"]:
-            return f"{name} has {path.stat().st_size} bytes, should have {entry['size']}"
-        if file_sha256(path) != entry["sha256"]:
-            return f"{name} does not match its checksum"
-    return None
+    except (AttributeError, KeyError, TypeError):
+        return f"{CHECKSUMS} does not list files"
+    if STATE not in expected:
+        return f"{CHECKSUMS} does not list {STATE}"
+    return next(filter(None, (_file_damage(folder / name, *entry) for name, entry in expected.items())), None)
 
 
 def file_sha256(path: Path) -> str:
@@ -117,6 +133,15 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _file_damage(path: Path, size: int, sha256: str) -> str | None:
+    try:
+        if path.stat().st_size != size:
+            return f"{path.name} has {path.stat().st_size} bytes, should have {size}"
+        return None if file_sha256(path) == sha256 else f"{path.name} does not match its checksum"
+    except OSError as error:
+        return f"{path.name} cannot be read: {error.strerror}"
 
 
 def _seal(folder: Path) -> None:

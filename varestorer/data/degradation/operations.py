@@ -29,7 +29,7 @@ def blur(img_CHW: Tensor, kernel: Tensor) -> Tensor:
     """
     height, width = img_CHW.shape[-2:]
     reach = kernel.shape[-1] // 2
-    padded = pad_reflect(img_CHW, reach, reach, reach, reach)
+    padded = pad_reflect(img_CHW, *[reach] * 4)
     shape = [fft.next_fast_len(length, real=True) for length in padded.shape[-2:]]
     spectrum = fft.rfft2(padded.numpy(), s=shape) * fft.rfft2(kernel.numpy(), s=shape).conj()
     # the circular wrap of the FFT only reaches what is cut off here

@@ -1,0 +1,109 @@
+"""Which images a folder holds, remembered between runs.
+
+Listing 85,000 files takes seconds on a disk and can take minutes on a network. The list is kept in
+`cache_folder()/folders` with the times of change of every folder in the tree, and is good as long as these are the
+same: adding, removing or renaming a file or a folder changes the time of the folder that holds it. Only folders are
+asked, not files.
+
+Not noticed: a file whose content is overwritten in place. The list does not depend on it: sizes and contents are read
+when a file's turn comes, and a file that turns out to be broken is skipped then. Small folders are listed every time.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from varestorer.utils.cache import cache_folder
+from varestorer.utils.errors import UserError
+from varestorer.utils.files import atomic_write
+from varestorer.utils.images import list_images
+
+log = logging.getLogger(__name__)
+
+MIN_FILES = 1000
+# a folder that changed this recently (seconds) may change again without its time of change showing it
+SETTLED = 2.0
+FORMAT = 1
+
+Stamp = list[int]
+
+
+def indexed_images(folder: str | os.PathLike) -> list[Path]:
+    """`list_images(folder)`, from the cache if nothing changed since.
+
+    Raises:
+        UserError: the folder does not exist.
+    """
+    root = Path(folder)
+    path = cache_path("folders", root)
+    kept = read_cache(path)
+    if kept is not None and _is_unchanged(root, kept["folders"]):
+        return [root / name for name in kept["files"]]
+    stamps = _folder_stamps(root)  # before the files: what changes in between is then noticed
+    images = list_images(root)
+    if len(images) >= MIN_FILES and _is_settled(stamps):
+        names = [path.relative_to(root).as_posix() for path in images]
+        write_cache(path, {"root": str(root.absolute()), "folders": stamps, "files": names})
+    return images
+
+
+def cache_path(kind: str, root: Path) -> Path:
+    """The file of what is remembered about a folder."""
+    name = hashlib.sha256(str(root.expanduser().absolute()).encode()).hexdigest()[:32]
+    return cache_folder() / kind / f"{name}.json"
+
+
+def read_cache(path: Path) -> dict[str, Any] | None:
+    """What `write_cache` kept; None if there is nothing, or nothing of use."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        log.warning("the cached list %s cannot be read and is made again (%s)", path, error)
+        return None
+    return content if isinstance(content, dict) and content.get("format") == FORMAT else None
+
+
+def write_cache(path: Path, content: dict[str, Any]) -> None:
+    """Keep a JSON object; trouble with the disk is a warning, since it can be made again."""
+    try:
+        with atomic_write(path) as temporary:
+            text = json.dumps({"format": FORMAT, **content}, ensure_ascii=False)
+            temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
+    except (UserError, UnicodeError) as error:
+        log.warning("the list is not remembered: %s (VARESTORER_CACHE names another folder)", error)
+
+
+def stamp(path: str | os.PathLike) -> Stamp:
+    """Times of change of a file or folder: of its content and, which copying tools cannot set, of its entry."""
+    status = os.stat(path)
+    return [status.st_mtime_ns, status.st_ctime_ns]
+
+
+def _folder_stamps(root: Path) -> dict[str, Stamp]:
+    """Stamps of all folders that `list_images` looks into, by their path inside `root`."""
+    stamps: dict[str, Stamp] = {}
+    visited: set[str] = set()
+    for parent, subfolders, _ in os.walk(root, followlinks=True):
+        real = os.path.realpath(parent)
+        subfolders[:] = [] if real in visited else [name for name in subfolders if name[0] != "."]
+        visited.add(real)
+        stamps[os.path.relpath(parent, root)] = stamp(parent)
+    return stamps
+
+
+def _is_unchanged(root: Path, stamps: dict[str, Stamp]) -> bool:
+    try:
+        return all(stamp(root / name) == times for name, times in stamps.items())
+    except OSError:  # one is gone
+        return False
+
+
+def _is_settled(stamps: dict[str, Stamp]) -> bool:
+    latest = max((max(times) for times in stamps.values()), default=0)
+    return time.time() - latest / 1e9 > SETTLED

@@ -1,0 +1,260 @@
+"""One stage while it trains: its steps, and what is checked, measured and saved around them."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from varestorer.training.checkpoint import Checkpointer, Score, Trained
+from varestorer.training.config import Sharding, TrainerConfig
+from varestorer.training.ema import Ema
+from varestorer.training.meter import Meter
+from varestorer.training.optimisers import OptimizerFactory, build_optimizer, clip_gradients, nonfinite_gradients
+from varestorer.training.parallel import added_up_later, shard, together
+from varestorer.training.precision import keep_base_in
+from varestorer.training.rng import seed_everything
+from varestorer.training.run import NONFINITE, Run
+from varestorer.training.stopping import StoppedError
+from varestorer.training.task import Batch, Task
+from varestorer.utils.errors import UsageError, UserError
+from varestorer.weights import storage
+
+LOG = logging.getLogger(__name__)
+NAMES_SHOWN = 16  # file names of a bad batch in its error message
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """What one optimiser step is about to use, the same in every process but for the names.
+
+    Attributes:
+        losses: `loss` and its parts.
+        norm: of the gradients, before clipping.
+        names: files of this process's samples.
+        keys: their sample numbers.
+        stop: some process was asked to stop.
+    """
+
+    losses: dict[str, float]
+    norm: float
+    names: list[str]
+    keys: list[int]
+    stop: bool
+
+
+@dataclass
+class Stage:
+    """A task on its device, wrapped for all processes, with its optimiser and averages."""
+
+    task: Task
+    model: nn.Module  # the task, or DDP around it
+    cfg: TrainerConfig
+    run: Run
+    trained: Trained
+    checkpointer: Checkpointer
+    meter: Meter
+
+    @classmethod
+    def start(cls, task: Task, cfg: TrainerConfig, factory: OptimizerFactory, run: Run) -> Stage:
+        """Prepare a task and, if the run has a checkpoint of its stage, go on from that."""
+        accelerator = run.accelerator
+        seed_everything(run.seed, "stage", task.name, accelerator.process_index)
+        frozen = storage.tensors_sha256(task.frozen_state())
+        if cfg.keeps_base_in_bf16(accelerator.device):
+            keep_base_in(task, torch.bfloat16)
+        task.to(accelerator.device).train()
+        model: nn.Module = task
+        if cfg.sharding is Sharding.fsdp2:
+            shard(task, accelerator.device, bf16=cfg.uses_bf16(accelerator.device))
+            optimizer = build_optimizer(task, factory)
+        else:
+            model, wrapped = accelerator.prepare(task, build_optimizer(task, factory))
+            optimizer = wrapped.optimizer
+        parameters = task.trainable_parameters()
+        trained = Trained(parameters, optimizer, Ema(task.averaged_parameters(), cfg.ema_decay))
+        index = run.stage_index(task.name)
+        checkpointer = Checkpointer(run.run_dir, task.name, index, accelerator, frozen, cfg.keep_last)
+        checkpointer.restore(trained)
+        run.rewind(task.name, trained.step)
+        meter = Meter(accelerator.device, cfg.batch_size, cfg.accumulate)
+        return cls(task, model, cfg, run, trained, checkpointer, meter)
+
+    def backward(self, batches: Iterator[Mapping[str, Any]], step: int) -> Gradients:
+        """Gradients of one optimiser step, clipped; losses are means over micro-batches and processes."""
+        accelerator, count = self.run.accelerator, self.cfg.accumulate
+        totals: dict[str, Tensor] = {}
+        names: list[str] = []
+        keys: list[int] = []
+        self.meter.begin()
+        for micro in range(count):
+            batch = next(batches)
+            names.extend(batch["name"])
+            keys.extend(batch["key"].tolist())
+            # gradients are averaged over processes in the backward pass; once per step is enough
+            waits = contextlib.nullcontext() if micro == count - 1 else self._no_sync()
+            with waits, self.meter.micro_batch():
+                with self._autocast():
+                    losses = self.model(self._to_device(batch), step)
+                accelerator.backward(losses["loss"] / count)
+            for key, value in losses.items():
+                totals[key] = totals.get(key, 0.0) + value.detach().float() / count
+        asked = torch.tensor(float(bool(self.run.stop.received)), device=accelerator.device)
+        *means, stop = accelerator.reduce(torch.stack([*totals.values(), asked]), reduction="mean").tolist()
+        norm = clip_gradients(self.trained.parameters, self.cfg.clip_norm)
+        return Gradients(dict(zip(totals, means, strict=True)), norm, names, keys, stop > 0)
+
+    def update(self, gradients: Gradients, step: int) -> None:
+        """Take the optimiser step, unless something is not finite.
+
+        Raises:
+            UserError: something is not finite, for more than `cfg.skip_nonfinite` steps in a row.
+        """
+        trained = self.trained
+        problem = self._nonfinite(gradients)
+        trained.skipped = 0 if problem is None else trained.skipped + 1
+        if problem is None:
+            trained.optimizer.step()
+            trained.ema.update(step)
+        else:
+            self._skip_or_stop(problem, gradients, step)
+        trained.optimizer.zero_grad(set_to_none=True)
+        trained.step, trained.samples = step, trained.samples + self.cfg.batch_size
+
+    def log(self, gradients: Gradients, lr: float, validation: Sequence[Mapping[str, Any]]) -> None:
+        """Note a step that was taken, with a validation if it is due and there are batches for it.
+
+        Raises:
+            UsageError: `cfg.keep_best` is none of the numbers.
+        """
+        values = dict(gradients.losses)
+        if validation and self.cfg.validate_every and self.due(self.cfg.validate_every):
+            values |= self._validate(validation)
+        speed = self.meter.end()
+        step, skipped = self.trained.step, bool(self.trained.skipped)
+        self.run.log(self.task.name, step, values, lr, gradients.norm, skipped=skipped, speed=speed)
+        self._check_keep_best([*values, "grad_norm"])
+
+    def due(self, every: int) -> bool:
+        """Whether something is to be done after this step: every so many (0: never), and at the end of the stage."""
+        step = self.trained.step
+        return step == self.cfg.max_steps or (every > 0 and step % every == 0)
+
+    def save_preview(self, batch: Mapping[str, Any]) -> None:
+        """Save pictures made with the averaged weights; training goes on as if nothing had happened."""
+        with self._at_rest():
+            columns = self.task.preview(self._to_device(batch))
+        self.run.save_samples(self.task.name, self.trained.step, columns)
+
+    def save(self) -> Path:
+        """Write a checkpoint; returns its folder."""
+        cfg, trained, score = self.cfg, self.trained, None
+        if cfg.keep_best is not None:
+            since = trained.step - cfg.checkpoint_every
+            mean = self.run.mean_since(self.task.name, since, cfg.keep_best)
+            score = Score(cfg.keep_best, str(cfg.keep_best_mode), mean)
+        self.run.sync_metrics()
+        keys = ("max_steps", "warmup_steps", "schedule", "final_lr_ratio", "batch_size")
+        schedule = {key: getattr(cfg, key) for key in keys}
+        schedule["peak_lr"] = [group["peak_lr"] for group in trained.optimizer.param_groups]
+        folder = self.checkpointer.save(trained, schedule, score)
+        self.run.log_checkpoint(self.task.name, trained.step, folder)
+        return folder
+
+    def finish(self) -> None:
+        """Leave the averaged weights, and a base of float32, in the task."""
+        self.trained.ema.copy_to_parameters()
+        if self.cfg.sharding is Sharding.none and self.cfg.keeps_base_in_bf16(self.run.accelerator.device):
+            keep_base_in(self.task, torch.float32)
+
+    def stop(self, folder: Path) -> None:
+        """End the run after a signal.
+
+        Raises:
+            StoppedError: always.
+        """
+        names = " and ".join(dict.fromkeys(number.name for number in self.run.stop.received)) or "another process"
+        place = f"step {self.trained.step} of stage {self.task.name}"
+        raise StoppedError(f"stopped by {names} after {place}: saved {folder}")
+
+    def _check_keep_best(self, known: list[str]) -> None:
+        wanted = self.cfg.keep_best
+        validated = any(key.startswith("val_") for key in known)
+        awaited = wanted is not None and wanted.startswith("val_") and self.cfg.validate_every and not validated
+        if not awaited and wanted not in (None, *known):
+            raise UsageError(
+                f"stage {self.task.name} has no trainer.keep_best={wanted}; it has {', '.join(known)}"
+                + ("" if self.cfg.validate_every else ", and val_loss and the like with trainer.validate_every=N")
+            )
+
+    def _validate(self, batches: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+        """Means over held-out batches, with the averaged weights, as `val_<part>`."""
+        totals: dict[str, float] = {}
+        count = sum(len(batch["name"]) for batch in batches)
+        with self._at_rest():
+            for batch in batches:
+                for key, value in self.task.validation(self._to_device(batch)).items():
+                    totals[f"val_{key}"] = totals.get(f"val_{key}", 0.0) + float(value) * len(batch["name"]) / count
+        return totals
+
+    def _nonfinite(self, gradients: Gradients) -> str | None:
+        """What is not finite, in words."""
+        losses = gradients.losses
+        if not math.isfinite(losses["loss"]):
+            parts = [key for key, value in losses.items() if key != "loss" and not math.isfinite(value)]
+            values = ", ".join(f"{key}={value:.4g}" for key, value in losses.items())
+            return f"loss part {', '.join(parts or ['loss'])} is not finite ({values})"
+        if not math.isfinite(gradients.norm):
+            bad = nonfinite_gradients(self.trained.parameters) or ["all together (overflow of the norm)"]
+            more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+            return f"gradient of {bad[0]}{more} is not finite, though the loss is"
+        return None
+
+    def _skip_or_stop(self, problem: str, gradients: Gradients, step: int) -> None:
+        from accelerate.utils import gather_object
+
+        # every process comes here: what was added up over them is finite in none of them
+        names, keys = gather_object(gradients.names), gather_object(gradients.keys)
+        self.run.log_nonfinite(self.task.name, step, problem, names, keys)
+        problem = f"step {step} of stage {self.task.name}: {problem}"
+        if self.trained.skipped <= self.cfg.skip_nonfinite:
+            LOG.warning("%s; left out (%d in a row)", problem, self.trained.skipped)
+            return
+        files = ", ".join(names[:NAMES_SHOWN]) + (", ..." if len(names) > NAMES_SHOWN else "")
+        raise UserError(
+            f"{problem}; stopped before the optimiser step. Files of the batch: {files} (all of them in "
+            f"{self.run.run_dir / NONFINITE}). Look at these, lower optimizer.lr, use trainer.precision=fp32, or leave "
+            "out a few such steps with trainer.skip_nonfinite=N"
+        )
+
+    @contextlib.contextmanager
+    def _at_rest(self) -> Iterator[None]:
+        """Averaged weights, no dropout, no gradients, and the generators as they were afterwards."""
+        device = self.run.accelerator.device
+        forked = [device] if device.type == "cuda" else []
+        self.task.eval()
+        averaged = self.trained.ema.in_place()
+        with torch.random.fork_rng(forked), averaged, together(self.task), torch.no_grad(), self._autocast():
+            yield
+        self.task.train()
+
+    def _no_sync(self) -> contextlib.AbstractContextManager[Any]:
+        if self.cfg.sharding is Sharding.fsdp2:
+            return added_up_later(self.task)
+        return self.run.accelerator.no_sync(self.model)
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        device = self.run.accelerator.device
+        enabled = self.cfg.uses_bf16(device)
+        return torch.autocast(device.type, dtype=torch.bfloat16) if enabled else contextlib.nullcontext()
+
+    def _to_device(self, batch: Mapping[str, Any]) -> Batch:
+        device = self.run.accelerator.device
+        return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}

@@ -233,6 +233,13 @@ def test_check_finds_the_manifest_by_the_names(release: Path, capsys: pytest.Cap
         ({"input": "nowhere/a.safetensors", "base": "c", "output": "b"}, "nowhere/a.safetensors does not exist"),
         ({"input": "a", "base": "b", "output": "c", "adapters": "only"}, "choose one of the two"),
         ({"inptu": "a"}, "inptu"),
+        ({"input": "a", "output": "b", "part": "tokenizer"}, "part=tokenizer goes with a published file"),
+        ({"input": "a", "output": "b.PTH", "adapters": "only"}, "adapters=only writes a folder or a .safetensors file"),
+        ({"input": "a", "output": "b.safetensors", "adapters": "only", "part": "restorer"}, "goes with a published"),
+        ({"input": "a", "output": "b.pth", "dtype": "bf16", "part": "restorer"}, "leave out dtype="),
+        ({"check": "a.pth", "dtype": "bf16"}, "leave out dtype="),
+        ({"input": "a", "output": "."}, "is the current folder or one around it"),
+        ({"input": "a", "output": "../x/.."}, "is the current folder or one around it"),
     ],
 )
 def test_wrong_commands_end_with_two(
@@ -242,6 +249,58 @@ def test_wrong_commands_end_with_two(
     assert run(**words) == 2
     assert message in capsys.readouterr().err
     assert not any(tmp_path.iterdir())
+
+
+def test_a_student_without_adapters_is_no_published_file(
+    tmp_path: Path, tiny_system: VARestorer, bundle: Path, release: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    VARestorer(**(tiny_system.config | {"student": {"lora_rank": 0}})).save_pretrained(tmp_path / "full")
+    for source, more in ((bundle, {"adapters": "merged"}), (tmp_path / "full", {})):
+        assert run(input=source, output=tmp_path / "out.pth", **more) == 1
+        assert "no place for a student without adapters; write a bundle" in capsys.readouterr().err
+    assert not (tmp_path / "out.pth").exists()
+    assert run(input=tmp_path / "full", output=tmp_path / "out.pth", part="tokenizer") == 0
+    teacher = release.with_name("infinity_2b_reg.pth")
+    assert run(input=teacher, output=tmp_path / "teacher.PTH") == 0  # which stays a teacher
+    assert_equal(published(tmp_path / "teacher.PTH"), published(teacher))
+
+
+def test_what_the_published_form_cannot_hold_is_warned_of_with_the_transformer_only(
+    tmp_path: Path, tiny_system: VARestorer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_system.save_pretrained(tmp_path / "tiny")
+    capsys.readouterr()
+    assert run(input=tmp_path / "tiny", output=tmp_path / "tokenizer.pth", part="tokenizer") == 0
+    assert "published form" not in "".join(capsys.readouterr())
+    assert run(input=tmp_path / "tiny", output=tmp_path / "varestorer.pth") == 0
+    said = "".join(capsys.readouterr())
+    assert "no place for the schedule" in said
+    assert "no restorer, and the published form wants general_swinir_v1.ckpt beside it" in said
+
+
+def test_a_tilde_is_the_users_folder(bundle: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(bundle.parent))
+    monkeypatch.chdir(tmp_path)
+    assert run(input=f"~/{bundle.name}", output="~/adapters", adapters="only") == 0
+    assert (bundle.parent / "adapters" / "adapters.safetensors").is_file()
+    assert run(input="~/adapters/adapters.safetensors", base=f"~/{bundle.name}", output="~/again") == 0
+    assert (bundle.parent / "again" / "config.json").is_file()
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_missing_companion_is_named_with_the_way_out(
+    release: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    student = tmp_path / release.name
+    student.symlink_to(release)
+    for key, name in zip(("tokenizer", "restorer"), COMPANIONS, strict=True):
+        assert run(input=student, output=tmp_path / "out") == 1
+        error = capsys.readouterr().err
+        assert f"{tmp_path / name} is missing; put it" in error
+        assert f"scripts/convert.py ({key}=FILE) and use the bundle" in error and "model." not in error
+        (tmp_path / name).symlink_to(release.parent / name)
+    assert run(input=student, output=tmp_path / "out", restorer="nowhere.ckpt") == 2
+    assert "restorer=nowhere.ckpt does not exist" in capsys.readouterr().err
 
 
 def test_options_that_do_not_go_with_the_input_are_refused(

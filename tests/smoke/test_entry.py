@@ -5,7 +5,9 @@ import logging
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -13,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 import varestorer
 from varestorer.commands import main
-from varestorer.commands.entry import Command, compose, config_dir, hydra_words, quote_value
+from varestorer.commands.entry import Command, compose, config_dir, hydra_words, quote_value, typed
 from varestorer.commands.train import COMMAND as TRAIN
 from varestorer.utils.errors import UsageError, UserError
 
@@ -131,7 +133,7 @@ def test_an_error_inside_instantiate_is_still_ours(configs: Path, capsys):
 
         return instantiate({"_target_": "varestorer.utils.device.pick_device", "name": "abacus"})
 
-    assert command(fail).main([], configs) == 1
+    assert command(fail).main([], configs) == 2
     captured = capsys.readouterr().err
     assert captured.startswith("error: device must be") and captured.count("\n") == 1
 
@@ -166,6 +168,44 @@ def test_wrong_words_are_2(configs: Path, capsys, words: list[str], told: str):
     status = command(ok).main(words, configs)
     captured = capsys.readouterr().err
     assert status == 2 and told in captured and "Traceback" not in captured
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["sead=1"], "no key 'sead'; did you mean seed? see --help"),
+        (["root=x"], "no key 'root'; did you mean data.root? see --help"),
+        (["+bogus=1"], "no key 'bogus'; see --help"),
+        (["photo (1).jpg"], "'photo (1).jpg' is not key=value; did you mean input=photo (1).jpg?"),
+        (["input=a", "b.jpg"], "'b.jpg' is not key=value; see --help"),
+        (["=3"], "'=3' is not key=value; see --help"),
+        (["seed=x"], "seed: Value 'x' of type 'str' could not be converted to Integer"),
+        (["seed=[1"], "seed=[1: no viable alternative at input '[1'"),
+        (["experiment=real"], "'experiment' needs a +: +experiment=real"),
+        (["other=real"], "no key 'other'; see --help"),
+        (["--nosuch"], "unrecognized arguments: --nosuch; see --help"),
+        (
+            ["+experiment=unreal"],
+            "In 'toy': Could not find 'experiment/unreal'\nAvailable options in 'experiment':\n\treal",
+        ),
+    ],
+)
+def test_wrong_words_are_told_in_one_line_but_for_choices(configs: Path, capsys, words: list[str], told: str):
+    @dataclass
+    class Toy:
+        prompt: str | None = None
+        input: str | None = None
+        run_dir: str | None = None
+        data: Any = None
+        seed: int = 0
+        list: Any = None
+
+    for group in ("experiment", "other"):
+        (configs / group).mkdir()
+        (configs / group / "real.yaml").write_text("# @package _global_\nseed: 1\n")
+    toy = Command("toy", "toy", lambda cfg: typed(Toy, cfg).seed, "toy help", groups=("experiment",))
+    assert toy.main(words, configs) == 2
+    assert capsys.readouterr().err == f"error: {told}\n"
 
 
 def test_missing_values_are_named_all_at_once(configs: Path, capsys):

@@ -116,6 +116,17 @@ def test_a_folder_with_another_evaluation_is_refused(
     assert message in error and "give another out=, or remove that folder" in error
 
 
+def test_a_smaller_limit_does_not_throw_scores_away(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("method=bicubic", "metrics=[psnr]")
+    rows = root.parent / "out" / "per_image.csv"
+    assert run(root, *words, "limit=2") == 0
+    assert run(root, *words) == 0
+    whole = rows.read_text()
+    assert run(root, *words, "limit=1") == 2
+    assert "holds scores of 2 more images; raise limit=, or give another out=" in capsys.readouterr().err
+    assert rows.read_text() == whole
+
+
 def test_images_without_references(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ("method=bicubic", "metrics=[psnr,lpips,fid,entropy]", f"data.root={root / 'lr'}")
     assert run(root, *words, dataset="images") == 1
@@ -182,7 +193,13 @@ def test_checkpoint(root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
         (["method=nearest"], "method must be one of bicubic, spandrel, got 'nearest'"),
         (["method=spandrel"], "method=spandrel and model_path=FILE go together"),
         (["method=spandrel", "model_path=/nowhere.pth"], "/nowhere.pth is no file"),
-        (["method=bicubic", "batch=0"], "batch must be at least 1 image"),
+        (["method=bicubic", "batch=0"], "batch must be at least 1, got batch=0"),
+        (["method=bicubic", "scale=0"], "scale must be at least 1, got scale=0"),
+        (["method=bicubic", "scale=4.5"], "scale: Value '4.5'"),
+        (["method=bicubic", "limit=x"], "limit: Value 'x'"),
+        (["method=bicubic", "seed=x"], "seed: Value 'x'"),
+        (["method=bicubic", "+bogus=1"], "no key 'bogus'"),
+        (["method=bicubic", "device=tpu"], "got device=tpu"),
         (["method=bicubic", "limit=0"], "limit must be at least 1"),
         (["method=bicubic", "protocol=paper"], "paper"),
         (["method=bicubic", "predictions=x"], "got predictions and method"),
@@ -194,6 +211,7 @@ def test_wrong_commands(words: list[str], message: str, root: Path, capsys: pyte
     assert run(root, *words) == 2
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
+    assert error.count("\n") == 1 or "Available options" in error
 
 
 def test_folder_without_pairs_is_a_usage_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

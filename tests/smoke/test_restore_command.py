@@ -173,6 +173,47 @@ def test_results_are_left_alone_unless_overwritten(
     assert entries_of(tmp_path / "out")["a.png"]["prompt"] == "c"
 
 
+def test_entries_say_what_made_them_and_results_of_other_settings_are_named(
+    system: Enlarger, prompts: list[str], photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    assert COMMAND.main(words(photos, output, "tile=32", "color=adain")) == 0
+    usual = {"ckpt": "any", "scale": 4, "select": "argmax", "steps": "one", "overlap": None, "compat": None}
+    assert (usual | {"tile": 32, "color": "adain", "prompt": None}).items() <= entries_of(output)["a.png"].items()
+    Image.new("RGB", (5, 3)).save(photos / "new.png")
+    capsys.readouterr()
+    assert COMMAND.main(words(photos, output, "tile=32", "scale=2", "prompt=a dog")) == 0
+    captured = capsys.readouterr()
+    made = (
+        "sub/b.png was made with scale=4 color=adain prompt=null, not scale=2 color=none prompt=a dog; overwrite=true"
+    )
+    assert made in captured.err + captured.out
+    assert "1 restored, 2 had a result already, 2 of them of other settings (overwrite=true" in captured.out
+    assert entries_of(output)["a.png"]["scale"] == 4 and entries_of(output)["new.png"]["scale"] == 2
+    assert COMMAND.main(words(photos / "new.png", output, "tile=32", "scale=2", "prompt=a dog")) == 0
+    assert "1 had a result already (overwrite" in capsys.readouterr().out
+
+
+def test_a_tilde_is_the_users_folder(
+    system: Enlarger, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert COMMAND.main(words(Path("~") / photos.name, Path("~/out"))) == 0
+    assert (tmp_path / "out/sub/b.png").is_file() and not (tmp_path / "~").exists()
+
+
+def test_a_published_teacher_is_no_student(
+    system: Enlarger, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    system.student_config = StudentConfig(lora_rank=0)
+    (tmp_path / "teacher.pth").touch()
+    assert COMMAND.main(words(photos, tmp_path / "out", f"ckpt={tmp_path / 'teacher.pth'}")) == 2
+    assert "is a teacher without adapters; use steps=multi" in capsys.readouterr().err
+    assert COMMAND.main(words(photos, tmp_path / "out", f"ckpt={tmp_path / 'teacher.pth'}", "steps=multi")) == 0
+    assert COMMAND.main(words(photos, tmp_path / "other", f"ckpt={tmp_path}")) == 0
+
+
 def test_a_model_without_text_says_that_the_prompt_changes_nothing(
     system: Enlarger, prompts: list[str], photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -338,7 +379,7 @@ def test_compat_gets_prompt_tiles_and_both_global_generators_seeded(
         ("compat=exact", "compat must be official or null, got compat=exact"),
         ("max_pixels=0", "max_pixels must be at least 1"),
         ("uncertainty=maybe", "uncertainty"),
-        ("device=tpu", "device must be auto, cpu, cuda, cuda:N or mps, got device=tpu"),
+        ("device=tpu", "device must be auto, cpu, cuda, cuda:N or mps, got"),
         ("prompt=a dog caption=auto", "prompt and caption=auto contradict"),
         ("steps=multi uncertainty=true", "uncertainty=true"),
         ("compat=official select=sample", "leave out select=sample"),

@@ -115,6 +115,30 @@ def test_a_config_that_cannot_be_used_is_named(
         VARestorer.from_pretrained(tmp_path / "bundle")
 
 
+@pytest.mark.parametrize("part", ["schedule", "tokenizer", "transformer", "student"])
+def test_a_config_with_entries_of_a_later_version_is_refused(
+    tiny_system: VARestorer, tmp_path: Path, part: str
+) -> None:
+    tiny_system.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config[part]["novelty"] = 1
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    wanted = rf"config\.json has entries this version does not know \({part}\.novelty\); update varestorer"
+    with pytest.raises(UserError, match=wanted):
+        VARestorer.from_pretrained(tmp_path)
+
+
+def test_one_file_of_a_model_is_refused_with_what_to_give(tiny_system: VARestorer, tmp_path: Path) -> None:
+    folder = tmp_path / "bundle"
+    tiny_system.save_pretrained(folder)
+    for part in ("transformer", "tokenizer", "adapters"):
+        with pytest.raises(UsageError, match=rf"one file of a model; give the folder {re.escape(str(folder))}$"):
+            VARestorer.from_pretrained(folder / f"{part}.safetensors")
+    (folder / "adapters.safetensors").rename(tmp_path / "student.safetensors")
+    with pytest.raises(UsageError, match=r"holds adapters alone; .*scripts/convert\.py input=.* base=MODEL"):
+        VARestorer.from_pretrained(tmp_path / "student.safetensors")
+
+
 def test_a_bundle_with_a_tensor_missing_is_refused(tiny_system: VARestorer, tmp_path: Path) -> None:
     tiny_system.save_pretrained(tmp_path / "bundle")
     path = tmp_path / "bundle" / "transformer.safetensors"

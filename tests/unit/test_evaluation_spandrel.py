@@ -76,6 +76,16 @@ def test_files_that_are_no_models(tensors: dict[str, Tensor] | None, message: st
         SpandrelSource(tmp_path)
 
 
+def test_too_little_memory_is_a_user_error(model_path: Path, lq: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(image: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError
+
+    source = SpandrelSource(model_path, 2)
+    monkeypatch.setattr(source, "enlarge", fail)
+    with pytest.raises(UserError, match=r"not enough GPU memory for .*lq\.png"):
+        source("lq", lq)
+
+
 def test_a_broken_image_is_a_user_error(model_path: Path, tmp_path: Path) -> None:
     (tmp_path / "x.png").write_bytes(b"no image")
     with pytest.raises(UserError, match="cannot read the image"):

@@ -15,7 +15,7 @@ from varestorer.conditioning.restorer import published_restorer_tensors, restore
 from varestorer.systems.published import KINDS, kind_of, manifest, part_tensors
 from varestorer.systems.varestorer import VARestorer
 from varestorer.transformer.adapters import plain_state_dict
-from varestorer.utils.errors import UserError
+from varestorer.utils.errors import UsageError, UserError
 from varestorer.weights.load import tokenizer_tensors, transformer_tensors
 from varestorer.weights.manifest import compare, read_entries, read_manifest
 
@@ -150,6 +150,27 @@ def test_names_that_are_like_nothing_have_no_kind() -> None:
     assert kind_of({"weight": torch.zeros(1)}) is None
 
 
+def test_adapters_alone_are_not_taken_for_the_published_student() -> None:
+    down, base = (
+        {f"{name}.weight": torch.zeros(1)} for name in ("block_chunks.0.module.0.sa.lora_down.q", "pos_start")
+    )
+    assert kind_of({"blocks.0.attention.lora_down.weight": torch.zeros(1)}) is None
+    assert kind_of(down | base) == "varestorer_student_lora_r32"
+
+
+@pytest.mark.parametrize("name", ["float8_e4m3fn", "float8_e5m2", "uint16", "uint32", "uint64"])
+def test_small_and_unsigned_types_are_known(tmp_path: Path, name: str) -> None:
+    save_file({"a": torch.zeros(2).to(getattr(torch, name))}, tmp_path / "a.safetensors")
+    (entry,) = read_entries(tmp_path / "a.safetensors").values()
+    assert entry.dtype == getattr(torch, name)
+
+
+def test_a_type_that_is_not_known_is_named(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(2, dtype=torch.complex64)}, tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match=r"a\.safetensors holds tensors of type C64"):
+        read_entries(tmp_path / "a.safetensors")
+
+
 @pytest.mark.parametrize(
     "content", ["", "[1]", '{"a": 1}', '{"a": {"shape": [1]}}', '{"a": {"shape": [1], "dtype": "floaty"}}']
 )
@@ -160,9 +181,9 @@ def test_a_manifest_that_is_none_is_named(tmp_path: Path, content: str) -> None:
 
 
 def test_a_manifest_and_a_file_that_are_not_there_are_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"none\.json: No such file"):
+    with pytest.raises(UsageError, match=r"manifest=.*none\.json is neither a file nor"):
         read_manifest(tmp_path / "none.json")
-    with pytest.raises(UserError, match=r"weights not found: .*none\.pth"):
+    with pytest.raises(UsageError, match=r"weights not found: .*none\.pth"):
         read_entries(tmp_path / "none.pth")
 
 

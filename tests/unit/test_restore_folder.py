@@ -139,6 +139,21 @@ def test_results_are_skipped_unless_overwritten_and_keep_their_record(tmp_path: 
     assert "skipped" not in entries["a.png"]
 
 
+def test_results_of_other_settings_are_named_as_far_as_they_are_known(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_image(tmp_path / "in/a.jpg")
+    run(tmp_path / "in", tmp_path / "out", seed=1, settings={"scale": 4, "tile": None})
+    again = {"seed": 1, "settings": {"scale": 4.0, "tile": None, "later": 5}}
+    assert run(tmp_path / "in", tmp_path / "out", **again)[0].num_differing == 0
+    assert caplog.text == ""
+    report, entries = run(tmp_path / "in", tmp_path / "out", seed=1, settings={"scale": 2, "tile": 64})
+    assert (report.num_skipped, report.num_differing, entries["a.jpg"]["scale"]) == (1, 1, 4)
+    assert "a.png was made with scale=4 tile=null, not scale=2 tile=64; overwrite=true makes it again" in caplog.text
+    assert run(tmp_path / "in", tmp_path / "out", seed=2)[0].num_differing == 1
+    assert run(tmp_path / "in", tmp_path / "out", seed=2, overwrite=True)[0].num_differing == 0
+
+
 def test_an_earlier_report_is_kept_for_results_that_exist(tmp_path: Path) -> None:
     for name in ("a.png", "b.png", "c.png"):
         write_image(tmp_path / "in" / name)

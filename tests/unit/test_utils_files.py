@@ -65,7 +65,7 @@ def test_devices(monkeypatch):
         pick_device("cuda:2")
 
 
-@pytest.mark.parametrize("name", ["gpu", "cuda:x", "", "tpu"])
+@pytest.mark.parametrize("name", ["gpu", "cuda:x", "cuda:", "", "tpu"])
 def test_unknown_device_names(name):
-    with pytest.raises(UserError, match="must be auto"):
+    with pytest.raises(UsageError, match="must be auto"):
         pick_device(name)

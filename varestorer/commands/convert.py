@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from varestorer.commands.entry import FAILED, OK, Command, say
+from varestorer.commands.entry import FAILED, OK, Command, say, typed
 from varestorer.utils.errors import UsageError, UserError
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ LOG = logging.getLogger(__name__)
 
 ADAPTERS_FILE = "adapters.safetensors"
 PUBLISHED_SUFFIXES = (".pth", ".ckpt", ".safetensors")
+PATHS = ("input", "output", "tokenizer", "restorer", "base", "check", "manifest")
 WRAPPERS = {"tokenizer": "vae", "restorer": "state_dict"}  # under which the published torch files hold their tensors
 CHOICES = {
     "adapters": ("separate", "merged", "only"),
@@ -48,7 +50,8 @@ to a bundle: a folder with config.json, *.safetensors and a model card, for ckpt
 
 to a file of the published form
   output=FILE            ending in .pth, .ckpt or .safetensors
-  part=transformer       which network goes into it: transformer | tokenizer | restorer
+  part=transformer       which network goes into it: transformer (a student with adapters apart; other students only
+                         fit into bundles) | tokenizer | restorer
 
 to look at a file without loading it
   check=FILE             compare names, shapes and types of its tensors with a manifest
@@ -96,15 +99,17 @@ def convert(cfg: DictConfig) -> int:
         UsageError: options that cannot be, or contradict each other.
         UserError: the input cannot be read, or the output cannot be written.
     """
-    typed = OmegaConf.merge(OmegaConf.structured(ConvertOptions), cfg)
-    options = cast(ConvertOptions, OmegaConf.to_object(typed))
+    options = typed(ConvertOptions, cfg)
+    for key in PATHS:
+        if value := getattr(options, key):
+            setattr(options, key, os.path.expanduser(value))
     check_options(options)
     if options.check is not None:
         return check_file(options.check, options.manifest)
-    output = Path(cast(str, options.output))
-    if options.adapters == "only" and output.suffix != ".safetensors":
+    output = Path(cast(str, options.output)).resolve()
+    if options.adapters == "only" and not is_published(output):
         output = output / ADAPTERS_FILE
-    is_file = output.suffix in PUBLISHED_SUFFIXES
+    is_file = is_published(output)
     check_output(output, is_file, options.overwrite)
     from varestorer.systems.adapters import save_adapters
 
@@ -116,6 +121,8 @@ def convert(cfg: DictConfig) -> int:
     if options.adapters == "only":
         save_adapters(system, output)
     elif is_file:
+        if options.part == "transformer":
+            check_publishable(system, Path(cast(str, options.input)))
         save_published(system, options.part, output)
     else:
         save_aside(system, output)
@@ -134,8 +141,9 @@ def check_options(options: ConvertOptions) -> None:
         if value not in allowed:
             raise UsageError(f"{key} must be {' or '.join(str(one) for one in allowed if one)}, got {value!r}")
     if options.check is not None:
-        if options.input or options.output:
-            raise UsageError("check= only looks at a file; leave input= and output= out")
+        unused = [f"{key}=" for key in changed(options) if key not in ("check", "manifest")]
+        if unused:
+            raise UsageError(f"check= only looks at a file; leave out {' '.join(unused)}")
         return
     if not options.input or not options.output:
         raise UsageError("no value for input or output: add input=... output=..., or check=...; see --help")
@@ -143,16 +151,48 @@ def check_options(options: ConvertOptions) -> None:
         raise UsageError("manifest= belongs to check=FILE")
     if options.adapters == "only" and options.base:
         raise UsageError("adapters=only takes adapters off a model, base= puts them onto one; choose one of the two")
+    check_use(options, Path(options.output))
+
+
+def check_use(options: ConvertOptions, output: Path) -> None:
+    """Refuse options that would not be used for such an output.
+
+    Raises:
+        UsageError: names them.
+    """
+    if options.adapters == "only" and is_published(output) and output.suffix.lower() != ".safetensors":
+        raise UsageError(f"adapters=only writes a folder or a .safetensors file, got output={output}")
+    if options.part == "transformer":
+        return
+    if options.adapters == "only" or not is_published(output):
+        raise UsageError(f"part={options.part} goes with a published file: output=FILE.pth or FILE.safetensors")
+    unused = [f"{key}=" for key in changed(options) if key in ("adapters", "dtype")]
+    if unused:
+        raise UsageError(f"part={options.part} is not the transformer; leave out {' '.join(unused)}")
+
+
+def changed(options: ConvertOptions) -> list[str]:
+    """Keys whose values are not the usual ones."""
+    usual = asdict(ConvertOptions())
+    return [key for key, value in asdict(options).items() if value != usual[key]]
+
+
+def is_published(output: Path) -> bool:
+    """Whether the name is one of a published file, and not of a bundle's folder."""
+    return output.suffix.lower() in PUBLISHED_SUFFIXES
 
 
 def check_output(output: Path, is_file: bool, overwrite: bool) -> None:
     """Refuse to write over what is there.
 
     Raises:
+        UsageError: the current folder, or one around it.
         UserError: a file, or a folder with something in it; `overwrite` allows a file, and a bundle.
     """
     from varestorer.weights.bundles import is_bundle
 
+    if Path.cwd().is_relative_to(output):
+        raise UsageError(f"output={output} is the current folder or one around it; name a new one")
     if is_file:
         if output.is_dir() or (output.exists() and not overwrite):
             raise UserError(f"output={output} is there already; choose another name, or add overwrite=true")
@@ -200,7 +240,7 @@ def open_system(options: ConvertOptions) -> VARestorer:
     from varestorer.weights.runs import is_run, latest_checkpoint
 
     source = Path(cast(str, options.input))
-    if not source.exists() and (options.base or source.suffix in PUBLISHED_SUFFIXES):  # others may be names on the hub
+    if not source.exists() and (options.base or is_published(source)):  # others may be names on the hub
         raise UsageError(f"input={source} does not exist")
     adapters = student_of(source)
     if options.base and adapters is None:
@@ -209,10 +249,10 @@ def open_system(options: ConvertOptions) -> VARestorer:
         raise UsageError(f"{source} holds adapters alone; add base=MODEL to put them onto it")
     model = Path(options.base or source)
     beside = {"tokenizer_file": options.tokenizer, "restorer_file": options.restorer}
-    if any(beside.values()) and not model.is_file():
+    if any(beside.values()) and not is_published(model):
         raise UsageError(f"tokenizer= and restorer= go with a published file, but {model} is none; leave them out")
     system = VARestorer.from_pretrained(model, **beside)
-    if model.is_file() and stored_precision(model) == "bf16":
+    if is_published(model) and stored_precision(model) == "bf16":
         system.set_precision("bf16")  # what was read is float32: nothing is lost
     if is_run(model):
         system.files["run"] = str(latest_checkpoint(model) / "ema.safetensors")
@@ -229,6 +269,26 @@ def stored_precision(path: Path) -> str:
     return "bf16" if blocks == {torch.bfloat16} else "fp32"
 
 
+def check_publishable(system: VARestorer, source: Path) -> None:
+    """Refuse a transformer that nobody could use from a published file, and warn of what such a file cannot hold.
+
+    Args:
+        system: the model.
+        source: what it was read from: a published file without adapters holds a teacher, and may again.
+    Raises:
+        UserError: a student without adapters of its own, which would be read as a teacher.
+    """
+    from varestorer.conditioning.restorer import PUBLISHED_FILE
+
+    student = system.student_config
+    if student.merged or (student.lora_rank == 0 and not is_published(source)):
+        raise UserError("the published form has no place for a student without adapters; write a bundle: output=FOLDER")
+    if dict(system.config["schedule"]) != {"size": "0.25M"}:
+        LOG.warning("the published form has no place for the schedule: what reads it will assume that of 0.25M")
+    if system.restorer is None:
+        LOG.warning("this model has no restorer, and the published form wants %s beside it", PUBLISHED_FILE)
+
+
 def save_published(system: VARestorer, part: str, path: Path) -> None:
     """Write one network under its published names, derived tensors included."""
     import torch
@@ -237,10 +297,8 @@ def save_published(system: VARestorer, part: str, path: Path) -> None:
     from varestorer.systems.published import part_tensors
     from varestorer.utils.files import atomic_write
 
-    if dict(system.config["schedule"]) != {"size": "0.25M"}:
-        LOG.warning("the published form has no place for the schedule: what reads it will assume that of 0.25M")
     tensors = {name: tensor.contiguous() for name, tensor in sorted(part_tensors(system, part).items())}
-    if path.suffix == ".safetensors":
+    if path.suffix.lower() == ".safetensors":
         save_tensors(path, tensors)
         return
     with atomic_write(path) as temporary, temporary.open("wb") as file:  # a name would get into the file's bytes

@@ -16,12 +16,13 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import NoReturn, TypeVar, cast
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import varestorer
+from varestorer.commands.wrong_words import check_words, describe
 from varestorer.utils.errors import UsageError, UserError
 
 LOG = logging.getLogger(__name__)
@@ -107,13 +108,18 @@ class Command:
         job = _Job(self.function)
         decorated = hydra.main(config_path=str(folder), config_name=self.config_name, version_base="1.3")(job)
         try:
-            with _process_state(self.name, words):
+            with _process_state(hydra_words(self.name, words, self._keys(folder))):
                 decorated()
-        except SystemExit as done:  # of argparse and of --cfg, --info
+        except SystemExit as done:  # of --cfg, --info
             return int(done.code or OK)
         except Exception as error:  # noqa: BLE001  # the last place where an error can become one line
-            return report(error)
+            return report(error, self.groups)
         return max(job.statuses, default=OK)
+
+    def _keys(self, folder: Path) -> list[str]:
+        """Keys that the command's own config names."""
+        file = folder / f"{self.config_name}.yaml"
+        return [str(key) for key in OmegaConf.load(file)] if file.is_file() else []
 
 
 class _Job:
@@ -157,8 +163,13 @@ def run_function(function: Callable[[DictConfig], int], cfg: DictConfig) -> int:
     return function(cfg)
 
 
-def report(error: BaseException) -> int:
-    """Write an error to stderr, one line where the user can do something about it; returns its status."""
+def report(error: BaseException, groups: Sequence[str] = ()) -> int:
+    """Write an error to stderr, one line where the user can do something about it; returns its status.
+
+    Args:
+        error: what was raised.
+        groups: of the command.
+    """
     if os.environ.get("VARESTORER_TRACEBACK") == "1":
         traceback.print_exception(error)
     cause = _find(error, UserError)
@@ -166,9 +177,7 @@ def report(error: BaseException) -> int:
         _complain(str(cause))
         return int(getattr(cause, "exit_status", FAILED))
     if _is_usage(error):
-        # Hydra's errors say what, their override or OmegaConf's error below them says where
-        place = getattr(error, "override", None) or error.__cause__
-        _complain(f"{error}\n{place}" if place and str(place) not in str(error) else str(error))
+        _complain(describe(error, groups))
         return USAGE
     traceback.print_exception(error)
     return FAILED
@@ -254,10 +263,10 @@ def _is_quoted(value: str) -> bool:
 
 
 @contextlib.contextmanager
-def _process_state(name: str, words: list[str]) -> Iterator[None]:
+def _process_state(words: list[str]) -> Iterator[None]:
     """Give Hydra its words through `sys.argv`, and have it raise errors instead of calling `exit(1)`."""
     kept, full = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
-    sys.argv = [kept[0], *hydra_words(name, words)]
+    sys.argv = [kept[0], *words]
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         yield
@@ -268,20 +277,35 @@ def _process_state(name: str, words: list[str]) -> Iterator[None]:
             os.environ["HYDRA_FULL_ERROR"] = full
 
 
-def hydra_words(name: str, words: Sequence[str]) -> list[str]:
+def hydra_words(name: str, words: Sequence[str], keys: Sequence[str] = ()) -> list[str]:
     """What Hydra gets to see: our settings, the overrides with their texts quoted, then the options.
 
     In this order settings can be overridden, and overrides may be written on both sides of an option.
+
+    Args:
+        name: of the command.
+        words: as they were typed.
+        keys: of the command's config.
+    Raises:
+        UsageError: an unknown option, or a word that is not `key=value`.
     """
     from hydra._internal.utils import get_args_parser
 
-    overrides = get_args_parser().parse_intermixed_args(list(words)).overrides
+    parser = get_args_parser()
+    parser.error = _refuse_option  # type: ignore[method-assign]
+    overrides = parser.parse_intermixed_args(list(words)).overrides
     options = list(words)
     for override in overrides:
         options.remove(override)
     completing = "-sc" in options or "--shell-completion" in options
+    if not completing:
+        check_words(overrides, keys)
     settings = [] if completing else [f"hydra.job.name={name}", *SETTINGS]
     return [*settings, *map(quote_value, overrides), *options]
+
+
+def _refuse_option(message: str) -> NoReturn:
+    raise UsageError(f"{message}; see --help")
 
 
 def _find(error: BaseException | None, kind: type[BaseException]) -> BaseException | None:

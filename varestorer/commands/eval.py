@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig
 
-from varestorer.commands.entry import FAILED, OK, Command, say
+from varestorer.commands.entry import FAILED, OK, Command, say, typed
 from varestorer.data.folders import find_images_or_pairs, find_pairs
 from varestorer.evaluation.evaluator import Evaluator
 from varestorer.evaluation.outputs import write_report
@@ -56,12 +57,43 @@ on what, by what
 where
   wandb=true             also log figures and pictures to Weights & Biases (offline without WANDB_API_KEY)
   out=FOLDER             default: outputs/eval/DATASET_TIME. Images made and rows scored are kept there as it goes;
-                         the same command again does only what is missing. Other settings are refused the folder.
+                         the same command again, with the same out=, does only what is missing. Other settings are
+                         refused the folder.
 
 Writes per_image.csv, summary.json, tables and a page of pictures to `out`, restored images to its folder images/.
 `accelerate launch scripts/eval.py ...` (or torchrun) shares the work among processes; the figures are the same.
 Exit status: 0 all well; 1 an image, or a metric asked for with metrics=, failed; 2 the command was wrong.
 """
+
+
+@dataclass
+class DataOptions:
+    """Where the data set is."""
+
+    root: str = MISSING
+
+
+@dataclass
+class EvalOptions:
+    """The keys of `configs/eval.yaml`, explained there; values of another type are refused."""
+
+    dataset: Any = MISSING
+    protocol: Any = MISSING
+    ckpt: str | None = None
+    predictions: str | None = None
+    method: str | None = None
+    model_path: str | None = None
+    data: DataOptions = field(default_factory=DataOptions)
+    metrics: Any = None
+    metric_weights: str | None = None
+    offline: bool | None = None
+    scale: int = 4
+    seed: int = 0
+    batch: int | None = None
+    limit: int | None = None
+    device: str = "auto"
+    out: str = MISSING
+    wandb: bool = False
 
 
 def run_eval(cfg: DictConfig) -> int:
@@ -70,31 +102,52 @@ def run_eval(cfg: DictConfig) -> int:
     Returns:
         Exit status: 1 when an image failed or a metric named in `metrics` could not run.
     Raises:
+        UsageError: a value that cannot be.
         UserError: nothing could be evaluated at all.
     """
-    processes = Processes.start(cfg.device)
+    options = typed(EvalOptions, cfg)
+    check_options(options)
+    processes = Processes.start(options.device)
     try:
-        return _run(cfg, processes)
+        return _run(options, processes)
     finally:
         processes.end()
 
 
-def _run(cfg: DictConfig, processes: Processes) -> int:
-    pairs = _pairs(cfg)
-    asked = _metrics(cfg)
-    source = _source(cfg, processes)
-    evaluator = _evaluator(cfg, asked, processes, has_references=any(hq for _, _, hq in pairs))
+def check_options(options: EvalOptions) -> None:
+    """Refuse what cannot be.
+
+    Raises:
+        UsageError: names the key, what it was and what it may be.
+    """
+    for key in ("scale", "batch", "limit"):
+        value = getattr(options, key)
+        if value is not None and value < 1:
+            raise UsageError(f"{key} must be at least 1, got {key}={value}")
+    for key in ("dataset", "protocol"):
+        value = getattr(options, key)
+        if not isinstance(value, dict) or "name" not in value:
+            raise UsageError(f"{key} must be a config with a name, got {key}={value!r}")
+
+
+def _run(options: EvalOptions, processes: Processes) -> int:
+    pairs = _pairs(options)
+    asked = _metrics(options)
+    source = _source(options, processes)
+    evaluator = _evaluator(options, asked, processes, has_references=any(hq for _, _, hq in pairs))
     # the default has the time in it, which each process reads for itself
-    out = processes.of_main(Path(cfg.out).expanduser())
-    progress = Progress(out, _settings(cfg, evaluator, source, processes))
-    keep = None if cfg.predictions else progress.images
-    evaluation = evaluator.evaluate(pairs, source, cfg.dataset.name, keep, progress=progress, processes=processes)
+    out = processes.of_main(Path(options.out).expanduser())
+    progress = Progress(out, _settings(options, evaluator, source, processes))
+    keep = None if options.predictions else progress.images
+    evaluation = evaluator.evaluate(
+        pairs, source, options.dataset["name"], keep, progress=progress, processes=processes
+    )
     unmet = [name for name in asked or [] if name in evaluation.summary()["unavailable"]]
     if processes.is_main:
         files = write_records(evaluation, out)
-        files += write_report(evaluation, out, source.method, cfg.dataset.pairs, cfg.scale)
-        if cfg.wandb:
-            log_to_wandb(evaluation, out, source.method, cast(dict, OmegaConf.to_container(cfg, resolve=True)))
+        files += write_report(evaluation, out, source.method, options.dataset.get("pairs"), options.scale)
+        if options.wandb:
+            log_to_wandb(evaluation, out, source.method, asdict(options))
         say(summary_text(evaluation, unmet))
         say(f"wrote {', '.join(path.name for path in files)}{' and images/' if keep else ''} to {out}")
     return FAILED if evaluation.failures or unmet else OK
@@ -125,99 +178,99 @@ def summary_text(evaluation: Evaluation, unmet: list[str] | None = None) -> str:
     return "\n".join(lines)
 
 
-def _pairs(cfg: DictConfig) -> list[Pair]:
+def _pairs(options: EvalOptions) -> list[Pair]:
     """The data set; a wrong folder is a mistake in the command."""
     pairs: list[Pair]
     try:
-        needs_pairs = cfg.dataset.get("reference", False)
-        pairs = [*(find_pairs(cfg.data.root) if needs_pairs else find_images_or_pairs(cfg.data.root))]
+        needs_pairs = options.dataset.get("reference", False)
+        pairs = [*(find_pairs(options.data.root) if needs_pairs else find_images_or_pairs(options.data.root))]
     except UserError as error:
         raise UsageError(str(error)) from error
-    if cfg.limit is not None and cfg.limit < 1:
-        raise UsageError(f"limit must be at least 1 image, got {cfg.limit}")
-    expected = cfg.dataset.pairs
+    expected = options.dataset.get("pairs")
     if expected is not None and len(pairs) != expected:
-        log.warning("data.root=%s has %d images, %s %d", cfg.data.root, len(pairs), cfg.dataset.name, expected)
-    return pairs[: cfg.limit]
+        log.warning(
+            "data.root=%s has %d images, %s %d", options.data.root, len(pairs), options.dataset["name"], expected
+        )
+    return pairs[: options.limit]
 
 
-def _source(cfg: DictConfig, processes: Processes) -> KnownSource:
+def _source(options: EvalOptions, processes: Processes) -> KnownSource:
     """What gives the images."""
-    given = [key for key in SOURCES if cfg[key] is not None]
+    given = [key for key in SOURCES if getattr(options, key) is not None]
     if len(given) != 1:
         got = " and ".join(given) or "none"
         raise UsageError(f"give one of ckpt=, predictions= and method= to say what is scored, got {got}")
-    if (cfg.method == "spandrel") != (cfg.model_path is not None):
+    if (options.method == "spandrel") != (options.model_path is not None):
         raise UsageError("method=spandrel and model_path=FILE go together: a method that reads a file, and the file")
-    if cfg.predictions is not None:
-        return FolderSource(cfg.predictions)
-    if cfg.ckpt is not None:
-        return _system(cfg, processes)
-    if cfg.method == "spandrel":
+    if options.predictions is not None:
+        return FolderSource(options.predictions)
+    if options.ckpt is not None:
+        return _system(options, processes)
+    if options.model_path is not None:
         from varestorer.evaluation.spandrel import SpandrelSource
 
-        return SpandrelSource(cfg.model_path, cfg.scale, processes.device)
-    if cfg.method != "bicubic":
-        raise UsageError(f"method must be one of {', '.join(METHODS)}, got {cfg.method!r}")
-    return BicubicSource(cfg.scale)
+        return SpandrelSource(options.model_path, options.scale, processes.device)
+    if options.method != "bicubic":
+        raise UsageError(f"method must be one of {', '.join(METHODS)}, got {options.method!r}")
+    return BicubicSource(options.scale)
 
 
-def _system(cfg: DictConfig, processes: Processes) -> SystemSource:
+def _system(options: EvalOptions, processes: Processes) -> SystemSource:
     """The network, known by its weights as they are in the file: merged ones may differ from machine to machine."""
+    from varestorer.systems.loading import check_is_student
     from varestorer.systems.varestorer import VARestorer
 
     with processes.main_first():
-        system = VARestorer.from_pretrained(cfg.ckpt)
-    settings = {"ckpt": str(cfg.ckpt), "weights": weights_digest(system)}
+        system = VARestorer.from_pretrained(options.ckpt)
+    check_is_student(system, Path(str(options.ckpt)))
+    settings = {"ckpt": str(options.ckpt), "weights": weights_digest(system)}
     system.merge_adapters()
-    return SystemSource(system.to(processes.device), cfg.scale, cfg.seed, settings)
+    return SystemSource(system.to(processes.device), options.scale, options.seed, settings)
 
 
-def _evaluator(cfg: DictConfig, asked: list[str] | None, processes: Processes, has_references: bool) -> Evaluator:
+def _evaluator(options: EvalOptions, asked: list[str] | None, processes: Processes, has_references: bool) -> Evaluator:
     """The metrics that run in every process."""
     batch = 1 if processes.device.type == "cpu" else BATCH_ON_ACCELERATORS
     with processes.main_first():
         evaluator = Evaluator(
-            _protocol(cfg),
+            _protocol(options),
             asked,
             device=processes.device,
-            weights_folder=cfg.metric_weights,
-            offline=cfg.offline,
-            seed=cfg.seed,
+            weights_folder=options.metric_weights,
+            offline=options.offline,
+            seed=options.seed,
             references=has_references,
-            batch=batch if cfg.batch is None else cfg.batch,
+            batch=batch if options.batch is None else options.batch,
         )
     evaluator.drop(dict(processes.gather(list(evaluator.unavailable.items()))))
     return evaluator
 
 
-def _settings(cfg: DictConfig, evaluator: Evaluator, source: KnownSource, processes: Processes) -> dict[str, Any]:
+def _settings(options: EvalOptions, evaluator: Evaluator, source: KnownSource, processes: Processes) -> dict[str, Any]:
     """What the figures depend on: an evaluation is taken up again only where all of it is the same."""
     weights = {name: metric.weights[:16] for name, metric in evaluator.metrics.items() if metric.weights}
     return {
-        "dataset": cfg.dataset.name,
-        "data.root": str(Path(cfg.data.root).expanduser().resolve()),
+        "dataset": options.dataset["name"],
+        "data.root": str(Path(options.data.root).expanduser().resolve()),
         "protocol": evaluator.protocol.name,
         "metrics": [evaluator.ids[name] for name in evaluator.columns],
         "metric weights": weights,
-        "seed": cfg.seed,
+        "seed": options.seed,
         "device": processes.device.type,
         **source.settings,
     }
 
 
-def _metrics(cfg: DictConfig) -> list[str] | None:
+def _metrics(options: EvalOptions) -> list[str] | None:
     """`metrics=` as a list; one bare name is meant as a list of one."""
-    if cfg.metrics is None:
+    if options.metrics is None:
         return None
-    return [cfg.metrics] if isinstance(cfg.metrics, str) else [str(name) for name in cfg.metrics]
+    given = options.metrics if isinstance(options.metrics, list) else [options.metrics]
+    return [str(name) for name in given]
 
 
-def _protocol(cfg: DictConfig) -> Protocol:
-    options = OmegaConf.to_container(cfg.protocol, resolve=True)
-    if not isinstance(options, dict) or "name" not in options:
-        raise UsageError(f"protocol must have a name, got {options!r}")
-    return load_protocol(str(options["name"]), options.get("metrics"))
+def _protocol(options: EvalOptions) -> Protocol:
+    return load_protocol(str(options.protocol["name"]), options.protocol.get("metrics"))
 
 
 COMMAND = Command("eval", "eval", run_eval, HELP, groups=("dataset", "protocol"))

@@ -9,16 +9,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
 
 import torch
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from varestorer.commands.entry import FAILED, OK, Command, say
+from varestorer.commands.entry import FAILED, OK, Command, say, typed
 from varestorer.conditioning.captioner import DEFAULT_NAME as CAPTIONER
 from varestorer.conditioning.captioner import Captioner
 from varestorer.conditioning.pretrained import fingerprint, load_pretrained, local_folder
@@ -110,8 +109,7 @@ def precompute_text(cfg: DictConfig) -> int:
         UsageError: an option that cannot be.
         UserError: no photographs, captioner, text encoder or captions; or `out` cannot be used.
     """
-    typed = OmegaConf.merge(OmegaConf.structured(PrecomputeOptions), cfg)
-    options = cast(PrecomputeOptions, OmegaConf.to_object(typed))
+    options = typed(PrecomputeOptions, cfg)
     check_options(options)
     device = pick_device(options.device)
     paths = hq_images(options.data.root)

@@ -9,9 +9,9 @@ from textwrap import fill
 from typing import Any, cast
 
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from varestorer.commands.entry import FAILED, OK, Command, say
+from varestorer.commands.entry import FAILED, OK, Command, say, typed
 from varestorer.data.benchmarks import BENCHMARKS, Benchmark
 from varestorer.data.checking import Check, check_test_set
 from varestorer.data.degradation import Degradation
@@ -105,8 +105,7 @@ def prepare_data(cfg: DictConfig) -> int:
         UsageError: keys that do not go together, values that cannot be, no such folder.
         UserError: the set cannot be made.
     """
-    typed = OmegaConf.merge(OmegaConf.structured(PrepareOptions), cfg)
-    options = cast(PrepareOptions, OmegaConf.to_object(typed))
+    options = typed(PrepareOptions, cfg)
     check_options(options)
     if options.make:
         return make(options)

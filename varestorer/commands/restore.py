@@ -6,17 +6,15 @@ import math
 import random
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig
 
-from varestorer.commands.entry import FAILED, OK, Command, say
+from varestorer.commands.entry import FAILED, OK, Command, say, typed
 from varestorer.systems.folder import FolderReport, Job, Restored, RestoreImage, plan_restoration, restore_files
 from varestorer.utils.device import pick_device
 from varestorer.utils.errors import UsageError
-from varestorer.weights.published import STUDENT_FILE
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -107,8 +105,7 @@ def restore(cfg: DictConfig) -> int:
         UsageError: an option that cannot be, no such input, no checkpoint given.
         UserError: the checkpoint, the text encoder, the captioner or the output folder cannot be used.
     """
-    typed = OmegaConf.merge(OmegaConf.structured(RestoreOptions), cfg)
-    options = cast(RestoreOptions, OmegaConf.to_object(typed))
+    options = typed(RestoreOptions, cfg)
     check_options(options)
     device = pick_device(options.device)
     plan = plan_restoration(options.input, options.output)
@@ -125,7 +122,9 @@ def restore(cfg: DictConfig) -> int:
     if options.steps == "one" and options.compat is None:
         system.merge_adapters()
     run = bind(system, options, texts)
-    report = restore_files(plan, run, options.seed, overwrite=options.overwrite, max_pixels=options.max_pixels)
+    report = restore_files(
+        plan, run, options.seed, settings_of(options), overwrite=options.overwrite, max_pixels=options.max_pixels
+    )
     say(summary(report))
     return FAILED if report.failed else OK
 
@@ -147,7 +146,6 @@ def check_options(options: RestoreOptions) -> None:
         "batch": (options.batch is None or options.batch >= 1, "at least 1 tile"),
         "compat": (options.compat in (None, "official"), "official or null"),
         "max_pixels": (options.max_pixels is None or options.max_pixels >= 1, "at least 1 pixel"),
-        "device": (re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", options.device), "auto, cpu, cuda, cuda:N or mps"),
     }
     for key, (holds, wanted) in rules.items():
         if not holds:
@@ -173,6 +171,8 @@ def check_fit(system: VARestorer, options: RestoreOptions) -> None:
     Raises:
         UsageError: names the key, what it was and what it may be.
     """
+    from varestorer.systems.loading import check_is_student
+
     num_scales, tile = len(system.schedule), options.tile or system.tile
     tiles = (system.tile,) if options.compat else system.tiles
     if tile not in tiles:
@@ -184,17 +184,29 @@ def check_fit(system: VARestorer, options: RestoreOptions) -> None:
         raise UsageError(
             f"steps must be one for a model whose adapters are merged (no teacher is left), got steps={options.steps}"
         )
-    if system.student_config.lora_rank == 0 and Path(cast(str, options.ckpt)).is_file() and options.steps != "multi":
-        raise UsageError(f"ckpt={options.ckpt} is a teacher without adapters; use steps=multi, or give {STUDENT_FILE}")
+    if options.steps != "multi":
+        check_is_student(system, cast(str, options.ckpt))
     if options.compat and system.student_config.conditioning != "pyramid":
         raise UsageError("compat=official restores in one step, and this model restores scale by scale; leave it out")
     if options.steps.isdecimal() and int(options.steps) > num_scales:
         raise UsageError(f"steps must be one, multi or 1 to {num_scales} for this model, got steps={options.steps}")
 
 
+def settings_of(options: RestoreOptions) -> dict[str, Any]:
+    """What decides how a result looks, besides image and seed: the entries of `restore.json` hold it."""
+    keys = ("ckpt", "select", "steps", "color", "tile", "overlap", "compat")
+    settings = {"scale": whole(options.scale), **{key: getattr(options, key) for key in keys}}
+    return settings if options.caption == "auto" else settings | {"prompt": options.prompt}
+
+
+def whole(scale: float) -> float:
+    """An integer where the scale is one: 4, not 4.0."""
+    return int(scale) if scale == int(scale) else scale
+
+
 def bind(system: VARestorer, options: RestoreOptions, texts: Texts) -> RestoreImage:
     """Bind the options, so that only an image, its job and its seed are missing."""
-    scale = int(options.scale) if options.scale == int(options.scale) else options.scale
+    scale = whole(options.scale)
     keys = ("select", "steps", "color", "tile", "overlap", "batch", "uncertainty")
     wishes = {key: getattr(options, key) for key in keys}
     chosen: dict[str, Any] = {key: value for key, value in wishes.items() if value is not None}
@@ -230,7 +242,8 @@ def summary(report: FolderReport) -> str:
     lines = [f"failed: {name}: {reason}" for name, reason in report.failed.items()]
     counts = [f"{report.num_restored} restored"]
     if report.num_skipped:
-        counts.append(f"{report.num_skipped} had a result already (overwrite=true restores them again)")
+        others = f", {report.num_differing} of them of other settings" if report.num_differing else ""
+        counts.append(f"{report.num_skipped} had a result already{others} (overwrite=true restores them again)")
     if report.failed:
         counts.append(f"{len(report.failed)} failed")
     places = f"results in {report.path.parent}, details in {report.path}"

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import platform
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig, ListConfig
+from omegaconf import MISSING, DictConfig
 
-from varestorer.commands.entry import OK, Command, say
+from varestorer.commands.entry import OK, Command, say, typed
 from varestorer.utils.errors import UsageError
 
 if TYPE_CHECKING:
@@ -48,6 +49,22 @@ Exit status: 0 all well; 1 something could not be read or written; 2 the command
 """
 
 
+@dataclass
+class TablesOptions:
+    """The keys of `configs/tables.yaml`, explained there; values of another type are refused."""
+
+    model: Any = None
+    table: int = MISSING
+    runs: Any = None
+    ckpt: str | None = None
+    text_encoder: str | None = None
+    measure: bool | None = None
+    repeats: int = 5
+    device: str = "auto"
+    seed: int = 0
+    out: str = MISSING
+
+
 def tables(cfg: DictConfig) -> int:
     """Assemble the table that `cfg` asks for.
 
@@ -56,50 +73,53 @@ def tables(cfg: DictConfig) -> int:
     """
     from varestorer.evaluation.renderers import to_markdown, write_tables
 
-    number = str(cfg.table)
+    options = typed(TablesOptions, cfg)
+    number = str(options.table)
     if number not in ("1", "2", "3"):
         raise UsageError(f"table must be 1, 2 or 3, got {number}")
-    found = _tables(cfg, number)
+    if options.repeats < 1:
+        raise UsageError(f"repeats must be at least 1, got repeats={options.repeats}")
+    found = _tables(options, number)
     title = f"Table {number} of VARestorer"
-    out = Path(cfg.out).expanduser()
+    out = Path(options.out).expanduser()
     written = write_tables(found, title, out, f"table{number}")
     say(to_markdown(found, title))
     say(f"wrote {', '.join(path.name for path in written)} to {out}")
     return OK
 
 
-def _tables(cfg: DictConfig, number: str) -> list[Table]:
+def _tables(options: TablesOptions, number: str) -> list[Table]:
     from varestorer.evaluation.paper_tables import read_records, table_1, table_2, table_3
 
-    if number != "2" and (_model_names() or cfg.ckpt is not None):
+    if number != "2" and (_model_names() or options.ckpt is not None):
         raise UsageError(f"model= and ckpt= are for table=2; table={number} takes runs=")
-    records = read_records(_listed(cfg.runs))
+    records = read_records(_listed(options.runs))
     if number == "1":
         return table_1(records)
-    return table_3(records) if number == "3" else table_2(system_records(cfg), records)
+    return table_3(records) if number == "3" else table_2(system_records(options), records)
 
 
-def system_records(cfg: DictConfig) -> list[SystemRecord]:
-    """Count every network that `cfg` names, and time them in turns."""
+def system_records(options: TablesOptions) -> list[SystemRecord]:
+    """Count every network that `options` names, and time them in turns."""
     from varestorer.evaluation.cost import cost_of, measure, num_trained
     from varestorer.evaluation.paper_tables import SystemRecord
     from varestorer.utils.device import pick_device
 
-    device = pick_device(cfg.device)
-    encoder = None if cfg.text_encoder is None else _text_encoder(cfg.text_encoder)
-    systems = {name: _from_config(name, cfg.seed, "meta") for name in _model_names()}
-    if cfg.ckpt is not None:
+    device = pick_device(options.device)
+    encoder = None if options.text_encoder is None else _text_encoder(options.text_encoder)
+    systems = {name: _from_config(name, options.seed, "meta") for name in _model_names()}
+    if options.ckpt is not None:
         from varestorer.systems.varestorer import VARestorer
 
-        systems[Path(cfg.ckpt).name] = VARestorer.from_pretrained(cfg.ckpt, device=device, merge=True)
+        systems[Path(options.ckpt).name] = VARestorer.from_pretrained(options.ckpt, device=device, merge=True)
     costs = {label: cost_of(system, encoder) for label, system in systems.items()}
     timed = {
-        label: _from_config(label, cfg.seed, device) if system.device.type == "meta" else system
+        label: _from_config(label, options.seed, device) if system.device.type == "meta" else system
         for label, system in systems.items()
-        if _is_timed(cfg, sum(cost.params for cost in costs[label].values()), device)
+        if _is_timed(options, sum(cost.params for cost in costs[label].values()), device)
     }
-    measured = measure(timed, cfg.repeats)
-    where = {label: _where(system, cfg.repeats) for label, system in timed.items()}
+    measured = measure(timed, options.repeats)
+    where = {label: _where(system, options.repeats) for label, system in timed.items()}
     return [
         SystemRecord(label, s.tile, num_trained(s), costs[label], measured.get(label), where.get(label, ""))
         for label, s in systems.items()
@@ -149,9 +169,9 @@ def _text_encoder(folder: str) -> nn.Module:
         raise UsageError(f"text_encoder={folder} has no config.json of a T5 ({reason})") from error
 
 
-def _is_timed(cfg: DictConfig, num_parameters: int, device: torch.device) -> bool:
-    if cfg.measure is not None:
-        return bool(cfg.measure)
+def _is_timed(options: TablesOptions, num_parameters: int, device: torch.device) -> bool:
+    if options.measure is not None:
+        return bool(options.measure)
     return device.type == "cuda" or num_parameters < MAX_TIMED_ON_CPU
 
 
@@ -179,7 +199,7 @@ def _listed(value: Any) -> list[str]:
     """A list of texts; one alone is meant as a list of one, null as none."""
     if value is None:
         return []
-    return [str(item) for item in value] if isinstance(value, list | ListConfig) else [str(value)]
+    return [str(item) for item in value] if isinstance(value, list) else [str(value)]
 
 
 COMMAND = Command("tables", "tables", tables, HELP, groups=("model",))

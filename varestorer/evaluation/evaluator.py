@@ -154,7 +154,7 @@ class Evaluator:
             progress: what an earlier run did is not done again, and what this one does is noted.
             processes: that share the work; all get all rows, and the first scores of whole folders (FID).
         Raises:
-            UsageError: no pairs.
+            UsageError: no pairs, or `progress` holds scores of others.
         """
         from tqdm import tqdm
 
@@ -189,8 +189,17 @@ class Evaluator:
         )
 
     def _kept(self, pairs: Sequence[Pair], reader: SampleReader, progress: Progress) -> dict[str, Row]:
-        """Rows of an earlier run whose files are there and have not changed since."""
+        """Rows of an earlier run whose files are there and have not changed since.
+
+        Raises:
+            UsageError: that run has scored images that are not asked for now, and going on would drop their scores.
+        """
         done = progress.kept(list(self.image_metrics))
+        others = len(done.keys() - {name for name, _, _ in pairs})
+        if others:
+            raise UsageError(
+                f"out={progress.folder} holds scores of {others} more images; raise limit=, or give another out="
+            )
         rows = {}
         for name, lq, hq in pairs:
             image = reader.file((name, lq, hq))

@@ -38,6 +38,20 @@ class Candidate:
 Source = Callable[[str, Path], Candidate]
 
 
+def timed(make: Callable[[], Tensor], lq_path: Path) -> Candidate:
+    """The image (3, H, W) that `make` gives, on the CPU, and the time that took, moving it there included.
+
+    Raises:
+        UserError: too little memory for the image of `lq_path`.
+    """
+    start = time.perf_counter()
+    try:
+        image = make().detach().float().cpu()
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"not enough GPU memory for {lq_path} (try device=cpu)") from error
+    return Candidate(image, seconds=time.perf_counter() - start)
+
+
 class KnownSource(Protocol):
     """A source that the command offers: it says what decides its images.
 
@@ -121,10 +135,8 @@ class BicubicSource:
     def __call__(self, name: str, lq_path: Path) -> Candidate:
         """Upsample one image."""
         lq_3hw = load_image(lq_path)
-        start = time.perf_counter()
         height, width = lq_3hw.shape[-2:]
-        image = resize(lq_3hw, (height * self.scale, width * self.scale), mode="bicubic")
-        return Candidate(image, seconds=time.perf_counter() - start)
+        return timed(lambda: resize(lq_3hw, (height * self.scale, width * self.scale), mode="bicubic"), lq_path)
 
 
 class SystemSource:
@@ -152,15 +164,9 @@ class SystemSource:
             UserError: unreadable file, or too little memory for this image.
         """
         lq_3hw = load_image(lq_path)
-        start = time.perf_counter()
-        try:
-            with torch.no_grad():
-                seed = derive_seed(self.seed, name)
-                image = self.system.restore(lq_3hw, scale=self.scale, seed=seed).image
-        except torch.OutOfMemoryError as error:
-            raise UserError(f"not enough GPU memory to restore {lq_path} (try device=cpu)") from error
-        image = image.detach().float().cpu()
-        return Candidate(image, seconds=time.perf_counter() - start)
+        seed = derive_seed(self.seed, name)
+        with torch.no_grad():
+            return timed(lambda: self.system.restore(lq_3hw, scale=self.scale, seed=seed).image, lq_path)
 
 
 def weights_digest(module: nn.Module) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import pickle
-import time
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
-from varestorer.evaluation.sources import Candidate
-from varestorer.utils.errors import UsageError, UserError
+from varestorer.evaluation.sources import Candidate, timed
+from varestorer.utils.errors import UsageError
 from varestorer.utils.images import load_image
 from varestorer.utils.tiling import restore_tiled
 
@@ -58,12 +57,7 @@ class SpandrelSource:
             UserError: unreadable file, or too little memory for this image.
         """
         lq_3hw = load_image(lq_path)
-        start = time.perf_counter()
-        try:
-            image = self.enlarge(lq_3hw)
-        except torch.OutOfMemoryError as error:
-            raise UserError(f"not enough GPU memory to enlarge {lq_path} (try device=cpu)") from error
-        return Candidate(image, seconds=time.perf_counter() - start)
+        return timed(lambda: self.enlarge(lq_3hw), lq_path)
 
     def enlarge(self, lq_3hw: Tensor) -> Tensor:
         """(3, h, w) in [0, 1] to (3, h * scale, w * scale) on the CPU."""

@@ -115,12 +115,14 @@ class FolderReport:
         num_restored: images restored now.
         num_skipped: images left alone because their result was there.
         failed: name -> reason.
+        num_differing: skipped images whose result was made with other settings.
     """
 
     path: Path
     num_restored: int
     num_skipped: int
     failed: dict[str, str]
+    num_differing: int = 0
 
 
 def plan_restoration(source: str | os.PathLike, output: str | os.PathLike) -> Plan:
@@ -132,12 +134,12 @@ def plan_restoration(source: str | os.PathLike, output: str | os.PathLike) -> Pl
     lie inside the input folder are no inputs; other files that are no images are rejected.
 
     Args:
-        source: an image or a folder.
-        output: a folder, which need not exist.
+        source: an image or a folder; `~` is the user's.
+        output: a folder, which need not exist; likewise.
     Raises:
         UsageError: no such input, an empty one, an output that is a file or that would overwrite an input.
     """
-    source, output = Path(source), Path(output)
+    source, output = Path(source).expanduser(), Path(output).expanduser()
     if not source.exists():
         raise UsageError(f"input={source} does not exist; give an image or a folder of images")
     if output.exists() and not output.is_dir():
@@ -216,13 +218,13 @@ def restore_files(
     Each image's seed is derived from `seed` and its name, so its result depends neither on the other files
     nor on their order. Transparency is resized and kept, and so is a colour profile. Results appear whole or not
     at all. The report is written even if the run is interrupted, and keeps earlier entries whose results are
-    still there.
+    still there. A result that is left in place, but was made with another seed or other settings, is named.
 
     Args:
         plan: from `plan_restoration`.
         restore: restores one image with a seed.
         seed: of the whole run.
-        settings: what else the entries say of how images were restored, e.g. the prompt.
+        settings: what else the entries say of how images were restored, e.g. the scale.
         overwrite: restore again what has a result.
         max_pixels: larger inputs are refused; None: above Pillow's limit (about 179 million pixels).
     Raises:
@@ -236,18 +238,39 @@ def restore_files(
     for job in plan.jobs:
         if job.name not in to_do:
             entries[job.name] = earlier.get(job.name, {}) | {"output": job.target, "skipped": True}
+    others = _other_settings(entries, {"seed": seed, **(settings or {})})
     restore_one = _Runner(plan.output, restore, seed, settings or {}, max_pixels)
     try:
         with logging_redirect_tqdm():
             for name, reason in plan.rejected.items():
                 logger.warning("%s: %s", name, reason)
+            for target, difference in others.items():
+                logger.warning("%s was made with %s; overwrite=true makes it again", target, difference)
             for job in tqdm(pending, unit=" images", bar_format=_BAR):
                 entries[job.name] = restore_one(job)
     finally:
         _write_report(path, earlier | entries)
     failed = {name: entry["error"] for name, entry in entries.items() if "error" in entry}
     num_skipped = sum("skipped" in entry for entry in entries.values())
-    return FolderReport(path, len(entries) - len(failed) - num_skipped, num_skipped, failed)
+    return FolderReport(path, len(entries) - len(failed) - num_skipped, num_skipped, failed, len(others))
+
+
+def _other_settings(entries: Mapping[str, Entry], settings: Mapping[str, Any]) -> dict[str, str]:
+    """Results of skipped entries that say of other settings than these; what an entry does not say is not compared.
+
+    Returns:
+        output -> "scale=4, not scale=2".
+    """
+
+    def words(values: Mapping[str, Any], keys: Iterable[str]) -> str:
+        return " ".join(f"{key}={'null' if values[key] is None else values[key]}" for key in keys)
+
+    others = {}
+    for entry in entries.values():
+        keys = [key for key in settings if "skipped" in entry and key in entry and entry[key] != settings[key]]
+        if keys:
+            others[entry["output"]] = f"{words(entry, keys)}, not {words(settings, keys)}"
+    return others
 
 
 @dataclass(frozen=True)

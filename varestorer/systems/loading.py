@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,17 +11,25 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from varestorer.conditioning.restorer import PUBLISHED_FILE
-from varestorer.systems.parts import check_part
+from varestorer.tokenizer import ScaleSchedule, TokenizerConfig
+from varestorer.transformer import TransformerConfig
 from varestorer.utils.errors import UsageError, UserError
-from varestorer.weights.bundles import RESTORER, is_bundle, read_config, tensors_file
-from varestorer.weights.files import read_tensors
+from varestorer.weights.bundles import ADAPTERS, CONFIG, RESTORER, is_bundle, read_config, tensors_file
+from varestorer.weights.files import read_metadata, read_tensors
 from varestorer.weights.published import STUDENT_FILE, TOKENIZER_FILE
-from varestorer.weights.runs import CONFIG, is_run, latest_checkpoint, load_run_weights
+from varestorer.weights.runs import CONFIG as RUN_CONFIG
+from varestorer.weights.runs import is_run, latest_checkpoint, load_run_weights
 from varestorer.weights.sizes import adapter_rank, tokenizer_sizes, transformer_sizes
+from varestorer.weights.storage import STATE
 
 if TYPE_CHECKING:
     from varestorer.systems.varestorer import VARestorer
 
+COMPANIONS = {  # of the published student: file name, where to get it
+    "tokenizer": (TOKENIZER_FILE, "hub FoundationVision/Infinity"),
+    "restorer": (PUBLISHED_FILE, "hub lxq007/DiffBIR"),
+}
+MODEL_PARTS = ("tokenizer", "transformer")
 HOW = f"give a run of scripts/train.py, a checkpoint of one, a bundle's folder, or the published {STUDENT_FILE}"
 
 
@@ -36,18 +45,54 @@ def build(
         restorer_file: likewise.
 
     Raises:
-        UsageError: no such path.
+        UsageError: no such path, or one of a part of a model.
         UserError: the path holds no system, or its files do not fit.
     """
     if not path.exists():
         raise UsageError(f"{path} does not exist; {HOW}")
-    if path.is_file() and path.suffix in (".pth", ".safetensors"):
+    if _is_published(path):
+        _check_is_whole(path)
         return _from_published(system_class, path, tokenizer_file, restorer_file)
     if is_bundle(path):
         return _from_bundle(system_class, path)
     if is_run(path):
         return _from_run(system_class, path)
     raise UserError(f"{path} holds no model; {HOW}")
+
+
+def check_is_student(system: VARestorer, path: str | Path) -> None:
+    """Refuse a published teacher where a student is asked; runs and bundles may hold students without adapters.
+
+    Args:
+        system: loaded from the path.
+        path: what the user named as `ckpt=`.
+    Raises:
+        UsageError: the path is a published file without adapters.
+    """
+    if system.student_config.lora_rank == 0 and _is_published(Path(path).expanduser()):
+        raise UsageError(f"ckpt={path} is a teacher without adapters; use steps=multi, or give {STUDENT_FILE}")
+
+
+def _is_published(path: Path) -> bool:
+    return path.is_file() and path.suffix.lower() in (".pth", ".safetensors")
+
+
+def _check_is_whole(path: Path) -> None:
+    """Refuse a file that is one part of a bundle, a run's weights, or adapters alone.
+
+    Raises:
+        UsageError: says what to give instead.
+    """
+    if path.suffix.lower() != ".safetensors":
+        return
+    folder = path.parent
+    if (is_bundle(folder) and path.stem in (*MODEL_PARTS, ADAPTERS, RESTORER)) or (folder / STATE).is_file():
+        raise UsageError(f"{path} is one file of a model; give the folder {folder}")
+    if "student" in read_metadata(path):
+        raise UsageError(
+            f"{path} holds adapters alone; put them onto a base with scripts/convert.py input={path} base=MODEL "
+            "output=FOLDER, and use the folder"
+        )
 
 
 def download(name: str, options: Mapping[str, Any]) -> Path:
@@ -82,9 +127,9 @@ def _from_run(system_class: type[VARestorer], path: Path) -> VARestorer:
     """Rebuild the model of a run's config and fill it with the run's weights."""
     run_dir = latest_checkpoint(path).parents[2]
     try:
-        model = OmegaConf.to_container(OmegaConf.load(run_dir / CONFIG).model)
+        model = OmegaConf.to_container(OmegaConf.load(run_dir / RUN_CONFIG).model)
     except (OSError, AttributeError) as error:
-        raise UserError(f"the run {run_dir} has no model in its {CONFIG} ({error})") from error
+        raise UserError(f"the run {run_dir} has no model in its {RUN_CONFIG} ({error})") from error
     options = {key: value for key, value in dict(model).items() if not str(key).startswith("_")}  # type: ignore[arg-type]
     system = system_class(**options)
     load_into(system, load_run_weights(path), f"the run {run_dir}")
@@ -93,6 +138,7 @@ def _from_run(system_class: type[VARestorer], path: Path) -> VARestorer:
 
 def _from_bundle(system_class: type[VARestorer], bundle: Path) -> VARestorer:
     config = read_config(bundle)
+    _check_entries(config, bundle / CONFIG)
     restorer = tensors_file(bundle, RESTORER)
     if config["restorer"] and not restorer.is_file():
         raise UserError(f"the bundle {bundle} has lost its {restorer.name}; download or convert it again")
@@ -106,18 +152,63 @@ def _from_bundle(system_class: type[VARestorer], bundle: Path) -> VARestorer:
     )
 
 
+def _check_entries(config: Mapping[str, Any], path: Path) -> None:
+    """Refuse a config with entries that a later version may know.
+
+    Raises:
+        UserError: names them.
+    """
+    from varestorer.systems.varestorer import StudentConfig  # which imports this module
+
+    makers: dict[str, Callable[..., Any]] = {
+        "schedule": ScaleSchedule.build,
+        "tokenizer": TokenizerConfig,
+        "transformer": TransformerConfig,
+        "student": StudentConfig,
+    }
+    unknown = [
+        f"{part}.{key}"
+        for part, make in makers.items()
+        for key in sorted(config[part].keys() - inspect.signature(make).parameters)
+    ]
+    if unknown:
+        raise UserError(f"{path} has entries this version does not know ({', '.join(unknown)}); update varestorer")
+
+
 def _from_published(
     system_class: type[VARestorer], student_file: Path, tokenizer_file: str | None, restorer_file: str | None
 ) -> VARestorer:
     """The released student, or a network of other sizes in its form."""
-    tokenizer = Path(tokenizer_file or student_file.parent / TOKENIZER_FILE)
-    check_part("tokenizer", tokenizer)
+    tokenizer = _companion("tokenizer", student_file, tokenizer_file)
+    restorer = _companion("restorer", student_file, restorer_file)
     student = read_tensors(student_file)
     return system_class(
         schedule={"size": "0.25M"},
         tokenizer=tokenizer_sizes(read_tensors(tokenizer, nested=("vae",))),
         transformer=transformer_sizes(student),
         student={"lora_rank": adapter_rank(student)},
-        restorer=restorer_file or str(student_file.parent / PUBLISHED_FILE),
+        restorer=str(restorer),
         weights={"tokenizer": str(tokenizer), "transformer": str(student_file)},
     )
+
+
+def _companion(part: str, student_file: Path, given: str | None) -> Path:
+    """The file of a part that a published student does not hold: as given, or beside it.
+
+    Raises:
+        UsageError: the given one does not exist.
+        UserError: none lies beside the student.
+    """
+    name, place = COMPANIONS[part]
+    if given is not None:
+        path = Path(given).expanduser()
+        if not path.exists():
+            raise UsageError(f"{part}={given} does not exist; give {name} ({place})")
+        return path
+    path = student_file.parent / name
+    if not path.is_file():
+        raise UserError(
+            f"{path} is missing; put it ({place}) beside {student_file.name}, or name it to scripts/convert.py "
+            f"({part}=FILE) and use the bundle"
+        )
+    return path

@@ -29,6 +29,7 @@ from varestorer.utils.tiling import scaled_size
 
 logger = logging.getLogger(__name__)
 
+
 @dataclass(frozen=True)
 class TextOptions:
     """Where the text of images comes from.

@@ -49,8 +49,16 @@ def manifest(kind: str) -> dict[str, Tensor]:
 
 def kind_of(names: Mapping[str, Tensor]) -> str | None:
     """Which published file the names are nearest to; None if none."""
-    marks = {STUDENT: ".lora_down.", TEACHER: "block_chunks.", TOKENIZER: "encoder.down.", RESTORER: ".residual_group."}
-    return next((kind for kind, mark in marks.items() if any(mark in name for name in names)), None)
+    marks = {
+        STUDENT: ("block_chunks.", ".lora_down."),  # a file of adapters alone has the second only
+        TEACHER: ("block_chunks.",),
+        TOKENIZER: ("encoder.down.",),
+        RESTORER: (".residual_group.",),
+    }
+    for kind, wanted in marks.items():
+        if all(any(mark in name for name in names) for mark in wanted):
+            return kind
+    return None
 
 
 def tokenizer_tensors(tokenizer: MultiScaleTokenizer) -> dict[str, Tensor]:

@@ -440,8 +440,8 @@ class VARestorer(
             return prompt
         if self.transformer.config.text_width != DEFAULT_WIDTH:
             raise UserError(
-                f"this model was trained without {DEFAULT_NAME}: give prompt= the features (T, E) of the encoder it was "
-                "trained with, or None"
+                f"this model was trained without {DEFAULT_NAME}: give prompt= the features (T, E) of the encoder it "
+                "was trained with, or None"
             )
         return TextEncoder(device=self.device).encode([prompt])[0]
 

@@ -40,7 +40,7 @@ def prompts_of(batch: Batch, system: VARestorer, condition_drop: float, seed: in
                 f"data.text holds features of width {text_TE.shape[-1]}, but the model wants {null_TE.shape[-1]}; make "
                 "the folder again with the text encoder of this model (scripts/precompute_text.py text_encoder=...)"
             )
-        null = null_TE[: len(text_TE)]
         # the null text gets a gradient, if only of zero, in every process: they wait for each other's
-        chosen.append(null if draw < condition_drop else text_TE.to(null_TE) + 0 * null)
+        prompt_TE = text_TE.to(null_TE) + 0 * null_TE.sum()
+        chosen.append(null_TE[: len(text_TE)] if draw < condition_drop else prompt_TE)
     return TextFeatures.from_list(chosen)

@@ -1,8 +1,10 @@
 """Choosing the device."""
 
+import re
+
 import torch
 
-from varestorer.utils.errors import UserError
+from varestorer.utils.errors import UsageError, UserError
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -11,14 +13,15 @@ def pick_device(name: str = "auto") -> torch.device:
     Args:
         name: `auto` (CUDA, else Apple's MPS, else CPU), `cpu`, `cuda`, `cuda:1` or `mps`.
     Raises:
-        UserError: unknown name, or a device that this machine or this build of torch does not have.
+        UsageError: unknown name.
+        UserError: a device that this machine or this build of torch does not have.
     """
     has_mps = torch.backends.mps.is_available()
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu")
+    if not re.fullmatch(r"cpu|mps|cuda(:[0-9]+)?", name):
+        raise UsageError(f"device must be auto, cpu, cuda, cuda:N or mps, got device={name}")
     kind, _, number = name.partition(":")
-    if kind not in ("cpu", "cuda", "mps") or (number and not number.isdigit()):
-        raise UserError(f"device must be auto, cpu, cuda, cuda:N or mps, got {name!r}")
     if kind == "mps" and not has_mps:
         raise UserError("device=mps, but torch sees no Apple GPU; use device=cpu or device=auto")
     if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():

@@ -51,7 +51,7 @@ def read_tensors(path: str | Path, nested: tuple[str, ...] = ()) -> dict[str, Te
         UserError: the file is missing, damaged, holds more than tensors, or has no tensors.
     """
     path = Path(path)
-    if path.suffix == ".safetensors":
+    if path.suffix.lower() == ".safetensors":
         return open_safetensors(path, load_file)
     return unwrap(load_torch_file(path, "cpu"), nested, path)
 
@@ -115,7 +115,7 @@ def check_names_and_shapes(wanted: Mapping[str, Tensor], given: Mapping[str, Ten
 
 def read_metadata(path: Path) -> dict[str, str]:
     """Metadata in the header of a safetensors file; empty where there are none, or for another kind of file."""
-    if path.suffix != ".safetensors":
+    if path.suffix.lower() != ".safetensors":
         return {}
 
     def header(path: Path) -> dict[str, str]:

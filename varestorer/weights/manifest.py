@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from varestorer.utils.errors import UserError
+from varestorer.utils.errors import UsageError, UserError
 from varestorer.weights.files import Differences, differences, load_torch_file, open_safetensors, unwrap
 from varestorer.weights.published import add_infixes
 
@@ -26,10 +26,15 @@ SAFETENSORS_TYPES = {
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
     "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
@@ -62,9 +67,12 @@ def read_entries(path: str | Path) -> dict[str, Tensor]:
             named with the prefix `module.`.
 
     Raises:
-        UserError: the file is missing, damaged, holds more than tensors, or has no tensors.
+        UsageError: no such file.
+        UserError: the file is damaged, holds more than tensors or tensors of an unknown type, or has no tensors.
     """
     path = Path(path)
+    if not path.is_file():
+        raise UsageError(f"weights not found: {path} is no file")
     if path.suffix == ".safetensors":
         return open_safetensors(path, _header)
     return unwrap(load_torch_file(path, "meta"), NESTED, path)
@@ -74,11 +82,14 @@ def read_manifest(path: str | Path) -> dict[str, Tensor]:
     """A manifest's tensors on the meta device.
 
     Raises:
-        UserError: the file is missing or is no manifest.
+        UsageError: no such file.
+        UserError: the file cannot be read, or is no manifest.
     """
     try:
         entries = json.loads(Path(path).read_text(encoding="utf-8"))
         return {name: _on_meta(entry["shape"], getattr(torch, entry["dtype"])) for name, entry in entries.items()}
+    except FileNotFoundError as error:
+        raise UsageError(f"manifest={path} is neither a file nor the name of a published one") from error
     except OSError as error:
         raise UserError(f"cannot read manifest={path}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -100,6 +111,10 @@ def compare(entries: Mapping[str, Tensor], manifest: Mapping[str, Tensor]) -> Co
 def _header(path: Path) -> dict[str, Tensor]:
     with safe_open(path, "pt") as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  # not a dictionary
+        strange = sorted({s.get_dtype() for s in slices.values()} - SAFETENSORS_TYPES.keys())
+        if strange:
+            known = ", ".join(SAFETENSORS_TYPES)
+            raise UserError(f"{path} holds tensors of type {', '.join(strange)}, and only {known} can be checked")
         return {name: _on_meta(s.get_shape(), SAFETENSORS_TYPES[s.get_dtype()]) for name, s in slices.items()}
 
 

@@ -16,7 +16,7 @@ from varestorer.commands.entry import compose
 from varestorer.commands.eval import COMMAND
 from varestorer.evaluation.evaluator import Evaluator
 from varestorer.evaluation.sources import BicubicSource
-from varestorer.systems.varestorer import VARestorer
+from varestorer.systems.varestorer import StudentConfig, VARestorer
 from varestorer.utils.images import load_image, resize, save_image
 
 pytestmark = pytest.mark.smoke
@@ -163,6 +163,7 @@ def test_two_processes_give_the_same_figures(root: Path) -> None:
 def test_checkpoint(root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     class System(torch.nn.Linear):
         is_merged = False
+        student_config = StudentConfig()
 
         def merge_adapters(self) -> None:
             self.is_merged = True

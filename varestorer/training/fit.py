@@ -15,7 +15,7 @@ from varestorer.training.config import TrainerConfig
 from varestorer.training.optimisers import OptimizerFactory, set_learning_rate
 from varestorer.training.run import Run
 from varestorer.training.stage import Stage
-from varestorer.training.stopping import leave_signals_to_parent
+from varestorer.training.stopping import held_back, leave_signals_to_parent
 from varestorer.training.task import Task
 from varestorer.utils.device import pick_device
 from varestorer.utils.errors import UsageError
@@ -107,7 +107,11 @@ def _batches(
         device=accelerator.device,
     )
     loader.worker_init_fn = leave_signals_to_parent
-    yield from loader
+    batches = iter(loader)
+    with held_back():
+        first = next(batches)  # starts the workers
+    yield first
+    yield from batches
 
 
 def _progress(stage: str, done: int, total: int, shown: bool) -> tqdm:

@@ -76,6 +76,22 @@ class StoppedError(Exception):
     """A checkpoint was saved because a signal asked the run to stop; says where."""
 
 
+@contextmanager
+def held_back() -> Iterator[None]:
+    """Let `SIGNALS` wait for the length of a `with` block; processes started in it never get them in any thread.
+
+    Data workers have native threads before `leave_signals_to_parent` is called in them: these must not get one either.
+    """
+    if sys.platform != "linux":
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def leave_signals_to_parent(worker: int) -> None:
     """For data workers: of `SIGNALS` only those count that the training process sends.
 

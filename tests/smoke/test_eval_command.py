@@ -16,7 +16,8 @@ from varestorer.commands.entry import compose
 from varestorer.commands.eval import COMMAND
 from varestorer.evaluation.evaluator import Evaluator
 from varestorer.evaluation.sources import BicubicSource
-from varestorer.systems.varestorer import StudentConfig, VARestorer
+from varestorer.systems.student import StudentConfig
+from varestorer.systems.varestorer import VARestorer
 from varestorer.utils.images import load_image, resize, save_image
 
 pytestmark = pytest.mark.smoke

@@ -16,7 +16,8 @@ from torch import Tensor
 from varestorer.commands.restore import COMMAND
 from varestorer.conditioning.captioner import Captioner
 from varestorer.conditioning.text_encoder import TextEncoder
-from varestorer.systems.varestorer import StudentConfig, VARestorer
+from varestorer.systems.student import StudentConfig
+from varestorer.systems.varestorer import VARestorer
 from varestorer.utils.images import load_image
 
 pytestmark = pytest.mark.smoke

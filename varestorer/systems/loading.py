@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from varestorer.conditioning.restorer import PUBLISHED_FILE
+from varestorer.systems.student import StudentConfig
 from varestorer.tokenizer import ScaleSchedule, TokenizerConfig
 from varestorer.transformer import TransformerConfig
 from varestorer.utils.errors import UsageError, UserError
@@ -158,8 +159,6 @@ def _check_entries(config: Mapping[str, Any], path: Path) -> None:
     Raises:
         UserError: names them.
     """
-    from varestorer.systems.varestorer import StudentConfig  # which imports this module
-
     makers: dict[str, Callable[..., Any]] = {
         "schedule": ScaleSchedule.build,
         "tokenizer": TokenizerConfig,

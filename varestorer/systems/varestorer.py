@@ -26,17 +26,11 @@ from varestorer.systems.bundle import save_bundle
 from varestorer.systems.loading import HOW, build, download
 from varestorer.systems.parts import allocate, check_part, load_part
 from varestorer.systems.prefix import generate_from_prefix
+from varestorer.systems.student import StudentConfig
 from varestorer.tokenizer import MultiScaleTokenizer, ScaleSchedule, TokenizerConfig, TokenPyramid
 from varestorer.tokenizer.autoencoder import init_weights as init_tokenizer_weights
 from varestorer.transformer import TextContext, TextFeatures, TransformerConfig, VARTransformer
-from varestorer.transformer.adapters import (
-    TARGETS,
-    adapters_off,
-    attach_adapters,
-    init_adapters,
-    merge_adapters,
-    target_pattern,
-)
+from varestorer.transformer.adapters import adapters_off, attach_adapters, init_adapters, merge_adapters
 from varestorer.transformer.generation import Generation, MultiStepGenerator, SamplingOptions
 from varestorer.transformer.layout import pyramid_layout
 from varestorer.transformer.masks import MASKS, block_causal_mask
@@ -49,41 +43,6 @@ from varestorer.utils.seeds import torch_generator
 from varestorer.utils.tiling import restore_tiled, scaled_size
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
-
-
-@dataclass(frozen=True)
-class StudentConfig:
-    """What makes the student of the teacher; the defaults are the traits of the released student.
-
-    Attributes:
-        lora_rank: of the adapters; 0 for none (the student is then the base network itself).
-        lora_targets: layers of the blocks that carry them, see `adapters.target_pattern`.
-        long_input: append the complete codes at the last scale to the input.
-        long_positions: rotary rows of the appended tokens, "next_scale" or "own".
-        cross_value_bias: whether block cross attention adds its value bias while the adapters are on.
-        attention: "cross_scale": every token sees all, or "causal": its own and coarser scales (table 3).
-        conditioning: "pyramid": one step from the degraded image's tokens, or "prefix": scale by scale, with the
-            degraded image in front of all (table 3, without distillation; see `systems.prefix`).
-        guidance: c of the prefix: c * with it + (1 - c) * without it.
-        merged: the adapters are folded into the base weights, so that no teacher is left.
-    """
-
-    lora_rank: int = 32
-    lora_targets: tuple[str, ...] = TARGETS
-    long_input: bool = True
-    long_positions: str = "next_scale"
-    cross_value_bias: bool = False
-    attention: str = "cross_scale"
-    conditioning: str = "pyramid"
-    guidance: float = 1.0
-    merged: bool = False
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "lora_targets", tuple(self.lora_targets))
-        target_pattern(self.lora_targets)
-        for name, choices in (("attention", MASKS), ("conditioning", ("pyramid", "prefix"))):
-            if getattr(self, name) not in choices:
-                raise UserError(f"model.student.{name} must be {' or '.join(choices)}, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)

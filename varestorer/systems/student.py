@@ -1,0 +1,44 @@
+"""What makes a student of a teacher."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from varestorer.transformer.adapters import TARGETS, target_pattern
+from varestorer.transformer.masks import MASKS
+from varestorer.utils.errors import UserError
+
+
+@dataclass(frozen=True)
+class StudentConfig:
+    """What makes the student of the teacher; the defaults are the traits of the released student.
+
+    Attributes:
+        lora_rank: of the adapters; 0 for none (the student is then the base network itself).
+        lora_targets: layers of the blocks that carry them, see `adapters.target_pattern`.
+        long_input: append the complete codes at the last scale to the input.
+        long_positions: rotary rows of the appended tokens, "next_scale" or "own".
+        cross_value_bias: whether block cross attention adds its value bias while the adapters are on.
+        attention: "cross_scale": every token sees all, or "causal": its own and coarser scales (table 3).
+        conditioning: "pyramid": one step from the degraded image's tokens, or "prefix": scale by scale, with the
+            degraded image in front of all (table 3, without distillation; see `systems.prefix`).
+        guidance: c of the prefix: c * with it + (1 - c) * without it.
+        merged: the adapters are folded into the base weights, so that no teacher is left.
+    """
+
+    lora_rank: int = 32
+    lora_targets: tuple[str, ...] = TARGETS
+    long_input: bool = True
+    long_positions: str = "next_scale"
+    cross_value_bias: bool = False
+    attention: str = "cross_scale"
+    conditioning: str = "pyramid"
+    guidance: float = 1.0
+    merged: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "lora_targets", tuple(self.lora_targets))
+        target_pattern(self.lora_targets)
+        for name, choices in (("attention", MASKS), ("conditioning", ("pyramid", "prefix"))):
+            if getattr(self, name) not in choices:
+                raise UserError(f"model.student.{name} must be {' or '.join(choices)}, got {getattr(self, name)}")

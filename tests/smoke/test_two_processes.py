@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from varestorer.commands.train import COMMAND as TRAIN
@@ -75,3 +76,18 @@ def test_a_sharded_run_equals_one_process_and_can_go_on_without_shards(tmp_path:
     ours, theirs = lines_of(alone), lines_of(sharded)
     assert [line["step"] for line in theirs] == [1, 2, 3, 4]
     assert [line["loss"] for line in theirs] == pytest.approx([line["loss"] for line in ours], abs=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_accelerate_launches_a_sharded_run_on_two_gpus(tmp_path: Path) -> None:
+    words = [*SMOKE[:1], *SMOKE[2:], "device=cuda", "model.student.lora_rank=0", f"run_dir={tmp_path / 'run'}"]
+    words += ["+stages.student.task.trained=all", "+stages.student.task.teacher=start", "trainer.sharding=fsdp2"]
+    launch([word for word in ACCELERATE if word != "--cpu"], words)
+    assert [line["step"] for line in lines_of(tmp_path / "run")] == [1, 2, 3]
+
+
+def test_the_launchers_own_sharding_is_refused(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert TRAIN.main([*SMOKE, f"run_dir={tmp_path / 'run'}"]) == 2
+    assert "trainer.sharding=fsdp2" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
@@ -81,8 +82,12 @@ def make_accelerator(device: str = "auto") -> Accelerator:
 
     Raises:
         UserError: the device is not there.
+        UsageError: a launcher's own FSDP, which would wrap other parts than `parallel.shard` and save them otherwise.
     """
     from accelerate import Accelerator
+
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true"):
+        raise UsageError("shard by trainer.sharding=fsdp2, and launch without FSDP in accelerate's own config")
 
     return Accelerator(cpu=pick_device(device).type == "cpu", mixed_precision="no")
 

@@ -11,7 +11,7 @@ from varestorer.losses.adversarial import (
     frozen_scores,
     hinge_loss,
 )
-from varestorer.training.adversary import Adversarial, Adversary
+from varestorer.training.adversary import DISCRIMINATOR_FACTOR, Adversarial, Adversary
 from varestorer.utils.errors import UserError
 from varestorer.utils.seeds import torch_generator
 
@@ -84,7 +84,8 @@ def test_each_side_learns_from_its_own_loss_alone() -> None:
     adversary.zero_grad(), network.zero_grad()
 
     image = network(target)
-    hinge_loss(adversary.discriminator(target), adversary.discriminator(image.detach())).backward()
+    own = hinge_loss(adversary.discriminator(target), adversary.discriminator(image.detach()))
+    (DISCRIMINATOR_FACTOR * own).backward()
     assert network.weight.grad is None
     for name, parameter in adversary.named_parameters():
         assert torch.allclose(parameter.grad, together[name], atol=1e-7)  # type: ignore[arg-type]

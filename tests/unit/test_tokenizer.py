@@ -10,7 +10,9 @@ from varestorer.tokenizer import (
     ScaleSchedule,
     TokenizerConfig,
 )
-from varestorer.tokenizer.autoencoder import clamp_keeping_gradient
+from varestorer.tokenizer.autoencoder import clamp_keeping_gradient, init_weights
+from varestorer.utils.errors import UserError
+from varestorer.utils.seeds import torch_generator
 
 SCHEDULE = ScaleSchedule.build(sides=[1, 2, 3, 5])
 
@@ -107,3 +109,21 @@ def test_entropy_terms_tell_decided_from_undecided_bits() -> None:
     assert used.item() == pytest.approx(0.6931, abs=1e-3)
     _, constant = quantiser.entropy_terms(torch.ones(1, 4, 1, 2), temperature=0.01)
     assert constant.item() < 1e-3
+
+
+def test_without_norm_features_keep_the_strength_of_a_square() -> None:
+    """Group norm takes the strength of what a square shows out of its features."""
+    square = torch.randn(1, 3, 16, 16, generator=torch_generator(0, "square"))
+    growth = {}
+    for norm in ("group", "none"):
+        tokenizer = MultiScaleTokenizer(TokenizerConfig(32, (1,), 8, 1, 1, patch_size=4, norm=norm))
+        init_weights(tokenizer, torch_generator(0, "tokenizer"))
+        with torch.no_grad():
+            growth[norm] = tokenizer.encoder(100 * square).norm() / tokenizer.encoder(square).norm()
+    assert growth["none"] > 50 and growth["group"] < 2
+    with pytest.raises(UserError, match=r"model\.tokenizer\.norm must be group or none, got 'batch'"):
+        TokenizerConfig(norm="batch")
+
+
+def test_entropies_are_finite_in_bfloat16(features: torch.Tensor) -> None:
+    assert all(term.isfinite() for term in BinarySphericalQuantiser(8).entropy_terms(100 * features.bfloat16()))

@@ -64,7 +64,7 @@ class BinarySphericalQuantiser(nn.Module):
         BSQ (arXiv 2406.07548).
         The features are normalised to the unit sphere first.
         """
-        unit = nn.functional.normalize(features_BZhw, dim=1) / self.magnitude
+        unit = nn.functional.normalize(features_BZhw.float(), dim=1) / self.magnitude
         probability = torch.sigmoid(2.0 * unit / temperature)
         per_bit = _binary_entropy(probability).mean()
         of_average = _binary_entropy(probability.mean(dim=(0, 2, 3))).mean()

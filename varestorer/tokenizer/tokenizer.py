@@ -9,10 +9,11 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from varestorer.tokenizer.autoencoder import Decoder, Encoder, clamp_keeping_gradient
+from varestorer.tokenizer.autoencoder import NORMS, Decoder, Encoder, clamp_keeping_gradient
 from varestorer.tokenizer.quantisers import BinarySphericalQuantiser
 from varestorer.tokenizer.residual import Corruption, MultiScaleQuantizer, TokenPyramid
 from varestorer.tokenizer.schedule import ScaleSchedule
+from varestorer.utils.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,10 @@ class TokenizerConfig:
         num_encoder_blocks: residual blocks per encoder level.
         num_decoder_blocks: residual blocks per decoder level.
         patch_size: pixels folded into channels before the first convolution (1 = published).
+        norm: "group" (published) or "none", see `autoencoder.normalisation`.
+
+    Raises:
+        UserError: another `norm`.
     """
 
     channels: int = 128
@@ -34,8 +39,11 @@ class TokenizerConfig:
     num_encoder_blocks: int = 2
     num_decoder_blocks: int = 3
     patch_size: int = 1
+    norm: str = "group"
 
     def __post_init__(self) -> None:
+        if self.norm not in NORMS:
+            raise UserError(f"model.tokenizer.norm must be {' or '.join(NORMS)}, got {self.norm!r}")
         object.__setattr__(self, "multipliers", tuple(self.multipliers))
 
     @property
@@ -51,8 +59,8 @@ class MultiScaleTokenizer(nn.Module):
         super().__init__()
         self.config = config
         sizes = (config.channels, config.multipliers, config.num_bits)
-        self.encoder = Encoder(*sizes, config.num_encoder_blocks, config.patch_size)
-        self.decoder = Decoder(*sizes, config.num_decoder_blocks, config.patch_size)
+        self.encoder = Encoder(*sizes, config.num_encoder_blocks, config.patch_size, config.norm)
+        self.decoder = Decoder(*sizes, config.num_decoder_blocks, config.patch_size, config.norm)
         self.quantizer = MultiScaleQuantizer(BinarySphericalQuantiser(config.num_bits))
 
     @property

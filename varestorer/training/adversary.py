@@ -13,6 +13,10 @@ from varestorer.losses.adversarial import PatchDiscriminator, adaptive_weight, f
 from varestorer.utils.errors import UserError
 from varestorer.utils.seeds import torch_generator
 
+DISCRIMINATOR_FACTOR = 0.01
+"""On the discriminator's own loss: Adam steps are the same with any, but gradients are clipped by the norm over all of
+them, and without it the discriminator's, which are some thirty times larger, leave the network next to nothing."""
+
 
 @dataclass(frozen=True)
 class Adversarial:
@@ -42,8 +46,8 @@ class Adversary(nn.Module):
 
     The discriminator's loss sees the reconstruction detached, the network's loss sees the discriminator's weights
     detached. So no gradient of one reaches the other, and one backward pass and one optimiser make the same step as two
-    of each (Adam treats every weight alone); both share learning rate and schedule. Clipping alone joins them, by the
-    norm over all gradients. The adaptive weight is of a micro-batch, not of each sample.
+    of each (Adam treats every weight alone); both share learning rate and schedule. Clipping alone joins them, see
+    `DISCRIMINATOR_FACTOR`. The adaptive weight is of a micro-batch, not of each sample.
 
     Args:
         options: see `Adversarial`.
@@ -72,8 +76,8 @@ class Adversary(nn.Module):
         """
         own = hinge_loss(self.discriminator(target_B3HW), self.discriminator(image_B3HW.detach()))
         if step < self.options.start_step:
-            return {"adversarial": own, "discriminator": own}
+            return {"adversarial": DISCRIMINATOR_FACTOR * own, "discriminator": own}
         realism = frozen_scores(self.discriminator, image_B3HW).float().mean()
         weight = adaptive_weight(reconstruction, -realism, last_layer)
-        total = own - self.options.weight * weight * realism
+        total = DISCRIMINATOR_FACTOR * own - self.options.weight * weight * realism
         return {"adversarial": total, "discriminator": own, "realism": realism, "adaptive_weight": weight}

@@ -42,10 +42,10 @@ def test_paper_scale_experiments_have_the_papers_numbers(compose: Callable[..., 
     assert (cfg.model.student.lora_rank, cfg.optimizer.weight_decay, cfg.data.crop) == (32, 1e-2, 512)
 
 
-WITHOUT_STUDENT = ("tokenizer_bsq", "tokenizer_gan", "teacher_512", "teacher_scratch")
+WITHOUT_STUDENT = ("tokenizer_bsq", "tokenizer_gan", "teacher_512", "teacher_scratch", "nano_tokenizer", "nano_teacher")
 PAPER_SCALE = [name for name in EXPERIMENTS if name not in ("quickstart", "smoke", *WITHOUT_STUDENT)]
 # experiments of paper scale on networks of test size, one step, without files of weights
-NANO = ["model=tiny", "logger=none", "model.restorer=null", "model.weights.tokenizer=null"]
+NANO = ["model=tiny", "logger=none", "++model.restorer=null", "model.weights.tokenizer=null"]
 NANO += ["model.weights.transformer=null", "data.crop=32", "trainer.max_steps=1", "trainer.num_workers=0"]
 NANO += ["trainer.batch_size=2", "trainer.accumulate=1", "trainer.checkpoint_every=1", "trainer.sample_every=0"]
 OWN = {

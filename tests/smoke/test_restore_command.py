@@ -16,6 +16,7 @@ from torch import Tensor
 from varestorer.commands.restore import COMMAND
 from varestorer.conditioning.captioner import Captioner
 from varestorer.conditioning.text_encoder import TextEncoder
+from varestorer.systems.acceleration import Acceleration
 from varestorer.systems.student import StudentConfig
 from varestorer.systems.varestorer import VARestorer
 from varestorer.utils.images import load_image
@@ -38,14 +39,15 @@ class Enlarger:
     def __init__(self, text_width: int = 2048) -> None:
         self.calls: list[dict] = []
         self.is_merged = False
+        self.acceleration: Acceleration | None = None
         self.student_config = StudentConfig()
         self.transformer = SimpleNamespace(config=SimpleNamespace(text_width=text_width))
 
     def to(self, device: torch.device) -> "Enlarger":
         return self
 
-    def merge_adapters(self) -> None:
-        self.is_merged = True
+    def accelerate(self, acceleration: Acceleration) -> None:
+        self.acceleration, self.is_merged = acceleration.on(torch.device("cpu")), acceleration.merge
 
     def restore(self, image_3HW: Tensor, scale: float, **options) -> SimpleNamespace:
         self.calls.append({"scale": scale} | options)
@@ -57,7 +59,7 @@ class Enlarger:
 @pytest.fixture
 def system(monkeypatch: pytest.MonkeyPatch) -> Enlarger:
     enlarger = Enlarger()
-    monkeypatch.setattr(VARestorer, "from_pretrained", lambda ckpt, device: enlarger)
+    monkeypatch.setattr(VARestorer, "from_pretrained", lambda ckpt, device, merge: enlarger)
     return enlarger
 
 
@@ -315,7 +317,7 @@ def test_captions_describe_the_preview_that_the_restorer_cleaned(
 ) -> None:
     seen: list[Tensor] = []
     tiny_system.restorer = torch.nn.Threshold(2.0, 0.25)  # everything becomes 0.25
-    monkeypatch.setattr(VARestorer, "from_pretrained", lambda ckpt, device: tiny_system)
+    monkeypatch.setattr(VARestorer, "from_pretrained", lambda ckpt, device, merge: tiny_system)
     monkeypatch.setattr(Captioner, "caption", lambda captioner, images: seen.append(images) or ["a dog"])
     sizes = {"tall.png": (5, 50), "small.png": (2, 3)}
     for name, size in sizes.items():
@@ -365,7 +367,6 @@ def test_compat_gets_prompt_tiles_and_both_global_generators_seeded(
     ("wrong", "message"),
     [
         ("input=/nowhere/at all", "nowhere/at all does not exist"),
-        ("ckpt=null", "+experiment=quickstart"),
         ("select=best", "select must be argmax or sample, got select=best"),
         ("steps=few", "steps must be one, multi or a number"),
         ("scale=0", "scale must be a number above 0"),
@@ -386,6 +387,10 @@ def test_compat_gets_prompt_tiles_and_both_global_generators_seeded(
         ("compat=official select=sample", "leave out select=sample"),
         ("compat=official steps=2 color=adain", "leave out steps=2 color=adain"),
         ("compat=official uncertainty=true batch=4", "leave out batch=4 uncertainty=True"),
+        ("precision=half", "precision must be fp32 or bf16 or auto, got precision=half"),
+        ("linears=int4", "linears must be none or int8 or fp8, got linears=int4"),
+        ("linears=int8 steps=2", "linears=int8 is for one step, got steps=2"),
+        ("compat=official precision=bf16", "leave out precision=bf16"),
         ("colour=red", "colour"),
     ],
 )
@@ -397,7 +402,7 @@ def test_wrong_commands_end_with_two_and_load_nothing(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(VARestorer, "from_pretrained", lambda ckpt, device: pytest.fail("something was loaded"))
+    monkeypatch.setattr(VARestorer, "from_pretrained", lambda ckpt, device, merge: pytest.fail("something was loaded"))
     more = [wrong] if wrong.startswith(("input", "caption=yes")) else wrong.replace(" dog", "_dog").split()
     assert COMMAND.main(words(photos, tmp_path / "out", *more)) == 2
     error = capsys.readouterr().err
@@ -421,6 +426,17 @@ def test_what_the_model_cannot_do_ends_with_two(
     assert COMMAND.main(words(photos, tmp_path / "out", *wrong.split())) == 2
     assert message in capsys.readouterr().err
     assert system.calls == [] and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("steps", "is_merged"), [("one", True), ("2", False)])
+def test_the_means_are_the_users_and_the_report_names_what_rounds(
+    steps: str, is_merged: bool, system: Enlarger, photos: Path, tmp_path: Path
+) -> None:
+    assert COMMAND.main(words(photos, tmp_path / "out", "precision=bf16", "compile=true", f"steps={steps}")) == 0
+    assert system.acceleration == Acceleration(merge=is_merged, precision="bf16", compile=True)
+    assert {(e["precision"], e["linears"]) for e in entries_of(tmp_path / "out").values() if "output" in e} == {
+        ("bf16", "none")
+    }
 
 
 def test_a_merged_model_has_no_teacher(

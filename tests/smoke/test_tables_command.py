@@ -28,11 +28,11 @@ def test_table_1(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
 
 def test_table_2_of_two_networks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["table=2", "model=[nano,tiny]", "repeats=1", "device=cpu", f"out={tmp_path}"]
+    words = ["table=2", "model=[pico,tiny]", "repeats=1", "device=cpu", f"out={tmp_path}"]
     assert COMMAND.main(words) == 0
     text = capsys.readouterr().out
-    assert "| ▸ nano | 0.3195 |" in text and "| ▸ tiny |" in text and "| *tiny* |" in text
-    assert "nano: median of 1 on" in text
+    assert "| ▸ pico | 0.3195 |" in text and "| ▸ tiny |" in text and "| *tiny* |" in text
+    assert "pico: median of 1 on" in text
 
 
 def test_table_2_without_timing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

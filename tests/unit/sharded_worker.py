@@ -16,6 +16,7 @@ from varestorer.training.ema import Ema
 from varestorer.training.optimisers import (
     build_optimizer,
     clip_gradients,
+    gradient_norm,
     load_optimizer_tensors,
     nonfinite_gradients,
     optimizer_tensors,
@@ -71,12 +72,13 @@ class Training:
         if self.world > 1:
             dist.all_reduce(total)
             total /= self.world
-        norm = clip_gradients(self.parameters, 0.01)
+        total_norm = gradient_norm(self.parameters)
+        clip_gradients(self.parameters, total_norm, 0.01)
         assert not nonfinite_gradients(self.parameters)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.ema.update(number + 1)
-        return {"loss": float(total), "norm": norm}
+        return {"loss": float(total), "norm": float(total_norm)}
 
     def saved(self) -> dict[str, dict[str, torch.Tensor]]:
         """What a checkpoint holds, whole; nothing in all processes but the first."""

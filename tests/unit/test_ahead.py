@@ -1,6 +1,7 @@
 """Making things in another thread, a few ahead."""
 
 import threading
+from collections.abc import Iterator
 
 import pytest
 
@@ -37,3 +38,31 @@ def test_an_error_comes_at_its_turn() -> None:
 
 def test_nothing_gives_nothing() -> None:
     assert list(make_ahead(str, [])) == []
+
+
+def test_items_that_were_taken_are_finished_where_that_is_asked() -> None:
+    made = []
+    go_on = threading.Event()
+
+    def make(item: int) -> None:
+        assert go_on.wait(10)
+        made.append(item)
+
+    def items() -> Iterator[int]:
+        yield from range(3)
+        go_on.set()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        list(make_ahead(make, items(), depth=4, finish=True))
+    assert made == [0, 1, 2]
+
+
+def test_several_threads_keep_the_order() -> None:
+    both = threading.Barrier(2, timeout=10)
+
+    def make(item: int) -> int:
+        both.wait()  # no thread alone gets past this
+        return item * 2
+
+    assert list(make_ahead(make, range(6), depth=2, threads=2)) == [0, 2, 4, 6, 8, 10]

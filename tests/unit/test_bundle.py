@@ -12,6 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from varestorer.systems.bundle import save_bundle
 from varestorer.systems.varestorer import VARestorer
 from varestorer.transformer.adapters import plain_state_dict
 from varestorer.utils.errors import UsageError, UserError
@@ -60,6 +61,44 @@ def test_a_merged_bundle_restores_alike_without_adapters_and_without_a_teacher(
     assert not torch.equal(logits, unmerged)
     with pytest.raises(UserError, match="steps=multi needs the teacher"):
         merged.restore_batch(squares, steps="multi")
+
+
+@pytest.mark.parametrize("student", [{"lora_rank": 4}, {"lora_rank": 4, "lora_targets": ["ffn"]}])
+def test_merging_while_loading_gives_the_weights_of_merging_afterwards(
+    student: dict[str, object], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    sizes = {"schedule": {"sides": [1, 2]}, "student": student}
+    tokenizer = {"channels": 32, "multipliers": [1], "num_bits": 8, "num_encoder_blocks": 1, "num_decoder_blocks": 1}
+    transformer = {"width": 16, "depth": 2, "num_heads": 1, "num_bits": 8, "text_width": 8, "text_length": 2}
+    system = VARestorer(tokenizer=tokenizer, transformer=transformer, **sizes)
+    with torch.no_grad():
+        for name, parameter in system.transformer.named_parameters():
+            if ".lora_B" in name or name.endswith("v_bias"):
+                parameter.normal_()
+    system.save_pretrained(tmp_path)
+    at_once = VARestorer.from_pretrained(tmp_path, merge=True)
+    afterwards = VARestorer.from_pretrained(tmp_path).merge_adapters()
+    assert at_once.config == afterwards.config
+    for name, tensor in afterwards.state_dict().items():
+        assert torch.equal(at_once.state_dict()[name], tensor), name
+
+
+def test_half_precision_is_for_storing_only(tiny_system: VARestorer, tmp_path: Path) -> None:
+    save_bundle(tiny_system, tmp_path, half=True)
+    assert {tensor.dtype for tensor in load_file(tmp_path / "transformer.safetensors").values()} == {torch.float16}
+    again = VARestorer.from_pretrained(tmp_path)
+    for name, tensor in again.state_dict().items():
+        assert tensor.dtype == torch.float32
+        assert torch.equal(tensor, tiny_system.state_dict()[name].half().float()), name
+
+
+def test_weights_beyond_half_precision_are_refused(tiny_system: VARestorer, tmp_path: Path) -> None:
+    with torch.no_grad():
+        tiny_system.transformer.head.bias[0] = 1e6
+    with pytest.raises(UserError, match=r"transformer\.safetensors .* head\.bias .* fp32 or bf16"):
+        save_bundle(tiny_system, tmp_path, half=True)
+    assert not (tmp_path / "config.json").exists()
 
 
 def test_bf16_keeps_only_the_blocks_small(tiny_system: VARestorer, tmp_path: Path) -> None:

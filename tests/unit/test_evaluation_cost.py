@@ -12,21 +12,23 @@ from varestorer.systems.varestorer import VARestorer
 from varestorer.transformer.blocks import ffn_width
 
 C, DEPTH, BITS, TEXT_WIDTH, TEXT = 32, 2, 8, 16, 3  # of `tiny_system`, as are sides 1, 2, 4 and rank 4
-TOKENS = 1 + 4 + 16 + 16  # and the long input
+PREDICTED = 1 + 4 + 16
+TOKENS = PREDICTED + 16  # and the long input, which the last block makes only keys and values of
 RANK = 4
 
 
 def transformer_flops() -> int:
     """By hand: two operations for each multiply-add of every matrix product of the merged student."""
-    linear = 6 * C * C + 2 * C * ffn_width(C)  # self attention 4, cross attention's queries and output 2
-    block = TOKENS * linear + 2 * TEXT * C * C  # and its keys and values of the text
-    attention = 2 * TOKENS * TOKENS * C + 2 * TOKENS * TEXT * C
+    outputs = [TOKENS] * (DEPTH - 1) + [PREDICTED]  # tokens that leave each block
+    linear = sum(TOKENS * 3 * C * C + num * (3 * C * C + 2 * C * ffn_width(C)) for num in outputs)
+    text = DEPTH * 2 * TEXT * C * C  # keys and values of cross attention
+    attention = sum(2 * num * TOKENS * C + 2 * num * TEXT * C for num in outputs)
     inputs = (TOKENS - 1) * BITS * C
-    head = TOKENS * C * 2 * BITS + C * 2 * C
+    head = PREDICTED * C * 2 * BITS + C * 2 * C
     pool = TEXT * TEXT_WIDTH * 2 * C + 2 * TEXT * C + C * C
     memory = TEXT * TEXT_WIDTH * C + TEXT * C * C
     modulation = C * 6 * C
-    return 2 * (DEPTH * (block + attention) + inputs + head + pool + memory + modulation)
+    return 2 * (linear + text + attention + inputs + head + pool + memory + modulation)
 
 
 def test_operations_of_the_transformer_equal_those_by_hand(tiny_system: VARestorer) -> None:
@@ -34,9 +36,9 @@ def test_operations_of_the_transformer_equal_those_by_hand(tiny_system: VARestor
 
 
 def test_adapters_cost_while_they_are_not_merged(tiny_system: VARestorer) -> None:
-    sides = [(C, 3 * C), (C, C), (C, C), (C, C)]  # self attention in and out, cross attention's queries and output
-    text = RANK * (C + 2 * C) * TEXT
-    extra = 2 * DEPTH * (TOKENS * RANK * sum(a + b for a, b in sides) + text)
+    # queries, keys and values of all tokens; self attention's output, and cross attention's queries and output
+    tokens = DEPTH * TOKENS * 4 * C + ((DEPTH - 1) * TOKENS + PREDICTED) * 3 * 2 * C
+    extra = 2 * RANK * (tokens + DEPTH * TEXT * 3 * C)
     assert cost_of(tiny_system)["transformer"].flops == transformer_flops() + extra
 
 

@@ -3,6 +3,8 @@
 import json
 import logging
 import os
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -10,17 +12,11 @@ import torch
 from PIL import Image, ImageCms
 from torch import Tensor
 
-from varestorer.systems.folder import (
-    FolderReport,
-    Job,
-    Restored,
-    RestoreImage,
-    plan_restoration,
-    restore_files,
-    target_names,
-)
+from varestorer.systems import folder
+from varestorer.systems.folder import FolderReport, Restored, RestoreImage, restore_files
+from varestorer.systems.plan import Job, plan_restoration, target_names
 from varestorer.utils.errors import UsageError, UserError
-from varestorer.utils.images import heat_map, load_image, load_picture, resize
+from varestorer.utils.images import Picture, heat_map, load_image, load_picture, resize, save_image
 from varestorer.utils.seeds import derive_seed
 
 
@@ -385,3 +381,63 @@ def test_a_file_too_large_for_the_system_is_not_left_half_written(tmp_path: Path
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert set(report.failed) == {"a.png"} and "File too large" in entries["a.png"]["error"]
     assert files_in(tmp_path / "out") == {"b.png", "restore.json"}
+
+
+def test_files_are_read_ahead_and_written_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a.png", "b.png", "c.png"):
+        write_image(tmp_path / "in" / name)
+    read = {name: threading.Event() for name in ("a.png", "b.png", "c.png")}
+
+    def load(path: Path, max_pixels: int | None) -> Picture:
+        read[path.name].set()
+        return load_picture(path, max_pixels)
+
+    def restore(image_3HW: Tensor, job: Job, seed: int) -> Restored:
+        if job.name == "a.png":
+            assert read["b.png"].wait(10)  # while this thread is busy with a.png
+        if job.name == "c.png":
+            wait_for(tmp_path / "out/a.png")
+        return Restored(image_3HW)
+
+    monkeypatch.setattr("varestorer.systems.folder.load_picture", load)
+    report, _ = run(tmp_path / "in", tmp_path / "out", restore)
+    assert (report.num_restored, report.failed) == (3, {})
+
+
+def wait_for(path: Path) -> None:
+    """Return when a file is there."""
+    for _ in range(1000):
+        if path.exists():
+            return
+        time.sleep(0.01)
+    pytest.fail(f"{path} was not written")
+
+
+def test_no_more_than_a_few_pictures_are_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(12):
+        write_image(tmp_path / f"in/{number}.png")
+    begun: list[Path] = []
+    ended: list[Path] = []
+
+    def load(path: Path, max_pixels: int | None) -> Picture:
+        begun.append(path)
+        assert len(begun) - len(ended) <= 3 + folder.WRITERS
+        return load_picture(path, max_pixels)
+
+    def save(path: Path, *picture: object) -> None:
+        save_image(path, *picture)
+        ended.append(path)
+
+    monkeypatch.setattr(folder, "load_picture", load)
+    monkeypatch.setattr(folder, "save_image", save)
+    report, _ = run(tmp_path / "in", tmp_path / "out")
+    assert report.num_restored == len(begun) == len(ended) == 12
+
+
+def test_failures_are_listed_in_the_order_of_the_files(tmp_path: Path) -> None:
+    for name in ("1.png", "3.png"):
+        write_image(tmp_path / "in" / name)
+    for name in ("2.png", "10.png", "0.txt"):
+        (tmp_path / "in" / name).write_text("no image")
+    report, _ = run(tmp_path / "in", tmp_path / "out")
+    assert list(report.failed) == ["0.txt", "2.png", "10.png"]

@@ -19,7 +19,10 @@ COMMANDS = {
         "varestorer.commands.precompute_text",
         "make captions and text features of training photographs, once",
     ),
-    "benchmark": ("varestorer.commands.benchmark", "what training needs of memory, and how fast data come"),
+    "benchmark": (
+        "varestorer.commands.benchmark",
+        "how fast every stage is, and what it needs of memory",
+    ),
     "tables": ("varestorer.commands.tables", "assemble a table of the paper, with our rows beside the published"),
     "parity": ("varestorer.commands.parity", "compare the networks with recorded tensors"),
 }

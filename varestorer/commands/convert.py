@@ -25,7 +25,7 @@ PATHS = ("input", "output", "tokenizer", "restorer", "base", "check", "manifest"
 WRAPPERS = {"tokenizer": "vae", "restorer": "state_dict"}  # under which the published torch files hold their tensors
 CHOICES = {
     "adapters": ("separate", "merged", "only"),
-    "dtype": ("fp32", "bf16", None),
+    "dtype": ("fp32", "bf16", "fp16", None),
     "part": ("transformer", "tokenizer", "restorer"),
 }
 
@@ -45,7 +45,8 @@ to a bundle: a folder with config.json, *.safetensors and a model card, for ckpt
                          only: write adapters.safetensors and nothing else
   base=MODEL             what the adapters of input=adapters.safetensors are put onto: a bundle, or a published
                          student or teacher
-  dtype=fp32|bf16        of the transformer's blocks; without it as stored
+  dtype=fp32|bf16|fp16   fp32, bf16: of the transformer's blocks; fp16: all of the bundle, half the space, for storing
+                         only: it is read as fp32; without it as stored
   overwrite=false        true: replace a bundle, or a file, that is there already
 
 to a file of the published form
@@ -112,11 +113,12 @@ def convert(cfg: DictConfig) -> int:
     is_file = is_published(output)
     check_output(output, is_file, options.overwrite)
     from varestorer.systems.adapters import save_adapters
+    from varestorer.systems.networks import PRECISIONS
 
     system = open_system(options)
     if options.adapters == "merged":
         system.merge_adapters()
-    if options.dtype is not None:
+    if options.dtype in PRECISIONS:
         system.set_precision(options.dtype)
     if options.adapters == "only":
         save_adapters(system, output)
@@ -125,7 +127,7 @@ def convert(cfg: DictConfig) -> int:
             check_publishable(system, Path(cast(str, options.input)))
         save_published(system, options.part, output)
     else:
-        save_aside(system, output)
+        save_aside(system, output, half=options.dtype == "fp16")
     say(written(output))
     return OK
 
@@ -162,6 +164,8 @@ def check_use(options: ConvertOptions, output: Path) -> None:
     """
     if options.adapters == "only" and is_published(output) and output.suffix.lower() != ".safetensors":
         raise UsageError(f"adapters=only writes a folder or a .safetensors file, got output={output}")
+    if options.dtype == "fp16" and (options.adapters == "only" or is_published(output)):
+        raise UsageError("dtype=fp16 is for storing a whole bundle: output=FOLDER, without adapters=only")
     if options.part == "transformer":
         return
     if options.adapters == "only" or not is_published(output):
@@ -305,16 +309,24 @@ def save_published(system: VARestorer, part: str, path: Path) -> None:
         torch.save({WRAPPERS[part]: tensors} if part in WRAPPERS else tensors, file)
 
 
-def save_aside(system: VARestorer, folder: Path) -> None:
+def save_aside(system: VARestorer, folder: Path, half: bool) -> None:
     """Write a bundle beside the folder and rename it: a folder of that name is a whole bundle, old or new.
+
+    Args:
+        system: what to write.
+        folder: the bundle.
+        half: see `systems.bundle.save_bundle`.
 
     Raises:
         UserError: it cannot be written.
     """
+    from varestorer.systems.bundle import save_bundle
+
     aside = folder.with_name(f".{folder.name}.tmp")
     try:
         shutil.rmtree(aside, ignore_errors=True)
-        system.save_pretrained(aside)
+        aside.mkdir(parents=True)
+        save_bundle(system, aside, half)
         shutil.rmtree(folder, ignore_errors=True)
         aside.rename(folder)
     except OSError as error:

@@ -6,32 +6,34 @@ import math
 import random
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
-import torch
 from omegaconf import MISSING, DictConfig
 
 from varestorer.commands.entry import FAILED, OK, Command, say, typed
-from varestorer.systems.folder import FolderReport, Job, Restored, RestoreImage, plan_restoration, restore_files
-from varestorer.utils.device import pick_device
 from varestorer.utils.errors import UsageError
+from varestorer.weights.shipped import DEFAULT
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from varestorer.systems.acceleration import Acceleration
+    from varestorer.systems.folder import FolderReport, Restored, RestoreImage
+    from varestorer.systems.plan import Job
     from varestorer.systems.prompts import Texts
     from varestorer.systems.varestorer import VARestorer
 
 HELP = """
 Restore images: larger, sharper, and without noise and compression marks.
 
-usage: python scripts/restore.py input=FILE_OR_FOLDER output=FOLDER ckpt=MODEL [key=value ...]
+usage: python scripts/restore.py input=FILE_OR_FOLDER output=FOLDER [ckpt=MODEL] [key=value ...]
 
 what, where, by what
   input=PATH         an image, or a folder of images (subfolders included)
   output=FOLDER      results: <stem>.png in the same subfolders, and restore.json with an entry for each input
   ckpt=MODEL         a bundle's folder, a run of scripts/train.py (its newest EMA weights), the published
-                     varestorer.pth with its companions beside it, or a bundle's name on the Hugging Face hub
+                     varestorer.pth with its companions beside it, or a bundle's name on the Hugging Face hub;
+                     default: nano, a small model that comes with the package
   scale=4            how many times larger the result is; 1 keeps the size
   overwrite=false    restore again what has a result already
   max_pixels=N       read images of up to N pixels (otherwise Pillow's limit holds)
@@ -55,6 +57,12 @@ how
   batch=N            squares restored at once; fewer need less memory
   compat=official    the released script's arithmetic, with its faults, for comparisons; tile= makes it use tiles
 
+how fast (one step; what rounds differently may decide close bits otherwise)
+  precision=auto     auto | fp32 | bf16: half the bits for the large products; auto: where the device gains from it
+  compile=false      true: compile the networks first, a minute or more; for many images
+  graphs=false       true: record each size of a batch as a CUDA graph; for many images on an NVIDIA GPU
+  linears=none       none | int8 | fp8: linear layers in 8 bits, through torchao
+
 Images of any size and aspect are taken: small ones are padded, large ones cut into overlapping tiles.
 A file that cannot be restored is named and the others go on. Features of prompts are kept in ~/.cache/varestorer
 (VARESTORER_CACHE names another folder), so the text encoder is loaded for new prompts only.
@@ -62,8 +70,8 @@ A file that cannot be restored is named and the others go on. Features of prompt
 Exit status: 0 all well; 1 a file failed; 2 the command was wrong.
 
 examples:
-  python scripts/train.py +experiment=quickstart run_dir=outputs/mine
-  python scripts/restore.py input=photos output=restored ckpt=outputs/mine
+  python scripts/restore.py input=photos output=restored
+  python scripts/restore.py input=photos output=restored ckpt=outputs/quickstart/TIME
   python scripts/restore.py input=photo.jpg output=restored ckpt=weights/varestorer.pth caption=auto
 """
 
@@ -89,6 +97,10 @@ class RestoreOptions:
     batch: int | None = None
     uncertainty: bool = False
     compat: str | None = None
+    precision: str = "auto"
+    compile: bool = False
+    graphs: bool = False
+    linears: str = "none"
     max_pixels: int | None = None
     device: str = "auto"
     overwrite: bool = False
@@ -105,26 +117,31 @@ def restore(cfg: DictConfig) -> int:
         UsageError: an option that cannot be, no such input, no checkpoint given.
         UserError: the checkpoint, the text encoder, the captioner or the output folder cannot be used.
     """
+    from varestorer.systems.plan import plan_restoration
+    from varestorer.utils.device import limit_threads, pick_device
+
     options = typed(RestoreOptions, cfg)
     check_options(options)
     device = pick_device(options.device)
+    limit_threads()
     plan = plan_restoration(options.input, options.output)
+    from varestorer.systems.folder import restore_files
     from varestorer.systems.prompts import TextOptions, find_texts
     from varestorer.systems.varestorer import VARestorer
 
     # on the CPU its files are only mapped: weights take no memory before they are used
-    system = VARestorer.from_pretrained(cast(str, options.ckpt), device="cpu")
+    merge = options.steps == "one" and options.compat is None
+    system = VARestorer.from_pretrained(options.ckpt, device="cpu", merge=merge)
     check_fit(system, options)
     pending = plan.pending(options.overwrite)
     wanted = TextOptions(options.prompt, options.caption == "auto", options.text_encoder, options.captioner)
     texts = find_texts(system, pending, wanted, device, options.scale, options.max_pixels)
     system.to(device)
-    if options.steps == "one" and options.compat is None:
-        system.merge_adapters()
+    if options.compat is None:
+        system.accelerate(means(options))
     run = bind(system, options, texts)
-    report = restore_files(
-        plan, run, options.seed, settings_of(options), overwrite=options.overwrite, max_pixels=options.max_pixels
-    )
+    settings = settings_of(options, system.acceleration)
+    report = restore_files(plan, run, options.seed, settings, options.overwrite, options.max_pixels)
     say(summary(report))
     return FAILED if report.failed else OK
 
@@ -135,6 +152,8 @@ def check_options(options: RestoreOptions) -> None:
     Raises:
         UsageError: names the key, what it was and what it may be.
     """
+    from varestorer.systems.acceleration import LINEARS, PRECISIONS
+
     rules = {
         "scale": (0 < options.scale < math.inf, "a number above 0"),
         "caption": (options.caption in ("auto", "none"), "auto or none"),
@@ -144,6 +163,8 @@ def check_options(options: RestoreOptions) -> None:
         "tile": (options.tile is None or options.tile >= 1, "at least 1 pixel"),
         "overlap": (options.overlap is None or options.overlap >= 0, "at least 0 pixels"),
         "batch": (options.batch is None or options.batch >= 1, "at least 1 tile"),
+        "precision": (options.precision in PRECISIONS, " or ".join(PRECISIONS)),
+        "linears": (options.linears in LINEARS, " or ".join(LINEARS)),
         "compat": (options.compat in (None, "official"), "official or null"),
         "max_pixels": (options.max_pixels is None or options.max_pixels >= 1, "at least 1 pixel"),
     }
@@ -154,15 +175,12 @@ def check_options(options: RestoreOptions) -> None:
         raise UsageError("prompt and caption=auto contradict each other: give the text, or have images described")
     if options.uncertainty and options.steps == "multi":
         raise UsageError("uncertainty=true is about the student, which steps=multi does not ask: use steps=one or K")
-    own = ("select", "steps", "color", "overlap", "batch", "uncertainty")
+    if options.linears != "none" and options.steps != "one":
+        raise UsageError(f"linears={options.linears} is for one step, got steps={options.steps}; leave one of them out")
+    own = ("select", "steps", "color", "overlap", "batch", "uncertainty", "precision", "compile", "graphs", "linears")
     changed = [f"{key}={getattr(options, key)}" for key in own if getattr(options, key) != getattr(RestoreOptions, key)]
     if options.compat and changed:
         raise UsageError(f"compat=official does everything the released way: leave out {' '.join(changed)}")
-    if not options.ckpt:
-        raise UsageError(
-            "ckpt=MODEL is needed: a run of `python scripts/train.py +experiment=quickstart` (minutes on a CPU; it "
-            "says where its run folder is), a bundle's folder or hub name, or the published varestorer.pth"
-        )
 
 
 def check_fit(system: VARestorer, options: RestoreOptions) -> None:
@@ -185,17 +203,27 @@ def check_fit(system: VARestorer, options: RestoreOptions) -> None:
             f"steps must be one for a model whose adapters are merged (no teacher is left), got steps={options.steps}"
         )
     if options.steps != "multi":
-        check_is_student(system, cast(str, options.ckpt))
+        check_is_student(system, options.ckpt or DEFAULT)
     if options.compat and system.student_config.conditioning != "pyramid":
         raise UsageError("compat=official restores in one step, and this model restores scale by scale; leave it out")
     if options.steps.isdecimal() and int(options.steps) > num_scales:
         raise UsageError(f"steps must be one, multi or 1 to {num_scales} for this model, got steps={options.steps}")
 
 
-def settings_of(options: RestoreOptions) -> dict[str, Any]:
+def means(options: RestoreOptions) -> Acceleration:
+    """How restoring is made fast; the adapters stay apart where the teacher is needed."""
+    from varestorer.systems.acceleration import Acceleration
+
+    merge = options.steps == "one"
+    return Acceleration(merge, options.precision, options.compile, options.graphs, options.linears)
+
+
+def settings_of(options: RestoreOptions, acceleration: Acceleration | None) -> dict[str, Any]:
     """What decides how a result looks, besides image and seed: the entries of `restore.json` hold it."""
     keys = ("ckpt", "select", "steps", "color", "tile", "overlap", "compat")
     settings = {"scale": whole(options.scale), **{key: getattr(options, key) for key in keys}}
+    if acceleration is not None:
+        settings |= {"precision": acceleration.precision, "linears": acceleration.linears}
     return settings if options.caption == "auto" else settings | {"prompt": options.prompt}
 
 
@@ -206,6 +234,8 @@ def whole(scale: float) -> float:
 
 def bind(system: VARestorer, options: RestoreOptions, texts: Texts) -> RestoreImage:
     """Bind the options, so that only an image, its job and its seed are missing."""
+    from varestorer.systems.folder import Restored
+
     scale = whole(options.scale)
     keys = ("select", "steps", "color", "tile", "overlap", "batch", "uncertainty")
     wishes = {key: getattr(options, key) for key in keys}
@@ -230,6 +260,8 @@ def restore_officially(
     system: VARestorer, image_3HW: Tensor, scale: float, text: Tensor | None, options: RestoreOptions, seed: int
 ) -> Tensor:
     """`compat=official`: the released script draws from global generators, so here alone they are seeded."""
+    import torch
+
     from varestorer.systems.official import restore_official
 
     random.seed(seed)

@@ -7,8 +7,9 @@ the weights; any 1x RGB restoration network that spandrel knows fits as well.
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ PUBLISHED_SIZES = {
     "upsampler": "nearest+conv",
     "start_unshuffle": 8,
 }
+MOST_MASKS = 4  # two for each size of image
 DERIVED = (".attn_mask", ".relative_position_index")  # of a SwinIR: they follow from its sizes
 PUBLISHED_FILE = "general_swinir_v1.ckpt"
 _REMEDY = f"get {PUBLISHED_FILE} (GeneralSwinIR of DiffBIR, hub lxq007/DiffBIR) and set model.restorer to it"
@@ -42,13 +44,16 @@ class Restorer(nn.Module):
         network: the network; always in evaluation mode, its parameters never ask for gradients.
         multiple: sides the network sees are multiples of this (pixels).
         minimum: and at least this (pixels).
+        use_bf16: make its matrix products in bfloat16, as the released restoration does (spec E).
     """
 
     def __init__(self, network: nn.Module, multiple: int = 1, minimum: int = 1) -> None:
         super().__init__()
         self.network = network.eval().requires_grad_(False)
+        share_masks(network)
         self.multiple = multiple
         self.minimum = max(minimum, 1)
+        self.use_bf16 = False
 
     def train(self, mode: bool = True) -> "Restorer":
         """Stay in evaluation mode: a frozen network must not drop paths because its owner trains."""
@@ -64,7 +69,9 @@ class Restorer(nn.Module):
         """
         height, width = image_B3HW.shape[-2:]
         down, right = self._missing(height), self._missing(width)
-        return self.network(pad_reflect(image_B3HW, 0, down, 0, right))[..., :height, :width]
+        padded_B3HW = pad_reflect(image_B3HW, 0, down, 0, right)
+        with torch.autocast(image_B3HW.device.type, torch.bfloat16) if self.use_bf16 else nullcontext():
+            return self.network(padded_B3HW)[..., :height, :width].to(image_B3HW.dtype)
 
     def published_state_dict(self) -> dict[str, Tensor]:
         """Tensors by the names that `load_restorer` reads, derived ones included."""
@@ -75,6 +82,31 @@ class Restorer(nn.Module):
         """Pixels to add to a side of `length` pixels."""
         wanted = max(length, self.minimum)
         return -(-wanted // self.multiple) * self.multiple - length
+
+
+def share_masks(network: nn.Module) -> None:
+    """Let a SwinIR's blocks share the masks of their windows, kept where the network is.
+
+    For images of another size than it was trained on, each block makes its own on the host in every pass, and the
+    device waits for it.
+    """
+    kept: dict[Any, Tensor] = {}
+
+    def shared(block: Any, make: Callable[[Any], Tensor]) -> Callable[[Any], Tensor]:
+        def mask(size: Any) -> Tensor:
+            device = block.norm1.weight.device
+            key = tuple(size), block.window_size, block.shift_size, device
+            if key not in kept:
+                if len(kept) >= MOST_MASKS:
+                    kept.clear()
+                kept[key] = make(size).to(device)
+            return kept[key]
+
+        return mask
+
+    for block in network.modules():
+        if isinstance(make := getattr(block, "calculate_mask", None), MethodType):
+            block.calculate_mask = shared(block, make)  # type: ignore[assignment]
 
 
 def load_restorer(path: str | Path, device: torch.device | str = "cpu") -> Restorer:

@@ -19,7 +19,6 @@ from varestorer.evaluation.report import write_run_report
 from varestorer.systems.varestorer import VARestorer
 from varestorer.transformer.adapters import merge_adapters
 from varestorer.utils.images import resize
-from varestorer.utils.tiling import restore_tiled
 
 SCALE = 4
 
@@ -46,21 +45,13 @@ def photographs(samples: Iterable[Mapping[str, Any]]) -> list[Photograph]:
 def methods(system: VARestorer) -> dict[str, Callable[[Photograph], Tensor]]:
     """Every way to a full-size image, by the name of its column."""
 
-    def ceiling(photo: Photograph) -> Tensor:
-        def run(tiles_B3tt: Tensor, numbers: list[int]) -> Tensor:
-            return system.decode(system.encode(tiles_B3tt.to(system.device)).codes).to(tiles_B3tt.device)
-
-        with torch.inference_mode():
-            size = photo.hq.shape[-2], photo.hq.shape[-1]
-            return restore_tiled(photo.hq, size, system.tile, system.tile // 4, 8, run).clamp(0, 1)
-
     student = copy.deepcopy(system)
     merge_adapters(student.transformer)  # as `restore` does where no teacher is needed
     return {
         "bicubic": lambda photo: resize(photo.lr, (photo.hq.shape[-2], photo.hq.shape[-1]), "bicubic"),
         "multi-step": lambda photo: system.restore(photo.lr, SCALE, steps="multi").image,
         "one step": lambda photo: student.restore(photo.lr, SCALE).image,
-        "tokenizer ceiling": ceiling,
+        "tokenizer ceiling": lambda photo: system.reconstruct(photo.hq),
     }
 
 

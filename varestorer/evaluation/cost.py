@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import copy
 import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,8 +22,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from varestorer.conditioning.restorer import PUBLISHED_SIZES, Restorer
 from varestorer.evaluation.memory import peak_memory
 from varestorer.systems.varestorer import VARestorer
+from varestorer.tokenizer.autoencoder import init_weights as init_tokenizer_weights
+from varestorer.transformer.adapters import init_adapters
 from varestorer.utils.iqa_sandbox import isolated_rng, quiet
 from varestorer.utils.seeds import torch_generator
+from varestorer.utils.timing import Clock
 
 RESTORER, ENCODER, TRANSFORMER, DECODER, TEXT = "restorer", "VAE encoder", "transformer", "VAE decoder", "text encoder"
 
@@ -50,7 +53,7 @@ class Measurement:
 
     Attributes:
         seconds: of the whole.
-        stages: seconds of each stage, measured apart: waiting for a GPU after each stage takes time too.
+        stages: seconds of each network's pass, measured in runs of their own; what is made of the text is in none.
         peak_bytes: weights and working memory; None where it cannot be told.
     """
 
@@ -82,15 +85,30 @@ def cost_of(system: VARestorer, text_encoder: nn.Module | None = None, prompt_to
     Returns:
         stage -> cost; the parameters of all stages are those of the system and of the text encoder.
     """
-    twin = _without_weights(system)
-    image_13tt = torch.empty(1, 3, twin.tile, twin.tile, device="meta")
-    with FlopCounterMode(display=False) as counter:
-        with spent_by(stages(twin), counter.get_total_flops) as spent:
-            twin.restore_batch(image_13tt)
-    costs = {name: Cost(_num_parameters(module), int(spent[name])) for name, module in stages(twin).items()}
+    twin = without_weights(system)
+    flops = flops_of(twin)
+    costs = {name: Cost(_num_parameters(module), flops[name]) for name, module in stages(twin).items()}
     if text_encoder is not None:
         costs[TEXT] = _text_cost(text_encoder, prompt_tokens)
     return costs
+
+
+def flops_of(twin: VARestorer, text: Any = None) -> dict[str, int]:
+    """Operations of each stage for one square, by torch's counter.
+
+    Args:
+        twin: a system on the meta device.
+        text: as `restore_batch` takes it; None for no prompt, of which all is computed anew.
+    Returns:
+        stage -> operations; those that are made of the text, in whatever order, count as the transformer's.
+    """
+    image_13tt = torch.empty(1, 3, twin.tile, twin.tile, device="meta")
+    with FlopCounterMode(display=False) as counter:
+        with spent_by(stages(twin), counter.get_total_flops) as spent:
+            twin.restore_batch(image_13tt, text=text)
+    others = {name: int(flops) for name, flops in spent.items() if name != TRANSFORMER}
+    whole = counter.get_total_flops()
+    return {name: others.get(name, whole - sum(others.values())) for name in spent}
 
 
 def add_published_restorer(system: VARestorer, seed: int = 0) -> None:
@@ -101,6 +119,25 @@ def add_published_restorer(system: VARestorer, seed: int = 0) -> None:
         network = SwinIR(**PUBLISHED_SIZES)
     restorer = Restorer(network, multiple=PUBLISHED_MULTIPLE).to(system.device)
     system.restorer = system.conditioner.restorer = restorer
+
+
+def random_system(sizes: Mapping[str, Any], device: torch.device, seed: int = 0) -> VARestorer:
+    """A system without a restorer in evaluation mode, its weights drawn on the device itself.
+
+    Args:
+        sizes: "schedule", "tokenizer", "transformer" and "student", as the constructor of `VARestorer` takes them.
+        device: where it lives from the start: its weights never pass through the memory of the host.
+        seed: of the weights.
+    """
+    with torch.device("meta"):
+        system = VARestorer(**sizes)
+    system.to_empty(device=device)
+    init_tokenizer_weights(system.tokenizer, torch_generator(seed, "tokenizer", device=device))
+    system.transformer.init_weights(torch_generator(seed, "transformer", device=device))
+    if system.student_config.lora_rank and not system.student_config.merged:
+        init_adapters(system.transformer, torch_generator(seed, "adapters", device=device))
+    system.tokenizer.to(memory_format=torch.channels_last)
+    return system.eval().requires_grad_(False)
 
 
 def num_trained(system: VARestorer) -> int:
@@ -129,11 +166,9 @@ def measure(systems: Mapping[str, VARestorer], repeats: int = 5) -> dict[str, Me
     parts: dict[str, list[dict[str, float]]] = {name: [] for name in systems}
     for _ in range(repeats):
         for name, system in systems.items():
-            clock = _clock(system.device)
-            start = clock()
-            system.restore_batch(images[name])
-            wholes[name].append(clock() - start)
-            with spent_by(stages(system), clock) as spent:
+            clock = Clock(system.device)
+            wholes[name].append(clock.time(partial(system.restore_batch, images[name])))
+            with spent_by(stages(system), clock.mark, clock.between) as spent:
                 system.restore_batch(images[name])
             parts[name].append(spent)
     return {
@@ -147,37 +182,46 @@ def measure(systems: Mapping[str, VARestorer], repeats: int = 5) -> dict[str, Me
 
 
 @contextmanager
-def spent_by(modules: Mapping[str, nn.Module], reading: Callable[[], float]) -> Iterator[dict[str, float]]:
+def spent_by(
+    modules: Mapping[str, nn.Module],
+    reading: Callable[[], Any],
+    between: Callable[[Any, Any], float] = lambda start, end: end - start,
+) -> Iterator[dict[str, float]]:
     """How much a growing reading (a clock, a counter) grows inside each module, summed over its calls.
 
     Args:
-        modules: by name; none inside another.
+        modules: by name; a call inside another module's call counts for that other one.
         reading: asked before and after each call.
+        between: how much it grew from one reading to a later one; asked when the block ends.
+    Yields:
+        name -> growth; filled when the block ends.
     """
-    spent = dict.fromkeys(modules, 0.0)
+    spent: dict[str, float] = {}
+    readings: dict[str, list[Any]] = {name: [] for name in modules}
+    running: list[str] = []
 
-    def before(name: str) -> Callable[..., None]:
-        def hook(*args: Any) -> None:
-            spent[name] -= reading()
+    def before(name: str, *_: Any) -> None:
+        if not running:
+            readings[name].append(reading())
+        running.append(name)
 
-        return hook
+    def after(*_: Any) -> None:
+        name = running.pop()
+        if not running:
+            readings[name].append(reading())
 
-    def after(name: str) -> Callable[..., None]:
-        def hook(*args: Any) -> None:
-            spent[name] += reading()
-
-        return hook
-
-    hooks = [module.register_forward_pre_hook(before(name)) for name, module in modules.items()]
-    hooks += [module.register_forward_hook(after(name)) for name, module in modules.items()]
+    hooks = [module.register_forward_pre_hook(partial(before, name)) for name, module in modules.items()]
+    hooks += [module.register_forward_hook(after) for module in modules.values()]
     try:
         yield spent
     finally:
         for handle in hooks:
             handle.remove()
+    for name, taken in readings.items():
+        spent[name] = sum(map(between, taken[::2], taken[1::2]))
 
 
-def _without_weights(system: VARestorer) -> VARestorer:
+def without_weights(system: VARestorer) -> VARestorer:
     """A system of the same sizes on the meta device."""
     if system.device.type == "meta":
         return copy.deepcopy(system).eval().requires_grad_(False)
@@ -203,19 +247,6 @@ def _num_parameters(module: nn.Module) -> int:
 def _image(system: VARestorer) -> Tensor:
     side = system.tile
     return torch.rand(1, 3, side, side, generator=torch_generator(0, "cost")).to(system.device)
-
-
-def _clock(device: torch.device) -> Callable[[], float]:
-    """Seconds, read when the device has finished its work."""
-
-    def read() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        elif device.type == "mps":
-            torch.mps.synchronize()
-        return time.perf_counter()
-
-    return read
 
 
 def _peak(system: VARestorer, image_13tt: Tensor) -> int | None:

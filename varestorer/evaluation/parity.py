@@ -21,7 +21,7 @@ from varestorer.tokenizer.residual import resize_area, resize_bilinear, to_token
 from varestorer.transformer import TextFeatures, VARTransformer
 from varestorer.transformer.generation import MultiStepGenerator, SamplingOptions
 from varestorer.transformer.layout import pyramid_layout
-from varestorer.transformer.masks import block_causal_mask
+from varestorer.transformer.masks import BlockCausal
 from varestorer.transformer.rope import rope_table, rotate
 from varestorer.transformer.sampling import bits_to_map, select_bits
 
@@ -259,7 +259,7 @@ def compare_teacher(golden: GoldenFolder) -> Iterator[Check]:
     pyramid: TokenPyramid = golden.tokenizer().encode(golden.tokenizer_tensors["input/image"], schedule)
     context = teacher.text(golden.text(tensors))
     recorder = _Recorder(teacher)
-    logits = teacher(pyramid.inputs(), context, layout, block_causal_mask(layout.levels_L))
+    logits = teacher(pyramid.inputs(), context, layout, BlockCausal.of(layout))
     yield _float("teacher_outputs", tensors, "input/x_wo_prefix", pyramid.inputs())
     yield _float("teacher_outputs", tensors, "mid/cond", context.cond_BC)
     yield from recorder.checks("teacher_outputs", tensors)

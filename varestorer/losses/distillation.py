@@ -5,16 +5,32 @@ Shapes: `B` batch, `L` tokens of all scales, `Z` bits per token; logits end in t
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from varestorer.tokenizer.schedule import ScaleSchedule
 
 
 def bit_kl(p_logits: Tensor, q_logits: Tensor) -> Tensor:
-    """KL(p || q) of each two-way distribution in nats; the last dimension (2) is summed."""
-    log_p, log_q = p_logits.log_softmax(dim=-1), q_logits.log_softmax(dim=-1)
-    return (log_p.exp() * (log_p - log_q)).sum(dim=-1)
+    """KL(p || q) of each two-way distribution in nats; the last dimension (2) is summed.
+
+    With the margins m = logit of 1 - logit of 0 and p_1 = sigmoid(m_p), log p_0 = -softplus(m_p) and log p_1 = m_p +
+    log p_0, so KL = p_1 (m_p - m_q) + softplus(m_q) - softplus(m_p): half the numbers of two log-softmaxes.
+    """
+    p_margin, q_margin = p_logits[..., 1] - p_logits[..., 0], q_logits[..., 1] - q_logits[..., 0]
+    return torch.sigmoid(p_margin) * (p_margin - q_margin) + F.softplus(q_margin) - F.softplus(p_margin)
+
+
+@lru_cache(maxsize=32)
+@torch.inference_mode(False)  # what is kept must serve training too
+def token_shares(schedule: ScaleSchedule, reduction: str, device: torch.device) -> Tensor:
+    """What each token counts in the sum over the tokens, (L,): one over the tokens of its scale, or of all scales."""
+    counts = torch.tensor(schedule.num_tokens_per_scale)
+    shares = 1 / counts if reduction == "scale" else torch.full((len(counts),), 1 / schedule.num_tokens)
+    return shares.repeat_interleave(counts).to(device)
 
 
 def distribution_matching_loss(
@@ -49,6 +65,5 @@ def distribution_matching_loss(
     teacher = teacher_BLZ2.detach().float() / temperature
     student = student_BLZ2.float() / temperature
     kl_BLZ = bit_kl(teacher, student) if direction == "forward" else bit_kl(student, teacher)
-    if reduction == "token":
-        return kl_BLZ.mean()
-    return torch.stack([kl_BLZ[:, tokens].mean() for tokens in schedule.slices]).sum()
+    shares_L = token_shares(schedule, reduction, kl_BLZ.device)
+    return (kl_BLZ.mean(dim=(0, 2)) * shares_L).sum()

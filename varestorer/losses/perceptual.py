@@ -10,11 +10,12 @@ Shapes: B batch, C channels, H W image, h w one level.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.functional import avg_pool2d, conv2d
 
 from varestorer.losses.pixel import float32_pair
 
@@ -50,7 +51,7 @@ class LPIPSLoss(nn.Module):
         if net not in LPIPS_METRICS:
             raise ValueError(f"net must be one of {', '.join(LPIPS_METRICS)}, got {net!r}")
         metric = create_metric(LPIPS_METRICS[net], weights_folder=weights_folder, offline=offline)
-        self.network = metric.network.requires_grad_(False).eval()
+        self.network = metric.network.requires_grad_(False).eval().to(memory_format=torch.channels_last)
 
     def train(self, mode: bool = True) -> LPIPSLoss:
         """Stay in evaluation mode: the linear layers carry dropout, which would make the loss random."""
@@ -79,12 +80,19 @@ class EncoderFeatureLoss:
         self.encoder = encoder
         self.level_weights = level_weights
 
-    def __call__(self, pred_B3HW: Tensor, target_B3HW: Tensor) -> Tensor:
-        """Distance of the two images, mean over the batch: a float32 scalar >= 0."""
+    def __call__(self, pred_B3HW: Tensor, target_B3HW: Tensor, target_BChw: Sequence[Tensor] | None = None) -> Tensor:
+        """Distance of the two images, mean over the batch: a float32 scalar >= 0.
+
+        Args:
+            pred_B3HW: images, with gradients.
+            target_B3HW: images of the same shape.
+            target_BChw: the encoder's feature maps of the target, where they are known already.
+        """
         pred, target = float32_pair(pred_B3HW, target_B3HW)
-        with torch.no_grad():
-            target_features = list(self.encoder(target))
-        return feature_distance(list(self.encoder(pred)), target_features, self.level_weights)
+        if target_BChw is None:
+            with torch.no_grad():
+                target_BChw = self.encoder(target)
+        return feature_distance(list(self.encoder(pred)), target_BChw, self.level_weights)
 
 
 class MSSSIMLoss:
@@ -159,7 +167,7 @@ def ms_ssim(pred_B3HW: Tensor, target_B3HW: Tensor, window: int = 11, max_scales
             term_BC = luminance_BC if is_coarsest else contrast_BC
             # A negative base has no real power; the small floor keeps the gradient finite.
             similarity = similarity * term_BC.clamp(min=1e-4) ** weight
-            pred, target = avg_pool2d(pred, 2), avg_pool2d(target, 2)
+            pred, target = F.avg_pool2d(pred, 2), F.avg_pool2d(target, 2)
     return similarity.mean(dim=1)
 
 
@@ -181,19 +189,26 @@ def _ssim_terms(pred_B3hw: Tensor, target_B3hw: Tensor, window: int) -> tuple[Te
     """SSIM and its contrast-structure part, (B, 3) each, over the windows that lie inside the image."""
     c1, c2 = 0.01**2, 0.03**2
     mean_p, mean_t = _blur(pred_B3hw, window), _blur(target_B3hw, window)
-    var_p = _blur(pred_B3hw.square(), window) - mean_p.square()
-    var_t = _blur(target_B3hw.square(), window) - mean_t.square()
-    covariance = _blur(pred_B3hw * target_B3hw, window) - mean_p * mean_t
-    contrast = (2 * covariance + c2) / (var_p + var_t + c2)
-    luminance = (2 * mean_p * mean_t + c1) / (mean_p.square() + mean_t.square() + c1)
+    product, squares = mean_p * mean_t, mean_p.square() + mean_t.square()
+    covariance = _blur(pred_B3hw * target_B3hw, window) - product
+    variances = _blur(pred_B3hw.square() + target_B3hw.square(), window) - squares
+    contrast = (2 * covariance + c2) / (variances + c2)
+    luminance = (2 * product + c1) / (squares + c1)
     return (luminance * contrast).mean(dim=(2, 3)), contrast.mean(dim=(2, 3))
 
 
-def _blur(image_B3hw: Tensor, window: int, sigma: float = 1.5) -> Tensor:
-    """Separable Gaussian, no padding."""
-    offsets = torch.arange(window, device=image_B3hw.device, dtype=image_B3hw.dtype) - window // 2
+def _blur(image_B3hw: Tensor, window: int) -> Tensor:
+    """Separable Gaussian, no padding; products of matrices, as depthwise convolutions of long kernels are slow."""
+    height, width = image_B3hw.shape[-2:]
+    columns_wn = gaussian_band(width, window, image_B3hw.device).T
+    return gaussian_band(height, window, image_B3hw.device) @ (image_B3hw @ columns_wn)
+
+
+@lru_cache(maxsize=32)
+@torch.inference_mode(False)  # what is kept must serve training too
+def gaussian_band(side: int, window: int, device: torch.device, sigma: float = 1.5) -> Tensor:
+    """The matrix that blurs a column of `side` pixels where the window fits: (side - window + 1, side)."""
+    offsets = torch.arange(window, dtype=torch.float32) - window // 2
     kernel = torch.softmax(-offsets.square() / (2 * sigma**2), dim=0)
-    channels = image_B3hw.shape[1]
-    rows = kernel.view(1, 1, window, 1).expand(channels, 1, window, 1)
-    columns = kernel.view(1, 1, 1, window).expand(channels, 1, 1, window)
-    return conv2d(conv2d(image_B3hw, rows, groups=channels), columns, groups=channels)
+    rows = [F.pad(kernel, (first, side - window - first)) for first in range(side - window + 1)]
+    return torch.stack(rows).to(device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,9 +12,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from varestorer.transformer.adapters import plain_state_dict
+from varestorer.utils.errors import UserError
 from varestorer.utils.files import atomic_write
 from varestorer.weights.bundles import ADAPTERS, CONFIG, FORMAT, RESTORER, is_bundle, read_config, tensors_file
 from varestorer.weights.card import model_card
+from varestorer.weights.shipped import shipped
 from varestorer.weights.storage import file_sha256
 
 if TYPE_CHECKING:
@@ -22,22 +25,30 @@ if TYPE_CHECKING:
 CARD = "README.md"
 
 
-def save_bundle(system: VARestorer, folder: Path) -> None:
+def save_bundle(system: VARestorer, folder: Path, half: bool = False) -> None:
     """Write a system into a folder; its `config.json` comes last, so that half a bundle is none.
 
+    Args:
+        system: what to write.
+        folder: where to.
+        half: store every tensor in float16, which takes half the space and is float32 again when it is read.
+
     Raises:
-        UserError: a file cannot be written.
+        UserError: a file cannot be written, or a weight is too large for float16.
     """
     (folder / CONFIG).unlink(missing_ok=True)
     parts = _parts(system)
     for leftover in {ADAPTERS, RESTORER} - parts.keys():
         tensors_file(folder, leftover).unlink(missing_ok=True)
     for part, tensors in parts.items():
-        save_tensors(tensors_file(folder, part), tensors, adapters_metadata(system) if part == ADAPTERS else None)
+        file = tensors_file(folder, part)
+        stored = _halved(tensors, file) if half else tensors
+        save_tensors(file, stored, adapters_metadata(system) if part == ADAPTERS else None)
     files = {f"{part}.safetensors": tensors_file(folder, part).stat().st_size for part in parts}
     config = {"format": FORMAT, **system.config, "restorer": system.restorer is not None, "sources": sources(system)}
+    card = model_card(config, files, config["sources"], "fp16" if half else precision(system))
     with atomic_write(folder / CARD) as temporary:
-        temporary.write_text(model_card(config, files, config["sources"], precision(system)), encoding="utf-8")
+        temporary.write_text(card, encoding="utf-8")
     with atomic_write(folder / CONFIG) as temporary:
         temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
@@ -58,10 +69,23 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str
         temporary.chmod(0o644)  # safetensors lets nobody else read
 
 
+def _halved(tensors: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
+    """Tensors in float16.
+
+    Raises:
+        UserError: a value that float16 cannot hold.
+    """
+    stored = {name: tensor.half() for name, tensor in tensors.items()}
+    beyond = [name for name, tensor in stored.items() if not tensor.isfinite().all()]
+    if beyond:
+        raise UserError(f"{file} cannot be stored in fp16: {beyond[0]} holds larger values; store it as fp32 or bf16")
+    return stored
+
+
 def sources(system: VARestorer) -> dict[str, str]:
     """SHA-256 of the files that a system came from, by their names; a bundle hands on those of its own."""
     known: dict[str, str] = {}
-    for file in map(Path, system.files.values()):
+    for file in map(shipped, system.files.values()):
         if is_bundle(file):
             known |= read_config(file).get("sources", {})
         elif file.is_file() and not is_bundle(file.parent):

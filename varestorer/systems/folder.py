@@ -1,14 +1,14 @@
-"""Restoring many files: what goes where, one file after the other, and a record of what became of each.
+"""Restoring many files: one after the other, and a record of what became of each.
 
-Knows nothing of networks: a function restores one image. A file that fails is named and the rest goes on.
+Knows nothing of networks: a function restores one image. While it does, the next file is read and the one before is
+written in other threads. A file that fails is named and the rest goes on.
 """
 
 import json
 import logging
-import os
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,49 +18,22 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from varestorer.utils.errors import UsageError, UserError
+from varestorer.systems.plan import REPORT_NAME, Job, Plan
+from varestorer.utils.ahead import make_ahead
+from varestorer.utils.device import usable_cores
+from varestorer.utils.errors import UserError
 from varestorer.utils.files import atomic_write
-from varestorer.utils.images import (
-    IMAGE_EXTENSIONS,
-    Picture,
-    heat_map,
-    list_images,
-    load_picture,
-    natural_key,
-    resize,
-    save_image,
-)
+from varestorer.utils.images import Picture, heat_map, load_picture, natural_key, resize, save_image
 from varestorer.utils.seeds import derive_seed
 
 logger = logging.getLogger(__name__)
 
-REPORT_NAME = "restore.json"
-
 Entry = dict[str, Any]
 """What `restore.json` says of one input: output, seconds, seed, settings, notes; or the error."""
 
+WRITERS = max(1, min(3, usable_cores() // 4))  # each holds one result that is not written yet
+
 _BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}]"
-_SYSTEM_FILES = {"thumbs.db", "desktop.ini", REPORT_NAME}
-
-
-@dataclass(frozen=True)
-class Job:
-    """One file to restore.
-
-    Attributes:
-        source: the file.
-        name: its path inside the input folder, with forward slashes; keys its noise and its entry.
-        target: where the result goes, inside the output folder, with forward slashes.
-    """
-
-    source: Path
-    name: str
-    target: str
-
-    @property
-    def heat_map(self) -> str:
-        """Where its uncertainty goes, if it has any."""
-        return heat_map_name(self.target)
 
 
 @dataclass(frozen=True)
@@ -88,25 +61,6 @@ RestoreImage = Callable[[Tensor, Job, int], Restored]
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What will be restored.
-
-    Attributes:
-        output: folder of the results.
-        jobs: the images, in natural order.
-        rejected: name -> reason, for files of the input folder that are no images.
-    """
-
-    output: Path
-    jobs: list[Job]
-    rejected: dict[str, str] = field(default_factory=dict)
-
-    def pending(self, overwrite: bool) -> list[Job]:
-        """Jobs whose result is not there yet; all of them if results are to be overwritten."""
-        return [job for job in self.jobs if overwrite or not (self.output / job.target).exists()]
-
-
-@dataclass(frozen=True)
 class FolderReport:
     """What became of the files of a plan.
 
@@ -125,86 +79,6 @@ class FolderReport:
     num_differing: int = 0
 
 
-def plan_restoration(source: str | os.PathLike, output: str | os.PathLike) -> Plan:
-    """Decide which files are restored, and to where.
-
-    Results are PNG files called after the stem of their input, in the same subfolders; inputs that differ in
-    nothing but their extension keep it (`a.jpg` and `a.png` become `a.jpg.png` and `a.png.png`). The heat map of
-    `a.png` is `a.uncertainty.png`, and no result gets that name. Hidden files, an earlier report and results that
-    lie inside the input folder are no inputs; other files that are no images are rejected.
-
-    Args:
-        source: an image or a folder; `~` is the user's.
-        output: a folder, which need not exist; likewise.
-    Raises:
-        UsageError: no such input, an empty one, an output that is a file or that would overwrite an input.
-    """
-    source, output = Path(source).expanduser(), Path(output).expanduser()
-    if not source.exists():
-        raise UsageError(f"input={source} does not exist; give an image or a folder of images")
-    if output.exists() and not output.is_dir():
-        raise UsageError(f"output={output} is a file; give a folder for the results")
-    if source.is_dir() and source.resolve() == output.resolve():
-        raise UsageError(f"output={output} is the input folder itself; give another folder for the results")
-    files, rejected = _files_of(source, output) if source.is_dir() else ({source.name: source}, {})
-    if not files and not rejected:
-        raise UsageError(f"input={source} has no images ({' '.join(sorted(IMAGE_EXTENSIONS))})")
-    targets = target_names(files)
-    jobs = [Job(path, name, targets[name]) for name, path in files.items()]
-    inputs = {path.resolve() for path in files.values()}
-    for job in jobs:
-        for target in (job.target, job.heat_map):
-            if (output / target).resolve() in inputs:
-                raise UsageError(f"results would overwrite the input {output / target}; give another output folder")
-    return Plan(output, jobs, rejected)
-
-
-def _files_of(folder: Path, output: Path) -> tuple[dict[str, Path], dict[str, str]]:
-    """Images of a folder by name, and why the other files of it are none."""
-    results = output.resolve()
-    # an output folder around the input folder holds results beside it, not in it
-    is_inside = folder.resolve() in results.parents
-
-    def name_of(path: Path) -> str | None:
-        is_result = is_inside and results in path.resolve().parents
-        return None if is_result else path.relative_to(folder).as_posix()
-
-    images = {name: path for path in list_images(folder) if (name := name_of(path))}
-    others = (path for path in sorted(folder.rglob("*")) if path.is_file() and not _is_ignored(path, folder))
-    reason = "not an image (its extension is none that is read); convert it to PNG or remove it"
-    rejected = {name: reason for path in others if (name := name_of(path)) and name not in images}
-    return images, rejected
-
-
-def _is_ignored(path: Path, folder: Path) -> bool:
-    """Hidden, a file of the operating system, or a report of ours."""
-    parts = path.relative_to(folder).parts
-    return path.name.lower() in _SYSTEM_FILES or any(part[0] == "." or part == "__MACOSX" for part in parts)
-
-
-def target_names(names: Iterable[str]) -> dict[str, str]:
-    """Name of each result: `<stem>.png`, or `<name>.png` wherever two results or heat maps would get the same name.
-
-    Names that differ in case only count as the same: many file systems cannot hold both.
-    """
-    names = list(names)
-    keeping: set[str] = set()
-    while True:
-        targets = {name: f"{name if name in keeping else os.path.splitext(name)[0]}.png" for name in names}
-        files = {name: {target.casefold(), heat_map_name(target).casefold()} for name, target in targets.items()}
-        counts = Counter(file for pair in files.values() for file in pair)
-        # a kept extension may meet another stem (a.jpg.png), so look again until nothing new collides
-        clashing = {name for name, pair in files.items() if any(counts[file] > 1 for file in pair)} - keeping
-        if not clashing:
-            return targets
-        keeping |= clashing
-
-
-def heat_map_name(target: str) -> str:
-    """`a.uncertainty.png` of the result `a.png`."""
-    return f"{target.removesuffix('.png')}.uncertainty.png"
-
-
 def restore_files(
     plan: Plan,
     restore: RestoreImage,
@@ -217,8 +91,9 @@ def restore_files(
 
     Each image's seed is derived from `seed` and its name, so its result depends neither on the other files
     nor on their order. Transparency is resized and kept, and so is a colour profile. Results appear whole or not
-    at all. The report is written even if the run is interrupted, and keeps earlier entries whose results are
-    still there. A result that is left in place, but was made with another seed or other settings, is named.
+    at all. If the run is interrupted, what was restored by then is written, and so is the report; it keeps earlier
+    entries whose results are still there. A result that is left in place, but was made with another seed or other
+    settings, is named.
 
     Args:
         plan: from `plan_restoration`.
@@ -239,18 +114,19 @@ def restore_files(
         if job.name not in to_do:
             entries[job.name] = earlier.get(job.name, {}) | {"output": job.target, "skipped": True}
     others = _other_settings(entries, {"seed": seed, **(settings or {})})
-    restore_one = _Runner(plan.output, restore, seed, settings or {}, max_pixels)
+    runner = _Runner(plan.output, restore, seed, settings or {}, max_pixels, entries)
     try:
         with logging_redirect_tqdm():
             for name, reason in plan.rejected.items():
                 logger.warning("%s: %s", name, reason)
             for target, difference in others.items():
                 logger.warning("%s was made with %s; overwrite=true makes it again", target, difference)
-            for job in tqdm(pending, unit=" images", bar_format=_BAR):
-                entries[job.name] = restore_one(job)
+            for _ in tqdm(runner.run(pending), total=len(pending), unit=" images", bar_format=_BAR):
+                continue
     finally:
         _write_report(path, earlier | entries)
-    failed = {name: entry["error"] for name, entry in entries.items() if "error" in entry}
+    names = [*plan.rejected, *(job.name for job in plan.jobs)]  # threads may end in another order
+    failed = {name: entries[name]["error"] for name in names if "error" in entries[name]}
     num_skipped = sum("skipped" in entry for entry in entries.values())
     return FolderReport(path, len(entries) - len(failed) - num_skipped, num_skipped, failed, len(others))
 
@@ -273,41 +149,79 @@ def _other_settings(entries: Mapping[str, Entry], settings: Mapping[str, Any]) -
     return others
 
 
+@dataclass
+class _Work:
+    """A file on its way through the stages, and why it fell out of it."""
+
+    job: Job
+    picture: Picture | None = None
+    restored: Restored | None = None
+    seconds: float = 0.0
+    failure: str | None = None
+
+    @contextmanager
+    def failing(self) -> Iterator[None]:
+        """Note what is wrong with the file, or too big about it; other errors go on."""
+        try:
+            yield
+        except UserError as error:
+            self.failure = str(error)
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            self.failure = f"not enough memory for {self.job.source}; lower batch, scale or the size of the image"
+
+
 @dataclass(frozen=True)
 class _Runner:
-    """Restores one file after the other with the settings of a run."""
+    """The three stages of a file, with the settings of a run: read, restored, written.
+
+    Attributes:
+        entries: of the files that went through.
+    """
 
     output: Path
     restore: RestoreImage
     seed: int
     settings: Mapping[str, Any]
     max_pixels: int | None
+    entries: dict[str, Entry]
 
-    def __call__(self, job: Job) -> Entry:
-        """Restore one file; what is wrong with the file, or too big about it, becomes an entry."""
-        try:
-            return self._restore(job)
-        except UserError as error:
-            reason = str(error)
-        except (MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
-                raise
-            reason = f"not enough memory for {job.source}; lower batch, scale or the size of the image"
-        logger.warning("%s: %s", job.name, reason)
-        return {"error": reason}
+    def run(self, jobs: Iterable[Job]) -> Iterator[None]:
+        """Yield as files are done. Restoring is this thread's; reading is one file ahead, writing some behind."""
+        read = make_ahead(self._read, jobs)
+        return make_ahead(self._write, map(self._restore, read), depth=WRITERS, threads=WRITERS, finish=True)
 
-    def _restore(self, job: Job) -> Entry:
-        picture = load_picture(job.source, self.max_pixels)
-        start = time.perf_counter()
-        restored = self.restore(picture.image, job, derive_seed(self.seed, job.name))
-        seconds = time.perf_counter() - start
-        self._save(job, picture, restored)
-        entry = {"output": job.target, "seconds": round(seconds, 4), "seed": self.seed, **self.settings}
+    def _read(self, job: Job) -> _Work:
+        work = _Work(job)
+        with work.failing():
+            work.picture = load_picture(job.source, self.max_pixels)
+        return work
+
+    def _restore(self, work: _Work) -> _Work:
+        if work.picture is not None:
+            start = time.perf_counter()
+            with work.failing():
+                work.restored = self.restore(work.picture.image, work.job, derive_seed(self.seed, work.job.name))
+            work.seconds = time.perf_counter() - start
+        return work
+
+    def _write(self, work: _Work) -> None:
+        if work.picture is not None and work.restored is not None:
+            with work.failing():
+                self._save(work.job, work.picture, work.restored)
+                self.entries[work.job.name] = self._entry(work, work.picture, work.restored)
+        if work.failure is not None:
+            logger.warning("%s: %s", work.job.name, work.failure)
+            self.entries[work.job.name] = {"error": work.failure}
+
+    def _entry(self, work: _Work, picture: Picture, restored: Restored) -> Entry:
+        entry = {"output": work.job.target, "seconds": round(work.seconds, 4), "seed": self.seed, **self.settings}
         entry |= restored.details
         if restored.uncertainty is not None:
-            entry["uncertainty"] = job.heat_map
+            entry["uncertainty"] = work.job.heat_map
         if picture.note:
-            logger.info("%s: %s", job.name, picture.note)
+            logger.info("%s: %s", work.job.name, picture.note)
             entry["note"] = picture.note
         return entry
 

@@ -35,7 +35,11 @@ HOW = f"give a run of scripts/train.py, a checkpoint of one, a bundle's folder, 
 
 
 def build(
-    system_class: type[VARestorer], path: Path, tokenizer_file: str | None = None, restorer_file: str | None = None
+    system_class: type[VARestorer],
+    path: Path,
+    tokenizer_file: str | None = None,
+    restorer_file: str | None = None,
+    merge: bool = False,
 ) -> VARestorer:
     """The system that a path holds.
 
@@ -44,6 +48,7 @@ def build(
         path: a run, a checkpoint of one, a bundle or the published student.
         tokenizer_file: of the published student, where it does not lie beside it.
         restorer_file: likewise.
+        merge: fold the adapters into the base weights.
 
     Raises:
         UsageError: no such path, or one of a part of a model.
@@ -51,14 +56,16 @@ def build(
     """
     if not path.exists():
         raise UsageError(f"{path} does not exist; {HOW}")
+    if is_bundle(path):
+        return _from_bundle(system_class, path, merge)
     if _is_published(path):
         _check_is_whole(path)
-        return _from_published(system_class, path, tokenizer_file, restorer_file)
-    if is_bundle(path):
-        return _from_bundle(system_class, path)
-    if is_run(path):
-        return _from_run(system_class, path)
-    raise UserError(f"{path} holds no model; {HOW}")
+        system = _from_published(system_class, path, tokenizer_file, restorer_file)
+    elif is_run(path):
+        system = _from_run(system_class, path)
+    else:
+        raise UserError(f"{path} holds no model; {HOW}")
+    return system.merge_adapters() if merge else system
 
 
 def check_is_student(system: VARestorer, path: str | Path) -> None:
@@ -137,7 +144,8 @@ def _from_run(system_class: type[VARestorer], path: Path) -> VARestorer:
     return system
 
 
-def _from_bundle(system_class: type[VARestorer], bundle: Path) -> VARestorer:
+def _from_bundle(system_class: type[VARestorer], bundle: Path, merge: bool) -> VARestorer:
+    """A bundle's system; merging as the weights are read needs no adapters, see `adapters.folded`."""
     config = read_config(bundle)
     _check_entries(config, bundle / CONFIG)
     restorer = tensors_file(bundle, RESTORER)
@@ -147,7 +155,7 @@ def _from_bundle(system_class: type[VARestorer], bundle: Path) -> VARestorer:
         schedule=config["schedule"],
         tokenizer=config["tokenizer"],
         transformer=config["transformer"],
-        student=config["student"],
+        student=config["student"] | ({"merged": True} if merge and config["student"].get("lora_rank") else {}),
         restorer=str(restorer) if config["restorer"] else None,
         weights={"tokenizer": str(bundle), "transformer": str(bundle)},
     )

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from varestorer.transformer import VARTransformer
-from varestorer.transformer.adapters import assign_plain, plain_name, plain_state_dict
+from varestorer.transformer.adapters import assign_plain, folded, plain_name, plain_state_dict
 from varestorer.utils.errors import UserError
 from varestorer.weights.bundles import ADAPTERS, is_bundle, read_config, tensors_file
 from varestorer.weights.files import check_names_and_shapes, read_tensors
 from varestorer.weights.load import tokenizer_tensors, transformer_tensors
 from varestorer.weights.published import STUDENT_FILE, TOKENIZER_FILE, TRANSFORMER_FILE
 from varestorer.weights.runs import is_run, load_run_weights
+from varestorer.weights.shipped import shipped
 
 LOG = logging.getLogger(__name__)
 WHERE = {
@@ -37,7 +38,8 @@ def check_part(part: str, path: str | Path) -> None:
     """
     if part not in WHERE:
         raise UserError(f"model.weights has the parts {' and '.join(WHERE)}, got {part}")
-    if not (is_run(path) or is_bundle(path) or Path(path).is_file()):
+    place = shipped(path)
+    if not (is_run(place) or is_bundle(place) or place.is_file()):
         raise UserError(
             f"weights not found: {path}; get {WHERE[part]} and set model.weights.{part} to it, or to a run or a bundle"
         )
@@ -49,13 +51,14 @@ def load_part(system: Any, part: str, path: str | Path) -> None:
     Args:
         system: has the part as an attribute.
         part: "tokenizer" or "transformer".
-        path: a published file, a bundle, or the folder of a run that trained or held that part.
+        path: a published file, a bundle (or the name of a shipped one), or the folder of a run that trained or held
+            that part.
 
     Raises:
         UserError: no such file (says which to get, and the key to set), or one that does not fit.
     """
     check_part(part, path)
-    _fill(getattr(system, part), part, Path(path))
+    _fill(getattr(system, part), part, shipped(path), fold=system.student_config.merged)
 
 
 def load_teacher(system: Any, path: str | Path) -> VARTransformer:
@@ -63,15 +66,16 @@ def load_teacher(system: Any, path: str | Path) -> VARTransformer:
     check_part("transformer", path)
     with torch.device("meta"):
         teacher = VARTransformer(system.transformer.config)
-    _fill(teacher, "transformer", Path(path))
+    _fill(teacher, "transformer", shipped(path))
     return teacher.to(system.device)
 
 
-def _fill(module: Any, part: str, path: Path) -> None:
+def _fill(module: Any, part: str, path: Path, fold: bool = False) -> None:
+    """Fill a part; `fold`: a bundle's adapters go into the base weights."""
     if is_run(path):
         _load_from_run(module, part, path)
     elif is_bundle(path):
-        _load_from_bundle(module, part, path)
+        _load_from_bundle(module, part, path, fold)
     elif part == "tokenizer":
         load_tokenizer(module, read_tensors(path, nested=("vae",)), str(path))
     else:
@@ -95,15 +99,18 @@ def load_transformer(transformer: Any, tensors: Mapping[str, Tensor], source: st
     assign_plain(transformer, _in_float32(ours))
 
 
-def _load_from_bundle(module: nn.Module, part: str, bundle: Path) -> None:
-    """Take a part of a bundle in the precision in which it is stored."""
+def _load_from_bundle(module: nn.Module, part: str, bundle: Path, fold: bool) -> None:
+    """Take a part of a bundle in the precision in which it is stored; half precision, which is for storing, widened."""
     file = tensors_file(bundle, part)
-    given, wanted = read_tensors(file), plain_state_dict(module)
+    given, wanted = _widened(read_tensors(file)), plain_state_dict(module)
     check_names_and_shapes(_without_adapters(wanted), given, str(file))
     adapters = {name: tensor for name, tensor in wanted.items() if ".lora_" in name}
     student = read_config(bundle)["student"]
+    if fold and part == "transformer" and student["lora_rank"] and not student["merged"]:
+        held = _widened(read_tensors(tensors_file(bundle, ADAPTERS)))
+        given = folded(given, held, student["cross_value_bias"])
     if adapters and student["lora_rank"] and not student["merged"]:
-        held = read_tensors(tensors_file(bundle, ADAPTERS))
+        held = _widened(read_tensors(tensors_file(bundle, ADAPTERS)))
         rank = next(len(tensor) for name, tensor in adapters.items() if name.endswith(".lora_down.weight"))
         if rank == student["lora_rank"]:  # of another rank, another student is to be trained from this teacher
             check_names_and_shapes(adapters, held, str(tensors_file(bundle, ADAPTERS)))
@@ -138,6 +145,10 @@ def _fitting(given: dict[str, Tensor], wanted: Mapping[str, Tensor], source: str
 
 def _without_adapters(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in tensors.items() if ".lora_" not in name}
+
+
+def _widened(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.float() if tensor.dtype == torch.float16 else tensor for name, tensor in tensors.items()}
 
 
 def _in_float32(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

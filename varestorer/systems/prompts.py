@@ -21,7 +21,7 @@ from varestorer.conditioning.captioner import DEFAULT_NAME as CAPTIONER
 from varestorer.conditioning.captioner import Captioner
 from varestorer.conditioning.text_encoder import DEFAULT_NAME as TEXT_ENCODER
 from varestorer.conditioning.text_encoder import DEFAULT_WIDTH, TextEncoder
-from varestorer.systems.folder import Job
+from varestorer.systems.plan import Job
 from varestorer.systems.varestorer import VARestorer
 from varestorer.utils.errors import UserError
 from varestorer.utils.images import load_picture, resize

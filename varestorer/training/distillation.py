@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from varestorer.conditioning.pyramid import Condition
 from varestorer.losses.build import perceptual_loss
 from varestorer.losses.distillation import distribution_matching_loss
+from varestorer.losses.perceptual import EncoderFeatureLoss
 from varestorer.losses.pixel import mse_loss
 from varestorer.systems.parts import load_teacher
 from varestorer.systems.varestorer import VARestorer
 from varestorer.tokenizer import TokenPyramid
 from varestorer.training.crops import random_crops
-from varestorer.training.encoder import trained_condition
+from varestorer.training.encoder import pair_tokens, trained_condition
 from varestorer.training.task import Batch, Task, train_only
 from varestorer.training.text import prompts_of
 from varestorer.transformer import VARTransformer
@@ -143,20 +144,27 @@ class DistillationTask(Task):
     def forward(self, batch: Batch, step: int) -> dict[str, Tensor]:
         system = self._system(step)
         batch = batch | {name: batch[name][..., : system.tile, : system.tile] for name in ("hq", "lq")}
+        noise = self._noise(system, batch)  # while the device has no work yet that the copy would wait for
         text = prompts_of(batch, system, self.condition_drop if self.training else 0.0, self.seed)
-        context = system.transformer.text(text)
-        with torch.no_grad():
+        with self.watch("text"):
+            context = system.transformer.text(text)
+        with self.watch("tokens"):
+            photograph, condition, features = self._tokens(system, batch)
+        with self.watch("teacher forward"), torch.no_grad():
             asked = context if self.teacher is None else text
-            pyramid = self._photograph(system, batch["hq"]) if self.weights.kl else None
-            teacher = None if pyramid is None else system.teacher_logits(pyramid, asked, self.teacher)
-        student = system.student_logits(self._condition(system, batch["lq"]), context)
+            teacher = None if photograph is None else system.teacher_logits(photograph, asked, self.teacher)
+        with self.watch("student forward"):
+            student = system.student_logits(condition, context)
         parts = {}
         if teacher is not None:
-            parts["kl"] = distribution_matching_loss(
-                teacher, student, system.schedule, self.kl.direction, self.kl.temperature, self.kl.reduction
-            )
+            with self.watch("KL"):
+                parts["kl"] = distribution_matching_loss(
+                    teacher, student, system.schedule, self.kl.direction, self.kl.temperature, self.kl.reduction
+                )
         if self.weights.perceptual or self.weights.mse:
-            parts |= self._image_losses(system, student, batch, step)
+            with self.watch("image losses"):
+                codes = system.codes(straight_through_bits(student, noise, self.straight_through.tau))
+                parts |= self._image_losses(codes, batch, step, features)
         loss = torch.stack([getattr(self.weights, name) * value for name, value in parts.items()]).sum()
         return {"loss": loss, **parts}
 
@@ -165,40 +173,62 @@ class DistillationTask(Task):
         number = derive_seed(self.seed, "tile", step) % len(self.tiles)
         return self.tiles[number] if self.training else self.system
 
+    def _noise(self, system: VARestorer, batch: Batch) -> Tensor | None:
+        """Uniform numbers (B, L, Z, 2) for Gumbel noise on the student's logits; None for no noise."""
+        if not (self.straight_through.gumbel and self.training and (self.weights.perceptual or self.weights.mse)):
+            return None
+        shape = (system.schedule.num_tokens, system.transformer.config.num_bits, 2)
+        return uniform_per_sample(shape, self.seed, batch["key"], "gumbel", system.device)
+
+    def _tokens(
+        self, system: VARestorer, batch: Batch
+    ) -> tuple[TokenPyramid | None, Condition, Sequence[Tensor] | None]:
+        """The photographs' tokens, by the encoder as the stage began; the student's input; maps of the photographs.
+
+        The student's input has gradients if the encoder trains. There are no tokens of photographs if nobody is asked
+        about them, and no maps (see `PairTokens`) unless the perceptual loss compares these.
+        """
+        if self.start_encoder is not None:
+            photograph = self._photograph(system, batch["hq"]) if self.weights.kl else None
+            return photograph, trained_condition(system, batch["lq"]), None
+        if not self.weights.kl:
+            return None, system.condition(batch["lq"]), None
+        tokens = pair_tokens(system, batch["hq"], batch["lq"])
+        options = self.straight_through
+        compared_whole = not (options.crop and self.training) and options.shrink == 1 and not options.image_slices
+        shared = compared_whole and isinstance(self.perceptual, EncoderFeatureLoss)
+        return tokens.photograph, tokens.condition, tokens.features_BChw if shared else None
+
     def _photograph(self, system: VARestorer, hq_B3HW: Tensor) -> TokenPyramid:
-        """Tokens of the photographs, by the encoder as the stage began."""
-        if self.start_encoder is None:
-            return system.encode(hq_B3HW)
+        """Tokens of the photographs where the encoder trains: by the one that the stage began with."""
+        assert self.start_encoder is not None
         return system.tokenizer.quantizer(self.start_encoder(to_network(hq_B3HW)), system.schedule)
 
-    def _condition(self, system: VARestorer, lq_B3HW: Tensor) -> Condition:
-        """The student's input, with gradients if the encoder trains."""
-        return system.condition(lq_B3HW) if self.start_encoder is None else trained_condition(system, lq_B3HW)
-
-    def _image_losses(self, system: VARestorer, student_BLZ2: Tensor, batch: Batch, step: int) -> dict[str, Tensor]:
-        """L_perc and L_MSE on the decoded image, both in [-1, 1]; gradients go through the bits."""
-        options, keys, device = self.straight_through, batch["key"], student_BLZ2.device
-        uniform = None
-        if options.gumbel and self.training:
-            uniform = uniform_per_sample(tuple(student_BLZ2.shape[1:]), self.seed, keys, "gumbel", device)
-        codes = system.codes(straight_through_bits(student_BLZ2, uniform, options.tau))
-        target = to_network(batch["hq"])
+    def _image_losses(
+        self, codes_BZhw: Tensor, batch: Batch, step: int, features_BChw: Sequence[Tensor] | None
+    ) -> dict[str, Tensor]:
+        """L_perc and L_MSE on the decoded image, both in [-1, 1]; gradients go through the codes."""
+        options, codes, target = self.straight_through, codes_BZhw, to_network(batch["hq"])
         if options.crop is not None and self.training:
-            place_B2 = uniform_per_sample((2,), self.seed, keys, f"image crop/{step}")
+            place_B2 = uniform_per_sample((2,), self.seed, batch["key"], f"image crop/{step}")
             codes, target = random_crops(codes, target, options.crop, place_B2)
         if not options.image_slices:
-            return self._compare(codes, target)
+            return self._compare(codes, target, features_BChw)
         pairs = zip(codes.split(1), target.split(1), strict=True)
         each = [torch.utils.checkpoint.checkpoint(self._compare, *pair, use_reentrant=False) for pair in pairs]
         return {name: torch.stack([losses[name] for losses in each]).mean() for name in each[0]}
 
-    def _compare(self, codes_BZhw: Tensor, target_B3HW: Tensor) -> dict[str, Tensor]:
-        """The image losses of decoded codes, means over the images."""
+    def _compare(
+        self, codes_BZhw: Tensor, target_B3HW: Tensor, features_BChw: Sequence[Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """The image losses of decoded codes, means over the images; `features_BChw` are known maps of the target."""
         image, target, shrink = self.system.tokenizer.decode(codes_BZhw), target_B3HW, self.straight_through.shrink
         if shrink > 1:
             image, target = F.avg_pool2d(image, shrink), F.avg_pool2d(target, shrink)
         losses = {"mse": mse_loss(image, target)}
-        if self.perceptual is not None:
+        if isinstance(self.perceptual, EncoderFeatureLoss):
+            losses["perceptual"] = self.perceptual(image, target, features_BChw)
+        elif self.perceptual is not None:
             losses["perceptual"] = self.perceptual(image, target)
         return losses
 

@@ -33,8 +33,8 @@ class Ema:
     def update(self, step: int) -> None:
         """Take in the weights after optimiser step `step` (from 1)."""
         decay = min(self._decay, (1 + step) / (10 + step))
-        for name, parameter in self._parameters.items():
-            self.averages[name].lerp_(parameter.detach().float(), 1.0 - decay)
+        weights = [parameter.detach().float() for parameter in self._parameters.values()]
+        torch._foreach_lerp_(list(self.averages.values()), weights, 1.0 - decay)
 
     @torch.no_grad()
     def load(self, averages: Mapping[str, Tensor]) -> None:

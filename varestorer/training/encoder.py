@@ -1,11 +1,13 @@
-"""The degraded image as the student's input, with gradients to the tokenizer's encoder.
+"""Photographs and degraded images as tokens: in one pass, or with gradients to the tokenizer's encoder.
 
-Shapes: `B` batch, `H W` pixels, `Z` bits per token, `h w` latent positions.
+Shapes: `B` batch, `C` channels, `H W` pixels, `Z` bits per token, `h w` latent positions.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,9 +15,65 @@ from torch import Tensor
 from varestorer.conditioning.pyramid import Condition
 from varestorer.systems.varestorer import VARestorer
 from varestorer.tokenizer import ScaleSchedule, TokenPyramid
+from varestorer.tokenizer.autoencoder import Encoder
 from varestorer.tokenizer.quantisers import Quantiser
 from varestorer.tokenizer.residual import resize_area, resize_bilinear
 from varestorer.utils.images import to_network
+
+
+@dataclass(frozen=True)
+class PairTokens:
+    """Tokens of photographs and of the same images degraded.
+
+    Attributes:
+        photograph: what the teacher sees.
+        condition: what the student sees.
+        features_BChw: the encoder's feature maps of the photographs (`Encoder.features`).
+    """
+
+    photograph: TokenPyramid
+    condition: Condition
+    features_BChw: Sequence[Tensor]
+
+
+@torch.no_grad()
+def pair_tokens(system: VARestorer, hq_B3HW: Tensor, lq_B3HW: Tensor) -> PairTokens:
+    """Tokens of both images of each pair, by one pass through the encoder.
+
+    Args:
+        system: its restorer, if it has one, cleans the degraded images first.
+        hq_B3HW: photographs in [0, 1] of side `system.tile`.
+        lq_B3HW: the same degraded.
+    """
+    cleaned = lq_B3HW if system.restorer is None else system.restorer(lq_B3HW)
+    with levels_kept(system.tokenizer.encoder) as levels:
+        pyramid = system.tokenizer.encode(to_network(torch.cat([hq_B3HW, cleaned])), system.schedule)
+    photograph, degraded = halves(pyramid)
+    condition = system.conditioner.from_pyramid(degraded, system.schedule)
+    return PairTokens(photograph, condition, [level.chunk(2)[0] for level in levels])
+
+
+def halves(pyramid: TokenPyramid) -> tuple[TokenPyramid, TokenPyramid]:
+    """The first and the second half of a batch of tokens."""
+    names = ("indices", "predicted", "cumulative")
+    first, second = (
+        TokenPyramid(*(tuple(scale.chunk(2)[number] for scale in getattr(pyramid, name)) for name in names))
+        for number in range(2)
+    )
+    return first, second
+
+
+@contextmanager
+def levels_kept(encoder: Encoder) -> Iterator[list[Tensor]]:
+    """The list gets the feature maps (`Encoder.features`) of the image that is encoded inside of the block."""
+    kept: list[Tensor] = []
+    modules = [*encoder.levels[:-1], encoder.middle]  # type: ignore[misc]
+    hooks = [module.register_forward_hook(lambda _, inputs, output: kept.append(output)) for module in modules]
+    try:
+        yield kept
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def trained_condition(system: VARestorer, lq_B3HW: Tensor) -> Condition:

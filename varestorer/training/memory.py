@@ -22,8 +22,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from varestorer.training.ema import Ema
-from varestorer.training.optimisers import OptimizerFactory, build_optimizer, clip_gradients
+from varestorer.training.optimisers import OptimizerFactory, build_optimizer
+from varestorer.training.speed import TrainStep
 from varestorer.training.task import Task
 from varestorer.transformer.blocks import Block
 
@@ -143,20 +143,10 @@ def measured_peak(task: Task, optimizer: OptimizerFactory, micro_batch: int, sid
     """
     device = next(task.parameters()).device
     torch.cuda.reset_peak_memory_stats(device)
-    parameters, stepper = task.trainable_parameters(), build_optimizer(task, optimizer)
-    averages = Ema(task.averaged_parameters(), 0.99)
-    images = torch.rand(micro_batch, 3, side, side, device=device)
-    names, keys = [str(number) for number in range(micro_batch)], torch.arange(micro_batch)
-    batch = {"hq": images, "lq": images, "name": names, "key": keys}
-    for step in (1, 2):
-        for _ in range(2):
-            with torch.autocast(device.type, dtype=torch.bfloat16):
-                losses = task(batch, step)
-            losses["loss"].backward()
-        clip_gradients(parameters, 1.0)
-        stepper.step()
-        averages.update(step)
-        stepper.zero_grad()
+    step = TrainStep(task, optimizer, micro_batch, side)
+    for _ in range(2):
+        step.gradients(bf16=True)
+        step.run(bf16=True)
     return int(torch.cuda.max_memory_allocated(device))
 
 

@@ -14,6 +14,18 @@ from varestorer.training.task import Task
 from varestorer.utils.errors import UserError
 
 OptimizerFactory = Callable[[list[dict[str, Any]]], Optimizer]
+FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
+FUSED_ON = ("cpu", "cuda")
+"""Optimisers, and devices, whose whole step is one kernel unless their options choose another way."""
+
+
+def can_fuse(parameter: nn.Parameter) -> bool:
+    """Whether a fused step may have a parameter.
+
+    It goes through memory without a look at strides, and an optimiser's state comes out of a checkpoint contiguous: the
+    kernels of convolutions, kept in channels_last, would meet the state of other elements after a resume.
+    """
+    return parameter.device.type in FUSED_ON and parameter.is_contiguous()
 
 
 def build_optimizer(task: Task, factory: OptimizerFactory) -> Optimizer:
@@ -32,8 +44,11 @@ def build_optimizer(task: Task, factory: OptimizerFactory) -> Optimizer:
     others = [p for name, p in parameters.items() if task.no_decay(name, p)]
     groups: list[dict[str, Any]] = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
     optimizer = factory([group for group in groups if group["params"]])
+    fused = isinstance(optimizer, FUSED) and all(map(can_fuse, parameters.values()))
     for group in optimizer.param_groups:
         group["peak_lr"] = group["lr"]
+        if fused and group["foreach"] is None and group["fused"] is None:
+            group["fused"] = True
     return optimizer
 
 
@@ -44,18 +59,14 @@ def set_learning_rate(optimizer: Optimizer, factor: float) -> float:
     return float(optimizer.param_groups[0]["lr"])
 
 
-def clip_gradients(parameters: Mapping[str, nn.Parameter], max_norm: float | None) -> float:
-    """Scale the gradients down to `max_norm` (2-norm over all of them), unless they are not finite.
+def gradient_norm(parameters: Mapping[str, nn.Parameter]) -> Tensor:
+    """The 2-norm of all gradients together, a scalar on their device: reading it makes the host wait."""
+    return whole(torch.nn.utils.get_total_norm([p.grad for p in parameters.values() if p.grad is not None]))
 
-    Returns:
-        the norm before clipping; not finite (and nothing scaled) when a gradient is not.
-    """
-    graded = [p for p in parameters.values() if p.grad is not None]
-    total = whole(torch.nn.utils.get_total_norm([p.grad for p in graded if p.grad is not None]))
-    norm = float(total)
-    if max_norm is not None and torch.isfinite(total):
-        torch.nn.utils.clip_grads_with_norm_(graded, max_norm, total)
-    return norm
+
+def clip_gradients(parameters: Mapping[str, nn.Parameter], norm: Tensor, max_norm: float) -> None:
+    """Scale the gradients, whose norm is given and finite, down to `max_norm`; the host does not wait."""
+    torch.nn.utils.clip_grads_with_norm_(list(parameters.values()), max_norm, norm)
 
 
 def nonfinite_gradients(parameters: Mapping[str, nn.Parameter]) -> list[str]:

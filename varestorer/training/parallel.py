@@ -18,7 +18,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from varestorer.training.task import Task
-from varestorer.transformer.blocks import Block
+from varestorer.transformer.blocks import Block, BlockContext
+from varestorer.transformer.text import TextContext
 from varestorer.utils.errors import UsageError
 
 
@@ -60,10 +61,28 @@ def shard(task: Task, device: torch.device, bf16: bool = False) -> None:
     held_by_blocks: set[nn.Parameter] = set()
     for block in [module for module in task.modules() if isinstance(module, Block)]:
         fully_shard(block, mesh=mesh, mp_policy=in_blocks)
+        _prepare_whole(block)
         held_by_blocks |= set(block.parameters())
     frozen = {parameter for parameter in task.parameters() if not parameter.requires_grad}
     elsewhere = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
     fully_shard(task, mesh=mesh, mp_policy=elsewhere, ignored_params=frozen - held_by_blocks)
+
+
+def _prepare_whole(block: Block) -> None:
+    """Let a sharded block put its weights together for `prepare` too, when that is called before its forward pass."""
+    prepare = block.prepare
+
+    def prepare_whole(context: TextContext) -> BlockContext:
+        if not isinstance(block.modulation, DTensor):  # the forward pass is going on
+            return prepare(context)
+        assert isinstance(block, FSDPModule)
+        block.unshard()
+        try:
+            return prepare(context)
+        finally:
+            block.reshard()
+
+    block.prepare = prepare_whole  # type: ignore[method-assign]
 
 
 @contextmanager

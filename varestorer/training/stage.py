@@ -17,13 +17,19 @@ from varestorer.training.checkpoint import Checkpointer, Score, Trained
 from varestorer.training.config import Sharding, TrainerConfig
 from varestorer.training.ema import Ema
 from varestorer.training.meter import Meter
-from varestorer.training.optimisers import OptimizerFactory, build_optimizer, clip_gradients, nonfinite_gradients
+from varestorer.training.optimisers import (
+    OptimizerFactory,
+    build_optimizer,
+    clip_gradients,
+    gradient_norm,
+    nonfinite_gradients,
+)
 from varestorer.training.parallel import added_up_later, shard, together
 from varestorer.training.precision import keep_base_in
 from varestorer.training.rng import seed_everything
 from varestorer.training.run import NONFINITE, Run
 from varestorer.training.stopping import StoppedError
-from varestorer.training.task import Batch, Task
+from varestorer.training.task import Batch, Task, to_device
 from varestorer.utils.errors import UsageError, UserError
 from varestorer.weights import storage
 
@@ -106,9 +112,13 @@ class Stage:
                 accelerator.backward(losses["loss"] / count)
             for key, value in losses.items():
                 totals[key] = totals.get(key, 0.0) + value.detach().float() / count
-        asked = torch.tensor(float(bool(self.run.stop.received)), device=accelerator.device)
-        *means, stop = accelerator.reduce(torch.stack([*totals.values(), asked]), reduction="mean").tolist()
-        norm = clip_gradients(self.trained.parameters, self.cfg.clip_norm)
+        asked = torch.full((), float(bool(self.run.stop.received)), device=accelerator.device)
+        means_P = accelerator.reduce(torch.stack([*totals.values(), asked]), reduction="mean")
+        total_norm = gradient_norm(self.trained.parameters)
+        # the only time in a step that the host waits for the device
+        *means, stop, norm = torch.cat([means_P, total_norm.to(means_P)[None]]).tolist()
+        if self.cfg.clip_norm is not None and math.isfinite(norm):
+            clip_gradients(self.trained.parameters, total_norm, self.cfg.clip_norm)
         return Gradients(dict(zip(totals, means, strict=True)), norm, names, keys, stop > 0)
 
     def update(self, gradients: Gradients, step: int) -> None:
@@ -256,5 +266,4 @@ class Stage:
         return torch.autocast(device.type, dtype=torch.bfloat16) if enabled else contextlib.nullcontext()
 
     def _to_device(self, batch: Mapping[str, Any]) -> Batch:
-        device = self.run.accelerator.device
-        return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
+        return to_device(batch, self.run.accelerator.device)

@@ -1,13 +1,15 @@
 """What a stage of training is: its networks, its loss, its preview.
 
 Shapes: `B` samples, `H W` pixels. A batch is what `varestorer.data.build_loader` yields:
-`{"hq": (B,3,H,W), "lq": (B,3,H,W), "name": list of B file names, "key": int64 (B,)}`, images in [0, 1].
+`{"hq": (B,3,H,W), "lq": (B,3,H,W), "name": list of B file names, "key": int64 (B,)}`, images in [0, 1]. The keys stay
+on the host, where they seed what is drawn: reading them from a GPU would wait for all that it was given before.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -16,6 +18,16 @@ from torch import Tensor, nn
 from varestorer.transformer.model import UNDECAYED
 
 Batch = dict[str, Any]
+Watch = Callable[[str], AbstractContextManager[Any]]
+"""Called with the name of a part of a step; what it returns is open while that part is computed."""
+
+
+def to_device(batch: Mapping[str, Any], device: torch.device) -> Batch:
+    """A batch whose tensors are on a device; its keys stay on the host."""
+    return {
+        name: value.to(device, non_blocking=True) if torch.is_tensor(value) and name != "key" else value
+        for name, value in batch.items()
+    }
 
 
 class Task(nn.Module, ABC):
@@ -30,16 +42,18 @@ class Task(nn.Module, ABC):
 
     Attributes:
         name: of the stage; the run's config sets it (`stages: {name: ...}`).
+        watch: opened around each part of `forward`; it does nothing unless somebody measures.
     """
 
     name: str = "task"
+    watch: Watch = nullcontext
 
     @abstractmethod
     def forward(self, batch: Batch, step: int) -> dict[str, Tensor]:
         """Losses of one (micro-)batch.
 
         Args:
-            batch: tensors already on the task's device.
+            batch: images already on the task's device, see `to_device`.
             step: the optimiser step being taken, from 1.
         Returns:
             scalars: `"loss"`, the total that is minimised, and any parts to report beside it (such as `kl`,

@@ -64,24 +64,27 @@ class TeacherTask(Task):
 
     def forward(self, batch: Batch, step: int) -> dict[str, Tensor]:
         system, keys = self.system, batch["key"]
-        with torch.no_grad():
-            features = system.tokenizer.features(to_network(batch["hq"]))
-            corrupt = self._flips(keys) if self.training else None
-            pyramid = system.tokenizer.quantizer(features, system.schedule, corrupt)
+        # drawn while the device has no work yet that the copies would wait for
+        corrupt = self._flips(keys) if self.training else None
+        factors = self._branch_factors(keys, step)
         text = prompts_of(batch, system, self.condition_drop if self.training else 0.0, self.seed)
-        with dropped_paths(system.transformer, self._branch_factors(keys, step)):
+        with self.watch("tokens"), torch.no_grad():
+            pyramid = system.tokenizer.encode(to_network(batch["hq"]), system.schedule, corrupt)
+        with self.watch("transformer forward"), dropped_paths(system.transformer, factors):
             logits = self.logits(pyramid, text, batch)
-        return self._losses(logits, pyramid.labels())
+        with self.watch("cross entropy"):
+            return self._losses(logits, pyramid.labels())
 
     def _losses(self, logits_BLZ2: Tensor, bits_BLZ: Tensor) -> dict[str, Tensor]:
         """Total, cross entropy (nats per bit) and accuracy of all tokens, and both of each scale."""
         loss_BL = bit_cross_entropy(logits_BLZ2, bits_BLZ)
         accuracy_BL = bit_accuracy(logits_BLZ2.detach(), bits_BLZ)
         total = (loss_BL * self.weights_L).sum(dim=1).mean()
-        losses = {"loss": total, "cross_entropy": loss_BL.mean(), "accuracy": accuracy_BL.mean()}
+        loss_L, accuracy_L = loss_BL.detach().mean(dim=0), accuracy_BL.mean(dim=0)
+        losses = {"loss": total, "cross_entropy": loss_L.mean(), "accuracy": accuracy_L.mean()}
         for k, tokens in enumerate(self.system.schedule.slices):
-            losses[f"cross_entropy_{k}"] = loss_BL[:, tokens].mean()
-            losses[f"accuracy_{k}"] = accuracy_BL[:, tokens].mean()
+            losses[f"cross_entropy_{k}"] = loss_L[tokens].mean()
+            losses[f"accuracy_{k}"] = accuracy_L[tokens].mean()
         return losses
 
     def _branch_factors(self, keys: Tensor, step: int) -> Tensor | None:
@@ -99,10 +102,14 @@ class TeacherTask(Task):
 
     def _flips(self, keys: Tensor) -> Corruption:
         """Bit flips whose strength and place depend on sample and scale alone."""
+        num_bits, device = self.system.tokenizer.config.num_bits, self.system.device
+        draws_k = [
+            uniform_per_sample((num_bits * count + 1,), self.seed, keys, f"flip/{number}", device)
+            for number, count in enumerate(self.system.schedule.num_tokens_per_scale)
+        ]
 
         def corrupt(scale_number: int, bits: Tensor) -> Tensor:
-            stream = f"flip/{scale_number}"
-            draws = uniform_per_sample((bits[0].numel() + 1,), self.seed, keys, stream, bits.device)
+            draws = draws_k[scale_number]
             strength = draws[:, 0].view(-1, 1, 1, 1) * self.flip_strength
             return self.system.tokenizer.quantizer.quantiser.flip(bits, draws[:, 1:].view(bits.shape), strength)
 

@@ -40,8 +40,9 @@ class TokenizerWeights:
     entropy: float = 0.0
 
     def total(self, parts: dict[str, Tensor], *names: str) -> Tensor:
-        """The weighted sum of these parts."""
-        return torch.stack([getattr(self, name) * parts[name] for name in names]).sum()
+        """The weighted sum of these parts; no gradient goes through those whose weight is 0."""
+        counted = [name for name in names if getattr(self, name)] or names
+        return torch.stack([getattr(self, name) * parts[name] for name in counted]).sum()
 
 
 class TokenizerTask(Task):
@@ -90,23 +91,28 @@ class TokenizerTask(Task):
     def forward(self, batch: Batch, step: int) -> dict[str, Tensor]:
         tokenizer = self.system.tokenizer
         target = to_network(batch["hq"])
-        features = tokenizer.features(target)
-        pyramid = tokenizer.quantizer(features.detach(), self.system.schedule)
-        is_continuous = self.training and step <= self.continuous_steps
-        codes = features if is_continuous else features + (pyramid.codes - features).detach()
-        image = tokenizer.decode(codes)
-        decided, used = tokenizer.quantizer.quantiser.entropy_terms(features)
-        parts = {
-            "l1": l1_loss(image, target),
-            "mse": mse_loss(image, target),
-            "perceptual": self.perceptual(image, target),
-            "commitment": mse_loss(features, pyramid.codes),
-            "entropy": decided - used,
-        }
-        loss = self.weights.total(parts, *parts)
+        with self.watch("encode"):
+            features = tokenizer.features(target)
+        with self.watch("quantise"):
+            pyramid = tokenizer.quantizer(features.detach(), self.system.schedule)
+            is_continuous = self.training and step <= self.continuous_steps
+            codes = features if is_continuous else features + (pyramid.codes - features).detach()
+        with self.watch("decode"):
+            image = tokenizer.decode(codes)
+        with self.watch("losses"):
+            decided, used = tokenizer.quantizer.quantiser.entropy_terms(features)
+            parts = {
+                "l1": l1_loss(image, target),
+                "mse": mse_loss(image, target),
+                "perceptual": self.perceptual(image, target),
+                "commitment": mse_loss(features, pyramid.codes),
+                "entropy": decided - used,
+            }
+            loss = self.weights.total(parts, *parts)
         if self.adversary is not None and self.training:
-            reconstruction = self.weights.total(parts, "l1", "mse", "perceptual")
-            parts |= self.adversary(image, target, reconstruction, tokenizer.decoder.conv_out.weight, step)
+            with self.watch("adversary"):
+                reconstruction = self.weights.total(parts, "l1", "mse", "perceptual")
+                parts |= self.adversary(image, target, reconstruction, tokenizer.decoder.conv_out.weight, step)
             loss = loss + parts["adversarial"]
         return {"loss": loss, **parts, **self._usage(pyramid)}
 

@@ -125,6 +125,29 @@ def merge_adapters(transformer: nn.Module) -> None:
         attention.adapted_v_bias = attention.use_v_bias = True
 
 
+@torch.no_grad()
+def folded(base: Mapping[str, Tensor], adapters: Mapping[str, Tensor], cross_value_bias: bool) -> dict[str, Tensor]:
+    """Weights of the merged student, as `merge_adapters` makes them, from those of the teacher and of the adapters.
+
+    Needs no network with adapters, and so not peft, which takes longer to import than such a network to load.
+
+    Args:
+        base: of the transformer without adapters, under plain names.
+        adapters: under plain names, `X.lora_down.weight` and `X.lora_up.weight`.
+        cross_value_bias: see `attach_adapters`.
+    """
+    merged = dict(base)
+    layers = {name.removesuffix(".lora_up.weight") for name in adapters if name.endswith(".lora_up.weight")}
+    for layer in layers:
+        weight = base[f"{layer}.weight"]
+        up, down = (adapters[f"{layer}.lora_{way}.weight"].to(weight.dtype) for way in ("up", "down"))
+        merged[f"{layer}.weight"] = weight + up @ down
+    if not cross_value_bias and any(".cross_attention." in layer for layer in layers):
+        biases = [name for name in base if name.endswith(".cross_attention.v_bias")]
+        merged |= {name: torch.zeros_like(base[name]) for name in biases}
+    return merged
+
+
 def plain_state_dict(module: nn.Module) -> dict[str, Tensor]:
     """The module's state dict under plain names."""
     return {plain_name(name): tensor for name, tensor in module.state_dict().items()}

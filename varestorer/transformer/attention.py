@@ -6,6 +6,7 @@ Shapes: `B` batch, `L` tokens, `T` text tokens, `C` width, `N` heads, `D` head d
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -13,9 +14,35 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from varestorer.transformer.layout import TokenLayout
-from varestorer.transformer.rope import rotate
+from varestorer.transformer.masks import BlockCausal
 
 MAX_LOG_SCALE = math.log(100.0)
+SHORTEST = 1e-12
+"""Queries and keys shorter than this are not made longer (normalisation)."""
+
+
+def attend(
+    q_BNLD: Tensor, k_BNLD: Tensor, v_BNLD: Tensor, mask: Tensor | BlockCausal | None, scale: float | None = None
+) -> Tensor:
+    """Scaled dot product attention by torch's fused kernels.
+
+    Args:
+        q_BNLD: queries, of the first tokens where a mask knows more.
+        k_BNLD: keys.
+        v_BNLD: values.
+        mask: bool, True where a query sees a key, in a form that broadcasts to (B, N, L, L_keys); None: all see all.
+        scale: of the products; None for 1 / sqrt(D).
+    Returns:
+        (B, L, N * D), heads side by side.
+    """
+    if isinstance(mask, BlockCausal):
+        calls = mask.calls(q_BNLD.shape[2], k_BNLD.shape[2])
+        parts = [attend(q_BNLD[:, :, q], k_BNLD[:, :, :k], v_BNLD[:, :, :k], part, scale) for q, k, part in calls]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    if mask is not None:
+        mask = mask[..., : q_BNLD.shape[2], :]
+    out = F.scaled_dot_product_attention(q_BNLD, k_BNLD, v_BNLD, attn_mask=mask, scale=scale)
+    return rearrange(out, "b n l d -> b l (n d)")
 
 
 class LayerCache:
@@ -43,6 +70,35 @@ class LayerCache:
         return self.keys[:, :, :end], self.values[:, :, :end]
 
 
+@dataclass(frozen=True)
+class SelfConstants:
+    """What self attention makes of its own vectors.
+
+    Attributes:
+        bias_3C: of queries, keys (zero) and values.
+        scales_N1: factors of the normalised queries (the learned one of each head), then of the keys (1): 2 N rows,
+            float32.
+    """
+
+    bias_3C: Tensor
+    scales_N1: Tensor
+
+
+@dataclass(frozen=True)
+class CrossMemory:
+    """What cross attention makes of the text.
+
+    Attributes:
+        keys_BNTD: one row, or one for each sample.
+        values_BNTD: likewise.
+        key_mask: (B, 1, 1, T) bool or None, see `TextFeatures.key_mask`.
+    """
+
+    keys_BNTD: Tensor
+    values_BNTD: Tensor
+    key_mask: Tensor | None
+
+
 class SelfAttention(nn.Module):
     """Attention on L2-normalised queries and keys with a learned scale per head, rotary positions after it."""
 
@@ -55,20 +111,39 @@ class SelfAttention(nn.Module):
         self.log_scale = nn.Parameter(torch.full((1, num_heads, 1, 1), math.log(4.0)))
         self.proj = nn.Linear(width, width)
 
-    def forward(
-        self, x_BLC: Tensor, layout: TokenLayout, mask: Tensor | None = None, cache: LayerCache | None = None
-    ) -> Tensor:
+    def constants(self) -> SelfConstants:
+        """What does not depend on the tokens."""
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        qkv = self.qkv(x_BLC) + bias
-        q, k, v = rearrange(qkv, "b l (three n d) -> three b n l d", three=3, n=self.num_heads)
-        q = F.normalize(q.float(), dim=-1) * self.log_scale.float().clamp(max=MAX_LOG_SCALE).exp()
-        k = F.normalize(k.float(), dim=-1)
-        q = rotate(q, layout.cos_LD, layout.sin_LD).to(v.dtype)
-        k = rotate(k, layout.cos_LD, layout.sin_LD).to(v.dtype)
+        scale = self.log_scale.float().clamp(max=MAX_LOG_SCALE).exp().view(-1, 1)
+        return SelfConstants(bias, torch.cat([scale, torch.ones_like(scale)]))
+
+    def forward(
+        self,
+        x_BLC: Tensor,
+        constants: SelfConstants,
+        layout: TokenLayout,
+        mask: Tensor | BlockCausal | None = None,
+        cache: LayerCache | None = None,
+        num_outputs: int | None = None,
+    ) -> Tensor:
+        """What each token takes from those it sees; `num_outputs` asks for the first tokens alone."""
+        num_turned = 2 * self.num_heads  # queries and keys, side by side
+        heads = rearrange(self._qkv(x_BLC, constants.bias_3C), "b l (n d) -> b l n d", n=3 * self.num_heads)
+        turned = heads[:, :, :num_turned].float()
+        length = torch.linalg.vector_norm(turned, dim=-1, keepdim=True).clamp(min=SHORTEST)
+        turned = layout.rotate(turned * (constants.scales_N1 / length)).to(heads.dtype)
+        q, k = turned.transpose(1, 2).chunk(2, dim=1)
+        v = heads[:, :, num_turned:].transpose(1, 2)
         if cache is not None:
             k, v = cache.append(k, v)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
-        return self.proj(rearrange(out, "b n l d -> b l (n d)"))
+        return self.proj(attend(q[:, :, :num_outputs], k, v, mask, scale=1.0))
+
+    def _qkv(self, x_BLC: Tensor, bias_3C: Tensor) -> Tensor:
+        """Queries, keys and values; the bias is a part of the product where the layer is a plain one."""
+        if type(self.qkv) is nn.Linear:
+            return F.linear(x_BLC, self.qkv.weight, bias_3C)
+        qkv = self.qkv(x_BLC)
+        return qkv + bias_3C.to(qkv.dtype)
 
 
 class CrossAttention(nn.Module):
@@ -89,12 +164,15 @@ class CrossAttention(nn.Module):
         self.v_bias = nn.Parameter(torch.zeros(width))
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x_BLC: Tensor, memory_BTC: Tensor, key_mask: Tensor | None) -> Tensor:
-        q = rearrange(self.q(x_BLC), "b l (n d) -> b n l d", n=self.num_heads)
+    def memory(self, memory_BTC: Tensor, key_mask: Tensor | None) -> CrossMemory:
+        """Keys and values of the text."""
         k, v = self.kv(memory_BTC).chunk(2, dim=-1)
         if self.use_v_bias:
-            v = v + self.v_bias
-        k = rearrange(k, "b t (n d) -> b n t d", n=self.num_heads)
-        v = rearrange(v, "b t (n d) -> b n t d", n=self.num_heads)
-        out = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, attn_mask=key_mask)
-        return self.proj(rearrange(out, "b n l d -> b l (n d)"))
+            v = (v + self.v_bias).to(k.dtype)
+        k, v = (rearrange(x, "b t (n d) -> b n t d", n=self.num_heads) for x in (k, v))
+        return CrossMemory(k, v, key_mask)
+
+    def forward(self, x_BLC: Tensor, memory: CrossMemory) -> Tensor:
+        q = rearrange(self.q(x_BLC), "b l (n d) -> b n l d", n=self.num_heads)
+        k, v = (x.expand(len(q), -1, -1, -1) for x in (memory.keys_BNTD, memory.values_BNTD))
+        return self.proj(attend(q.to(v.dtype), k, v, memory.key_mask))

@@ -15,8 +15,8 @@ from varestorer.tokenizer.residual import MultiScaleQuantizer, resize_bilinear, 
 from varestorer.tokenizer.schedule import Scale, ScaleSchedule
 from varestorer.transformer.attention import LayerCache
 from varestorer.transformer.layout import TokenLayout, pyramid_layout
-from varestorer.transformer.masks import block_causal_mask, prefix_causal_mask
-from varestorer.transformer.model import VARTransformer
+from varestorer.transformer.masks import BlockCausal, prefix_causal_mask
+from varestorer.transformer.model import PreparedText, VARTransformer
 from varestorer.transformer.sampling import Noise, bits_to_map, select_bits
 from varestorer.transformer.text import TextFeatures
 
@@ -49,6 +49,11 @@ class SamplingOptions:
             raise ValueError(f"cfg and tau need one entry per scale ({num_scales}), got {len(cfg)} and {len(tau)}")
         return list(zip(cfg, tau, strict=True))
 
+    @property
+    def is_guided(self) -> bool:
+        """Whether any scale asks for guidance, so that every sample needs an unconditional twin."""
+        return any(cfg != 1 for cfg in ([self.cfg] if isinstance(self.cfg, int | float) else self.cfg))
+
 
 @dataclass(frozen=True)
 class Prefix:
@@ -68,8 +73,8 @@ class Generation:
     """Result of a `MultiStepGenerator`.
 
     Attributes:
-        bits: of each scale, (B, Z, h, w) bool.
-        codes: their sum, the decoder's input (B, Z, h_K, w_K).
+        bits: of each scale that is known or was generated, (B, Z, h, w) bool.
+        codes: their sum, of all scales the decoder's input (B, Z, h_K, w_K).
         logits: of each generated scale as the network gave them (before temperature and guidance), keyed by scale
             number: (B or 2B, l, Z, 2).
     """
@@ -97,51 +102,62 @@ class MultiStepGenerator:
     resize: Callable[[Tensor, Scale], Tensor] = resize_bilinear
 
     @torch.no_grad()
+    def prepare(self, text: TextFeatures, is_guided: bool, negative: TextFeatures | None = None) -> PreparedText:
+        """What the network needs of the text, computed once: that of a fixed prompt serves many generations.
+
+        Args:
+            text: of the prompts.
+            is_guided: whether the unconditional half follows the prompts.
+            negative: text of the unconditional half; None takes the learned null text.
+        """
+        if is_guided:
+            other = negative or self.transformer.text.null(text.lengths)
+            text = TextFeatures.from_list([*text.to_list(), *other.to_list()])
+        return self.transformer.prepare(text)
+
+    @torch.no_grad()
     def __call__(
         self,
-        text: TextFeatures,
+        text: TextFeatures | PreparedText,
         options: SamplingOptions,
         *,
         noise: Noise | None = None,
         negative: TextFeatures | None = None,
         known_bits: Sequence[Tensor] = (),
         prefix: Prefix | None = None,
+        num_scales: int | None = None,
     ) -> Generation:
-        """Generate.
+        """Generate; the host waits for the device nowhere.
 
         Args:
-            text: of the prompts.
+            text: of the prompts, or what `prepare` made of it for the same guidance.
             options: guidance, temperatures and filters.
             noise: uniform noise per scale; None is greedy.
-            negative: text of the unconditional half; None takes the learned null text.
+            negative: see `prepare`; of no use where the text is prepared.
             known_bits: bits of the first scales, taken as they are; they are read in one pass.
             prefix: tokens seen by all; the unconditional half does not see them.
+            num_scales: scales in the end, the known ones included; None for all.
         """
         settings = options.per_scale(len(self.schedule))
-        batch_size = len(text.lengths)
-        guided = any(cfg != 1 for cfg, _ in settings)
-        if guided:
-            other = negative or self.transformer.text.null(text.lengths)
-            text = TextFeatures.from_list([*text.to_list(), *other.to_list()])
-        context = self.transformer.text(text)
-        layout = pyramid_layout(self.schedule, self.transformer.config.head_dim, context.cond_BC.device)
-        device = context.cond_BC.device
-        unconditional_B = torch.arange(2 * batch_size, device=device) >= batch_size if guided else None
-        view = _View(prefix, unconditional_B)
+        guided = options.is_guided
+        context = self.prepare(text, guided, negative) if isinstance(text, TextFeatures) else text
+        device, batch_size = context.cond_BC.device, len(context.cond_BC) // (2 if guided else 1)
+        layout = pyramid_layout(self.schedule, self.transformer.config.head_dim, device)
+        view = _View(prefix, torch.arange(2 * batch_size, device=device) >= batch_size if guided else None)
         num_keys = self.schedule.num_tokens + (0 if prefix is None else len(prefix.layout))
         cache = [LayerCache(num_keys) for _ in self.transformer.blocks]
 
         total, inputs = self._read(known_bits, batch_size, device)
         bits, logits, start = list(known_bits), {}, 0
-        for k in range(len(bits), len(self.schedule)):
+        for k in range(len(bits), num_scales or len(self.schedule)):
             cfg, tau = settings[k]
             new = layout[start : self.schedule.slices[k].stop]
             tokens, whole, mask = view.first(inputs, new) if start == 0 else (inputs, new, view.later(new))
             start = self.schedule.slices[k].stop
-            tokens = None if tokens is None else tokens.repeat(2 if guided else 1, 1, 1)
+            tokens = tokens.repeat(2, 1, 1) if guided and tokens is not None else tokens
             mix = _mix_after_blocks(cfg, options.insertion_layers, len(cache), batch_size)
-            raw = self.transformer(tokens, context, whole, mask, cache, mix)
-            logits[k] = raw[:, len(new) - self.schedule.num_tokens_per_scale[k] : len(new)]
+            raw = self.transformer(tokens, context, whole, mask, cache, mix, len(new))
+            logits[k] = raw[:, len(new) - self.schedule.num_tokens_per_scale[k] :]
             mixed = _mix_logits(logits[k], cfg if 0 in options.insertion_layers else 1.0, batch_size) / tau
             uniform = None if noise is None else noise(k, tuple(mixed.shape))
             chosen = select_bits(mixed, uniform, options.top_k, options.top_p)
@@ -182,11 +198,12 @@ class _View:
         self.dropped_B = dropped_B
         self.is_prefix_L = torch.zeros(0, dtype=torch.bool)
 
-    def first(self, inputs: Tensor | None, layout: TokenLayout) -> tuple[Tensor | None, TokenLayout, Tensor | None]:
+    def first(
+        self, inputs: Tensor | None, layout: TokenLayout
+    ) -> tuple[Tensor | None, TokenLayout, Tensor | BlockCausal]:
         """Inputs, layout and mask of the first pass, which may hold several scales."""
         if self.prefix is None:
-            has_one_scale = bool((layout.levels_L == layout.levels_L[0]).all())
-            return inputs, layout, None if has_one_scale else block_causal_mask(layout.levels_L)
+            return inputs, layout, BlockCausal.of(layout)
         tokens = self.prefix.tokens_BPZ if inputs is None else torch.cat([inputs, self.prefix.tokens_BPZ], dim=1)
         whole = layout + self.prefix.layout
         self.is_prefix_L = torch.arange(len(whole), device=whole.levels_L.device) >= len(layout)

@@ -2,17 +2,62 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch.nn.functional as F
 from torch import Tensor
+
+from varestorer.transformer.layout import TokenLayout
+
+TOGETHER = 512
+"""Scales that end within so many tokens are attended in one masked call, each later one in a call of its own."""
+
+
+@dataclass(frozen=True)
+class BlockCausal:
+    """A token sees its own and all coarser scales: `block_causal_mask` without the (L, L) matrix.
+
+    The queries of a scale look at the keys up to its end, so that attention needs no mask and leaves out what nobody
+    may see. The small scales, whose calls would cost more than their arithmetic, share one call with a small mask.
+
+    Attributes:
+        ends: tokens up to the end of the small scales, then up to the end of each later one.
+        first_LL: mask among the tokens of the small scales; None if that is a single one.
+    """
+
+    ends: tuple[int, ...]
+    first_LL: Tensor | None
+
+    @classmethod
+    def of(cls, layout: TokenLayout) -> BlockCausal:
+        """The mask of a sequence of scales, coarse to fine."""
+        ends = tuple(accumulate(layout.counts))
+        number = max(sum(end <= TOGETHER for end in ends), 1)
+        first_LL = block_causal_mask(layout.levels_L[: ends[number - 1]]) if number > 1 else None
+        return cls(ends[number - 1 :], first_LL)
+
+    def calls(self, num_queries: int, num_keys: int) -> Iterator[tuple[slice, int, Tensor | None]]:
+        """The queries, the number of keys and the mask of each call of attention.
+
+        Args:
+            num_queries: tokens that ask: the first ones of the sequence; the others are only seen.
+            num_keys: tokens of the sequence, and those before it (of a cache), which all may see.
+        """
+        before = num_keys - self.ends[-1]
+        for start, end in zip((0, *self.ends), self.ends, strict=False):
+            if start >= num_queries:
+                return
+            mask = self.first_LL if start == 0 else None
+            if mask is not None:
+                mask = F.pad(mask[:num_queries], (before, 0), value=True) if before else mask[:num_queries]
+            yield slice(start, min(end, num_queries)), before + end, mask
 
 
 def block_causal_mask(levels_L: Tensor) -> Tensor:
     """A token sees its own and all coarser scales (VAR; the teacher): (L, L) bool."""
     return levels_L[:, None] >= levels_L[None, :]
-
-
-def cross_scale_mask(levels_L: Tensor) -> Tensor | None:
-    """Every token sees every token (VARestorer's cross-scale attention): no mask at all."""
-    return None
 
 
 def prefix_causal_mask(levels_L: Tensor, is_prefix_L: Tensor, dropped_B: Tensor | None = None) -> Tensor:
@@ -32,5 +77,5 @@ def prefix_causal_mask(levels_L: Tensor, is_prefix_L: Tensor, dropped_B: Tensor 
     return (mask_LL & ~(hidden_LL & dropped_B[:, None, None]))[:, None]
 
 
-MASKS = {"cross_scale": cross_scale_mask, "causal": block_causal_mask}
-"""The student's attention by its name in configs."""
+MASKS = ("cross_scale", "causal")
+"""The student's attention by its name in configs: every token sees all (no mask at all), or `BlockCausal`."""

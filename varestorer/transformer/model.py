@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 from varestorer.transformer.adapters import adapters_are_on, adapters_off
 from varestorer.transformer.attention import LayerCache
-from varestorer.transformer.blocks import Block, modulate
+from varestorer.transformer.blocks import Block, BlockContext, modulate
 from varestorer.transformer.layout import TokenLayout
-from varestorer.transformer.text import TextContext, TextFeatures, TextPath
+from varestorer.transformer.masks import BlockCausal
+from varestorer.transformer.text import TextContext, TextFeatures, TextPath, distinct_rows
 
 # Called with (block number, tokens) after each block; returns the tokens that go on.
 AfterBlock = Callable[[int, Tensor], Tensor]
@@ -67,6 +68,27 @@ class TransformerConfig:
         return self.width // self.num_heads
 
 
+@dataclass(frozen=True)
+class PreparedText:
+    """All that a transformer makes of a text before it sees tokens: computed once, used for any number of passes.
+
+    It belongs to the network as it was: with its adapters on or off, in its precision, with its weights. The network
+    refuses it after the adapters are switched or merged or the precision changes; after other changes of the weights
+    it has to be made again by the caller.
+
+    Attributes:
+        cond_BC: pooled text. Prepared for one prompt, it serves tokens of any batch.
+        blocks: what each block needs.
+        head_B1C: gain and shift of the head's norm.
+        state: of the network, see `VARTransformer.text_state`.
+    """
+
+    cond_BC: Tensor
+    blocks: tuple[BlockContext, ...]
+    head_B1C: tuple[Tensor, Tensor]
+    state: tuple[object, ...]
+
+
 class VARTransformer(nn.Module):
     """Predicts the bits of every token. The mask and the layout are arguments: scale-causal for the teacher,
     none for the student."""
@@ -78,7 +100,8 @@ class VARTransformer(nn.Module):
         self.text = TextPath(config.text_width, config.text_length, width)
         self.start = nn.Parameter(torch.zeros(1, 1, width))
         self.word_embed = nn.Linear(config.num_bits, width)
-        self.level_embed = nn.Embedding(config.num_levels, width)
+        # drawing an embedding's weights on the meta device would import sympy and torch's compiler: seconds
+        self.level_embed = nn.Embedding.from_pretrained(torch.zeros(config.num_levels, width), freeze=False)
         self.blocks = nn.ModuleList(Block(width, config.num_heads) for _ in range(config.depth))
         self.head_modulation = nn.Linear(width, 2 * width)
         self.head = nn.Linear(width, 2 * config.num_bits)
@@ -109,7 +132,21 @@ class VARTransformer(nn.Module):
         self.head.weight.mul_(0.02)
         self.head_modulation.weight.mul_(1e-3)
 
-    def embed(self, tokens_BLZ: Tensor | None, context: TextContext, layout: TokenLayout) -> Tensor:
+    def prepare(self, text: TextFeatures | TextContext) -> PreparedText:
+        """Do all that depends on the text and the weights alone; for weights that rest (no gradients are kept back)."""
+        context = self.text(text) if isinstance(text, TextFeatures) else text
+        with self._precision(context.cond_BC.device):
+            blocks = tuple(block.prepare(context) for block in cast(Iterable[Block], self.blocks))
+        head = self._head_norm(context.cond_BC)
+        return PreparedText(context.cond_BC, blocks, head, self.text_state())
+
+    def text_state(self) -> tuple[object, ...]:
+        """What, beside the weights' values, decides what a text becomes: precision, device, adapters."""
+        attention = cast(Block, self.blocks[0]).cross_attention
+        adapters_off = getattr(attention.kv, "disable_adapters", None)
+        return attention.v_bias.dtype, attention.v_bias.device, attention.use_v_bias, adapters_off
+
+    def embed(self, tokens_BLZ: Tensor | None, context: TextContext | PreparedText, layout: TokenLayout) -> Tensor:
         """The sequence that enters block 0.
 
         Args:
@@ -121,7 +158,8 @@ class VARTransformer(nn.Module):
         parts = [] if tokens_BLZ is None else [self.word_embed(tokens_BLZ)]
         num_tokens = 0 if tokens_BLZ is None else tokens_BLZ.shape[1]
         if len(layout) == num_tokens + 1:
-            parts.insert(0, context.cond_BC[:, None] + self.start)
+            batch_size = len(context.cond_BC if tokens_BLZ is None else tokens_BLZ)
+            parts.insert(0, (context.cond_BC[:, None] + self.start).expand(batch_size, -1, -1))
         elif len(layout) != num_tokens:
             raise ValueError(f"layout has {len(layout)} tokens, the inputs {num_tokens} (or one less, for the start)")
         return torch.cat(parts, dim=1) + self.level_embed(layout.levels_L)
@@ -129,34 +167,46 @@ class VARTransformer(nn.Module):
     def forward(
         self,
         tokens_BLZ: Tensor | None,
-        text: TextFeatures | TextContext,
+        text: TextFeatures | TextContext | PreparedText,
         layout: TokenLayout,
-        mask: Tensor | None = None,
+        mask: Tensor | BlockCausal | None = None,
         cache: list[LayerCache] | None = None,
         after_block: AfterBlock | None = None,
+        num_outputs: int | None = None,
     ) -> Tensor:
         """Logits of the bits of every token of the layout.
 
         Args:
             tokens_BLZ: next-scale inputs (`TokenPyramid.inputs` or `.long_inputs`), see `embed`.
-            text: features of the prompts, or the context made from them.
+            text: features of the prompts, the context made from them, or all that is made from them (`prepare`).
             layout: level and position of each token.
-            mask: (L, L_keys) bool, True where attention is allowed; None lets all see all.
+            mask: `BlockCausal`, or (L, L_keys) bool, True where attention is allowed; None lets all see all.
             cache: one entry per block; keys and values are added to it and looked up in it.
             after_block: may change the tokens after each block (guidance inside the network).
+            num_outputs: how many tokens are asked: the first ones, which see the others still; None for all. The last
+                block leaves out what only the others need.
 
         Returns:
-            logits (B, L, Z, 2) float32: the pair [bit is 0, bit is 1].
+            logits (B, L, Z, 2) float32 of the tokens asked: the pair [bit is 0, bit is 1].
+
+        Raises:
+            ValueError: the text was prepared by this network in another state.
         """
         context = self.text(text) if isinstance(text, TextFeatures) else text
+        if isinstance(context, PreparedText) and context.state != self.text_state():
+            raise ValueError("this text was prepared before adapters or precision changed: call prepare(text) again")
         x_BLC = self.embed(tokens_BLZ, context, layout)
+        last = len(self.blocks) - 1
         with self._precision(x_BLC.device):
             for number, block in enumerate(self.blocks):
                 factors = None if self.branch_factors_BD3 is None else self.branch_factors_BD3[:, number]
-                x_BLC = self._run(block, x_BLC, context, layout, mask, cache[number] if cache else None, factors)
+                of_block = context.blocks[number] if isinstance(context, PreparedText) else context
+                past, asked = cache[number] if cache else None, num_outputs if number == last else None
+                x_BLC = self._run(block, x_BLC, of_block, layout, mask, past, factors, asked)
                 if after_block is not None:
                     x_BLC = after_block(number, x_BLC)
-        return self.predict(x_BLC, context.cond_BC)
+        head = context.head_B1C if isinstance(context, PreparedText) else self._head_norm(context.cond_BC)
+        return self._predict(x_BLC, *head)
 
     def _precision(self, device: torch.device) -> AbstractContextManager:
         """Blocks kept in bfloat16 compute their matrix products in it, as the released ones do (spec E)."""
@@ -172,11 +222,17 @@ class VARTransformer(nn.Module):
             return checkpoint(block, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), again))
         return block(*args)
 
-    def predict(self, x_BLC: Tensor, cond_BC: Tensor) -> Tensor:
+    def _head_norm(self, cond_BC: Tensor) -> tuple[Tensor, Tensor]:
+        """Gain and shift of the norm before the head, (B, 1, C) float32."""
+        with _no_autocast(cond_BC.device):
+            cond_BC = distinct_rows(cond_BC).float()
+            scale, shift = self.head_modulation(F.silu(cond_BC))[:, None].chunk(2, dim=-1)
+            return 1 + scale, shift
+
+    def _predict(self, x_BLC: Tensor, gain_B1C: Tensor, shift_B1C: Tensor) -> Tensor:
         """The head, always in float32: logits (B, L, Z, 2) of tokens that left the last block."""
         with _no_autocast(x_BLC.device):
-            scale, shift = self.head_modulation(F.silu(cond_BC.float()))[:, None].chunk(2, dim=-1)
-            logits = self.head(modulate(x_BLC.float(), scale, shift))
+            logits = self.head(modulate(x_BLC.float(), gain_B1C, shift_B1C))
         return rearrange(logits, "b l (z two) -> b l z two", two=2)
 
 

@@ -5,6 +5,7 @@ Shapes: `B` batch, `l` tokens, `Z` bits per token; logits end in the pair [bit i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -72,5 +73,5 @@ def bits_to_map(bits_BlZ: Tensor, scale: Scale) -> Tensor:
 def bit_entropy(logits_BLZ2: Tensor) -> Tensor:
     """Mean entropy of each token's bits, in bits (0 decided, 1 a coin toss): (B, L)."""
     log_p = logits_BLZ2.float().log_softmax(dim=-1)
-    entropy = -(log_p.exp() * log_p).sum(dim=-1) / torch.log(torch.tensor(2.0))
+    entropy = -(log_p.exp() * log_p).sum(dim=-1) / math.log(2)
     return entropy.mean(dim=-1)

@@ -13,6 +13,11 @@ from einops import rearrange
 from torch import Tensor, nn
 
 
+def distinct_rows(x: Tensor) -> Tensor:
+    """A batch, or its first row alone where that stands for all (an expanded tensor)."""
+    return x[:1] if x.stride(0) == 0 else x
+
+
 @dataclass(frozen=True)
 class TextFeatures:
     """Outputs of a text encoder for a batch of prompts.
@@ -39,7 +44,7 @@ class TextFeatures:
         num_tokens = self.features_BTE.shape[1]
         if all(length == num_tokens for length in self.lengths):
             return None
-        lengths = torch.tensor(self.lengths, device=self.features_BTE.device)
+        lengths = torch.tensor(self.lengths).to(self.features_BTE.device, non_blocking=True)
         return (torch.arange(num_tokens, device=lengths.device) < lengths[:, None])[:, None, None]
 
 
@@ -49,7 +54,8 @@ class TextContext:
 
     Attributes:
         cond_BC: pooled text: the start token and the condition of the adaptive norms.
-        modulation_B6C: shared part of the blocks' (gamma, gamma, scale, scale, shift, shift), (B, 1, 6, C).
+        modulation_B6C: shared part of the blocks' (gamma, gamma, scale, scale, shift, shift), (B, 1, 6, C); here and
+            below one row for all where all prompts are one.
         memory_BTC: keys and values of cross attention are made from it.
         key_mask: (B, 1, 1, T) bool or None, see `TextFeatures.key_mask`.
     """
@@ -122,8 +128,8 @@ class TextPath(nn.Module):
         return TextFeatures(self.null_features.expand(batch_size, -1, -1), (len(self.null_features),) * batch_size)
 
     def forward(self, text: TextFeatures) -> TextContext:
-        normed = self.norm(text.features_BTE)
         key_mask = text.key_mask()
+        normed = self.norm(distinct_rows(text.features_BTE) if key_mask is None else text.features_BTE)
         cond_BC = self.pool(normed, key_mask)
         modulation = rearrange(self.modulation(F.silu(cond_BC)), "b (six c) -> b 1 six c", six=6)
-        return TextContext(cond_BC, modulation, self.memory(normed), key_mask)
+        return TextContext(cond_BC.expand(len(text.lengths), -1), modulation, self.memory(normed), key_mask)

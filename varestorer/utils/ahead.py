@@ -1,4 +1,4 @@
-"""Making the next thing while the present one is used."""
+"""Making the next things in other threads while the present one is used."""
 
 from __future__ import annotations
 
@@ -11,17 +11,21 @@ Item = TypeVar("Item")
 Made = TypeVar("Made")
 
 
-def make_ahead(make: Callable[[Item], Made], items: Iterable[Item], depth: int = 1) -> Iterator[Made]:
-    """Yield `make(item)` of each item, in order, made by one other thread that is at most `depth` items ahead.
+def make_ahead(
+    make: Callable[[Item], Made], items: Iterable[Item], depth: int = 1, threads: int = 1, finish: bool = False
+) -> Iterator[Made]:
+    """Yield `make(item)` of each item, in order, made by other threads that are at most `depth` items ahead.
 
     What `make` raises is raised here, at its item's turn; nothing is begun after that, or once the caller stops.
 
     Args:
-        make: called in the other thread.
+        make: called in the other threads.
         items: taken in this thread.
         depth: things made, or being made, that the caller has not asked for yet.
+        threads: how many work; more than `depth + 1` would have nothing to do.
+        finish: make all of the items that were taken even if this ends early.
     """
-    pool = ThreadPoolExecutor(1, thread_name_prefix="ahead")
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="ahead")
     waiting: deque[Future[Made]] = deque()
     try:
         for item in items:
@@ -31,4 +35,4 @@ def make_ahead(make: Callable[[Item], Made], items: Iterable[Item], depth: int =
         while waiting:
             yield waiting.popleft().result()
     finally:
-        pool.shutdown(cancel_futures=True)
+        pool.shutdown(cancel_futures=not finish)

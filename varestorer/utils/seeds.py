@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from varestorer.utils.device import to_device
+
 
 def derive_seed(seed: int, *keys: int | str) -> int:
     """Hash a seed and keys to a new seed, the same on every machine and Python version.
@@ -64,4 +66,4 @@ def uniform_per_sample(
     out = torch.empty((len(numbers), *shape), dtype=torch.float32)
     for row, key in zip(out, numbers, strict=True):
         row.uniform_(generator=torch_generator(seed, stream, key))
-    return out.to(device)
+    return to_device(out, torch.device(device))

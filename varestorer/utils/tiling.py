@@ -9,6 +9,7 @@ Letters: `B` tiles of a batch, `C` channels, `H W` image, `t` side of a tile (pi
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import islice
 from math import ceil, floor
 
@@ -22,6 +23,9 @@ MAX_RESULT_PIXELS = 2**30  # 12 GiB of float32; beyond it a scale is taken for a
 
 Window = Callable[[int, int], Tensor]
 """(side of a tile, overlap) -> positive weights (t,), float64; they need not sum to one."""
+
+Bicubic = Callable[[int, int, int, int, torch.device], tuple[slice, Tensor]]
+"""`_bicubic`, with or without a memory."""
 
 RunTiles = Callable[[Tensor, list[int]], Tensor]
 """(tiles_B3tt, their numbers in row-major order) -> restored tiles (B, C, t, t), any number of channels."""
@@ -98,27 +102,20 @@ class _Axis:
 
     Attributes:
         positions: first pixels of the tiles.
-        profile: weights of a tile (t,), float64.
-        total: sum of the profiles at every pixel, float64.
+        weights: of each tile (t,), float64; those of all tiles sum to one at every pixel.
     """
 
     positions: list[int]
-    profile: Tensor
-    total: Tensor
+    weights: list[Tensor]
 
     @classmethod
-    def cover(cls, length: int, tile: int, overlap: int, window: Window) -> "_Axis":
+    def cover(cls, length: int, tile: int, overlap: int, window: Window, device: torch.device) -> "_Axis":
         positions = tile_positions(length, tile, overlap)
         profile = window(tile, overlap)
         total = torch.zeros(max(length, tile), dtype=torch.float64)
         for start in positions:
             total[start : start + tile] += profile
-        return cls(positions, profile, total)
-
-    def weights(self, number: int) -> Tensor:
-        """Weights of one tile (t,); those of all tiles sum to one at every pixel."""
-        start = self.positions[number]
-        return self.profile / self.total[start : start + len(self.profile)]
+        return cls(positions, [(profile / total[start : start + tile]).to(device) for start in positions])
 
 
 @dataclass(frozen=True)
@@ -127,6 +124,7 @@ class _Grid:
 
     rows: _Axis
     columns: _Axis
+    tile: int
 
     def __len__(self) -> int:
         return len(self.rows.positions) * len(self.columns.positions)
@@ -139,10 +137,12 @@ class _Grid:
     def weights(self, number: int) -> Tensor:
         """Weights of a tile (t, t), float32; those of all tiles sum to one at every pixel."""
         row, column = divmod(number, len(self.columns.positions))
-        return torch.outer(self.rows.weights(row), self.columns.weights(column)).float()
+        return torch.outer(self.rows.weights[row], self.columns.weights[column]).float()
 
 
-def enlarged_tile(image_3HW: Tensor, size: tuple[int, int], top: int, left: int, tile: int) -> Tensor:
+def enlarged_tile(
+    image_3HW: Tensor, size: tuple[int, int], top: int, left: int, tile: int, bicubic: Bicubic | None = None
+) -> Tensor:
     """One square of `resize(image, size, "bicubic")`, made from the pixels that it needs alone.
 
     Weights are computed in float64. Torch resizes float32 images with float32 positions, and Pillow takes its box in
@@ -154,6 +154,7 @@ def enlarged_tile(image_3HW: Tensor, size: tuple[int, int], top: int, left: int,
         top: first row of the square.
         left: first column of the square.
         tile: side of the square; beyond the enlarged image it holds the mirror image.
+        bicubic: remembers the weights of other tiles; None computes them.
     Returns:
         (3, t, t) float32 in [0, 1].
     """
@@ -161,18 +162,18 @@ def enlarged_tile(image_3HW: Tensor, size: tuple[int, int], top: int, left: int,
     if tuple(image_3HW.shape[-2:]) == tuple(size):
         piece = image_3HW[:, top:bottom, left:right].float()
     else:
-        rows, from_rows = _bicubic(image_3HW.shape[-2], size[0], top, bottom)
-        columns, from_columns = _bicubic(image_3HW.shape[-1], size[1], left, right)
-        source = image_3HW[:, rows, columns].float()
-        piece = (from_rows.to(source) @ source @ from_columns.to(source).T).clamp(0, 1)
+        bicubic = bicubic or _bicubic
+        rows, from_rows = bicubic(image_3HW.shape[-2], size[0], top, bottom, image_3HW.device)
+        columns, from_columns = bicubic(image_3HW.shape[-1], size[1], left, right, image_3HW.device)
+        piece = (from_rows @ image_3HW[:, rows, columns].float() @ from_columns.T).clamp(0, 1)
     return pad_reflect(piece, 0, top + tile - bottom, 0, left + tile - right)
 
 
-def _bicubic(length: int, target: int, start: int, stop: int) -> tuple[slice, Tensor]:
+def _bicubic(length: int, target: int, start: int, stop: int, device: torch.device) -> tuple[slice, Tensor]:
     """Pixels start to stop of `length` pixels resized to `target` (Keys' kernel, a = -0.5, widened when shrinking).
 
     Returns:
-        the source pixels needed, S of them, and their weights (stop - start, S), float64, which sum to one.
+        the source pixels needed, S of them, and their weights (stop - start, S), float32, which sum to one.
     """
     step = length / target
     width = max(step, 1.0)
@@ -181,7 +182,7 @@ def _bicubic(length: int, target: int, start: int, stop: int) -> tuple[slice, Te
     x = ((torch.arange(source.start, source.stop) + 0.5 - centre[:, None]) / width).abs()
     near, far = (1.5 * x - 2.5) * x**2 + 1, ((2.5 - 0.5 * x) * x - 4) * x + 2
     weights = torch.where(x < 1, near, torch.where(x < 2, far, 0.0))
-    return source, weights / weights.sum(dim=1, keepdim=True)
+    return source, (weights / weights.sum(dim=1, keepdim=True)).float().to(device)
 
 
 def restore_tiled(
@@ -215,17 +216,21 @@ def restore_tiled(
         raise UserError(f"batch must be at least 1 tile, got {batch}")
     if image_3HW.ndim != 3 or image_3HW.numel() == 0 or min(size) < 1:
         raise UserError(f"an image (3, H, W) with pixels is needed, got {tuple(image_3HW.shape)} for {tuple(size)}")
-    grid = _Grid(*(_Axis.cover(side, tile, overlap, window) for side in size))
+    # outer products of float64 weights, which Apple's GPUs do not know
+    exact = torch.device("cpu") if image_3HW.device.type == "mps" else image_3HW.device
+    rows, columns = (_Axis.cover(side, tile, overlap, window, exact) for side in size)
+    grid = _Grid(rows, columns, tile)
     output_CHW = image_3HW.new_zeros((0, *size), dtype=torch.float32)
+    bicubic = lru_cache(maxsize=128)(_bicubic)  # the tiles of a row share their weights, and so do those of a column
     for numbers in _batched(range(len(grid)), batch):
-        tiles_B3tt = torch.stack([enlarged_tile(image_3HW, size, *grid.corner(n), tile) for n in numbers])
+        tiles_B3tt = torch.stack([enlarged_tile(image_3HW, size, *grid.corner(n), tile, bicubic) for n in numbers])
         output_CHW = _blended(output_CHW, grid, numbers, run(tiles_B3tt, numbers))
     return output_CHW
 
 
 def _blended(output_CHW: Tensor, grid: _Grid, numbers: list[int], restored_BCtt: Tensor) -> Tensor:
     """The output, in place, with a batch of tiles added; without channels yet, it gets those of the tiles."""
-    tile = len(grid.rows.profile)
+    tile = grid.tile
     num_channels = restored_BCtt.shape[1]
     if restored_BCtt.shape != (len(numbers), num_channels, tile, tile):
         raise ValueError(f"{len(numbers)} tiles of side {tile} came back as {tuple(restored_BCtt.shape)}")

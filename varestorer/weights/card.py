@@ -87,7 +87,7 @@ def model_card(
         config: of the bundle: `schedule`, `tokenizer`, `transformer` and `student`.
         files: the bundle's files of tensors and their sizes in bytes.
         sources: SHA-256 of the files that the weights were converted from, by their names.
-        precision: of the transformer's blocks, such as "bf16"; None leaves it out.
+        precision: of the transformer's blocks, or "fp16": in which all is stored; None leaves it out.
     """
     from_release = any(name in TERMS for name in sources)
     return TEMPLATE.format(
@@ -144,7 +144,9 @@ def _sizes(config: Mapping[str, Any], precision: str | None) -> str:
         f"{tokenizer['channels']} channels.",
         f"- Schedule: {', '.join(f'{key} {value}' for key, value in sorted(config['schedule'].items()))}.",
     ]
-    if precision:
+    if precision == "fp16":
+        lines.append("- Stored in fp16, computed in fp32 or, in the transformer's blocks and the decoder, in bf16.")
+    elif precision:
         lines.append(f"- Precision: the transformer's blocks in {precision}, everything else in fp32.")
     return "\n".join(lines)
 

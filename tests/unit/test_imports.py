@@ -1,0 +1,62 @@
+"""What is imported when: libraries that are slow to import are there only where they are used."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from varestorer.commands.benchmark.startup import BASE, HEAVY, content, heavy_modules, table
+from varestorer.systems.varestorer import VARestorer
+from varestorer.utils.errors import UserError
+from varestorer.utils.timing import Timing
+
+REPORT = "\nimport json, sys\nsys.stderr.write('\\nMODULES ' + json.dumps(list(sys.modules)))\n"
+RUN = "import sys\nfrom varestorer.commands import main\nassert main(sys.argv[1:]) == 0"
+RESTORE = """
+import sys, torch
+from varestorer import VARestorer
+for folder in sys.argv[1:]:
+    VARestorer.from_pretrained(folder, merge=True).restore(torch.rand(3, 10, 10))
+"""
+
+
+def imported(code: str, *words: str) -> set[str]:
+    """Those of `HEAVY` that a program imports."""
+    command = [sys.executable, "-c", code + REPORT, *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return set(HEAVY) & set(json.loads(done.stderr.rpartition("MODULES ")[2]))
+
+
+@pytest.mark.parametrize("words", [[], ["--help"], ["--version"], ["convert", "--help"], ["tables", "--help"]])
+def test_the_package_and_its_overview_import_nothing_heavy(words: list[str]) -> None:
+    assert imported(RUN if words else "import varestorer", *words) == set()
+
+
+@pytest.mark.parametrize("command", ["restore", "train", "benchmark"])
+def test_the_help_of_a_command_waits_for_torch_at_most(command: str) -> None:
+    assert imported(RUN, command, "--help") <= {"torch", "hydra"}
+
+
+def test_restoring_imports_torch_and_what_reads_the_bundle(tiny_system: VARestorer, tmp_path: Path) -> None:
+    tiny_system.save_pretrained(tmp_path / "apart")
+    tiny_system.merge_adapters().save_pretrained(tmp_path / "merged")
+    assert imported(RESTORE, str(tmp_path / "apart"), str(tmp_path / "merged")) == {"torch", "huggingface_hub"}
+
+
+def test_the_startup_benchmark_sees_heavy_imports() -> None:
+    assert heavy_modules(["-c", "import matplotlib"]) == ["matplotlib"]
+    assert heavy_modules(["-c", "import varestorer"]) == []
+    with pytest.raises(UserError, match="failed: .*no_such_module"):
+        heavy_modules(["-c", "import no_such_module"])
+
+
+def test_the_startup_report_holds_ratios_and_imports() -> None:
+    timings = {BASE: Timing([2.0, 2.2, 1.8]), "import varestorer": Timing([0.1])}
+    loaded = {BASE: ["torch"], "import varestorer": []}
+    assert content(timings, loaded)["import varestorer"]["ratio_to_import_torch"] == pytest.approx(0.05)
+    lines = table(timings, loaded).splitlines()
+    assert lines[1].split() == ["import", "torch", "2.000", "0.200", "1.00", "torch"]
+    assert lines[2].endswith("0.05  -")

@@ -1,0 +1,292 @@
+"""What a training step leaves out, shares or fuses changes no loss and no gradient; and how steps are measured."""
+
+import json
+from contextlib import AbstractContextManager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from varestorer.commands.benchmark import COMMAND as BENCHMARK
+from varestorer.losses.distillation import distribution_matching_loss
+from varestorer.losses.perceptual import EncoderFeatureLoss, gaussian_band, ms_ssim
+from varestorer.systems.varestorer import VARestorer
+from varestorer.tokenizer import ScaleSchedule
+from varestorer.training.distillation import DistillationTask
+from varestorer.training.encoder import pair_tokens
+from varestorer.training.optimisers import build_optimizer
+from varestorer.training.speed import REST, StepVariant, TrainStep, counted, made_up_batch, measure_steps
+from varestorer.training.task import to_device
+from varestorer.training.teacher import TeacherTask
+from varestorer.training.tokenizer import TokenizerWeights
+from varestorer.utils import rates
+from varestorer.utils.errors import UsageError
+from varestorer.utils.images import to_network
+from varestorer.utils.seeds import torch_generator
+
+CPU = torch.device("cpu")
+ADAMW = partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.1)
+SCHEDULE = ScaleSchedule.build(sides=[1, 2, 4])
+
+
+def task_of(system: VARestorer, **options: Any) -> DistillationTask:
+    return DistillationTask(system, perceptual="features", condition_drop=0.0, **options).train()  # type: ignore[return-value]
+
+
+def batch_of(system: VARestorer, size: int = 2) -> dict[str, Any]:
+    return made_up_batch(size, system.tile, CPU)
+
+
+def test_nothing_before_the_first_adapter_needs_a_gradient(tiny_system: VARestorer) -> None:
+    entering, leaving = [], []
+    first = tiny_system.transformer.blocks[0]
+    first.register_forward_pre_hook(lambda _, inputs: entering.append(inputs[0].requires_grad))
+    first.register_forward_hook(lambda _, inputs, output: leaving.append(output.requires_grad))
+    task_of(tiny_system)(batch_of(tiny_system), 1)["loss"].backward()
+    assert entering == [False, False]  # of the teacher and of the student
+    assert leaving == [False, True]
+    down, up = (getattr(first.self_attention.qkv, name).student.weight.grad for name in ("lora_A", "lora_B"))
+    assert down.any() and up.any()
+
+
+def test_frozen_weights_take_no_gradients(tiny_system: VARestorer) -> None:
+    task = task_of(tiny_system)
+    task(batch_of(tiny_system), 1)["loss"].backward()
+    trained = task.trainable_parameters()
+    held = {name.removeprefix("system.") for name, p in task.named_parameters() if p.grad is not None}
+    assert held == set(trained)
+
+
+def test_the_decoders_backward_pass_costs_no_more_than_its_forward_pass(tiny_system: VARestorer) -> None:
+    task_of(tiny_system)
+    codes = torch.randn(1, 8, 4, 4, generator=torch_generator(0), requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        image = tiny_system.tokenizer.decode(codes)
+        forward = counter.get_total_flops()
+        image.square().mean().backward()
+    assert codes.grad is not None
+    assert counter.get_total_flops() == 2 * forward  # with gradients of the weights it would be three times as much
+
+
+def test_both_images_of_a_pair_in_one_pass_are_the_same_tokens(tiny_system: VARestorer) -> None:
+    batch = batch_of(tiny_system, 3)
+    tokens = pair_tokens(tiny_system, batch["hq"], batch["lq"])
+    photograph, condition = tiny_system.encode(batch["hq"]), tiny_system.condition(batch["lq"])
+    assert torch.equal(tokens.photograph.labels(), photograph.labels())
+    assert torch.allclose(tokens.photograph.inputs(), photograph.inputs(), atol=1e-6)
+    assert torch.allclose(tokens.condition.tokens_BLZ, condition.tokens_BLZ, atol=1e-6)
+    assert tokens.condition.layout is condition.layout
+    wanted = tiny_system.tokenizer.encoder.features(to_network(batch["hq"]))
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(tokens.features_BChw, wanted, strict=True))
+
+
+def test_the_restorer_cleans_only_degraded_images(tiny_system: VARestorer) -> None:
+    class Inverter(torch.nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return 1 - images
+
+    tiny_system.restorer = tiny_system.conditioner.restorer = Inverter()  # type: ignore[assignment]
+    batch = batch_of(tiny_system)
+    tokens = pair_tokens(tiny_system, batch["hq"], batch["lq"])
+    assert torch.equal(tokens.photograph.labels(), tiny_system.encode(batch["hq"]).labels())
+    assert torch.equal(tokens.condition.pyramid.labels(), tiny_system.encode(1 - batch["lq"]).labels())
+
+
+def test_the_encoder_runs_once_for_both_images_and_once_for_the_prediction(
+    tiny_system: VARestorer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = tiny_system.tokenizer.encoder
+    sizes, features = [], encoder.features
+    monkeypatch.setattr(encoder, "features", lambda images: sizes.append(len(images)) or features(images))
+    shared = task_of(tiny_system)(batch_of(tiny_system), 1)
+    assert sizes == [4, 2]
+    sizes.clear()
+    apart = task_of(tiny_system, straight_through={"image_slices": True})(batch_of(tiny_system), 1)
+    assert sizes == [4, 1, 1, 1, 1]
+    assert shared["perceptual"].item() == pytest.approx(apart["perceptual"].item(), abs=1e-5)
+
+
+def test_known_features_of_the_target_give_the_same_loss() -> None:
+    loss = EncoderFeatureLoss(lambda image: [F.avg_pool2d(image, 2), image[:, :2]])
+    pred, target = torch.rand(2, 2, 3, 8, 8, generator=torch_generator(0))
+    assert torch.equal(loss(pred, target), loss(pred, target, loss.encoder(target)))
+
+
+@pytest.mark.parametrize("reduction", ["scale", "token"])
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+def test_divergence_by_margins_is_that_of_log_softmaxes(direction: str, reduction: str) -> None:
+    drawn = torch.randn(2, 3, SCHEDULE.num_tokens, 8, 2, generator=torch_generator(0)) * 4
+    drawn[:, 0, 0, 0] = torch.tensor([[60.0, -60.0], [-60.0, 60.0]])  # sure of opposite bits
+    teacher, student = drawn[0], drawn[1].requires_grad_()
+    found = distribution_matching_loss(teacher, student, SCHEDULE, direction, 1.0, reduction)
+    p, q = (x.log_softmax(dim=-1) for x in ((teacher, student) if direction == "forward" else (student, teacher)))
+    kl_BLZ = (p.exp() * (p - q)).sum(dim=-1)
+    wanted = kl_BLZ.mean() if reduction == "token" else sum(kl_BLZ[:, tokens].mean() for tokens in SCHEDULE.slices)
+    assert found.item() == pytest.approx(wanted.item(), rel=1e-5)  # type: ignore[union-attr]
+    gradients = [torch.autograd.grad(loss, student)[0] for loss in (found, wanted)]  # type: ignore[list-item]
+    assert torch.allclose(*gradients, atol=1e-6)
+
+
+def test_divergence_stays_in_float32_under_autocast() -> None:
+    teacher, student = torch.randn(2, 2, SCHEDULE.num_tokens, 8, 2, generator=torch_generator(0))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        lowered = distribution_matching_loss(teacher, student, SCHEDULE)
+    assert torch.equal(lowered, distribution_matching_loss(teacher, student, SCHEDULE))
+
+
+@pytest.mark.parametrize(("height", "width", "window"), [(20, 15, 11), (12, 12, 5)])
+def test_blur_by_matrices_is_the_separable_convolution(height: int, width: int, window: int) -> None:
+    image = torch.rand(1, 1, height, width, generator=torch_generator(0))
+    kernel = gaussian_band(window, window, CPU)[0]
+    wanted = F.conv2d(F.conv2d(image, kernel.view(1, 1, -1, 1)), kernel.view(1, 1, 1, -1))
+    found = gaussian_band(height, window, CPU) @ image @ gaussian_band(width, window, CPU).T
+    assert torch.allclose(found, wanted, atol=1e-6)
+    assert kernel.sum().item() == pytest.approx(1.0)
+    assert torch.equal(kernel, kernel.flip(0))
+
+
+def test_what_is_kept_for_the_blur_serves_training_after_restoring() -> None:
+    gaussian_band.cache_clear()
+    images = torch.rand(1, 3, 16, 16, generator=torch_generator(0))
+    with torch.inference_mode():
+        ms_ssim(images, images)
+    ms_ssim(images.clone().requires_grad_(), images.flip(-1)).sum().backward()
+
+
+def test_the_optimiser_is_one_kernel_and_takes_the_same_steps(tiny_system: VARestorer) -> None:
+    task = task_of(tiny_system)
+    fused = build_optimizer(task, ADAMW)
+    plain = [p.detach().clone().requires_grad_() for p in task.trainable_parameters().values()]
+    other = ADAMW(plain)
+    names = list(task.trainable_parameters())
+    assert all(group["fused"] for group in fused.param_groups)
+    assert not any(task.no_decay(name, p) for name, p in task.trainable_parameters().items())
+    for step in range(3):
+        for name, parameter, twin in zip(names, task.trainable_parameters().values(), plain, strict=True):
+            parameter.grad = torch.randn(parameter.shape, generator=torch_generator(step, name))
+            twin.grad = parameter.grad.clone()
+        fused.step(), other.step()
+    pairs = zip(task.trainable_parameters().values(), plain, strict=True)
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in pairs)
+
+
+def test_a_chosen_way_of_stepping_is_kept(tiny_system: VARestorer) -> None:
+    task = task_of(tiny_system)
+    chosen = build_optimizer(task, partial(torch.optim.AdamW, foreach=True))
+    assert all(group["foreach"] and not group["fused"] for group in chosen.param_groups)
+    assert not any(group.get("fused") for group in build_optimizer(task, torch.optim.Adagrad).param_groups)
+    on_meta = build_optimizer(DistillationTask(tiny_system, perceptual="ms_ssim").to("meta"), ADAMW)  # type: ignore[arg-type]
+    assert not any(group["fused"] for group in on_meta.param_groups)
+
+
+def test_parts_that_weigh_nothing_get_no_gradient() -> None:
+    value = torch.tensor(2.0, requires_grad=True)
+    dead = torch.tensor(0.0, requires_grad=True)
+    parts = {"mse": value * 3, "entropy": dead.sqrt()}  # whose gradient at 0 is infinite
+    TokenizerWeights(mse=0.5, entropy=0.0).total(parts, *parts).backward()
+    assert value.grad is not None and value.grad.item() == 1.5
+    assert dead.grad is None
+    assert TokenizerWeights(mse=0.0).total(parts, *parts).item() == 0.0
+
+
+def test_keys_stay_on_the_host() -> None:
+    batch = to_device({"hq": torch.zeros(1, 3, 2, 2), "key": torch.arange(1), "name": ["x"]}, torch.device("meta"))
+    assert batch["hq"].is_meta and not batch["key"].is_meta and batch["name"] == ["x"]
+
+
+def test_variants_are_named_by_their_means() -> None:
+    assert StepVariant.parse("eager") == StepVariant()
+    wanted = StepVariant(bf16=True, checkpoint=True, compile=True, slices=True, crop=256)
+    assert StepVariant.parse("bf16+checkpoint+compile+slices+crop256") == wanted
+    for wrong in ("fast", "crop", "cropx", "bf16+"):
+        with pytest.raises(UsageError, match=r"joins some of eager, bf16, .*, crop256 .* by \+, got"):
+            StepVariant.parse(wrong)
+
+
+@pytest.fixture
+def step(tiny_system: VARestorer) -> TrainStep:
+    task = DistillationTask(tiny_system, {"mse": 1.0, "perceptual": 0.0}, condition_drop=0.0)
+    return TrainStep(task, ADAMW, 2, tiny_system.tile)
+
+
+def test_variants_take_turns_and_their_parts_make_up_the_step(step: TrainStep) -> None:
+    variants = {name: StepVariant.parse(name) for name in ("eager", "bf16", "checkpoint", "crop16")}
+    asked = []
+    speeds = measure_steps(step, variants, 3, 1, lambda work, device: asked.append(work()) or 7)
+    assert len(asked) == len(variants)
+    for speed in speeds.values():
+        assert len(speed.whole.seconds) == 3
+        sums = [sum(part.seconds[turn] for part in speed.parts.values()) for turn in range(3)]
+        assert sums == pytest.approx(speed.whole.seconds)
+        assert {"tokens", "teacher forward", "student forward", "backward", "optimiser", REST} <= set(speed.parts)
+        assert speed.images_per_second == pytest.approx(2 / speed.whole.median)
+        assert speed.peak_bytes == 7
+    assert isinstance(step.task.watch("x"), AbstractContextManager)
+    assert "watch" not in vars(step.task)
+
+
+def test_model_operations_count_nothing_twice(step: TrainStep) -> None:
+    plain = counted(step, StepVariant())
+    assert counted(step, StepVariant(checkpoint=True, slices=True)) == plain
+    cropped = counted(step, StepVariant(crop=16))
+    assert cropped["image losses"] * 4 == plain["image losses"] > 0
+    assert cropped["student forward"] == plain["student forward"] > 0
+    assert plain["backward"] > 0 and plain[REST] == 0
+
+
+def test_checkpointing_is_switched_for_its_variant_alone(step: TrainStep) -> None:
+    transformer = step.task.system.transformer  # type: ignore[union-attr]
+    for wanted in (True, False):
+        with step.prepared(StepVariant(checkpoint=wanted)):
+            assert transformer.checkpoint_activations is wanted
+
+
+def test_a_base_in_bfloat16_is_for_bfloat16_variants(tiny_system: VARestorer) -> None:
+    step = TrainStep(TeacherTask(tiny_system), ADAMW, 1, tiny_system.tile)
+    with (
+        pytest.raises(UsageError, match="are of distillation; TeacherTask has none"),
+        step.prepared(StepVariant(crop=8)),
+    ):
+        pass
+    step = TrainStep(task_of(tiny_system), ADAMW, 1, tiny_system.tile, bf16_base=True)
+    for bf16, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        with step.prepared(StepVariant(bf16=bf16)):
+            step.run(bf16)
+            assert tiny_system.transformer.blocks[0].ffn.fc1.weight.dtype == dtype
+
+
+@pytest.mark.smoke
+def test_the_command_writes_what_it_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(rates.MATRIX_SIDES, "cpu", (64,))
+    words = ["what=train_step", "train=quickstart", "model=tiny", "device=cpu", "repeats=2", "warmup=1"]
+    variants = ["variants=[eager,bf16]", 'overrides=["stages.student.task.perceptual=ms_ssim"]', "batch=[1,2]"]
+    assert BENCHMARK.main([*words, *variants, f"out={tmp_path}"]) == 0
+    content = json.loads((tmp_path / "benchmark.json").read_text())
+    assert [(row["variant"], row["batch"]) for row in content["steps"]] == [
+        (name, batch) for batch in (1, 2) for name in ("eager", "bf16")
+    ]
+    one, two = content["steps"][0], content["steps"][2]
+    assert two["model_flops"] == pytest.approx(2 * one["model_flops"], rel=0.1)
+    row = content["steps"][1]
+    assert row["mfu"] == pytest.approx(row["model_flops"] / row["seconds"] / content["matrix_rate"]["bfloat16"])
+    assert (tmp_path / "benchmark.png").stat().st_size > 1000
+    assert "images/s" in capsys.readouterr().out
+
+
+@pytest.mark.gpu
+def test_the_host_never_waits_within_a_forward_and_backward_pass(tiny_system: VARestorer) -> None:
+    task = task_of(tiny_system.to("cuda"), straight_through={"gumbel": False})
+    step = TrainStep(task, ADAMW, 2, tiny_system.tile)
+    for _ in range(2):
+        step.run(bf16=True)  # layouts and masks are made once
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step.run(bf16=True)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

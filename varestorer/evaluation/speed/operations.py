@@ -1,0 +1,134 @@
+"""Floating-point operations of the networks, by formula from their sizes.
+
+Two operations for a multiplication with its addition, and nothing for norms and activations, as torch's counter has
+it. The formulas follow the description of the networks and know nothing of the code, so that the two check each other.
+
+Shapes: `B` batch, `L` tokens, `T` text tokens, `C` width, `E` width of the text encoder, `Z` bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from varestorer.tokenizer import TokenizerConfig
+from varestorer.transformer import TransformerConfig
+from varestorer.transformer.blocks import ffn_width
+
+
+def linear(rows: int, inputs: int, outputs: int) -> int:
+    """A product of matrices (rows, inputs) x (inputs, outputs)."""
+    return 2 * rows * inputs * outputs
+
+
+def attention(queries: int, keys: int, width: int) -> int:
+    """Scores and weighted sum, all heads together."""
+    return 2 * linear(queries, width, keys)
+
+
+def convolution(positions: int, inputs: int, outputs: int, side: int = 3) -> int:
+    """A convolution of a side x side kernel at a number of output positions."""
+    return linear(positions, inputs * side**2, outputs)
+
+
+def transformer_flops(
+    config: TransformerConfig, num_tokens: int, num_text: int, num_predicted: int, rank: int = 0
+) -> int:
+    """One pass over a sequence in which all tokens see all, the text's part included.
+
+    Args:
+        config: sizes.
+        num_tokens: L, the start token included.
+        num_text: T.
+        num_predicted: tokens that the last block hands on to the head; the others it only makes keys and values of.
+        rank: of adapters that are not merged, on all layers of the attentions and none of the feed-forward.
+    """
+    width, bits = config.width, config.num_bits
+    blocks = (config.depth - 1) * _block_flops(width, num_tokens, num_tokens, num_text, rank)
+    blocks += _block_flops(width, num_tokens, num_predicted, num_text, rank)
+    ends = linear(num_tokens - 1, bits, width) + linear(num_predicted, width, 2 * bits)
+    return blocks + ends + text_flops(config, num_text, rank)
+
+
+def text_flops(config: TransformerConfig, num_text: int, rank: int = 0) -> int:
+    """What does not depend on the tokens: the text path, every block's keys and values of it, the head's modulation."""
+    width, text = config.width, config.text_width
+    pool = linear(num_text, text, 2 * width) + attention(1, num_text, width) + linear(1, width, width)
+    memory = linear(num_text, text, width) + linear(num_text, width, width)
+    of_block = linear(num_text, width, 2 * width) + linear(num_text, rank, 3 * width)
+    return pool + memory + linear(1, width, 6 * width) + linear(1, width, 2 * width) + config.depth * of_block
+
+
+def _block_flops(width: int, num_tokens: int, num_outputs: int, num_text: int, rank: int) -> int:
+    """A block that looks at all its tokens and hands on some; its keys and values of the text are there."""
+    after = 3 * linear(1, width, width) + 2 * linear(1, width, ffn_width(width))
+    adapters = num_tokens * linear(1, rank, 4 * width) + num_outputs * 3 * linear(1, rank, 2 * width)
+    of_tokens = num_tokens * linear(1, width, 3 * width) + num_outputs * after
+    return of_tokens + attention(num_outputs, num_tokens, width) + attention(num_outputs, num_text, width) + adapters
+
+
+def encoder_flops(config: TokenizerConfig, side: int) -> int:
+    """The tokenizer's encoder on a square of `side` pixels."""
+    side //= config.patch_size
+    widths = [config.channels * multiplier for multiplier in config.multipliers]
+    flops, width = convolution(side**2, 3 * config.patch_size**2, config.channels), config.channels
+    for level, outputs in enumerate(widths):
+        flops += _res_blocks(side**2, width, outputs, config.num_encoder_blocks)
+        width = outputs
+        if level < len(widths) - 1:
+            side //= 2
+            flops += convolution(side**2, width, width)
+    return flops + _res_blocks(side**2, width, width, 2) + convolution(side**2, width, config.num_bits)
+
+
+def decoder_flops(config: TokenizerConfig, side: int) -> int:
+    """The tokenizer's decoder to a square of `side` pixels."""
+    side //= config.stride
+    widths = [config.channels * multiplier for multiplier in reversed(config.multipliers)]
+    width = widths[0]
+    flops = convolution(side**2, config.num_bits, width) + _res_blocks(side**2, width, width, 2)
+    for level, outputs in enumerate(widths):
+        flops += _res_blocks(side**2, width, outputs, config.num_decoder_blocks)
+        width = outputs
+        if level < len(widths) - 1:
+            side *= 2
+            flops += convolution(side**2, width, width)
+    return flops + convolution(side**2, width, 3 * config.patch_size**2)
+
+
+def swinir_flops(sizes: Mapping[str, Any], side: int) -> int:
+    """A SwinIR that folds pixels into channels, on a square of `side` pixels.
+
+    Args:
+        sizes: as `conditioning.restorer.PUBLISHED_SIZES`.
+        side: multiple of the window and of the folding.
+    """
+    width, hidden, num_features = sizes["embed_dim"], int(sizes["embed_dim"] * sizes["mlp_ratio"]), 64
+    fold, window = sizes["start_unshuffle"], sizes["window_size"]
+    tokens = (side // fold) ** 2
+    layer = tokens * (linear(1, width, 4 * width) + 2 * linear(1, width, hidden) + attention(1, window**2, width))
+    body = sum(depth * layer + convolution(tokens, width, width) for depth in sizes["depths"])
+    ends = convolution(tokens, 3 * fold**2, width) + convolution(tokens, width, width)
+    flops = ends + body + convolution(tokens, width, num_features)
+    for doubling in range(1, sizes["upscale"].bit_length()):
+        flops += convolution(tokens * 4**doubling, num_features, num_features)
+    return flops + convolution(side**2, num_features, num_features) + convolution(side**2, num_features, 3)
+
+
+def t5_flops(config: Any, num_tokens: int) -> int:
+    """A gated T5 encoder on one prompt.
+
+    Args:
+        config: transformers' `T5Config`.
+        num_tokens: of the prompt.
+    """
+    inner = config.num_heads * config.d_kv
+    layer = linear(num_tokens, config.d_model, 4 * inner) + 3 * linear(num_tokens, config.d_model, config.d_ff)
+    return int(config.num_layers * (layer + attention(num_tokens, num_tokens, inner)))
+
+
+def _res_blocks(positions: int, inputs: int, outputs: int, number: int) -> int:
+    """Blocks of two 3x3 convolutions; a 1x1 one where the first changes the width."""
+    shortcut = convolution(positions, inputs, outputs, side=1) if inputs != outputs else 0
+    first = convolution(positions, inputs, outputs) + shortcut + convolution(positions, outputs, outputs)
+    return first + (number - 1) * 2 * convolution(positions, outputs, outputs)

@@ -1,0 +1,82 @@
+"""What a device can do at best, measured: products of matrices and copies; and what it is called.
+
+A share of a rate measured in the same run says more than one of a data sheet: it holds the clocks, the power limit and
+the neighbours of that run.
+"""
+
+from __future__ import annotations
+
+import platform
+import re
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from varestorer.utils.seeds import torch_generator
+from varestorer.utils.timing import in_turns
+
+MATRIX_SIDES = {"cuda": (4096, 8192), "mps": (2048, 4096), "cpu": (512, 1024)}
+COPY_BYTES = {"cuda": 2**30, "mps": 2**28, "cpu": 2**26}
+REPEATS, WARMUP = 10, 3
+LIBRARIES = ("torch", "torchvision", "transformers", "accelerate", "spandrel", "pillow", "numpy")
+CPUINFO = Path("/proc/cpuinfo")
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Floating-point operations a second of the fastest product of square matrices, of two sizes.
+
+    Args:
+        device: in its present state. Float32 on CUDA follows torch's setting for TF32; that of convolutions is another,
+            so that they may exceed this rate.
+        dtype: of the factors.
+    """
+    rates = []
+    for side in MATRIX_SIDES.get(device.type, MATRIX_SIDES["cpu"]):
+        drawn = torch.randn(2, side, side, generator=torch_generator(0, "matrix rate"))
+        left, right = drawn.to(device, dtype)
+        out = torch.empty_like(left)
+        product = partial(torch.mm, left, right, out=out)
+        timing = in_turns({"product": product}, REPEATS, WARMUP, device)
+        rates.append(2 * side**3 / min(timing["product"].seconds))
+    return max(rates)
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes a second of the fastest copy from memory to memory of a device, read and written ones together."""
+    size = COPY_BYTES.get(device.type, COPY_BYTES["cpu"])
+    source = torch.zeros(size, dtype=torch.uint8, device=device)
+    target = torch.ones_like(source)
+    timing = in_turns({"copy": lambda: target.copy_(source)}, REPEATS, WARMUP, device)
+    return 2 * size / min(timing["copy"].seconds)
+
+
+def device_description(device: torch.device) -> str:
+    """The device in a few words, such as `NVIDIA H200 (139.8 GiB, 132 multiprocessors)`."""
+    if device.type == "cuda":
+        found = torch.cuda.get_device_properties(device)
+        return f"{found.name} ({found.total_memory / 2**30:.1f} GiB, {found.multi_processor_count} multiprocessors)"
+    threads = f"{torch.get_num_threads()} thread{'s' if torch.get_num_threads() > 1 else ''}"
+    return f"{_processor()} ({threads})" if device.type == "cpu" else f"Apple GPU ({platform.machine()})"
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of Python, of CUDA where it can be used, and of the libraries that do the work."""
+    found = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    if torch.cuda.is_available():
+        found["cuda"] = str(torch.version.cuda)
+        found["cudnn"] = str(torch.backends.cudnn.version())
+    return found
+
+
+def _processor() -> str:
+    """The name of the processor."""
+    text = CPUINFO.read_text(encoding="utf-8") if CPUINFO.is_file() else ""
+    named = re.search(r"^model name\s*:\s*(.+)$", text, flags=re.MULTILINE)
+    return named[1] if named else platform.processor() or platform.machine()

@@ -169,8 +169,8 @@ def test_checkpoint(root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
         def merge_adapters(self) -> None:
             self.is_merged = True
 
-        def restore(self, image: torch.Tensor, scale: int = 4, *, seed: int = 0) -> SimpleNamespace:
-            assert self.is_merged
+        def restore(self, image: torch.Tensor, scale: int = 4, *, seed: int = 0, steps: str = "one") -> SimpleNamespace:
+            assert self.is_merged and steps == "one"
             return SimpleNamespace(image=resize(image, (image.shape[1] * scale, image.shape[2] * scale)))
 
     torch.manual_seed(0)
@@ -192,8 +192,8 @@ def test_checkpoint(root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     [
         (["method=bicubic", "data.root=/nowhere"], "/nowhere"),
         (["method=bicubic", "metrics=[pnsr]"], "no metric 'pnsr'; did you mean psnr"),
-        (["method=nearest"], "method must be one of bicubic, spandrel, got 'nearest'"),
-        (["method=spandrel"], "method=spandrel and model_path=FILE go together"),
+        (["method=nearest"], "method must be one of bicubic, spandrel, tokenizer, got 'nearest'"),
+        (["method=spandrel"], "method=spandrel needs model_path=FILE"),
         (["method=spandrel", "model_path=/nowhere.pth"], "/nowhere.pth is no file"),
         (["method=bicubic", "batch=0"], "batch must be at least 1, got batch=0"),
         (["method=bicubic", "scale=0"], "scale must be at least 1, got scale=0"),
@@ -206,7 +206,9 @@ def test_checkpoint(root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
         (["method=bicubic", "protocol=paper"], "paper"),
         (["method=bicubic", "predictions=x"], "got predictions and method"),
         (["predictions=/nowhere"], "/nowhere is not a folder"),
-        ([], "give one of ckpt=, predictions= and method="),
+        (["ckpt=x", "method=bicubic"], "give one of ckpt=, predictions= and method="),
+        (["method=bicubic", "model_path=x"], "model_path= is for method=spandrel and method=tokenizer"),
+        (["method=bicubic", "steps=multi"], "steps= is for ckpt=MODEL"),
     ],
 )
 def test_wrong_commands(words: list[str], message: str, root: Path, capsys: pytest.CaptureFixture[str]) -> None:

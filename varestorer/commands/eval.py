@@ -18,29 +18,41 @@ from varestorer.evaluation.progress import Progress
 from varestorer.evaluation.protocols import Protocol, load_protocol
 from varestorer.evaluation.records import write_records
 from varestorer.evaluation.results import Evaluation, Pair
-from varestorer.evaluation.sources import BicubicSource, FolderSource, KnownSource, SystemSource, weights_digest
+from varestorer.evaluation.sources import (
+    BicubicSource,
+    FolderSource,
+    KnownSource,
+    ReconstructionSource,
+    SystemSource,
+    weights_digest,
+)
 from varestorer.evaluation.wandb_log import log_to_wandb
 from varestorer.utils.errors import UsageError, UserError
+from varestorer.weights.shipped import DEFAULT
 
 log = logging.getLogger(__name__)
 
 SOURCES = ("ckpt", "predictions", "method")
-METHODS = ("bicubic", "spandrel")
+METHODS = ("bicubic", "spandrel", "tokenizer")
 SHOWN_FAILURES = 20
 BATCH_ON_ACCELERATORS = 8
 
 HELP = """
 Score restored images against their references, per image and on average.
 
-usage: python scripts/eval.py dataset=NAME data.root=FOLDER (ckpt=... | predictions=... | method=...)
+usage: python scripts/eval.py dataset=NAME data.root=FOLDER [ckpt=... | predictions=... | method=...]
 
 what is scored
   ckpt=MODEL             restore the data set with this network and score it: a run's folder, a bundle's folder or
-                         hub name, or the published varestorer.pth
+                         hub name, or the published varestorer.pth (default: the shipped model)
   predictions=FOLDER     score images that somebody else made, matched by file stem
   method=bicubic         score bicubic upsampling, the baseline below all others
   method=spandrel model_path=FILE
                          score any super-resolution model that spandrel loads, in float32; large images in tiles
+  method=tokenizer [model_path=MODEL]
+                         score the references after they passed the bits of a model's tokenizer: the ceiling of what
+                         it can restore; without model_path of the shipped model
+  steps=one|K|multi      of ckpt: the student at once; the last K-1 scales, or all fine ones, by the teacher
 
 on what, by what
   dataset=NAME           which data set it is: decides which published rows stand beside ours
@@ -83,6 +95,7 @@ class EvalOptions:
     predictions: str | None = None
     method: str | None = None
     model_path: str | None = None
+    steps: str = "one"
     data: DataOptions = field(default_factory=DataOptions)
     metrics: Any = None
     metric_weights: str | None = None
@@ -186,6 +199,8 @@ def _pairs(options: EvalOptions) -> list[Pair]:
         pairs = [*(find_pairs(options.data.root) if needs_pairs else find_images_or_pairs(options.data.root))]
     except UserError as error:
         raise UsageError(str(error)) from error
+    if options.method == "tokenizer":
+        pairs = [(name, hq, hq) for name, _, hq in pairs if hq is not None]
     expected = options.dataset.get("pairs")
     if expected is not None and len(pairs) != expected:
         log.warning(
@@ -197,35 +212,45 @@ def _pairs(options: EvalOptions) -> list[Pair]:
 def _source(options: EvalOptions, processes: Processes) -> KnownSource:
     """What gives the images."""
     given = [key for key in SOURCES if getattr(options, key) is not None]
-    if len(given) != 1:
-        got = " and ".join(given) or "none"
-        raise UsageError(f"give one of ckpt=, predictions= and method= to say what is scored, got {got}")
-    if (options.method == "spandrel") != (options.model_path is not None):
-        raise UsageError("method=spandrel and model_path=FILE go together: a method that reads a file, and the file")
+    if len(given) > 1:
+        raise UsageError(
+            f"give one of ckpt=, predictions= and method= to say what is scored, got {' and '.join(given)}"
+        )
+    if options.method not in (None, *METHODS):
+        raise UsageError(f"method must be one of {', '.join(METHODS)}, got {options.method!r}")
+    if options.method == "spandrel" and options.model_path is None:
+        raise UsageError("method=spandrel needs model_path=FILE, the model that is to be scored")
+    if options.model_path is not None and options.method not in ("spandrel", "tokenizer"):
+        raise UsageError("model_path= is for method=spandrel and method=tokenizer")
+    if options.steps != "one" and (options.predictions or options.method):
+        raise UsageError("steps= is for ckpt=MODEL, or the shipped model")
     if options.predictions is not None:
         return FolderSource(options.predictions)
-    if options.ckpt is not None:
-        return _system(options, processes)
-    if options.model_path is not None:
+    if options.method == "bicubic":
+        return BicubicSource(options.scale)
+    if options.method == "spandrel":
         from varestorer.evaluation.spandrel import SpandrelSource
 
-        return SpandrelSource(options.model_path, options.scale, processes.device)
-    if options.method != "bicubic":
-        raise UsageError(f"method must be one of {', '.join(METHODS)}, got {options.method!r}")
-    return BicubicSource(options.scale)
+        return SpandrelSource(str(options.model_path), options.scale, processes.device)
+    return _system(options, processes)
 
 
-def _system(options: EvalOptions, processes: Processes) -> SystemSource:
+def _system(options: EvalOptions, processes: Processes) -> KnownSource:
     """The network, known by its weights as they are in the file: merged ones may differ from machine to machine."""
     from varestorer.systems.loading import check_is_student
     from varestorer.systems.varestorer import VARestorer
 
+    model = options.model_path if options.method == "tokenizer" else options.ckpt
     with processes.main_first():
-        system = VARestorer.from_pretrained(options.ckpt)
-    check_is_student(system, Path(str(options.ckpt)))
-    settings = {"ckpt": str(options.ckpt), "weights": weights_digest(system)}
-    system.merge_adapters()
-    return SystemSource(system.to(processes.device), options.scale, options.seed, settings)
+        system = VARestorer.from_pretrained(model)
+    settings = {"ckpt": str(model or DEFAULT), "weights": weights_digest(system)}
+    system.to(processes.device)
+    if options.method == "tokenizer":
+        return ReconstructionSource(system, settings)
+    check_is_student(system, Path(str(model or DEFAULT)))
+    if options.steps == "one":
+        system.merge_adapters()
+    return SystemSource(system, options.scale, options.seed, settings, options.steps)
 
 
 def _evaluator(options: EvalOptions, asked: list[str] | None, processes: Processes, has_references: bool) -> Evaluator:

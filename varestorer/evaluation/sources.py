@@ -8,9 +8,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,9 @@ from torch import Tensor, nn
 from varestorer.utils.errors import UsageError, UserError
 from varestorer.utils.images import list_images, load_image, resize
 from varestorer.utils.seeds import derive_seed
+
+if TYPE_CHECKING:
+    from varestorer.systems.varestorer import VARestorer
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,7 @@ class KnownSource(Protocol):
 class Restorer(Protocol):
     """What `SystemSource` needs of a system: `systems.VARestorer` is one."""
 
-    def restore(self, image: Any, scale: int = 4, *, seed: int = 0) -> Any:
+    def restore(self, image: Any, scale: int = 4, *, seed: int = 0, steps: str | int = "one") -> Any:
         """Restore one (3, h, w) image in [0, 1]; the result has `image`, (3, h * scale, w * scale)."""
         ...
 
@@ -143,18 +147,27 @@ class SystemSource:
     """Restores the low-quality image with a system.
 
     Args:
-        system: has `restore(image_3HW, scale=, seed=)`.
+        system: has `restore(image_3HW, scale=, seed=, steps=)`.
         scale: side of the output over side of the input.
         seed: each image gets a seed of its own, derived from this one and its name.
         settings: what is known of the system, such as the digest of its weights.
+        steps: as `VARestorer.restore` takes them.
     """
 
-    def __init__(self, system: Restorer, scale: int = 4, seed: int = 0, settings: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        system: Restorer,
+        scale: int = 4,
+        seed: int = 0,
+        settings: dict[str, Any] | None = None,
+        steps: str | int = "one",
+    ) -> None:
         self.system = system
         self.scale = scale
         self.seed = seed
-        self.method = f"{type(system).__name__} (this run)"
-        self.settings = {**(settings or {}), "scale": scale, "seed": seed}
+        self.steps = steps
+        self.method = f"{type(system).__name__} (this run{'' if steps == 'one' else f', steps={steps}'})"
+        self.settings = {**(settings or {}), "scale": scale, "seed": seed, "steps": str(steps)}
         self.runs_ahead = getattr(getattr(system, "device", None), "type", "cpu") != "cpu"
 
     def __call__(self, name: str, lq_path: Path) -> Candidate:
@@ -166,7 +179,32 @@ class SystemSource:
         lq_3hw = load_image(lq_path)
         seed = derive_seed(self.seed, name)
         with torch.no_grad():
-            return timed(lambda: self.system.restore(lq_3hw, scale=self.scale, seed=seed).image, lq_path)
+            restored = partial(self.system.restore, lq_3hw, scale=self.scale, seed=seed, steps=self.steps)
+            return timed(lambda: restored().image, lq_path)
+
+
+class ReconstructionSource:
+    """Sends the good image through the bits of a system's tokenizer: no restoration by them can be better.
+
+    Args:
+        system: has `reconstruct(image_3HW)`.
+        settings: what is known of the system, such as the digest of its weights.
+    """
+
+    def __init__(self, system: VARestorer, settings: dict[str, Any]) -> None:
+        self.system = system
+        self.method: str = "tokenizer (reconstruction of HQ)"
+        self.settings = {"method": "tokenizer", **settings}
+        self.runs_ahead = system.device.type != "cpu"
+
+    def __call__(self, name: str, lq_path: Path) -> Candidate:
+        """Reconstruct the image of this path, which is the good one.
+
+        Raises:
+            UserError: unreadable file, or too little memory for this image.
+        """
+        hq_3hw = load_image(lq_path)
+        return timed(lambda: self.system.reconstruct(hq_3hw), lq_path)
 
 
 def weights_digest(module: nn.Module) -> str:

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 PRECISIONS = ("fp32", "bf16", "auto")
 LINEARS = ("none", "int8", "fp8")
 COMPILERS = ("g++", "c++", "clang++", "cl")
+MOST_COMPILATIONS = 64
+"""Of one piece of code: systems, sizes of batches and precisions in one process; torch goes on uncompiled after 8."""
 
 
 @dataclass(frozen=True)
@@ -176,5 +178,8 @@ def quantise_linears(blocks: nn.Module, kind: str) -> None:
 
 def compile_parts(system: VARestorer) -> None:
     """Compile at their first call what takes the time: the blocks, which share one piece of code, and the tokenizer."""
+    from torch._dynamo import config
+
+    config.recompile_limit = max(config.recompile_limit, MOST_COMPILATIONS)
     for part in (*system.transformer.blocks, system.tokenizer.encoder, system.tokenizer.decoder):
         part.compile()

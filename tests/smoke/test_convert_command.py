@@ -227,7 +227,7 @@ def test_check_finds_the_manifest_by_the_names(release: Path, capsys: pytest.Cap
         ({"check": "a.pth", "output": "b"}, "check= only looks at a file"),
         ({"input": "a.pth", "output": "b", "manifest": "c.json"}, "manifest= belongs to check=FILE"),
         ({"input": "a.pth", "output": "b", "adapters": "gone"}, "adapters must be separate or merged or only"),
-        ({"input": "a.pth", "output": "b", "dtype": "fp16"}, "dtype must be fp32 or bf16 or fp16, got 'fp16'"),
+        ({"input": "a.pth", "output": "b", "dtype": "fp8"}, "dtype must be fp32 or bf16 or fp16, got 'fp8'"),
         ({"input": "a.pth", "output": "b", "part": "all"}, "part must be transformer or tokenizer or restorer"),
         ({"input": "nowhere/a.pth", "output": "b"}, "nowhere/a.pth does not exist"),
         ({"input": "nowhere/a.safetensors", "base": "c", "output": "b"}, "nowhere/a.safetensors does not exist"),

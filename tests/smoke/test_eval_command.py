@@ -206,6 +206,8 @@ def test_checkpoint(root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
         (["method=bicubic", "protocol=paper"], "paper"),
         (["method=bicubic", "predictions=x"], "got predictions and method"),
         (["predictions=/nowhere"], "/nowhere is not a folder"),
+        ([], "give one of ckpt=, predictions= and method="),
+        (["method=tokenizer"], "method=tokenizer needs model_path=FILE"),
         (["ckpt=x", "method=bicubic"], "give one of ckpt=, predictions= and method="),
         (["method=bicubic", "model_path=x"], "model_path= is for method=spandrel and method=tokenizer"),
         (["method=bicubic", "steps=multi"], "steps= is for ckpt=MODEL"),

@@ -28,30 +28,30 @@ from varestorer.evaluation.sources import (
 )
 from varestorer.evaluation.wandb_log import log_to_wandb
 from varestorer.utils.errors import UsageError, UserError
-from varestorer.weights.shipped import DEFAULT
 
 log = logging.getLogger(__name__)
 
 SOURCES = ("ckpt", "predictions", "method")
-METHODS = ("bicubic", "spandrel", "tokenizer")
+WITH_MODEL = ("spandrel", "tokenizer")
+METHODS = ("bicubic", *WITH_MODEL)
 SHOWN_FAILURES = 20
 BATCH_ON_ACCELERATORS = 8
 
 HELP = """
 Score restored images against their references, per image and on average.
 
-usage: python scripts/eval.py dataset=NAME data.root=FOLDER [ckpt=... | predictions=... | method=...]
+usage: python scripts/eval.py dataset=NAME data.root=FOLDER (ckpt=... | predictions=... | method=...)
 
 what is scored
   ckpt=MODEL             restore the data set with this network and score it: a run's folder, a bundle's folder or
-                         hub name, or the published varestorer.pth (default: the shipped model)
+                         hub name, or the published varestorer.pth
   predictions=FOLDER     score images that somebody else made, matched by file stem
   method=bicubic         score bicubic upsampling, the baseline below all others
   method=spandrel model_path=FILE
                          score any super-resolution model that spandrel loads, in float32; large images in tiles
-  method=tokenizer [model_path=MODEL]
+  method=tokenizer model_path=MODEL
                          score the references after they passed the bits of a model's tokenizer: the ceiling of what
-                         it can restore; without model_path of the shipped model
+                         it can restore
   steps=one|K|multi      of ckpt: the student at once; the last K-1 scales, or all fine ones, by the teacher
 
 on what, by what
@@ -212,18 +212,17 @@ def _pairs(options: EvalOptions) -> list[Pair]:
 def _source(options: EvalOptions, processes: Processes) -> KnownSource:
     """What gives the images."""
     given = [key for key in SOURCES if getattr(options, key) is not None]
-    if len(given) > 1:
-        raise UsageError(
-            f"give one of ckpt=, predictions= and method= to say what is scored, got {' and '.join(given)}"
-        )
+    if len(given) != 1:
+        got = " and ".join(given) or "none"
+        raise UsageError(f"give one of ckpt=, predictions= and method= to say what is scored, got {got}")
     if options.method not in (None, *METHODS):
         raise UsageError(f"method must be one of {', '.join(METHODS)}, got {options.method!r}")
-    if options.method == "spandrel" and options.model_path is None:
-        raise UsageError("method=spandrel needs model_path=FILE, the model that is to be scored")
-    if options.model_path is not None and options.method not in ("spandrel", "tokenizer"):
-        raise UsageError("model_path= is for method=spandrel and method=tokenizer")
+    if options.method in WITH_MODEL and options.model_path is None:
+        raise UsageError(f"method={options.method} needs model_path=FILE, the model that is to be scored")
+    if options.model_path is not None and options.method not in WITH_MODEL:
+        raise UsageError(f"model_path= is for {' and '.join(f'method={name}' for name in WITH_MODEL)}")
     if options.steps != "one" and (options.predictions or options.method):
-        raise UsageError("steps= is for ckpt=MODEL, or the shipped model")
+        raise UsageError("steps= is for ckpt=MODEL")
     if options.predictions is not None:
         return FolderSource(options.predictions)
     if options.method == "bicubic":
@@ -243,11 +242,11 @@ def _system(options: EvalOptions, processes: Processes) -> KnownSource:
     model = options.model_path if options.method == "tokenizer" else options.ckpt
     with processes.main_first():
         system = VARestorer.from_pretrained(model)
-    settings = {"ckpt": str(model or DEFAULT), "weights": weights_digest(system)}
+    settings = {"ckpt": str(model), "weights": weights_digest(system)}
     system.to(processes.device)
     if options.method == "tokenizer":
         return ReconstructionSource(system, settings)
-    check_is_student(system, Path(str(model or DEFAULT)))
+    check_is_student(system, Path(str(model)))
     if options.steps == "one":
         system.merge_adapters()
     return SystemSource(system, options.scale, options.seed, settings, options.steps)

@@ -12,7 +12,6 @@ from omegaconf import MISSING, DictConfig
 
 from varestorer.commands.entry import FAILED, OK, Command, say, typed
 from varestorer.utils.errors import UsageError
-from varestorer.weights.shipped import DEFAULT
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,14 +25,13 @@ if TYPE_CHECKING:
 HELP = """
 Restore images: larger, sharper, and without noise and compression marks.
 
-usage: python scripts/restore.py input=FILE_OR_FOLDER output=FOLDER [ckpt=MODEL] [key=value ...]
+usage: python scripts/restore.py input=FILE_OR_FOLDER output=FOLDER ckpt=MODEL [key=value ...]
 
 what, where, by what
   input=PATH         an image, or a folder of images (subfolders included)
   output=FOLDER      results: <stem>.png in the same subfolders, and restore.json with an entry for each input
   ckpt=MODEL         a bundle's folder, a run of scripts/train.py (its newest EMA weights), the published
-                     varestorer.pth with its companions beside it, or a bundle's name on the Hugging Face hub;
-                     default: nano, a small model that comes with the package
+                     varestorer.pth with its companions beside it, or a bundle's name on the Hugging Face hub
   scale=4            how many times larger the result is; 1 keeps the size
   overwrite=false    restore again what has a result already
   max_pixels=N       read images of up to N pixels (otherwise Pillow's limit holds)
@@ -70,8 +68,8 @@ A file that cannot be restored is named and the others go on. Features of prompt
 Exit status: 0 all well; 1 a file failed; 2 the command was wrong.
 
 examples:
-  python scripts/restore.py input=photos output=restored
-  python scripts/restore.py input=photos output=restored ckpt=outputs/quickstart/TIME
+  python scripts/train.py +experiment=quickstart run_dir=outputs/mine
+  python scripts/restore.py input=photos output=restored ckpt=outputs/mine
   python scripts/restore.py input=photo.jpg output=restored ckpt=weights/varestorer.pth caption=auto
 """
 
@@ -181,6 +179,11 @@ def check_options(options: RestoreOptions) -> None:
     changed = [f"{key}={getattr(options, key)}" for key in own if getattr(options, key) != getattr(RestoreOptions, key)]
     if options.compat and changed:
         raise UsageError(f"compat=official does everything the released way: leave out {' '.join(changed)}")
+    if not options.ckpt:
+        raise UsageError(
+            "ckpt=MODEL is needed: a run of `python scripts/train.py +experiment=quickstart` (minutes on a CPU; it "
+            "says where its run folder is), a bundle's folder or hub name, or the published varestorer.pth"
+        )
 
 
 def check_fit(system: VARestorer, options: RestoreOptions) -> None:
@@ -203,7 +206,7 @@ def check_fit(system: VARestorer, options: RestoreOptions) -> None:
             f"steps must be one for a model whose adapters are merged (no teacher is left), got steps={options.steps}"
         )
     if options.steps != "multi":
-        check_is_student(system, options.ckpt or DEFAULT)
+        check_is_student(system, str(options.ckpt))
     if options.compat and system.student_config.conditioning != "pyramid":
         raise UsageError("compat=official restores in one step, and this model restores scale by scale; leave it out")
     if options.steps.isdecimal() and int(options.steps) > num_scales:

@@ -10,10 +10,10 @@ import platform
 import re
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 import torch
 
+from varestorer.utils.device import CPUINFO
 from varestorer.utils.seeds import torch_generator
 from varestorer.utils.timing import in_turns
 
@@ -21,7 +21,6 @@ MATRIX_SIDES = {"cuda": (4096, 8192), "mps": (2048, 4096), "cpu": (512, 1024)}
 COPY_BYTES = {"cuda": 2**30, "mps": 2**28, "cpu": 2**26}
 REPEATS, WARMUP = 10, 3
 LIBRARIES = ("torch", "torchvision", "transformers", "accelerate", "spandrel", "pillow", "numpy")
-CPUINFO = Path("/proc/cpuinfo")
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from varestorer.evaluation.speed.operations import attention, linear, text_flops, transformer_flops
+from varestorer.systems.acceleration import MOST_COMPILATIONS
 from varestorer.systems.graphs import BatchGraphs
 from varestorer.systems.prefix import prefix_of
 from varestorer.systems.varestorer import VARestorer
@@ -37,8 +38,6 @@ WORDS = {
     "one": ("short", "compile", "graphs"),
     "multi": ("cfg", "prefix", "nocache", "compile", "graphs"),
 }
-MOST_COMPILED = 64
-"""Shapes that torch.compile may make code for: one for each scale of a generation."""
 
 
 @dataclass(frozen=True)
@@ -177,7 +176,7 @@ def runner(system: VARestorer, variant: Variant, lq_B3HW: Tensor) -> Callable[[]
     with torch.inference_mode():
         work = _one_step(network, variant, lq_B3HW) if variant.is_one_step else _multi_step(network, variant, lq_B3HW)
     if "compile" in variant.words:
-        with torch.inference_mode(), torch._dynamo.config.patch(recompile_limit=MOST_COMPILED):
+        with torch.inference_mode(), torch._dynamo.config.patch(recompile_limit=MOST_COMPILATIONS):
             work()
     if "graphs" in variant.words:
         graphs, eager = BatchGraphs(), work

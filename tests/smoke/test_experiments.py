@@ -17,7 +17,7 @@ from varestorer.weights.runs import load_ema
 
 pytestmark = pytest.mark.smoke
 EXPERIMENTS = sorted(
-    path.stem for path in Path(__file__).parents[2].glob("configs/experiment/*.yaml") if path.stem != "dmd_base"
+    path.stem for path in Path(__file__).parents[2].glob("configs/experiment/*.yaml") if not path.stem.endswith("_base")
 )
 # quickstart on networks of test size, two steps of every stage
 TINY = ["+experiment=quickstart", "model=tiny", "data.crop=32", "trainer.max_steps=2", "trainer.num_workers=0"]
@@ -42,7 +42,8 @@ def test_paper_scale_experiments_have_the_papers_numbers(compose: Callable[..., 
     assert (cfg.model.student.lora_rank, cfg.optimizer.weight_decay, cfg.data.crop) == (32, 1e-2, 512)
 
 
-WITHOUT_STUDENT = ("tokenizer_bsq", "tokenizer_gan", "teacher_512", "teacher_scratch", "nano_tokenizer", "nano_teacher")
+WITHOUT_STUDENT = ("tokenizer_bsq", "tokenizer_gan", "teacher_512", "teacher_scratch")
+WITHOUT_STUDENT += ("nano_restorer", "nano_tokenizer", "nano_teacher")
 PAPER_SCALE = [name for name in EXPERIMENTS if name not in ("quickstart", "smoke", *WITHOUT_STUDENT)]
 # experiments of paper scale on networks of test size, one step, without files of weights
 NANO = ["model=tiny", "logger=none", "++model.restorer=null", "model.weights.tokenizer=null"]
@@ -65,7 +66,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("experiment", PAPER_SCALE)
 def test_paper_scale_experiments_train_at_test_size(experiment: str, pairs: Path, tmp_path: Path) -> None:
-    perceptual = [] if experiment == "ablation_no_distill" else ["stages.student.task.perceptual=ms_ssim"]
+    perceptual = [] if experiment.endswith("no_distill") else ["stages.student.task.perceptual=ms_ssim"]
     words = [f"+experiment={experiment}", *NANO, *perceptual, *OWN.get(experiment, [])]
     is_sweep = experiment == "sweep_loss_weights"
     place = f"run_dir={tmp_path}/run" + ("_${stages.student.task.weights.kl}" if is_sweep else "")

@@ -49,12 +49,20 @@ def test_each_scale_leaves_less_of_the_features(quantizer: MultiScaleQuantizer, 
 
 def test_inputs_hold_the_sum_of_all_coarser_scales_only(quantizer: MultiScaleQuantizer, features: torch.Tensor) -> None:
     pyramid = quantizer(features, SCHEDULE)
-    inputs, long_inputs = pyramid.inputs(), pyramid.long_inputs()
+    inputs = pyramid.inputs()
     assert inputs.shape == (2, SCHEDULE.num_tokens - 1, 8)
-    assert torch.equal(long_inputs[:, : inputs.shape[1]], inputs)
-    assert torch.equal(long_inputs[:, inputs.shape[1] :].transpose(1, 2).reshape(2, 8, 5, 5), pyramid.codes)
     first = inputs[:, :4]  # the 2x2 tokens see the 1x1 code, spread out
     assert torch.allclose(first, pyramid.cumulative[0][:, :, :1, 0].transpose(1, 2).expand(2, 4, 8))
+
+
+def test_own_inputs_hold_the_scales_own_codes_too(quantizer: MultiScaleQuantizer, features: torch.Tensor) -> None:
+    pyramid = quantizer(features, SCHEDULE)
+    inputs = pyramid.own_inputs()
+    assert inputs.shape == pyramid.inputs().shape
+    assert torch.equal(inputs[:, -25:].transpose(1, 2).reshape(2, 8, 5, 5), pyramid.codes)
+    flipped = quantizer(features, SCHEDULE, lambda k, bits: ~bits if k == 1 else bits)
+    changed = (flipped.own_inputs() != inputs).any(dim=-1)[0]
+    assert changed[:4].all() and not torch.equal(flipped.own_inputs(), flipped.inputs())
 
 
 def test_later_labels_answer_to_flipped_bits(quantizer: MultiScaleQuantizer, features: torch.Tensor) -> None:

@@ -11,7 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from varestorer.tokenizer import MultiScaleTokenizer, ScaleSchedule, TokenPyramid
+from varestorer.tokenizer.residual import to_tokens
 from varestorer.transformer.layout import TokenLayout, long_layout, pyramid_layout
+
+INPUTS = ("next_scale", "own_scale")
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,7 @@ class PyramidConditioner:
         head_dim: of the transformer, for the rotary positions.
         long_input: append the complete codes at the last scale.
         long_positions: rotary rows of the appended tokens, see `layout.long_layout`.
+        inputs: what the tokens of a scale start from, one of `INPUTS`; see `systems.student`.
         restorer: optional frozen network that cleans the image first, [0, 1] to [0, 1].
     """
 
@@ -46,12 +50,14 @@ class PyramidConditioner:
         head_dim: int,
         long_input: bool = True,
         long_positions: str = "next_scale",
+        inputs: str = "next_scale",
         restorer: nn.Module | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.head_dim = head_dim
         self.long_input = long_input
         self.long_positions = long_positions
+        self.inputs = inputs
         self.restorer = restorer
 
     @torch.no_grad()
@@ -69,7 +75,8 @@ class PyramidConditioner:
     def from_pyramid(self, pyramid: TokenPyramid, schedule: ScaleSchedule) -> Condition:
         """The student's input from tokens that are there already."""
         device = pyramid.codes.device
+        tokens = pyramid.inputs() if self.inputs == "next_scale" else pyramid.own_inputs()
         if self.long_input:
             layout = long_layout(schedule, self.head_dim, device, self.long_positions)
-            return Condition(pyramid, pyramid.long_inputs(), layout)
-        return Condition(pyramid, pyramid.inputs(), pyramid_layout(schedule, self.head_dim, device))
+            return Condition(pyramid, torch.cat([tokens, to_tokens(pyramid.codes)], dim=1), layout)
+        return Condition(pyramid, tokens, pyramid_layout(schedule, self.head_dim, device))

@@ -1,7 +1,8 @@
 """The restorer: a frozen network that cleans a degraded image coarsely before it is tokenised.
 
 VARestorer uses DiffBIR's general SwinIR. The network itself comes from spandrel, which reads its size from
-the weights; any 1x RGB restoration network that spandrel knows fits as well.
+the weights; any 1x RGB restoration network that spandrel knows fits as well. A small model trains its own, an RCAN
+that works at a quarter of the size (`new_restorer`).
 """
 
 import re
@@ -17,8 +18,12 @@ from torch import Tensor, nn
 
 from varestorer.utils.errors import UserError
 from varestorer.utils.images import pad_reflect
+from varestorer.utils.seeds import derive_seed
+from varestorer.weights.bundles import RESTORER, is_bundle, tensors_file
 from varestorer.weights.files import Differences, differences, read_tensors
 from varestorer.weights.published import check_derived, published_restorer_name
+from varestorer.weights.runs import is_run, load_run_weights
+from varestorer.weights.shipped import shipped
 
 PUBLISHED_SIZES = {
     "img_size": 64,
@@ -109,26 +114,61 @@ def share_masks(network: nn.Module) -> None:
             block.calculate_mask = shared(block, make)  # type: ignore[assignment]
 
 
+def new_restorer(num_features: int = 64, num_groups: int = 2, num_blocks: int = 5, seed: int = 0) -> Restorer:
+    """A restorer to be trained: an RCAN (Zhang et al. 2018) that folds squares of 4 pixels into channels first.
+
+    Args:
+        num_features: channels.
+        num_groups: residual groups.
+        num_blocks: residual blocks of a group, two convolutions each.
+        seed: of the random weights; the global generator is left as it was.
+    """
+    from spandrel.architectures.RCAN import RCAN
+
+    sizes = {"n_feats": num_features, "n_resgroups": num_groups, "n_resblocks": num_blocks}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(seed, "restorer"))
+        return Restorer(RCAN(scale=1, norm=False, unshuffle_mod=True, **sizes))
+
+
 def load_restorer(path: str | Path, device: torch.device | str = "cpu") -> Restorer:
-    """Load a restorer from a file, or from a folder that holds the published file under its own name.
+    """Load a restorer from a file, from a run or a bundle, or from a folder that holds the published file.
 
     Args:
         path: `.ckpt`, `.pth` or `.safetensors`; the tensors may lie under `state_dict`, named with or without
-            the prefix `module.`.
+            the prefix `module.`. Of a run, the restorer that it trained; of a bundle, or
+            the name of a shipped one, its `restorer.safetensors`.
         device: where it runs.
     Raises:
         UserError: no such file, a file that is not a plain set of tensors, or not a 1x RGB restorer.
     """
-    file = Path(path)
-    if file.is_dir():
-        file = file / PUBLISHED_FILE
-    if not file.is_file():
-        raise UserError(f"the restorer's weights were not found at {file}; {_REMEDY}")
-    tensors = read_tensors(file, nested=("state_dict",))
+    file = shipped(path)
+    if is_run(file):
+        tensors = _of_run(file)
+    else:
+        if file.is_dir():
+            file = tensors_file(file, RESTORER) if is_bundle(file) else file / PUBLISHED_FILE
+        if not file.is_file():
+            raise UserError(f"the restorer's weights were not found at {file}; {_REMEDY}")
+        tensors = read_tensors(file, nested=("state_dict",))
     try:
         return restorer_from_state_dict(tensors).to(device)
     except UserError as error:
         raise UserError(f"{file}: {error}; {_REMEDY}") from error
+
+
+def _of_run(run: Path) -> dict[str, Tensor]:
+    """The tensors of the restorer that a run trained, by the names of its network.
+
+    Raises:
+        UserError: it trained none.
+    """
+    prefix = "restorer.network."
+    held = load_run_weights(run).items()
+    tensors = {name.removeprefix(prefix): tensor for name, tensor in held if name.startswith(prefix)}
+    if not tensors:
+        raise UserError(f"the run {run} trained no restorer; give a run of nano_restorer, or {PUBLISHED_FILE}")
+    return tensors
 
 
 def restorer_from_state_dict(state_dict: Mapping[str, Any]) -> Restorer:

@@ -104,7 +104,7 @@ def compare_tokenizer(golden: GoldenFolder) -> Iterator[Check]:
     yield _float("vae", tensors, "decode/image", tokenizer.decode(pyramid.codes))
     yield from _bits("vae", tensors, "requant/gt_bits", pyramid.indices)
     yield _float("vae", tensors, "requant/x_wo_prefix", pyramid.inputs())
-    yield _float("vae", tensors, "requant/x_long", pyramid.long_inputs())
+    yield _float("vae", tensors, "requant/x_long", torch.cat([pyramid.inputs(), to_tokens(pyramid.codes)], dim=1))
     num_flipped = sum(name.startswith("selfcorr/pred_bits_") for name in tensors)
     noisy = tokenizer.quantizer(features, schedule, _recorded_flips(golden, tokenizer, num_flipped))
     yield from _bits("vae", tensors, "selfcorr/gt_bits", noisy.indices)

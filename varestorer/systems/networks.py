@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from varestorer.conditioning.pyramid import Condition, PyramidConditioner
-from varestorer.conditioning.restorer import Restorer, load_restorer
+from varestorer.conditioning.restorer import Restorer, load_restorer, new_restorer
 from varestorer.systems.parts import allocate, check_part, load_part
 from varestorer.systems.student import StudentConfig
 from varestorer.tokenizer import MultiScaleTokenizer, ScaleSchedule, TokenizerConfig, TokenPyramid
@@ -31,6 +31,13 @@ from varestorer.utils.seeds import torch_generator
 PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
+def _restorer(given: str | dict[str, int] | None, seed: int) -> Restorer | None:
+    """The restorer of a file, or a new one of given sizes."""
+    if isinstance(given, dict):
+        return new_restorer(**given, seed=seed)
+    return load_restorer(given) if given else None
+
+
 class Networks(nn.Module):
     """Tokenizer, transformer and restorer, of sizes that fit, with their weights.
 
@@ -39,7 +46,8 @@ class Networks(nn.Module):
         tokenizer: arguments of `TokenizerConfig`.
         transformer: arguments of `TransformerConfig`.
         student: arguments of `StudentConfig`.
-        restorer: file of the restorer that cleans images before they are tokenised, or None.
+        restorer: what cleans images before they are tokenised: a file, a run or a bundle that holds a restorer (see
+            `load_restorer`), or the sizes of a new one (arguments of `new_restorer`); None for nothing.
         weights: files of the parts "tokenizer" and "transformer": published, a bundle or a run, see
             `systems.parts.load_part`; a part without a file gets random weights.
         seed: of the random weights.
@@ -51,7 +59,7 @@ class Networks(nn.Module):
         tokenizer: dict[str, Any],
         transformer: dict[str, Any],
         student: dict[str, Any] | None = None,
-        restorer: str | None = None,
+        restorer: str | dict[str, int] | None = None,
         weights: dict[str, str | None] | None = None,
         seed: int = 0,
     ) -> None:
@@ -59,7 +67,7 @@ class Networks(nn.Module):
         self.files = {part: file for part, file in (weights or {}).items() if file}
         for part, file in self.files.items():
             check_part(part, file)
-        self.restorer: Restorer | None = load_restorer(restorer) if restorer else None
+        self.restorer = _restorer(restorer, seed)
         self.schedule = ScaleSchedule.build(**schedule)
         self.student_config = StudentConfig(**(student or {}))
         with torch.device("meta"):
@@ -72,13 +80,14 @@ class Networks(nn.Module):
         if torch.get_default_device().type != "meta":
             self._fill(seed)
             self.tokenizer.to(memory_format=torch.channels_last)  # convolutions run faster so, on CPU and GPU
-        if restorer:
+        if isinstance(restorer, str):
             self.files["restorer"] = restorer
         self.conditioner = PyramidConditioner(
             self.tokenizer,
             self.transformer.config.head_dim,
             self.student_config.long_input,
             self.student_config.long_positions,
+            self.student_config.inputs,
             self.restorer,
         )
 
@@ -132,7 +141,7 @@ class Networks(nn.Module):
 
     def initial_state(self) -> dict[str, Tensor]:
         """The weights that no file can give again: what was drawn at random."""
-        from_files = (*(f"{part}." for part in self.files), "restorer.")
+        from_files = tuple(f"{part}." for part in self.files)
         return {name: tensor for name, tensor in self.state_dict().items() if not name.startswith(from_files)}
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from varestorer.conditioning.pyramid import INPUTS
 from varestorer.transformer.adapters import TARGETS, target_pattern
 from varestorer.transformer.masks import MASKS
 from varestorer.utils.errors import UserError
@@ -16,6 +17,8 @@ class StudentConfig:
     Attributes:
         lora_rank: of the adapters; 0 for none (the student is then the base network itself).
         lora_targets: layers of the blocks that carry them, see `adapters.target_pattern`.
+        inputs: what the tokens of a scale start from: "next_scale", the degraded image's codes of the coarser scales
+            (as the teacher's start from the photograph's), or "own_scale", those of its own scale with them.
         long_input: append the complete codes at the last scale to the input.
         long_positions: rotary rows of the appended tokens, "next_scale" or "own".
         cross_value_bias: whether block cross attention adds its value bias while the adapters are on.
@@ -28,6 +31,7 @@ class StudentConfig:
 
     lora_rank: int = 32
     lora_targets: tuple[str, ...] = TARGETS
+    inputs: str = "next_scale"
     long_input: bool = True
     long_positions: str = "next_scale"
     cross_value_bias: bool = False
@@ -39,6 +43,6 @@ class StudentConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "lora_targets", tuple(self.lora_targets))
         target_pattern(self.lora_targets)
-        for name, choices in (("attention", MASKS), ("conditioning", ("pyramid", "prefix"))):
+        for name, choices in (("attention", MASKS), ("conditioning", ("pyramid", "prefix")), ("inputs", INPUTS)):
             if getattr(self, name) not in choices:
                 raise UserError(f"model.student.{name} must be {' or '.join(choices)}, got {getattr(self, name)}")

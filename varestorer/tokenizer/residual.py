@@ -65,15 +65,19 @@ class TokenPyramid:
 
         Infinity is trained on the bilinear resize even though it shrinks the map (spec A).
         """
+        return self._resized(self.cumulative[:-1], resize)
+
+    def own_inputs(self, resize: Callable[[Tensor, Scale], Tensor] = resize_bilinear) -> Tensor:
+        """As `inputs`, but each sum has the scale's own codes in it: for a student, which is shown the whole image."""
+        return self._resized(self.cumulative[1:], resize)
+
+    def _resized(self, sums: Sequence[Tensor], resize: Callable[[Tensor, Scale], Tensor]) -> Tensor:
+        """Sums of codes at the sizes of scales 2 to K, as tokens."""
         scales = [(bits.shape[-2], bits.shape[-1]) for bits in self.indices[1:]]
-        resized = [resize(total, size) for total, size in zip(self.cumulative[:-1], scales, strict=True)]
+        resized = [resize(total, size) for total, size in zip(sums, scales, strict=True)]
         if not resized:
             return to_tokens(self.codes)[:, :0]
         return torch.cat([to_tokens(x) for x in resized], dim=1)
-
-    def long_inputs(self) -> Tensor:
-        """`inputs` followed by the complete sum at the last scale, (B, L - 1 + h_K * w_K, Z) (spec C)."""
-        return torch.cat([self.inputs(), to_tokens(self.codes)], dim=1)
 
 
 class MultiScaleQuantizer(nn.Module):

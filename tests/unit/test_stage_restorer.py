@@ -1,0 +1,108 @@
+"""Training a small restorer, and putting it in front of another system."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import DictConfig
+
+from varestorer.commands.train import train
+from varestorer.conditioning.restorer import Restorer, load_restorer, new_restorer
+from varestorer.systems.varestorer import VARestorer
+from varestorer.training.restorer import RestorerTask
+from varestorer.training.task import Batch
+from varestorer.utils.errors import UserError
+from varestorer.utils.seeds import torch_generator
+
+SIZES = {"num_features": 16, "num_groups": 1, "num_blocks": 1}
+
+
+def options(system: VARestorer, restorer: Any) -> dict[str, Any]:
+    return {**system.config, "restorer": restorer}
+
+
+def batch_of(count: int = 2) -> Batch:
+    hq = torch.rand(count, 3, 32, 32, generator=torch_generator(0))
+    return {"hq": hq, "lq": hq.roll(1, 3), "name": [str(n) for n in range(count)], "key": torch.arange(count)}
+
+
+def test_its_weights_follow_from_the_seed_and_leave_the_global_generator_alone() -> None:
+    torch.manual_seed(3)
+    want = torch.rand(1)
+    torch.manual_seed(3)
+    first, again, other = (new_restorer(**SIZES, seed=seed).state_dict() for seed in (0, 0, 1))
+    assert torch.equal(torch.rand(1), want)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["network.head.1.weight"], other["network.head.1.weight"])
+
+
+def test_only_the_restorer_trains_and_parts_of_weight_0_are_left_out(tiny_system: VARestorer) -> None:
+    system = VARestorer(**options(tiny_system, SIZES))
+    task = RestorerTask(system, {"l1": 0.0, "mse": 2.0})
+    losses = task(batch_of(), 1)
+    losses["loss"].backward()
+    assert {name.split(".")[0] for name in task.trainable_parameters()} == {"restorer"}
+    assert all(parameter.grad is not None for parameter in task.trainable_parameters().values())
+    assert losses["loss"].item() == pytest.approx(2 * losses["mse"].item()) and "perceptual" not in losses
+    assert RestorerTask(system, {"perceptual": 1.0}, "features")(batch_of(), 1)["perceptual"] > 0
+
+
+def test_it_learns(tiny_system: VARestorer) -> None:
+    task = RestorerTask(VARestorer(**options(tiny_system, SIZES)))
+    optimizer = torch.optim.Adam(task.trainable_parameters().values(), lr=3e-3)
+    losses = []
+    for step in range(25):
+        loss = task(batch_of(), step)["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_a_system_without_one_is_refused(tiny_system: VARestorer) -> None:
+    with pytest.raises(UserError, match="set model.restorer to its sizes or to a file"):
+        RestorerTask(tiny_system)
+
+
+@pytest.mark.smoke
+def test_what_a_run_trained_restores_in_runs_and_bundles(
+    compose: Callable[..., DictConfig], tmp_path: Path, tiny_system: VARestorer
+) -> None:
+    run, bundle = str(tmp_path / "run"), tmp_path / "bundle"
+    small = [
+        "+model.restorer={num_features: 16, num_groups: 1, num_blocks: 1}",
+        "data=embedded",
+        "data.crop=32",
+        "trainer.batch_size=2",
+    ]
+    quick = ["trainer.max_steps=2", "trainer.warmup_steps=0", "trainer.num_workers=0", "trainer.precision=fp32"]
+    loss = ["stages.restorer.task.perceptual=ms_ssim", "degradation=bicubic", "data.downscale=null"]
+    train(compose("train", "+experiment=nano_restorer", "model=tiny", f"run_dir={run}", *small, *quick, *loss))
+    trained = load_restorer(run)
+    drawn = new_restorer(**SIZES).state_dict()
+    assert any(not torch.equal(tensor, drawn[name]) for name, tensor in trained.state_dict().items())
+
+    system = VARestorer(**options(tiny_system, run))
+    assert _same(system.restorer, trained)
+    assert not any(name.startswith("restorer.") for name in system.initial_state())
+    assert _same(VARestorer.from_pretrained(run).restorer, trained)
+    system.save_pretrained(bundle)
+    assert _same(VARestorer.from_pretrained(bundle).restorer, trained)
+    assert _same(load_restorer(bundle), trained)
+
+
+def test_a_run_that_trained_none_is_refused(compose: Callable[..., DictConfig], tmp_path: Path) -> None:
+    run = str(tmp_path / "run")
+    train(compose("train", "+experiment=smoke", f"run_dir={run}", "trainer.max_steps=1", "trainer.batch_size=1"))
+    with pytest.raises(UserError, match="trained no restorer; give a run of nano_restorer"):
+        load_restorer(run)
+
+
+def _same(one: Restorer | None, other: Restorer) -> bool:
+    assert one is not None
+    return all(torch.equal(tensor, other.state_dict()[name]) for name, tensor in one.state_dict().items())

@@ -1,0 +1,66 @@
+"""Stage 0, for systems that train their own: the restorer learns to clean degraded images before they are tokenised."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from varestorer.losses.build import perceptual_loss
+from varestorer.losses.pixel import l1_loss, mse_loss
+from varestorer.systems.varestorer import VARestorer
+from varestorer.training.task import Batch, Task, train_only
+from varestorer.utils.errors import UserError
+from varestorer.utils.images import to_network
+
+
+@dataclass(frozen=True)
+class RestorerWeights:
+    """Weights of the parts of the loss: absolute and squared error of the image in [-1, 1], and the perceptual loss."""
+
+    l1: float = 1.0
+    mse: float = 0.0
+    perceptual: float = 0.0
+
+
+class RestorerTask(Task):
+    """The restored image against the photograph; DiffBIR trains its SwinIR by the squared error alone.
+
+    Args:
+        system: holds the restorer.
+        weights: arguments of `RestorerWeights`; the perceptual loss is not computed where its weight is 0.
+        perceptual: see `losses.build.perceptual_loss`.
+
+    Raises:
+        UserError: the system has no restorer.
+    """
+
+    def __init__(self, system: VARestorer, weights: dict[str, float] | None = None, perceptual: str = "lpips") -> None:
+        super().__init__()
+        if system.restorer is None:
+            raise UserError("there is no restorer to train: set model.restorer to its sizes or to a file")
+        self.system = system
+        self.weights = RestorerWeights(**(weights or {}))
+        wanted = self.weights.perceptual > 0
+        self.perceptual = perceptual_loss(perceptual, system.tokenizer.encoder.features) if wanted else None
+        train_only(self, system.restorer.parameters())
+
+    def forward(self, batch: Batch, step: int) -> dict[str, Tensor]:
+        target = to_network(batch["hq"])
+        with self.watch("restore"):
+            image = to_network(self._restored(batch))
+        with self.watch("losses"):
+            parts = {"l1": l1_loss(image, target), "mse": mse_loss(image, target)}
+            if self.perceptual is not None:
+                parts["perceptual"] = self.perceptual(image, target)
+            weighted = [getattr(self.weights, name) * value for name, value in parts.items()]
+        return {"loss": torch.stack(weighted).sum(), **parts}
+
+    def preview(self, batch: Batch) -> dict[str, Tensor]:
+        """The degraded image, what the restorer makes of it, and the photograph."""
+        return {"LQ": batch["lq"], "restorer": self._restored(batch).clamp(0, 1), "HQ": batch["hq"]}
+
+    def _restored(self, batch: Batch) -> Tensor:
+        assert self.system.restorer is not None
+        return self.system.restorer(batch["lq"])

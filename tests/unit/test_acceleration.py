@@ -16,7 +16,7 @@ from varestorer.systems.restoring import RestoredBatch, predict_squares
 from varestorer.systems.varestorer import VARestorer
 from varestorer.transformer.sampling import keyed_noise
 from varestorer.utils import device as device_module
-from varestorer.utils.device import gains_from_bf16, limit_threads, usable_cores
+from varestorer.utils.device import gains_from_bf16, limit_threads, processor_flags, usable_cores
 from varestorer.utils.errors import UsageError, UserError
 
 CPU = torch.device("cpu")
@@ -149,12 +149,15 @@ def test_precision_is_chosen_by_what_the_processor_has(tmp_path: Path, monkeypat
     for flags, gains in (("amx_tile avx512_bf16 amx_bf16", True), ("avx512f avx512_bf16", False)):
         (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nflags\t\t: {flags}\nbugs\t\t: none\n")
         monkeypatch.setattr(device_module, "CPUINFO", tmp_path / "cpuinfo")
+        processor_flags.cache_clear()
         assert gains_from_bf16(CPU) is gains
         assert Acceleration().on(CPU).precision == ("bf16" if gains else "fp32")
         assert Acceleration(precision="fp32").on(CPU).precision == "fp32"
     monkeypatch.setattr(device_module, "CPUINFO", tmp_path / "none")
+    processor_flags.cache_clear()
     assert not gains_from_bf16(CPU)
     assert not gains_from_bf16(torch.device("mps"))
+    processor_flags.cache_clear()
 
 
 def test_torch_takes_no_more_threads_than_a_container_has_cores(

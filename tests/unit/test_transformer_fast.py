@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from varestorer.systems.varestorer import VARestorer
-from varestorer.transformer import TextFeatures, masks
+from varestorer.transformer import TextFeatures, attention, masks
 from varestorer.transformer.adapters import adapters_off, merge_adapters, use_adapters
 from varestorer.transformer.attention import LayerCache, attend
 from varestorer.transformer.layout import TokenLayout, long_layout, pyramid_layout
@@ -210,3 +210,28 @@ def test_the_host_does_not_wait_for_the_device(tiny_system: VARestorer) -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert [tuple(bits.shape) for bits in maps] == [(2, 8, 4, 4)] * 2
+
+
+@pytest.mark.parametrize("kind", ["all", "some", "broadcast"])
+def test_attention_by_products_is_the_fused_one(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    mask = {"all": None, "some": block_causal_mask(torch.tensor([0, 1, 1, 2, 2])), "broadcast": drawn(2, 1, 1, 5) > -1}[
+        kind
+    ]
+    found = []
+    for by_products in (False, True):
+        monkeypatch.setattr(attention, "prefers_products", lambda q, chosen=by_products: chosen)
+        q, k, v = (drawn(2, 3, 5, 8, seed=seed).requires_grad_() for seed in range(3))
+        out = attend(q, k, v, mask, scale=0.7)
+        gradients = torch.autograd.grad(out.square().sum(), (q, k, v))
+        found.append([out, *gradients])
+    for fused, ours in zip(*found, strict=True):
+        torch.testing.assert_close(ours, fused, rtol=1e-4, atol=1e-5)
+
+
+def test_products_are_for_bfloat16_on_processors_without_matrix_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    half = torch.zeros(1, dtype=torch.bfloat16)
+    for amx in (False, True):
+        monkeypatch.setattr(attention, "has_amx", lambda has=amx: has)
+        assert attention.prefers_products(half) is not amx
+        assert not attention.prefers_products(half.float())
+        assert not attention.prefers_products(half.to("meta"))

@@ -2,6 +2,7 @@
 
 import os
 import re
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -56,7 +57,13 @@ def gains_from_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         with torch.cuda.device(device):
             return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and torch.backends.mkldnn.is_available() and "amx_bf16" in processor_flags()
+    return device.type == "cpu" and torch.backends.mkldnn.is_available() and has_amx()
+
+
+@torch.compiler.assume_constant_result  # compilers need not look into the file that says so
+def has_amx() -> bool:
+    """Whether the processor has matrix units for bfloat16 (AMX)."""
+    return "amx_bf16" in processor_flags()
 
 
 def limit_threads() -> None:
@@ -74,6 +81,7 @@ def usable_cores() -> int:
         return cores
 
 
+@lru_cache(maxsize=1)
 def processor_flags() -> set[str]:
     """Instruction sets of the processor by Linux's names; empty where Linux does not tell."""
     try:

@@ -231,7 +231,7 @@ def test_attention_by_products_is_the_fused_one(kind: str, monkeypatch: pytest.M
 def test_products_are_for_bfloat16_on_processors_without_matrix_units(monkeypatch: pytest.MonkeyPatch) -> None:
     half = torch.zeros(1, dtype=torch.bfloat16)
     for amx in (False, True):
-        monkeypatch.setattr(attention, "has_amx", lambda has=amx: has)
+        monkeypatch.setattr(attention, "HAS_AMX", amx)
         assert attention.prefers_products(half) is not amx
         assert not attention.prefers_products(half.float())
         assert not attention.prefers_products(half.to("meta"))

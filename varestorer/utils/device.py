@@ -60,7 +60,6 @@ def gains_from_bf16(device: torch.device) -> bool:
     return device.type == "cpu" and torch.backends.mkldnn.is_available() and "avx512_bf16" in processor_flags()
 
 
-@torch.compiler.assume_constant_result  # compilers need not look into the file that says so
 def has_amx() -> bool:
     """Whether the processor has matrix units for bfloat16 (AMX)."""
     return "amx_bf16" in processor_flags()

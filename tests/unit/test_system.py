@@ -18,6 +18,7 @@ from varestorer.transformer.layout import long_layout
 from varestorer.transformer.sampling import gumbel, keyed_noise
 from varestorer.utils.errors import UserError
 from varestorer.utils.images import to_uint8
+from varestorer.utils.seeds import torch_generator
 from varestorer.weights.storage import atomic_folder, write_json, write_tensors
 
 
@@ -289,3 +290,25 @@ def test_a_prompt_for_a_model_without_text_is_refused_before_an_encoder_is_fetch
     assert not torch.equal(
         tiny_system.restore(image(8, 8), prompt=features).image, tiny_system.restore(image(8, 8)).image
     )
+
+
+@torch.no_grad()
+def test_a_student_that_keeps_bits_changes_only_those_it_is_sure_of(tiny_system: VARestorer) -> None:
+    student = {**tiny_system.config["student"], "keep_bits": 3.0, "inputs": "own_scale", "long_input": False}
+    keeping = VARestorer(**{**tiny_system.config, "student": student})
+    keeping.load_state_dict(tiny_system.state_dict())
+    squares = torch.rand(2, 3, keeping.tile, keeping.tile, generator=torch_generator(1))
+    condition = keeping.condition(squares)
+    logits = keeping.student_logits(condition, keeping.null_text(2))
+    keeping.student_config = replace(keeping.student_config, keep_bits=0.0)
+    own = keeping.student_logits(condition, keeping.null_text(2))
+    margins = (logits - own)[..., 1] - (logits - own)[..., 0]
+    assert torch.allclose(margins.abs(), torch.tensor(3.0), atol=1e-5)
+    assert torch.equal(margins > 0, condition.pyramid.labels())
+
+    keeping.student_config = replace(keeping.student_config, keep_bits=3.0)
+    keeping.transformer.head.weight.zero_()
+    keeping.transformer.head.bias.zero_()
+    kept = keeping.restore_batch(squares)
+    assert all(torch.equal(*pair) for pair in zip(kept.bits, condition.pyramid.indices, strict=True))
+    assert torch.allclose(kept.images_B3HW, keeping.decode(condition.pyramid.codes), atol=1e-6)

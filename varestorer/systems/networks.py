@@ -215,7 +215,11 @@ class Networks(nn.Module):
         """p_S(r_k | r_LQ): logits (B, L, Z, 2) of every scale in one pass; all tokens see all tokens."""
         mask = BlockCausal.of(condition.layout) if self.student_config.attention == "causal" else None
         num_tokens = self.schedule.num_tokens
-        return self.transformer(condition.tokens_BLZ, text, condition.layout, mask, num_outputs=num_tokens)
+        logits = self.transformer(condition.tokens_BLZ, text, condition.layout, mask, num_outputs=num_tokens)
+        if keep := self.student_config.keep_bits:
+            margins_BLZ = (condition.pyramid.labels().float() - 0.5) * keep
+            logits = logits + torch.stack([-margins_BLZ, margins_BLZ], dim=-1)
+        return logits
 
     def codes(self, bits_BLZ: Tensor) -> Tensor:
         """Summed codes (B, Z, h_K, w_K) of the bits of all scales; keeps gradients of straight-through bits."""

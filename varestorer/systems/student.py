@@ -19,6 +19,8 @@ class StudentConfig:
         lora_targets: layers of the blocks that carry them, see `adapters.target_pattern`.
         inputs: what the tokens of a scale start from: "next_scale", the degraded image's codes of the coarser scales
             (as the teacher's start from the photograph's), or "own_scale", those of its own scale with them.
+        keep_bits: what the degraded image's own bits count in the logits: their margins start from plus or minus this,
+            and the network has to learn only what to change. 0: nothing, as in the paper.
         long_input: append the complete codes at the last scale to the input.
         long_positions: rotary rows of the appended tokens, "next_scale" or "own".
         cross_value_bias: whether block cross attention adds its value bias while the adapters are on.
@@ -32,6 +34,7 @@ class StudentConfig:
     lora_rank: int = 32
     lora_targets: tuple[str, ...] = TARGETS
     inputs: str = "next_scale"
+    keep_bits: float = 0.0
     long_input: bool = True
     long_positions: str = "next_scale"
     cross_value_bias: bool = False

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,11 @@ from published_files import write_release
 from safetensors import safe_open
 from torch import Tensor
 
-from varestorer.commands.convert import COMMAND
+from varestorer.commands.convert import COMMAND, check_publishable
 from varestorer.commands.entry import compose
 from varestorer.systems.varestorer import VARestorer
 from varestorer.transformer.adapters import plain_state_dict
+from varestorer.utils.errors import UserError
 from varestorer.weights.files import read_tensors
 from varestorer.weights.manifest import NESTED
 
@@ -319,3 +321,10 @@ def test_help_names_every_key_of_the_config(capsys: pytest.CaptureFixture[str]) 
     shown = capsys.readouterr().out
     for key in compose("convert"):
         assert f"{key}=" in shown
+
+
+def test_traits_that_the_published_form_cannot_hold_are_refused(tiny_system: VARestorer) -> None:
+    check_publishable(tiny_system, Path("run"))
+    tiny_system.student_config = replace(tiny_system.student_config, keep_bits=1.0)
+    with pytest.raises(UserError, match=r"no place for student.keep_bits=1.0; write a bundle: output=FOLDER"):
+        check_publishable(tiny_system, Path("run"))

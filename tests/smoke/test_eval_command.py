@@ -187,6 +187,18 @@ def test_checkpoint(root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert "holds an evaluation with weights=" in capsys.readouterr().err
 
 
+def test_precision_is_a_part_of_what_was_scored(
+    root: Path, tmp_path: Path, tiny_system: VARestorer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_system.save_pretrained(tmp_path / "bundle")
+    words = [f"ckpt={tmp_path / 'bundle'}", "metrics=psnr"]
+    assert run(root, *words, "precision=bf16") == 0
+    assert run(root, *words, "precision=bf16") == 0
+    assert run(root, *words, "precision=fp32") == 2
+    assert "holds an evaluation with precision=bf16" in capsys.readouterr().err
+    assert run(root, *words, "precision=half") == 2
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -206,11 +218,10 @@ def test_checkpoint(root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
         (["method=bicubic", "protocol=paper"], "paper"),
         (["method=bicubic", "predictions=x"], "got predictions and method"),
         (["predictions=/nowhere"], "/nowhere is not a folder"),
-        ([], "give one of ckpt=, predictions= and method="),
-        (["method=tokenizer"], "method=tokenizer needs model_path=FILE"),
         (["ckpt=x", "method=bicubic"], "give one of ckpt=, predictions= and method="),
         (["method=bicubic", "model_path=x"], "model_path= is for method=spandrel and method=tokenizer"),
         (["method=bicubic", "steps=multi"], "steps= is for ckpt=MODEL"),
+        (["method=bicubic", "precision=bf16"], "precision= is for ckpt=MODEL"),
     ],
 )
 def test_wrong_commands(words: list[str], message: str, root: Path, capsys: pytest.CaptureFixture[str]) -> None:

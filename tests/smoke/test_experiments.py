@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from varestorer.commands.restore import COMMAND as RESTORE
 from varestorer.commands.train import COMMAND as TRAIN
 from varestorer.commands.train import stage_configs
+from varestorer.evaluation.comparison import UNDISTILLED
 from varestorer.systems.varestorer import VARestorer
 from varestorer.utils.images import load_image, save_image
 from varestorer.weights.runs import load_ema
@@ -19,8 +20,8 @@ pytestmark = pytest.mark.smoke
 EXPERIMENTS = sorted(
     path.stem for path in Path(__file__).parents[2].glob("configs/experiment/*.yaml") if not path.stem.endswith("_base")
 )
-# quickstart on networks of test size, two steps of every stage
-TINY = ["+experiment=quickstart", "model=tiny", "data.crop=32", "trainer.max_steps=2", "trainer.num_workers=0"]
+# quickstart_scratch on networks of test size, two steps of every stage
+TINY = ["+experiment=quickstart_scratch", "model=tiny", "data.crop=32", "trainer.max_steps=2", "trainer.num_workers=0"]
 TINY += ["stages.tokenizer.trainer.batch_size=4", "trainer.batch_size=4"]
 
 
@@ -44,7 +45,8 @@ def test_paper_scale_experiments_have_the_papers_numbers(compose: Callable[..., 
 
 WITHOUT_STUDENT = ("tokenizer_bsq", "tokenizer_gan", "teacher_512", "teacher_scratch")
 WITHOUT_STUDENT += ("nano_restorer", "nano_tokenizer", "nano_teacher")
-PAPER_SCALE = [name for name in EXPERIMENTS if name not in ("quickstart", "smoke", *WITHOUT_STUDENT)]
+SMALL = ("quickstart", "quickstart_scratch", "smoke")
+PAPER_SCALE = [name for name in EXPERIMENTS if name not in (*SMALL, *WITHOUT_STUDENT)]
 # experiments of paper scale on networks of test size, one step, without files of weights
 NANO = ["model=tiny", "logger=none", "++model.restorer=null", "model.weights.tokenizer=null"]
 NANO += ["model.weights.transformer=null", "data.crop=32", "trainer.max_steps=1", "trainer.num_workers=0"]
@@ -113,17 +115,36 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-def test_the_quickstart_trains_three_stages_and_writes_its_report(finished: Path) -> None:
+def test_from_scratch_trains_three_stages_and_writes_its_report(finished: Path) -> None:
     lines = lines_of(finished)
     assert [(line["stage"], line["step"]) for line in lines] == [
         (stage, step) for stage in ("tokenizer", "teacher", "student") for step in (1, 2)
     ]
     assert {"loss", "kl", "mse", "perceptual", "lr", "seconds"} <= lines[-1].keys()
     rows = json.loads((finished / "report.json").read_text())["rows"]
-    assert [row["method"] for row in rows] == ["bicubic", "multi-step", "one step", "tokenizer ceiling"]
+    assert [row["method"] for row in rows] == [
+        "bicubic",
+        "multi-step",
+        UNDISTILLED,
+        "one step",
+        "tokenizer ceiling",
+    ]
     assert all(row["psnr"] > 0 and row["seconds"] > 0 for row in rows)
     assert "<img" in (finished / "report.html").read_text()
     assert (finished / "samples" / "student_000002.png").is_file()
+
+
+def test_the_quickstart_betters_its_student_by_distilling_from_the_shipped_teacher(tmp_path: Path) -> None:
+    run, shipped = tmp_path / "run", VARestorer.from_pretrained()
+    words = ["trainer.max_steps=12", "trainer.batch_size=4", "trainer.num_workers=0", "+report.heldout.crop=128"]
+    assert TRAIN.main(["+experiment=quickstart", f"run_dir={run}", "report.metrics=[psnr,ms_ssim]", *words]) == 0
+    system = VARestorer.from_pretrained(run)
+    assert torch.equal(system.transformer.head.weight, shipped.transformer.head.weight)
+    assert torch.equal(system.tokenizer.decoder.conv_in.weight, shipped.tokenizer.decoder.conv_in.weight)
+    assert system.restorer is not None
+    rows = {row["method"]: row for row in json.loads((run / "report.json").read_text())["rows"]}
+    assert rows["one step"]["psnr"] > rows[UNDISTILLED]["psnr"]
+    assert rows["one step"]["ms_ssim"] > rows[UNDISTILLED]["ms_ssim"]
 
 
 def test_a_run_loads_with_its_averaged_weights(finished: Path) -> None:

@@ -367,7 +367,6 @@ def test_compat_gets_prompt_tiles_and_both_global_generators_seeded(
     ("wrong", "message"),
     [
         ("input=/nowhere/at all", "nowhere/at all does not exist"),
-        ("ckpt=null", "+experiment=quickstart"),
         ("select=best", "select must be argmax or sample, got select=best"),
         ("steps=few", "steps must be one, multi or a number"),
         ("scale=0", "scale must be a number above 0"),

@@ -24,8 +24,8 @@ from varestorer.weights.runs import latest_checkpoint
 pytestmark = pytest.mark.smoke
 STAGES = ("tokenizer", "teacher", "student")
 STEPS = 3
-# quickstart on networks of test size: three stages, accumulation, one data worker, averages, a checkpoint a step
-WORDS = ["+experiment=quickstart", "model=tiny", "data.crop=32", "report=null", "device=cpu"]
+# quickstart_scratch at test size: three stages, accumulation, one data worker, averages, a checkpoint a step
+WORDS = ["+experiment=quickstart_scratch", "model=tiny", "data.crop=32", "report=null", "device=cpu"]
 WORDS += [f"trainer.max_steps={STEPS}", "trainer.batch_size=4", "trainer.accumulate=2", "trainer.num_workers=1"]
 WORDS += ["trainer.checkpoint_every=1", "trainer.keep_best=loss"]
 

@@ -67,7 +67,7 @@ def disagreeing_network(seed: int):  # noqa: ANN201
     """A network whose tiles disagree where they overlap.
 
     Every tile has its own offset of each channel, its own contrast, and darker or brighter borders some 3 pixels wide
-    (standard deviations 0.02, 10 % and 0.02; offsets of the quickstart's model differ as much from tile to tile).
+    (standard deviations 0.02, 10 % and 0.02; those of a model of quickstart_scratch differ as much from tile to tile).
     """
 
     def run(tiles_B3tt: Tensor, numbers: list[int]) -> Tensor:

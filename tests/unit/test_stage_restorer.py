@@ -75,7 +75,7 @@ def test_what_a_run_trained_restores_in_runs_and_bundles(
 ) -> None:
     run, bundle = str(tmp_path / "run"), tmp_path / "bundle"
     small = [
-        "+model.restorer={num_features: 16, num_groups: 1, num_blocks: 1}",
+        "model.restorer={num_features: 16, num_groups: 1, num_blocks: 1}",
         "data=embedded",
         "data.crop=32",
         "trainer.batch_size=2",

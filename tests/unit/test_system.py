@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from varestorer.systems.varestorer import VARestorer
+from varestorer.tokenizer.residual import to_tokens
 from varestorer.training.checkpoint import save_initial
 from varestorer.training.distillation import DistillationTask
 from varestorer.training.teacher import TeacherTask
@@ -312,3 +313,20 @@ def test_a_student_that_keeps_bits_changes_only_those_it_is_sure_of(tiny_system:
     kept = keeping.restore_batch(squares)
     assert all(torch.equal(*pair) for pair in zip(kept.bits, condition.pyramid.indices, strict=True))
     assert torch.allclose(kept.images_B3HW, keeping.decode(condition.pyramid.codes), atol=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("inputs", ["next_scale", "own_scale"])
+@pytest.mark.parametrize("is_long", [False, True])
+def test_the_student_starts_from_the_codes_its_config_names(
+    tiny_system: VARestorer, inputs: str, is_long: bool
+) -> None:
+    config = tiny_system.config
+    student = config["student"] | {"inputs": inputs, "long_input": is_long}
+    condition = VARestorer(**(config | {"student": student})).condition(image(32, 32)[None])
+    pyramid = condition.pyramid
+    short = pyramid.inputs() if inputs == "next_scale" else pyramid.own_inputs()
+    assert torch.equal(condition.tokens_BLZ[:, : short.shape[1]], short)
+    assert torch.equal(condition.tokens_BLZ[:, short.shape[1] :], to_tokens(pyramid.codes)[:, : 16 * is_long])
+    with pytest.raises(UserError, match=r"model\.student\.inputs must be next_scale or own_scale, got both"):
+        VARestorer(**(config | {"student": {"inputs": "both"}}))

@@ -264,7 +264,7 @@ def test_the_command_writes_what_it_measured(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(rates.MATRIX_SIDES, "cpu", (64,))
-    words = ["what=train_step", "train=quickstart", "model=tiny", "device=cpu", "repeats=2", "warmup=1"]
+    words = ["what=train_step", "train=quickstart_scratch", "model=tiny", "device=cpu", "repeats=2", "warmup=1"]
     variants = ["variants=[eager,bf16]", 'overrides=["stages.student.task.perceptual=ms_ssim"]', "batch=[1,2]"]
     assert BENCHMARK.main([*words, *variants, f"out={tmp_path}"]) == 0
     content = json.loads((tmp_path / "benchmark.json").read_text())

@@ -219,7 +219,7 @@ def test_attention_by_products_is_the_fused_one(kind: str, monkeypatch: pytest.M
     ]
     found = []
     for by_products in (False, True):
-        monkeypatch.setattr(attention, "prefers_products", lambda q, chosen=by_products: chosen)
+        monkeypatch.setattr(attention, "prefers_products", lambda q, k, chosen=by_products: chosen)
         q, k, v = (drawn(2, 3, 5, 8, seed=seed).requires_grad_() for seed in range(3))
         out = attend(q, k, v, mask, scale=0.7)
         gradients = torch.autograd.grad(out.square().sum(), (q, k, v))
@@ -228,10 +228,20 @@ def test_attention_by_products_is_the_fused_one(kind: str, monkeypatch: pytest.M
         torch.testing.assert_close(ours, fused, rtol=1e-4, atol=1e-5)
 
 
-def test_products_are_for_bfloat16_on_processors_without_matrix_units(monkeypatch: pytest.MonkeyPatch) -> None:
-    half = torch.zeros(1, dtype=torch.bfloat16)
-    for amx in (False, True):
-        monkeypatch.setattr(attention, "HAS_AMX", amx)
-        assert attention.prefers_products(half) is not amx
-        assert not attention.prefers_products(half.float())
-        assert not attention.prefers_products(half.to("meta"))
+def test_products_are_for_short_sequences_in_bfloat16_where_they_are_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    half, long = torch.zeros(1, 1, 5, 4, dtype=torch.bfloat16), torch.zeros(1, 1, 1025, 4, dtype=torch.bfloat16)
+    for faster in (False, True):
+        monkeypatch.setattr(attention, "PRODUCTS_ARE_FASTER", faster)
+        assert attention.prefers_products(half, long) is faster
+        assert not attention.prefers_products(half.float(), half.float())
+        assert not attention.prefers_products(half.to("meta"), half.to("meta"))
+        assert not attention.prefers_products(long, long)
+
+
+def test_attention_by_products_in_bfloat16_is_near_the_exact_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = (drawn(2, 3, 60, 32, seed=seed) for seed in range(3))
+    exact = attend(q, k, v, None, scale=0.3)
+    monkeypatch.setattr(attention, "prefers_products", lambda q, k: True)
+    ours = attend(q.bfloat16(), k.bfloat16(), v.bfloat16(), None, scale=0.3)
+    assert ours.dtype == torch.bfloat16
+    assert (ours.float() - exact).abs().max() < 0.05 * exact.abs().max()

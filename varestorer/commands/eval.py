@@ -28,31 +28,33 @@ from varestorer.evaluation.sources import (
 )
 from varestorer.evaluation.wandb_log import log_to_wandb
 from varestorer.utils.errors import UsageError, UserError
+from varestorer.weights.shipped import DEFAULT, named_or_default
 
 log = logging.getLogger(__name__)
 
 SOURCES = ("ckpt", "predictions", "method")
-WITH_MODEL = ("spandrel", "tokenizer")
-METHODS = ("bicubic", *WITH_MODEL)
+METHODS = ("bicubic", "spandrel", "tokenizer")
 SHOWN_FAILURES = 20
 BATCH_ON_ACCELERATORS = 8
 
 HELP = """
 Score restored images against their references, per image and on average.
 
-usage: python scripts/eval.py dataset=NAME data.root=FOLDER (ckpt=... | predictions=... | method=...)
+usage: python scripts/eval.py dataset=NAME data.root=FOLDER [ckpt=... | predictions=... | method=...]
 
 what is scored
   ckpt=MODEL             restore the data set with this network and score it: a run's folder, a bundle's folder or
-                         hub name, or the published varestorer.pth
+                         hub name, or the published varestorer.pth (default: the shipped model)
   predictions=FOLDER     score images that somebody else made, matched by file stem
   method=bicubic         score bicubic upsampling, the baseline below all others
   method=spandrel model_path=FILE
                          score any super-resolution model that spandrel loads, in float32; large images in tiles
-  method=tokenizer model_path=MODEL
+  method=tokenizer [model_path=MODEL]
                          score the references after they passed the bits of a model's tokenizer: the ceiling of what
-                         it can restore
+                         it can restore; without model_path of the shipped model
   steps=one|K|multi      of ckpt: the student at once; the last K-1 scales, or all fine ones, by the teacher
+  precision=fp32|bf16|auto
+                         of ckpt, as scripts/restore.py restores (there auto); default: as the weights are stored
 
 on what, by what
   dataset=NAME           which data set it is: decides which published rows stand beside ours
@@ -104,6 +106,7 @@ class EvalOptions:
     seed: int = 0
     batch: int | None = None
     limit: int | None = None
+    precision: str | None = None
     device: str = "auto"
     out: str = MISSING
     wandb: bool = False
@@ -211,18 +214,7 @@ def _pairs(options: EvalOptions) -> list[Pair]:
 
 def _source(options: EvalOptions, processes: Processes) -> KnownSource:
     """What gives the images."""
-    given = [key for key in SOURCES if getattr(options, key) is not None]
-    if len(given) != 1:
-        got = " and ".join(given) or "none"
-        raise UsageError(f"give one of ckpt=, predictions= and method= to say what is scored, got {got}")
-    if options.method not in (None, *METHODS):
-        raise UsageError(f"method must be one of {', '.join(METHODS)}, got {options.method!r}")
-    if options.method in WITH_MODEL and options.model_path is None:
-        raise UsageError(f"method={options.method} needs model_path=FILE, the model that is to be scored")
-    if options.model_path is not None and options.method not in WITH_MODEL:
-        raise UsageError(f"model_path= is for {' and '.join(f'method={name}' for name in WITH_MODEL)}")
-    if options.steps != "one" and (options.predictions or options.method):
-        raise UsageError("steps= is for ckpt=MODEL")
+    _check_source(options)
     if options.predictions is not None:
         return FolderSource(options.predictions)
     if options.method == "bicubic":
@@ -234,20 +226,53 @@ def _source(options: EvalOptions, processes: Processes) -> KnownSource:
     return _system(options, processes)
 
 
+def _check_source(options: EvalOptions) -> None:
+    """Refuse keys that do not go together.
+
+    Raises:
+        UsageError: says which.
+    """
+    from varestorer.systems.acceleration import PRECISIONS
+
+    given = [key for key in SOURCES if getattr(options, key) is not None]
+    if len(given) > 1:
+        raise UsageError(
+            f"give one of ckpt=, predictions= and method= to say what is scored, got {' and '.join(given)}"
+        )
+    if options.method not in (None, *METHODS):
+        raise UsageError(f"method must be one of {', '.join(METHODS)}, got {options.method!r}")
+    if options.method == "spandrel" and options.model_path is None:
+        raise UsageError("method=spandrel needs model_path=FILE, the model that is to be scored")
+    if options.model_path is not None and options.method not in ("spandrel", "tokenizer"):
+        raise UsageError("model_path= is for method=spandrel and method=tokenizer")
+    if options.precision not in (None, *PRECISIONS):
+        raise UsageError(f"precision must be one of {', '.join(PRECISIONS)}, got {options.precision!r}")
+    if options.precision is not None and (options.predictions or options.method):
+        raise UsageError("precision= is for ckpt=MODEL, or the shipped model")
+    if options.steps != "one" and (options.predictions or options.method):
+        raise UsageError("steps= is for ckpt=MODEL, or the shipped model")
+
+
 def _system(options: EvalOptions, processes: Processes) -> KnownSource:
     """The network, known by its weights as they are in the file: merged ones may differ from machine to machine."""
+    from varestorer.systems.acceleration import Acceleration
     from varestorer.systems.loading import check_is_student
     from varestorer.systems.varestorer import VARestorer
 
     model = options.model_path if options.method == "tokenizer" else options.ckpt
     with processes.main_first():
         system = VARestorer.from_pretrained(model)
-    settings = {"ckpt": str(model), "weights": weights_digest(system)}
+    settings = {"ckpt": DEFAULT if model is None else model, "weights": weights_digest(system)}
     system.to(processes.device)
     if options.method == "tokenizer":
         return ReconstructionSource(system, settings)
-    check_is_student(system, Path(str(model)))
-    if options.steps == "one":
+    check_is_student(system, named_or_default(model))
+    is_one_step = options.steps == "one"
+    if options.precision is not None:
+        acceleration = Acceleration(is_one_step, options.precision).on(processes.device)
+        settings["precision"] = acceleration.precision
+        system.accelerate(acceleration)
+    elif is_one_step:
         system.merge_adapters()
     return SystemSource(system, options.scale, options.seed, settings, options.steps)
 

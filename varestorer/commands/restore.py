@@ -12,6 +12,7 @@ from omegaconf import MISSING, DictConfig
 
 from varestorer.commands.entry import FAILED, OK, Command, say, typed
 from varestorer.utils.errors import UsageError
+from varestorer.weights.shipped import DEFAULT, named_or_default
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,13 +26,14 @@ if TYPE_CHECKING:
 HELP = """
 Restore images: larger, sharper, and without noise and compression marks.
 
-usage: python scripts/restore.py input=FILE_OR_FOLDER output=FOLDER ckpt=MODEL [key=value ...]
+usage: python scripts/restore.py input=FILE_OR_FOLDER output=FOLDER [ckpt=MODEL] [key=value ...]
 
 what, where, by what
   input=PATH         an image, or a folder of images (subfolders included)
   output=FOLDER      results: <stem>.png in the same subfolders, and restore.json with an entry for each input
   ckpt=MODEL         a bundle's folder, a run of scripts/train.py (its newest EMA weights), the published
-                     varestorer.pth with its companions beside it, or a bundle's name on the Hugging Face hub
+                     varestorer.pth with its companions beside it, or a bundle's name on the Hugging Face hub;
+                     default: nano, a small model that comes with the package
   scale=4            how many times larger the result is; 1 keeps the size
   overwrite=false    restore again what has a result already
   max_pixels=N       read images of up to N pixels (otherwise Pillow's limit holds)
@@ -68,8 +70,8 @@ A file that cannot be restored is named and the others go on. Features of prompt
 Exit status: 0 all well; 1 a file failed; 2 the command was wrong.
 
 examples:
-  python scripts/train.py +experiment=quickstart run_dir=outputs/mine
-  python scripts/restore.py input=photos output=restored ckpt=outputs/mine
+  python scripts/restore.py input=photos output=restored
+  python scripts/restore.py input=photos output=restored ckpt=outputs/quickstart/TIME
   python scripts/restore.py input=photo.jpg output=restored ckpt=weights/varestorer.pth caption=auto
 """
 
@@ -112,7 +114,7 @@ def restore(cfg: DictConfig) -> int:
     Returns:
         exit status: 1 if a file failed.
     Raises:
-        UsageError: an option that cannot be, no such input, no checkpoint given.
+        UsageError: an option that cannot be, no such input.
         UserError: the checkpoint, the text encoder, the captioner or the output folder cannot be used.
     """
     from varestorer.systems.plan import plan_restoration
@@ -179,11 +181,6 @@ def check_options(options: RestoreOptions) -> None:
     changed = [f"{key}={getattr(options, key)}" for key in own if getattr(options, key) != getattr(RestoreOptions, key)]
     if options.compat and changed:
         raise UsageError(f"compat=official does everything the released way: leave out {' '.join(changed)}")
-    if not options.ckpt:
-        raise UsageError(
-            "ckpt=MODEL is needed: a run of `python scripts/train.py +experiment=quickstart` (minutes on a CPU; it "
-            "says where its run folder is), a bundle's folder or hub name, or the published varestorer.pth"
-        )
 
 
 def check_fit(system: VARestorer, options: RestoreOptions) -> None:
@@ -206,7 +203,7 @@ def check_fit(system: VARestorer, options: RestoreOptions) -> None:
             f"steps must be one for a model whose adapters are merged (no teacher is left), got steps={options.steps}"
         )
     if options.steps != "multi":
-        check_is_student(system, str(options.ckpt))
+        check_is_student(system, named_or_default(options.ckpt))
     if options.compat and system.student_config.conditioning != "pyramid":
         raise UsageError("compat=official restores in one step, and this model restores scale by scale; leave it out")
     if options.steps.isdecimal() and int(options.steps) > num_scales:
@@ -223,8 +220,9 @@ def means(options: RestoreOptions) -> Acceleration:
 
 def settings_of(options: RestoreOptions, acceleration: Acceleration | None) -> dict[str, Any]:
     """What decides how a result looks, besides image and seed: the entries of `restore.json` hold it."""
-    keys = ("ckpt", "select", "steps", "color", "tile", "overlap", "compat")
-    settings = {"scale": whole(options.scale), **{key: getattr(options, key) for key in keys}}
+    keys = ("select", "steps", "color", "tile", "overlap", "compat")
+    ckpt = DEFAULT if options.ckpt is None else options.ckpt
+    settings = {"scale": whole(options.scale), "ckpt": ckpt, **{key: getattr(options, key) for key in keys}}
     if acceleration is not None:
         settings |= {"precision": acceleration.precision, "linears": acceleration.linears}
     return settings if options.caption == "auto" else settings | {"prompt": options.prompt}

@@ -34,8 +34,8 @@ varestorer train: train a network, in one stage or several.
 
 usage: varestorer train +experiment=NAME [key=value ...]      (or: python scripts/train.py ...)
 
-  varestorer train +experiment=quickstart                     ten minutes on a CPU, no downloads
-  varestorer train +experiment=quickstart trainer.max_steps=2 two steps of every stage
+  varestorer train +experiment=quickstart                     minutes on a CPU, no downloads
+  varestorer train +experiment=quickstart_scratch trainer.max_steps=2   two steps of every stage
   varestorer train +experiment=dmd_div2k data.root=DIV2K      the paper's distillation on DIV2K
   varestorer train +experiment=quickstart resume=auto         go on with the newest unfinished run
 

@@ -1,4 +1,4 @@
-"""The restorer: a frozen network that cleans a degraded image coarsely before it is tokenised.
+"""The restorer: a network, frozen outside its own stage, that cleans a degraded image before it is tokenised.
 
 VARestorer uses DiffBIR's general SwinIR. The network itself comes from spandrel, which reads its size from
 the weights; any 1x RGB restoration network that spandrel knows fits as well. A small model trains its own, an RCAN
@@ -18,11 +18,12 @@ from torch import Tensor, nn
 
 from varestorer.utils.errors import UserError
 from varestorer.utils.images import pad_reflect
+from varestorer.utils.iqa_sandbox import isolated_rng
 from varestorer.utils.seeds import derive_seed
 from varestorer.weights.bundles import RESTORER, is_bundle, tensors_file
 from varestorer.weights.files import Differences, differences, read_tensors
 from varestorer.weights.published import check_derived, published_restorer_name
-from varestorer.weights.runs import is_run, load_run_weights
+from varestorer.weights.runs import is_run, load_ema
 from varestorer.weights.shipped import shipped
 
 PUBLISHED_SIZES = {
@@ -36,17 +37,21 @@ PUBLISHED_SIZES = {
     "upsampler": "nearest+conv",
     "start_unshuffle": 8,
 }
+FEWEST_FEATURES = 16  # of an RCAN, whose attention looks at a sixteenth of them
 MOST_MASKS = 4  # two for each size of image
 DERIVED = (".attn_mask", ".relative_position_index")  # of a SwinIR: they follow from its sizes
 PUBLISHED_FILE = "general_swinir_v1.ckpt"
-_REMEDY = f"get {PUBLISHED_FILE} (GeneralSwinIR of DiffBIR, hub lxq007/DiffBIR) and set model.restorer to it"
+_REMEDY = (
+    f"get {PUBLISHED_FILE} (GeneralSwinIR of DiffBIR, hub lxq007/DiffBIR) and set model.restorer to it, or to a run of "
+    "nano_restorer, a bundle, or nano, whose restorer comes with the package"
+)
 
 
 class Restorer(nn.Module):
-    """A frozen 1x restoration network that takes any image size.
+    """A 1x restoration network that takes any image size, frozen unless `training.restorer` trains it.
 
     Attributes:
-        network: the network; always in evaluation mode, its parameters never ask for gradients.
+        network: the network; always in evaluation mode.
         multiple: sides the network sees are multiples of this (pixels).
         minimum: and at least this (pixels).
         use_bf16: make its matrix products in bfloat16, as the released restoration does (spec E).
@@ -118,16 +123,20 @@ def new_restorer(num_features: int = 64, num_groups: int = 2, num_blocks: int = 
     """A restorer to be trained: an RCAN (Zhang et al. 2018) that folds squares of 4 pixels into channels first.
 
     Args:
-        num_features: channels.
+        num_features: channels, 16 or more.
         num_groups: residual groups.
         num_blocks: residual blocks of a group, two convolutions each.
-        seed: of the random weights; the global generator is left as it was.
+        seed: of the random weights; the global generators are left as they were.
+
+    Raises:
+        UserError: too few channels.
     """
     from spandrel.architectures.RCAN import RCAN
 
+    if num_features < FEWEST_FEATURES:
+        raise UserError(f"model.restorer.num_features must be {FEWEST_FEATURES} or more, got {num_features}")
     sizes = {"n_feats": num_features, "n_resgroups": num_groups, "n_resblocks": num_blocks}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(seed, "restorer"))
+    with isolated_rng(derive_seed(seed, "restorer")):
         return Restorer(RCAN(scale=1, norm=False, unshuffle_mod=True, **sizes))
 
 
@@ -158,13 +167,13 @@ def load_restorer(path: str | Path, device: torch.device | str = "cpu") -> Resto
 
 
 def _of_run(run: Path) -> dict[str, Tensor]:
-    """The tensors of the restorer that a run trained, by the names of its network.
+    """The tensors of the restorer that a run's latest stage trained, by the names of its network.
 
     Raises:
         UserError: it trained none.
     """
     prefix = "restorer.network."
-    held = load_run_weights(run).items()
+    held = load_ema(run).items()
     tensors = {name.removeprefix(prefix): tensor for name, tensor in held if name.startswith(prefix)}
     if not tensors:
         raise UserError(f"the run {run} trained no restorer; give a run of nano_restorer, or {PUBLISHED_FILE}")

@@ -17,10 +17,11 @@ from varestorer.evaluation.evaluator import Evaluator
 from varestorer.evaluation.protocols import load_protocol
 from varestorer.evaluation.report import write_run_report
 from varestorer.systems.varestorer import VARestorer
-from varestorer.transformer.adapters import merge_adapters
+from varestorer.transformer.adapters import init_adapters, merge_adapters
 from varestorer.utils.images import resize
 
 SCALE = 4
+UNDISTILLED = "one step, before distillation"
 
 
 @dataclass(frozen=True)
@@ -44,15 +45,20 @@ def photographs(samples: Iterable[Mapping[str, Any]]) -> list[Photograph]:
 
 def methods(system: VARestorer) -> dict[str, Callable[[Photograph], Tensor]]:
     """Every way to a full-size image, by the name of its column."""
-
-    student = copy.deepcopy(system)
-    merge_adapters(student.transformer)  # as `restore` does where no teacher is needed
-    return {
+    student, undistilled = copy.deepcopy(system), copy.deepcopy(system)
+    init_adapters(undistilled.transformer)  # as a student starts: the teacher's weights, asked for all scales at once
+    for one_pass in (student, undistilled):
+        merge_adapters(one_pass.transformer)  # as `restore` does where no teacher is needed
+    ways = {
         "bicubic": lambda photo: resize(photo.lr, (photo.hq.shape[-2], photo.hq.shape[-1]), "bicubic"),
         "multi-step": lambda photo: system.restore(photo.lr, SCALE, steps="multi").image,
+        UNDISTILLED: lambda photo: undistilled.restore(photo.lr, SCALE).image,
         "one step": lambda photo: student.restore(photo.lr, SCALE).image,
         "tokenizer ceiling": lambda photo: system.reconstruct(photo.hq),
     }
+    if not system.student_config.lora_rank:  # all of the network trained, and nothing is left of its start
+        ways.pop(UNDISTILLED)
+    return ways
 
 
 def timed(restore: Callable[[Photograph], Tensor], photo: Photograph, device: torch.device) -> tuple[Tensor, float]:
@@ -74,7 +80,7 @@ def compare_methods(
     Returns:
         a row per method (mean metrics, seconds per image), and the pictures of each photograph by column.
     """
-    evaluator = Evaluator(load_protocol(protocol), metrics=list(metrics), device=system.device)
+    evaluator = Evaluator(load_protocol(protocol), metrics=list(metrics), device=system.device, offline=True)
     ways = methods(system)
     scores: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
     pictures: dict[str, dict[str, Tensor]] = {}
@@ -114,7 +120,7 @@ def write_comparison(
         heldout: pairs that were not trained on (`data.heldout_pairs`).
         title: of the page.
         protocol: whose metrics are used, see `evaluation.protocols`.
-        metrics: of that protocol.
+        metrics: of that protocol, or of pyiqa; those whose weights are not at hand are left out.
 
     Returns:
         the report's path.
@@ -143,6 +149,8 @@ def parameter_counts(system: VARestorer) -> str:
     transformer = sum(p.numel() for p in system.transformer.parameters()) - adapters
     tokenizer = sum(p.numel() for p in system.tokenizer.parameters())
     counts = {"tokenizer": tokenizer, "transformer": transformer, "adapters": adapters}
+    if system.restorer is not None:
+        counts = {"restorer": sum(p.numel() for p in system.restorer.parameters()), **counts}
     return ", ".join(f"{name} {count / 1e6:.2f} M" for name, count in counts.items())
 
 

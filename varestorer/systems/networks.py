@@ -217,8 +217,8 @@ class Networks(nn.Module):
         num_tokens = self.schedule.num_tokens
         logits = self.transformer(condition.tokens_BLZ, text, condition.layout, mask, num_outputs=num_tokens)
         if keep := self.student_config.keep_bits:
-            margins_BLZ = (condition.pyramid.labels().float() - 0.5) * keep
-            logits = logits + torch.stack([-margins_BLZ, margins_BLZ], dim=-1)
+            halves_BLZ = (condition.pyramid.labels().float() - 0.5) * keep  # of the margins
+            logits = logits + torch.stack([-halves_BLZ, halves_BLZ], dim=-1)
         return logits
 
     def codes(self, bits_BLZ: Tensor) -> Tensor:

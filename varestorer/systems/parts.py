@@ -21,6 +21,7 @@ from varestorer.weights.files import check_names_and_shapes, read_tensors
 from varestorer.weights.load import tokenizer_tensors, transformer_tensors
 from varestorer.weights.published import STUDENT_FILE, TOKENIZER_FILE, TRANSFORMER_FILE
 from varestorer.weights.runs import is_run, load_run_weights
+from varestorer.weights.shipped import shipped
 
 LOG = logging.getLogger(__name__)
 WHERE = {
@@ -37,7 +38,8 @@ def check_part(part: str, path: str | Path) -> None:
     """
     if part not in WHERE:
         raise UserError(f"model.weights has the parts {' and '.join(WHERE)}, got {part}")
-    if not (is_run(path) or is_bundle(path) or Path(path).is_file()):
+    place = shipped(path)
+    if not (is_run(place) or is_bundle(place) or place.is_file()):
         raise UserError(
             f"weights not found: {path}; get {WHERE[part]} and set model.weights.{part} to it, or to a run or a bundle"
         )
@@ -49,13 +51,14 @@ def load_part(system: Any, part: str, path: str | Path) -> None:
     Args:
         system: has the part as an attribute.
         part: "tokenizer" or "transformer".
-        path: a published file, a bundle, or the folder of a run that trained or held that part.
+        path: a published file, a bundle (or the name of a shipped one), or the folder of a run that trained or held
+            that part.
 
     Raises:
         UserError: no such file (says which to get, and the key to set), or one that does not fit.
     """
     check_part(part, path)
-    _fill(getattr(system, part), part, Path(path), fold=system.student_config.merged)
+    _fill(getattr(system, part), part, shipped(path), fold=system.student_config.merged)
 
 
 def load_teacher(system: Any, path: str | Path) -> VARTransformer:
@@ -63,7 +66,7 @@ def load_teacher(system: Any, path: str | Path) -> VARTransformer:
     check_part("transformer", path)
     with torch.device("meta"):
         teacher = VARTransformer(system.transformer.config)
-    _fill(teacher, "transformer", Path(path))
+    _fill(teacher, "transformer", shipped(path))
     return teacher.to(system.device)
 
 
@@ -136,7 +139,7 @@ def _fitting(given: dict[str, Tensor], wanted: Mapping[str, Tensor], source: str
     adapters = given.keys() - _without_adapters(given).keys()
     if all(name in wanted and given[name].shape == wanted[name].shape for name in adapters):
         return given
-    LOG.warning("the adapters of %s have another rank: the student starts afresh from its teacher", source)
+    LOG.warning("the adapters of %s are of another student and are left out; its teacher is taken", source)
     return _without_adapters(given)
 
 

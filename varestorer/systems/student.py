@@ -19,8 +19,9 @@ class StudentConfig:
         lora_targets: layers of the blocks that carry them, see `adapters.target_pattern`.
         inputs: what the tokens of a scale start from: "next_scale", the degraded image's codes of the coarser scales
             (as the teacher's start from the photograph's), or "own_scale", those of its own scale with them.
-        keep_bits: what the degraded image's own bits count in the logits: their margins start from plus or minus this,
-            and the network has to learn only what to change. 0: nothing, as in the paper.
+        keep_bits: what the degraded image's own bits count in the logits: each margin starts from plus or minus this,
+            and the network has to learn only what to change. 0: nothing, as in the paper. Like `inputs` and
+            `long_input` it is the pyramid's.
         long_input: append the complete codes at the last scale to the input.
         long_positions: rotary rows of the appended tokens, "next_scale" or "own".
         cross_value_bias: whether block cross attention adds its value bias while the adapters are on.
@@ -45,6 +46,8 @@ class StudentConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "lora_targets", tuple(self.lora_targets))
+        if self.keep_bits < 0:
+            raise UserError(f"model.student.keep_bits must be 0 or more, got {self.keep_bits}")
         target_pattern(self.lora_targets)
         for name, choices in (("attention", MASKS), ("conditioning", ("pyramid", "prefix")), ("inputs", INPUTS)):
             if getattr(self, name) not in choices:

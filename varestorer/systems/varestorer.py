@@ -30,6 +30,7 @@ from varestorer.utils.device import to_device
 from varestorer.utils.errors import UsageError, UserError
 from varestorer.utils.hub import first_line, is_hub_name
 from varestorer.utils.tiling import restore_tiled, scaled_size
+from varestorer.weights.shipped import named_or_default
 
 DEVICE_PIXELS = 2**25  # of a result that is put together on the device; larger ones are on the host
 
@@ -81,7 +82,7 @@ class VARestorer(
         Args:
             pretrained_model_name_or_path: a bundle's folder, a run of scripts/train.py (the averaged weights of its
                 latest checkpoint) or a checkpoint of one, the published student with its tokenizer and restorer
-                beside it, or a bundle's name on the hub.
+                beside it, or a bundle's name on the hub; None for "nano", which comes with the package.
             options: `device`; `merge=True` folds the adapters into the weights (faster, but only for `steps="one"`);
                 `precision="fp32"`, `"bf16"`, or `"auto"` for what suits the device (else as stored);
                 `acceleration=Acceleration(...)`, in place of these two, for more means; `tokenizer_file` and
@@ -92,9 +93,8 @@ class VARestorer(
             UsageError: neither a path nor a name that the hub knows.
             UserError: the path holds no system, or its files do not fit.
         """
-        if pretrained_model_name_or_path is None:
-            raise UserError("no model comes with this version; name a bundle, a run or a published file")
-        name = str(Path(pretrained_model_name_or_path).expanduser())
+        given = pretrained_model_name_or_path
+        name = str(named_or_default(given if given is None else Path(given).expanduser()))
         if Path(name).exists() or not is_hub_name(name):
             return cls._from_pretrained(model_id=name, **options)
         try:

@@ -67,9 +67,9 @@ class TokenPyramid:
         """
         return self._resized(self.cumulative[:-1], resize)
 
-    def own_inputs(self, resize: Callable[[Tensor, Scale], Tensor] = resize_bilinear) -> Tensor:
+    def own_inputs(self) -> Tensor:
         """As `inputs`, but each sum has the scale's own codes in it: for a student, which is shown the whole image."""
-        return self._resized(self.cumulative[1:], resize)
+        return self._resized(self.cumulative[1:], resize_bilinear)
 
     def _resized(self, sums: Sequence[Tensor], resize: Callable[[Tensor, Scale], Tensor]) -> Tensor:
         """Sums of codes at the sizes of scales 2 to K, as tokens."""

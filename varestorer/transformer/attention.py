@@ -15,12 +15,15 @@ from torch import Tensor, nn
 
 from varestorer.transformer.layout import TokenLayout
 from varestorer.transformer.masks import BlockCausal
-from varestorer.utils.device import has_amx
+from varestorer.utils.device import has_amx, has_bf16_products
 
 MAX_LOG_SCALE = math.log(100.0)
 SHORTEST = 1e-12
 """Queries and keys shorter than this are not made longer (normalisation)."""
-HAS_AMX = has_amx()
+MOST_PRODUCTS = 2**20
+"""Scores of one head, L x L_keys, up to which plain products may be taken: they keep them all, the kernel does not."""
+PRODUCTS_ARE_FASTER = has_bf16_products() and not has_amx()
+"""In bfloat16, on this processor: see `prefers_products`."""
 
 
 def attend(
@@ -44,17 +47,20 @@ def attend(
     if mask is not None:
         mask = mask[..., : q_BNLD.shape[2], :]
     fused = F.scaled_dot_product_attention
-    out = (_by_products if prefers_products(q_BNLD) else fused)(q_BNLD, k_BNLD, v_BNLD, attn_mask=mask, scale=scale)
+    out = (_by_products if prefers_products(q_BNLD, k_BNLD) else fused)(
+        q_BNLD, k_BNLD, v_BNLD, attn_mask=mask, scale=scale
+    )
     return rearrange(out, "b n l d -> b l (n d)")
 
 
-def prefers_products(q_BNLD: Tensor) -> bool:
-    """Whether plain products are faster than torch's fused kernel: in bfloat16 on processors without AMX.
+def prefers_products(q_BNLD: Tensor, k_BNLD: Tensor) -> bool:
+    """Whether plain products are faster than torch's fused kernel: in bfloat16 with AVX512_BF16 alone, without AMX.
 
     There the kernel's own products are slow, those of oneDNN are not: 2.0 times the speed forward and 2.7 times with
-    the backward pass, at 8 x 3 heads, 485 tokens of 64 channels, on an AMD EPYC with AVX512_BF16.
+    the backward pass, at 8 x 3 heads, 485 tokens of 64 channels, on an AMD EPYC. The scores are rounded to bfloat16.
     """
-    return q_BNLD.device.type == "cpu" and q_BNLD.dtype == torch.bfloat16 and not HAS_AMX
+    is_small = q_BNLD.shape[2] * k_BNLD.shape[2] <= MOST_PRODUCTS
+    return PRODUCTS_ARE_FASTER and is_small and q_BNLD.device.type == "cpu" and q_BNLD.dtype == torch.bfloat16
 
 
 def _by_products(

@@ -177,7 +177,7 @@ class VARTransformer(nn.Module):
         """Logits of the bits of every token of the layout.
 
         Args:
-            tokens_BLZ: next-scale inputs (`TokenPyramid.inputs` or `.long_inputs`), see `embed`.
+            tokens_BLZ: next-scale inputs (`TokenPyramid.inputs`, or what `PyramidConditioner` makes), see `embed`.
             text: features of the prompts, the context made from them, or all that is made from them (`prepare`).
             layout: level and position of each token.
             mask: `BlockCausal`, or (L, L_keys) bool, True where attention is allowed; None lets all see all.

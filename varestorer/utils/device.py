@@ -57,7 +57,12 @@ def gains_from_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         with torch.cuda.device(device):
             return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and torch.backends.mkldnn.is_available() and "avx512_bf16" in processor_flags()
+    return device.type == "cpu" and has_bf16_products()
+
+
+def has_bf16_products() -> bool:
+    """Whether torch makes products in bfloat16 by the processor's own instructions."""
+    return torch.backends.mkldnn.is_available() and "avx512_bf16" in processor_flags()
 
 
 def has_amx() -> bool:

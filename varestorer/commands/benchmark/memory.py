@@ -66,7 +66,9 @@ def experiment_stage(experiment: str, overrides: list[str]) -> DictConfig:
 
 
 def task_without_weights(stage: DictConfig) -> Task:
-    """The task of a stage on the meta device, its base as it is kept in training; a restorer has published sizes."""
+    """The task of a stage on the meta device, its base as it is kept in training; a restorer of a file has the
+    published sizes.
+    """
     import torch
     from hydra.utils import instantiate
 
@@ -74,9 +76,10 @@ def task_without_weights(stage: DictConfig) -> Task:
     from varestorer.training.precision import keep_base_in
 
     restorer = stage.model.get("restorer")
+    sizes = restorer if isinstance(restorer, DictConfig) else None
     with torch.device("meta"):
-        system = instantiate({**stage.model, "restorer": None}, _convert_="all")
-    if restorer is not None:
+        system = instantiate({**stage.model, "restorer": sizes}, _convert_="all")
+    if restorer is not None and sizes is None:
         add_published_restorer(system)
     task = task_of(stage, system)
     if stage.trainer.base_precision != "fp32":

@@ -1,0 +1,75 @@
+"""The model that comes with the package: whole, small, in the wheel, the default, and better than enlarging."""
+
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+
+from varestorer.conditioning.restorer import load_restorer
+from varestorer.data.embedded import embedded_photographs
+from varestorer.systems.varestorer import VARestorer
+from varestorer.utils.images import resize
+from varestorer.utils.iqa import create_metric, missing_weights
+from varestorer.weights.bundles import read_config
+from varestorer.weights.shipped import ASSETS, DEFAULT, named_or_default, shipped
+
+BUNDLE = ASSETS / DEFAULT
+MOST_BYTES = 24e6
+
+
+@pytest.fixture(scope="module")
+def nano() -> VARestorer:
+    return VARestorer.from_pretrained(merge=True)
+
+
+def test_all_of_it_is_small_and_packed_into_the_wheel() -> None:
+    files = [path for path in BUNDLE.iterdir() if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= MOST_BYTES
+    root = Path(__file__).parents[2]
+    patterns = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["varestorer"]
+    packed = {path for pattern in patterns for path in (root / "varestorer").glob(pattern)}
+    assert {root / "varestorer" / path.relative_to(ASSETS.parent) for path in files} <= packed
+
+
+def test_its_card_says_how_it_was_made_and_what_it_is_worth() -> None:
+    card = (BUNDLE / "README.md").read_text(encoding="utf-8")
+    for heading in ("Data", "Training", "Measured", "Limits", "Licences"):
+        assert f"\n## {heading}\n" in card
+    assert "license: mit" not in card.splitlines()[:3]  # the photographs' terms are named instead
+
+
+def test_a_name_is_the_shipped_model_unless_a_file_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert shipped(DEFAULT) == BUNDLE
+    assert shipped("other") == Path("other") and shipped(f"x/{DEFAULT}") == Path("x", DEFAULT)
+    (tmp_path / DEFAULT).mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert shipped(DEFAULT) == BUNDLE  # what holds no model is not meant
+    for name in ("transformer.safetensors", "config.json"):
+        (tmp_path / DEFAULT / name).touch()
+    assert shipped(DEFAULT) == named_or_default(DEFAULT) == Path(DEFAULT)
+    assert named_or_default(None) == BUNDLE
+
+
+def test_it_is_the_default_and_has_teacher_student_and_restorer(nano: VARestorer) -> None:
+    config = read_config(BUNDLE)
+    assert nano.config["transformer"] == config["transformer"] and nano.student_config.merged
+    apart = VARestorer.from_pretrained(DEFAULT)
+    assert apart.student_config.lora_rank and not apart.student_config.merged
+    square = torch.rand(1, 3, apart.tile, apart.tile)
+    one, multi = (apart.restore_batch(square, steps=steps).images_B3HW for steps in ("one", "multi"))
+    assert not torch.equal(one, multi)
+    assert apart.restorer is not None
+    assert torch.equal(load_restorer(DEFAULT)(square), apart.restorer(square))
+
+
+@pytest.mark.parametrize("name", ["china", "coffee"])
+def test_it_restores_better_than_bicubic(nano: VARestorer, name: str) -> None:
+    if missing := missing_weights("lpips"):
+        pytest.skip(f"weights of LPIPS are missing: {missing}")
+    photo = dict(embedded_photographs("heldout"))[name][:, 100:356, 150:406]
+    small = resize(photo, (64, 64), "area")
+    lpips = create_metric("lpips")
+    ours = lpips(nano.restore(small, 4).image[None], photo[None])
+    enlarged = lpips(resize(small, (256, 256), "bicubic")[None].clamp(0, 1), photo[None])
+    assert ours < 0.75 * enlarged

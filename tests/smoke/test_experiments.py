@@ -136,7 +136,7 @@ def test_from_scratch_trains_three_stages_and_writes_its_report(finished: Path) 
 
 def test_the_quickstart_betters_its_student_by_distilling_from_the_shipped_teacher(tmp_path: Path) -> None:
     run, shipped = tmp_path / "run", VARestorer.from_pretrained()
-    words = ["trainer.max_steps=12", "trainer.batch_size=4", "trainer.num_workers=0", "+report.heldout.crop=128"]
+    words = ["trainer.max_steps=12", "trainer.batch_size=4", "trainer.num_workers=0", "+report.heldout.crop=192"]
     assert TRAIN.main(["+experiment=quickstart", f"run_dir={run}", "report.metrics=[psnr,ms_ssim]", *words]) == 0
     system = VARestorer.from_pretrained(run)
     assert torch.equal(system.transformer.head.weight, shipped.transformer.head.weight)

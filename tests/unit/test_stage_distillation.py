@@ -1,5 +1,6 @@
 """Options of distillation: adapters on chosen layers, a trained encoder, image losses on crops or smaller images."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -206,3 +207,19 @@ def test_images_compared_one_by_one_give_the_same_losses_and_gradients(tiny_syst
         assert sliced[name].item() == pytest.approx(whole[name].item(), abs=1e-6)
     assert wanted
     assert all(torch.allclose(one, other, atol=1e-6) for one, other in zip(wanted, gradients, strict=True))
+
+
+@pytest.mark.parametrize("options", [{}, {"image_slices": True}])
+def test_the_loss_sees_the_residual_that_is_kept(tiny_system: VARestorer, options: dict[str, Any]) -> None:
+    with torch.no_grad():
+        tiny_system.transformer.head.weight.zero_()
+        tiny_system.transformer.head.bias.zero_()
+    traits = {"keep_bits": 9.0, "keep_residual": True}
+    tiny_system.student_config = replace(tiny_system.student_config, **traits)
+    batch = batch_of(1, 2)
+    flat = batch | {"hq": batch["hq"].mean(dim=(2, 3), keepdim=True).expand_as(batch["hq"])}
+    flat |= {"lq": flat["hq"] + 0.1}  # whatever the tokenizer makes of it, it comes through
+    task = task_of(tiny_system, straight_through={"gumbel": False, **options})
+    assert task(flat, 1)["mse"].item() == pytest.approx(0.04, rel=1e-4)
+    with pytest.raises(UserError, match="keep_residual is of whole ones"):
+        task_of(tiny_system, straight_through={"crop": 16})

@@ -314,6 +314,10 @@ def test_a_student_that_keeps_bits_changes_only_those_it_is_sure_of(tiny_system:
     assert all(torch.equal(*pair) for pair in zip(kept.bits, condition.pyramid.indices, strict=True))
     assert torch.allclose(kept.images_B3HW, keeping.decode(condition.pyramid.codes), atol=1e-6)
 
+    keeping.student_config = replace(keeping.student_config, keep_residual=True)  # what the tokenizer lost, as well
+    assert torch.allclose(keeping.restore_batch(squares).images_B3HW, squares, atol=1e-5)
+    assert torch.allclose(keeping.restore_batch(squares, steps=1).images_B3HW, squares, atol=1e-5)
+
 
 @torch.no_grad()
 @pytest.mark.parametrize("inputs", ["next_scale", "own_scale"])

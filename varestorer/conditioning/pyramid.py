@@ -22,11 +22,13 @@ class Condition:
     """The student's input.
 
     Attributes:
-        pyramid: tokens of the degraded image.
+        image_B3HW: the degraded image, cleaned, in [-1, 1].
+        pyramid: its tokens.
         tokens_BLZ: inputs of the transformer after its start token.
         layout: level and position of start token and inputs.
     """
 
+    image_B3HW: Tensor
     pyramid: TokenPyramid
     tokens_BLZ: Tensor
     layout: TokenLayout
@@ -70,13 +72,13 @@ class PyramidConditioner:
         """
         if self.restorer is not None:
             lq_B3HW = self.restorer((lq_B3HW + 1) / 2) * 2 - 1
-        return self.from_pyramid(self.tokenizer.encode(lq_B3HW, schedule), schedule)
+        return self.from_pyramid(self.tokenizer.encode(lq_B3HW, schedule), schedule, lq_B3HW)
 
-    def from_pyramid(self, pyramid: TokenPyramid, schedule: ScaleSchedule) -> Condition:
-        """The student's input from tokens that are there already."""
+    def from_pyramid(self, pyramid: TokenPyramid, schedule: ScaleSchedule, image_B3HW: Tensor) -> Condition:
+        """The student's input from an image, cleaned and in [-1, 1], whose tokens are there already."""
         device = pyramid.codes.device
         tokens = pyramid.inputs() if self.inputs == "next_scale" else pyramid.own_inputs()
         if self.long_input:
             layout = long_layout(schedule, self.head_dim, device, self.long_positions)
-            return Condition(pyramid, torch.cat([tokens, to_tokens(pyramid.codes)], dim=1), layout)
-        return Condition(pyramid, tokens, pyramid_layout(schedule, self.head_dim, device))
+            return Condition(image_B3HW, pyramid, torch.cat([tokens, to_tokens(pyramid.codes)], dim=1), layout)
+        return Condition(image_B3HW, pyramid, tokens, pyramid_layout(schedule, self.head_dim, device))

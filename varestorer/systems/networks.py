@@ -17,6 +17,7 @@ from varestorer.conditioning.restorer import Restorer, load_restorer, new_restor
 from varestorer.systems.parts import allocate, check_part, load_part
 from varestorer.systems.student import StudentConfig
 from varestorer.tokenizer import MultiScaleTokenizer, ScaleSchedule, TokenizerConfig, TokenPyramid
+from varestorer.tokenizer.autoencoder import clamp_keeping_gradient
 from varestorer.tokenizer.autoencoder import init_weights as init_tokenizer_weights
 from varestorer.transformer import TextContext, TextFeatures, TransformerConfig, VARTransformer
 from varestorer.transformer.adapters import adapters_off, attach_adapters, init_adapters, merge_adapters
@@ -220,6 +221,18 @@ class Networks(nn.Module):
             halves_BLZ = (condition.pyramid.labels().float() - 0.5) * keep  # of the margins
             logits = logits + torch.stack([-halves_BLZ, halves_BLZ], dim=-1)
         return logits
+
+    @torch.no_grad()
+    def residual(self, condition: Condition) -> Tensor | None:
+        """What the tokenizer loses of the student's input, (B, 3, H, W) in [-2, 2]; None if it is not to be kept."""
+        if not self.student_config.keep_residual:
+            return None
+        return condition.image_B3HW - self.tokenizer.decode(condition.pyramid.codes)
+
+    def student_image(self, codes_BZhw: Tensor, residual_B3HW: Tensor | None) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1] of the student's codes, with the residual of its input where it is kept."""
+        image = self.tokenizer.decode(codes_BZhw)
+        return image if residual_B3HW is None else clamp_keeping_gradient(image + residual_B3HW)
 
     def codes(self, bits_BLZ: Tensor) -> Tensor:
         """Summed codes (B, Z, h_K, w_K) of the bits of all scales; keeps gradients of straight-through bits."""

@@ -139,7 +139,9 @@ def _fitting(given: dict[str, Tensor], wanted: Mapping[str, Tensor], source: str
     adapters = given.keys() - _without_adapters(given).keys()
     if all(name in wanted and given[name].shape == wanted[name].shape for name in adapters):
         return given
-    LOG.warning("the adapters of %s are of another student and are left out; its teacher is taken", source)
+    LOG.warning(
+        "the adapters of %s have another rank than this student's and are left out; its teacher is taken", source
+    )
     return _without_adapters(given)
 
 

@@ -23,6 +23,7 @@ from varestorer.transformer.generation import Generation, MultiStepGenerator, Sa
 from varestorer.transformer.model import PreparedText
 from varestorer.transformer.sampling import Noise, bit_entropy, bits_to_map, select_bits
 from varestorer.utils.errors import UserError
+from varestorer.utils.images import from_network
 
 if TYPE_CHECKING:
     from varestorer.systems.varestorer import VARestorer
@@ -123,10 +124,12 @@ def predict_squares(
         lq_B3HW: in [0, 1], of side `system.tile`.
         uniforms: noise of each scale, (B, l, Z, 2), or None for the likelier bits.
     """
-    logits_BLZ2 = system.student_logits(system.condition(lq_B3HW), text)
+    condition = system.condition(lq_B3HW)
+    logits_BLZ2 = system.student_logits(condition, text)
     bits = select_maps(system, logits_BLZ2, uniforms)
     codes = system.tokenizer.quantizer.indices_to_codes(bits, system.schedule.latent_size)
-    return RestoredBatch(system.decode(codes), bits, logits_BLZ2)
+    images = from_network(system.student_image(codes, system.residual(condition)))
+    return RestoredBatch(images, bits, logits_BLZ2)
 
 
 def _noise_of_scales(system: VARestorer, noise: Noise, batch_size: int) -> list[Tensor]:
@@ -148,17 +151,18 @@ def _in_several_steps(
     system: VARestorer, lq_B3HW: Tensor, noise: Noise | None, steps: str | int, text: TextFeatures
 ) -> RestoredBatch:
     """Scale by scale: by the teacher after the student or after the degraded image, or by a prefixed network."""
-    condition, logits_BLZ2 = system.condition(lq_B3HW), None
+    condition, logits_BLZ2, residual = system.condition(lq_B3HW), None, None
     if system.student_config.conditioning == "prefix":
         generation = generate_from_prefix(system, condition.pyramid, text, noise)
     elif steps == "multi":
         generation = _continue(system, _coarse_bits(system, condition.pyramid), text, noise)
     else:
-        num_kept = _num_kept(system, steps)
+        num_kept, residual = _num_kept(system, steps), system.residual(condition)
         logits_BLZ2 = system.student_logits(condition, text)
         uniforms = None if noise is None else _noise_of_scales(system, noise, len(lq_B3HW))
         generation = _continue(system, select_maps(system, logits_BLZ2, uniforms)[:num_kept], text, noise)
-    return RestoredBatch(system.decode(generation.codes), generation.bits, logits_BLZ2)
+    images = from_network(system.student_image(generation.codes, residual))
+    return RestoredBatch(images, generation.bits, logits_BLZ2)
 
 
 def _num_kept(system: VARestorer, steps: str | int) -> int:

@@ -20,8 +20,9 @@ class StudentConfig:
         inputs: what the tokens of a scale start from: "next_scale", the degraded image's codes of the coarser scales
             (as the teacher's start from the photograph's), or "own_scale", those of its own scale with them.
         keep_bits: what the degraded image's own bits count in the logits: each margin starts from plus or minus this,
-            and the network has to learn only what to change. 0: nothing, as in the paper. Like `inputs` and
-            `long_input` it is the pyramid's.
+            and the network has to learn only what to change. 0: nothing, as in the paper.
+        keep_residual: add to the decoded image what the tokenizer loses of the degraded one (cleaned), so that it costs
+            nothing where bits are kept. False: the paper's. These two, `inputs` and `long_input` are the pyramid's.
         long_input: append the complete codes at the last scale to the input.
         long_positions: rotary rows of the appended tokens, "next_scale" or "own".
         cross_value_bias: whether block cross attention adds its value bias while the adapters are on.
@@ -36,6 +37,7 @@ class StudentConfig:
     lora_targets: tuple[str, ...] = TARGETS
     inputs: str = "next_scale"
     keep_bits: float = 0.0
+    keep_residual: bool = False
     long_input: bool = True
     long_positions: str = "next_scale"
     cross_value_bias: bool = False

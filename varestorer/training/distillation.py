@@ -164,7 +164,7 @@ class DistillationTask(Task):
         if self.weights.perceptual or self.weights.mse:
             with self.watch("image losses"):
                 codes = system.codes(straight_through_bits(student, noise, self.straight_through.tau))
-                parts |= self._image_losses(codes, batch, step, features)
+                parts |= self._image_losses(codes, system.residual(condition), batch, step, features)
         loss = torch.stack([getattr(self.weights, name) * value for name, value in parts.items()]).sum()
         return {"loss": loss, **parts}
 
@@ -205,10 +205,17 @@ class DistillationTask(Task):
         return system.tokenizer.quantizer(self.start_encoder(to_network(hq_B3HW)), system.schedule)
 
     def _image_losses(
-        self, codes_BZhw: Tensor, batch: Batch, step: int, features_BChw: Sequence[Tensor] | None
+        self,
+        codes_BZhw: Tensor,
+        residual_B3HW: Tensor | None,
+        batch: Batch,
+        step: int,
+        features_BChw: Sequence[Tensor] | None,
     ) -> dict[str, Tensor]:
-        """L_perc and L_MSE on the decoded image, both in [-1, 1]; gradients go through the codes."""
+        """L_perc and L_MSE on the student's image, both in [-1, 1]; gradients go through the codes."""
         options, codes, target = self.straight_through, codes_BZhw, to_network(batch["hq"])
+        if residual_B3HW is not None:  # sliced with the target
+            target = torch.cat([target, residual_B3HW], dim=1)
         if options.crop is not None and self.training:
             place_B2 = uniform_per_sample((2,), self.seed, batch["key"], f"image crop/{step}")
             codes, target = random_crops(codes, target, options.crop, place_B2)
@@ -219,10 +226,14 @@ class DistillationTask(Task):
         return {name: torch.stack([losses[name] for losses in each]).mean() for name in each[0]}
 
     def _compare(
-        self, codes_BZhw: Tensor, target_B3HW: Tensor, features_BChw: Sequence[Tensor] | None = None
+        self, codes_BZhw: Tensor, target_BCHW: Tensor, features_BChw: Sequence[Tensor] | None = None
     ) -> dict[str, Tensor]:
-        """The image losses of decoded codes, means over the images; `features_BChw` are known maps of the target."""
-        image, target, shrink = self.system.tokenizer.decode(codes_BZhw), target_B3HW, self.straight_through.shrink
+        """The image losses of decoded codes, means over the images; `features_BChw` are known maps of the target.
+
+        A residual that the student keeps follows the target's three channels.
+        """
+        target, residual = target_BCHW[:, :3], target_BCHW[:, 3:] if target_BCHW.shape[1] > 3 else None
+        image, shrink = self.system.student_image(codes_BZhw, residual), self.straight_through.shrink
         if shrink > 1:
             image, target = F.avg_pool2d(image, shrink), F.avg_pool2d(target, shrink)
         losses = {"mse": mse_loss(image, target)}
@@ -255,6 +266,10 @@ def check_image_options(options: StraightThrough, systems: Sequence[VARestorer])
     """
     stride, smallest = systems[0].tokenizer.stride, min(system.tile for system in systems)
     crop, shrink = options.crop, options.shrink
+    if crop is not None and systems[0].student_config.keep_residual:
+        raise UserError(
+            "straight_through.crop decodes parts of images, and keep_residual is of whole ones; leave it out"
+        )
     if crop is not None and not (0 < crop <= smallest and crop % stride == 0):
         wanted = f"a multiple of {stride} pixels, at most the tile's {smallest}"
         raise UserError(f"straight_through.crop must be {wanted}, got {crop}")

@@ -45,11 +45,11 @@ def pair_tokens(system: VARestorer, hq_B3HW: Tensor, lq_B3HW: Tensor) -> PairTok
         hq_B3HW: photographs in [0, 1] of side `system.tile`.
         lq_B3HW: the same degraded.
     """
-    cleaned = lq_B3HW if system.restorer is None else system.restorer(lq_B3HW)
+    cleaned = to_network(lq_B3HW if system.restorer is None else system.restorer(lq_B3HW))
     with levels_kept(system.tokenizer.encoder) as levels:
-        pyramid = system.tokenizer.encode(to_network(torch.cat([hq_B3HW, cleaned])), system.schedule)
+        pyramid = system.tokenizer.encode(torch.cat([to_network(hq_B3HW), cleaned]), system.schedule)
     photograph, degraded = halves(pyramid)
-    condition = system.conditioner.from_pyramid(degraded, system.schedule)
+    condition = system.conditioner.from_pyramid(degraded, system.schedule, cleaned)
     return PairTokens(photograph, condition, [level.chunk(2)[0] for level in levels])
 
 
@@ -84,12 +84,12 @@ def trained_condition(system: VARestorer, lq_B3HW: Tensor) -> Condition:
         lq_B3HW: degraded images in [0, 1] of side `system.tile`.
     """
     with torch.no_grad():
-        cleaned = lq_B3HW if system.restorer is None else system.restorer(lq_B3HW)
-    features = system.tokenizer.features(to_network(cleaned))
+        cleaned = to_network(lq_B3HW if system.restorer is None else system.restorer(lq_B3HW))
+    features = system.tokenizer.features(cleaned)
     quantizer = system.tokenizer.quantizer
     pyramid = quantizer(features.detach(), system.schedule)
     pyramid = straight_through(pyramid, features.float(), system.schedule, quantizer.quantiser)
-    return system.conditioner.from_pyramid(pyramid, system.schedule)
+    return system.conditioner.from_pyramid(pyramid, system.schedule, cleaned)
 
 
 def straight_through(

@@ -19,7 +19,7 @@ from varestorer.systems.varestorer import VARestorer
 from varestorer.transformer.sampling import select_bits
 from varestorer.utils.color import match_color
 from varestorer.utils.errors import UserError
-from varestorer.utils.images import load_image, save_image, to_network
+from varestorer.utils.images import from_network, load_image, save_image, to_network
 from varestorer.utils.timing import Clock
 
 QUANTISE, SELECT, SUM, COLOUR, READ, WRITE = "quantise", "select", "sum codes", "colour", "decode PNG", "encode PNG"
@@ -70,8 +70,15 @@ def restoring_stages(
     def read(_: None) -> Tensor:
         return torch.stack([load_image(path) for path in paths]).to(system.device)
 
+    made: list[Condition] = []
+
     def condition(features_BZhw: Tensor) -> Condition:
-        return system.conditioner.from_pyramid(tokenizer.quantizer(features_BZhw, schedule), schedule)
+        pyramid = tokenizer.quantizer(features_BZhw, schedule)
+        made[:] = [system.conditioner.from_pyramid(pyramid, schedule, to_network(lq_B3tt))]
+        return made[0]
+
+    def decode(codes_BZhw: Tensor) -> Tensor:
+        return from_network(system.student_image(codes_BZhw, system.residual(made[0])))
 
     def write(images_B3tt: Tensor) -> None:
         for path, image in zip(paths, images_B3tt.cpu(), strict=True):
@@ -87,7 +94,7 @@ def restoring_stages(
         Stage(TRANSFORMER, lambda x: system.student_logits(x, text), (system.transformer,)),
         Stage(SELECT, lambda logits: system.split_bits(select_bits(logits))),
         Stage(SUM, lambda bits: tokenizer.quantizer.indices_to_codes(bits, schedule.latent_size)),
-        Stage(DECODER, system.decode, (tokenizer.decoder,)),
+        Stage(DECODER, decode, (tokenizer.decoder,)),
         Stage(COLOUR, lambda images: match_color(images, lq_B3tt, color)),
         Stage(WRITE, write),
     ]

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from varestorer.evaluation.cost import TEXT
 from varestorer.evaluation.speed.operations import t5_flops
@@ -51,10 +51,16 @@ def text_encoder_speed(text: str, num_tokens: int, device: torch.device, repeats
     )
     work = torch.inference_mode()(partial(encoder, input_ids=tokens_1T))
     timing = in_turns({TEXT: work}, repeats, warmup, device)[TEXT]
-    with FlopCounterMode(display=False) as counter:
+    on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # which torch's counter does not know
+    with FlopCounterMode(display=False, custom_mapping={on_cpu: _attention_flops}) as counter:
         features: Any = work()
     moved = weight_bytes([encoder.encoder.block]) + features.last_hidden_state.nbytes
     return StageSpeed(TEXT, timing, counter.get_total_flops(), t5_flops(encoder.config, num_tokens), moved)
+
+
+def _attention_flops(*shapes: Any, out_shape: Any = None, **options: Any) -> int:
+    """Of attention with queries, keys and values of these shapes."""
+    return sdpa_flop_count(*shapes[:3])
 
 
 def captioner_speed(folder: str, image_13HW: Tensor, device: torch.device, repeats: int, warmup: int) -> StageSpeed:

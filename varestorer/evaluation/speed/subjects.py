@@ -84,7 +84,8 @@ def formula_flops(system: VARestorer, keeps_text: bool) -> dict[str, int]:
     rank = 0 if student.merged else student.lora_rank
     found = {
         ENCODER: encoder_flops(system.tokenizer.config, system.tile),
-        DECODER: decoder_flops(system.tokenizer.config, system.tile),
+        # where a residual is kept, the input's own codes are decoded too
+        DECODER: decoder_flops(system.tokenizer.config, system.tile) * (1 + system.student_config.keep_residual),
     }
     has_known_adapters = rank == 0 or set(student.lora_targets) == set(TARGETS)
     if has_known_adapters and student.attention == "cross_scale":

@@ -241,7 +241,7 @@ def open_system(options: ConvertOptions) -> VARestorer:
     """The model that `input=` names, in the precision in which it is stored."""
     from varestorer.systems.adapters import put_adapters, student_of
     from varestorer.systems.varestorer import VARestorer
-    from varestorer.weights.runs import is_run, latest_checkpoint
+    from varestorer.weights.runs import is_run
 
     source = Path(cast(str, options.input))
     if not source.exists() and (options.base or is_published(source)):  # others may be names on the hub
@@ -259,7 +259,7 @@ def open_system(options: ConvertOptions) -> VARestorer:
     if is_published(model) and stored_precision(model) == "bf16":
         system.set_precision("bf16")  # what was read is float32: nothing is lost
     if is_run(model):
-        system.files["run"] = str(latest_checkpoint(model) / "ema.safetensors")
+        system.files["run"] = model
     return system if adapters is None else put_adapters(system, source, adapters)
 
 

@@ -62,5 +62,5 @@ def put_adapters(base: VARestorer, path: Path, student: dict[str, Any]) -> VARes
     assign_plain(system.transformer, kept | {name: tensor.to(dtype) for name, tensor in adapters.items()})
     assign_plain(system.tokenizer, base.tokenizer.state_dict())
     system.restorer = system.conditioner.restorer = base.restorer
-    system.files = base.files | {"adapters": str(path)}
+    system.files = base.files | {"adapters": Path(path)}
     return system.eval().requires_grad_(False)

@@ -16,7 +16,7 @@ from varestorer.utils.errors import UserError
 from varestorer.utils.files import atomic_write
 from varestorer.weights.bundles import ADAPTERS, CONFIG, FORMAT, RESTORER, is_bundle, read_config, tensors_file
 from varestorer.weights.card import model_card
-from varestorer.weights.shipped import shipped
+from varestorer.weights.runs import is_run, latest_checkpoint
 from varestorer.weights.storage import file_sha256
 
 if TYPE_CHECKING:
@@ -83,11 +83,17 @@ def _halved(tensors: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
 
 
 def sources(system: VARestorer) -> dict[str, str]:
-    """SHA-256 of the files that a system came from, by their names; a bundle hands on those of its own."""
+    """SHA-256 of the files that a system came from, by their names; a bundle hands on those of its own.
+
+    Of a run, the averaged weights of its latest checkpoint, as `teacher/step_001600`.
+    """
     known: dict[str, str] = {}
-    for file in map(shipped, system.files.values()):
+    for file in system.files.values():
         if is_bundle(file):
             known |= read_config(file).get("sources", {})
+        elif is_run(file):
+            checkpoint = latest_checkpoint(file)
+            known[f"{checkpoint.parent.name}/{checkpoint.name}"] = file_sha256(checkpoint / "ema.safetensors")
         elif file.is_file() and not is_bundle(file.parent):
             known[file.name] = file_sha256(file)
     return dict(sorted(known.items()))

@@ -28,6 +28,7 @@ from varestorer.transformer.sampling import bits_to_map
 from varestorer.utils.errors import UserError
 from varestorer.utils.images import from_network, to_network
 from varestorer.utils.seeds import torch_generator
+from varestorer.weights.shipped import shipped
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -65,7 +66,7 @@ class Networks(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.files = {part: file for part, file in (weights or {}).items() if file}
+        self.files = {part: shipped(file) for part, file in (weights or {}).items() if file}
         for part, file in self.files.items():
             check_part(part, file)
         self.restorer = _restorer(restorer, seed)
@@ -82,7 +83,7 @@ class Networks(nn.Module):
             self._fill(seed)
             self.tokenizer.to(memory_format=torch.channels_last)  # convolutions run faster so, on CPU and GPU
         if isinstance(restorer, str):
-            self.files["restorer"] = restorer
+            self.files["restorer"] = shipped(restorer)
         self.conditioner = PyramidConditioner(
             self.tokenizer,
             self.transformer.config.head_dim,

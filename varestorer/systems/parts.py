@@ -38,8 +38,7 @@ def check_part(part: str, path: str | Path) -> None:
     """
     if part not in WHERE:
         raise UserError(f"model.weights has the parts {' and '.join(WHERE)}, got {part}")
-    place = shipped(path)
-    if not (is_run(place) or is_bundle(place) or place.is_file()):
+    if not (is_run(Path(path)) or is_bundle(Path(path)) or Path(path).is_file()):
         raise UserError(
             f"weights not found: {path}; get {WHERE[part]} and set model.weights.{part} to it, or to a run or a bundle"
         )
@@ -51,22 +50,22 @@ def load_part(system: Any, part: str, path: str | Path) -> None:
     Args:
         system: has the part as an attribute.
         part: "tokenizer" or "transformer".
-        path: a published file, a bundle (or the name of a shipped one), or the folder of a run that trained or held
-            that part.
+        path: a published file, a bundle, or the folder of a run that trained or held that part.
 
     Raises:
         UserError: no such file (says which to get, and the key to set), or one that does not fit.
     """
     check_part(part, path)
-    _fill(getattr(system, part), part, shipped(path), fold=system.student_config.merged)
+    _fill(getattr(system, part), part, Path(path), fold=system.student_config.merged)
 
 
 def load_teacher(system: Any, path: str | Path) -> VARTransformer:
     """A network of the system's sizes without adapters, filled from a published teacher, a bundle or a run."""
+    path = shipped(path)
     check_part("transformer", path)
     with torch.device("meta"):
         teacher = VARTransformer(system.transformer.config)
-    _fill(teacher, "transformer", shipped(path))
+    _fill(teacher, "transformer", path)
     return teacher.to(system.device)
 
 

@@ -32,15 +32,19 @@ def images(system: VARestorer, batch: int) -> torch.Tensor:
     return levels / 255
 
 
-def test_the_stages_one_after_another_restore(tiny_system: VARestorer, tmp_path: Path) -> None:
-    lq = images(tiny_system, 2)
-    stages = restoring_stages(tiny_system, lq, tiny_system.null_text(2), tmp_path)
+@pytest.mark.parametrize("keep_residual", [False, True])
+def test_the_stages_one_after_another_restore(tiny_system: VARestorer, tmp_path: Path, keep_residual: bool) -> None:
+    restorer = {"num_features": 16, "num_groups": 1, "num_blocks": 1} if keep_residual else None
+    student = tiny_system.config["student"] | {"keep_residual": keep_residual}
+    system = VARestorer(**tiny_system.config | {"student": student, "restorer": restorer}).eval()
+    lq = images(system, 2)
+    stages = restoring_stages(system, lq, system.null_text(2), tmp_path)
     value = None
     with torch.inference_mode():
         for stage in stages[:-2]:
             value = stage.work(value)
     assert stages[-2].name == "colour"
-    assert torch.allclose(value, tiny_system.restore_batch(lq).images_B3HW, atol=1e-5)
+    assert torch.allclose(value, system.restore_batch(lq).images_B3HW, atol=1e-5)
 
 
 def test_each_stage_has_its_time(tiny_system: VARestorer, tmp_path: Path) -> None:

@@ -70,11 +70,16 @@ def restoring_stages(
     def read(_: None) -> Tensor:
         return torch.stack([load_image(path) for path in paths]).to(system.device)
 
+    cleaned: list[Tensor] = []
     made: list[Condition] = []
+
+    def encode(images_B3tt: Tensor) -> Tensor:
+        cleaned[:] = [to_network(images_B3tt)]
+        return tokenizer.features(cleaned[0])
 
     def condition(features_BZhw: Tensor) -> Condition:
         pyramid = tokenizer.quantizer(features_BZhw, schedule)
-        made[:] = [system.conditioner.from_pyramid(pyramid, schedule, to_network(lq_B3tt))]
+        made[:] = [system.conditioner.from_pyramid(pyramid, schedule, cleaned[0])]
         return made[0]
 
     def decode(codes_BZhw: Tensor) -> Tensor:
@@ -89,7 +94,7 @@ def restoring_stages(
         stages.append(Stage(RESTORER, system.restorer, (system.restorer,)))
     return [
         *stages,
-        Stage(ENCODER, lambda images: tokenizer.features(to_network(images)), (tokenizer.encoder,)),
+        Stage(ENCODER, encode, (tokenizer.encoder,)),
         Stage(QUANTISE, condition),
         Stage(TRANSFORMER, lambda x: system.student_logits(x, text), (system.transformer,)),
         Stage(SELECT, lambda logits: system.split_bits(select_bits(logits))),

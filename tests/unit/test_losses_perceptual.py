@@ -5,8 +5,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from varestorer.losses.build import perceptual_loss
 from varestorer.losses.perceptual import (
     MS_SSIM_WEIGHTS,
+    DISTSLoss,
     EncoderFeatureLoss,
     LPIPSLoss,
     MSSSIMLoss,
@@ -15,7 +17,7 @@ from varestorer.losses.perceptual import (
     num_scales,
 )
 from varestorer.losses.pixel import l1_loss, mse_loss
-from varestorer.utils.iqa import MetricUnavailableError
+from varestorer.utils.iqa import MetricUnavailableError, create_metric
 from varestorer.utils.iqa_weights import missing_weights
 
 
@@ -142,16 +144,29 @@ def test_lpips_without_weights_says_which_file(tmp_path, monkeypatch: pytest.Mon
         LPIPSLoss(offline=True)
     with pytest.raises(ValueError, match="net must be one of alex, vgg"):
         LPIPSLoss("squeeze")
+    with pytest.raises(MetricUnavailableError, match="vgg16-397923af.pth in .*checkpoints"):
+        DISTSLoss(offline=True)
 
 
-def test_lpips_is_frozen_deterministic_and_differentiable() -> None:
-    if missing := missing_weights("lpips"):
-        pytest.skip(f"LPIPS weights not here: {'; '.join(missing)}")
-    loss = LPIPSLoss().train()
+@pytest.mark.parametrize("name", ["lpips", "dists"])
+def test_a_metric_is_a_frozen_deterministic_and_differentiable_loss(name: str) -> None:
+    if missing := missing_weights(name):
+        pytest.skip(f"weights of {name} not here: {'; '.join(missing)}")
+    loss = perceptual_loss(name, pyramid).train()  # type: ignore[attr-defined]
     assert not loss.network.training and not any(p.requires_grad for p in loss.parameters())
     pred, target = pair()
     pred.requires_grad_()
     value = loss(pred, target)
     value.backward()
     assert value.item() > 0.01 and pred.grad.isfinite().all() and pred.grad.abs().sum() > 0
-    assert torch.equal(loss(pred, target), value) and loss(target, target).item() == 0
+    assert torch.equal(loss(pred, target), value) and loss(target, target).item() == pytest.approx(0, abs=1e-5)
+    scores = create_metric(name)(((pred + 1) / 2).detach(), (target + 1) / 2)
+    assert value.item() == pytest.approx(scores.mean().item(), rel=1e-4)
+
+
+def test_names_of_losses_may_be_added() -> None:
+    pred, target = pair()
+    both = perceptual_loss("ms_ssim+features", pyramid)(pred, target)
+    assert both == MSSSIMLoss()(pred, target) + EncoderFeatureLoss(pyramid)(pred, target)
+    with pytest.raises(ValueError, match="must be one of .*, got 'psnr'"):
+        perceptual_loss("ms_ssim+psnr", pyramid)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from torch import Tensor, nn
+
 from varestorer.losses.perceptual import (
+    DISTSLoss,
     EncoderFeatureLoss,
     FeatureExtractor,
     LPIPSLoss,
@@ -10,23 +13,40 @@ from varestorer.losses.perceptual import (
     PerceptualLoss,
 )
 
-NAMES = ("lpips", "lpips-vgg", "features", "ms_ssim")
+NAMES = ("lpips", "lpips-vgg", "dists", "features", "ms_ssim")
+
+
+class SumLoss(nn.Module):
+    """The sum of some perceptual losses."""
+
+    def __init__(self, losses: list[PerceptualLoss]) -> None:
+        super().__init__()
+        self.losses = losses
+        self.networks = nn.ModuleList(loss for loss in losses if isinstance(loss, nn.Module))  # to move with this one
+
+    def forward(self, pred_B3HW: Tensor, target_B3HW: Tensor) -> Tensor:
+        """Sum of the distances, each a mean over the batch: a float32 scalar."""
+        return sum((loss(pred_B3HW, target_B3HW) for loss in self.losses), pred_B3HW.new_zeros(()))
 
 
 def perceptual_loss(name: str, encoder: FeatureExtractor) -> PerceptualLoss:
     """The perceptual loss a config names.
 
     Args:
-        name: "lpips" (Alex) or "lpips-vgg", which need published weights; "features" of the given frozen encoder;
-            "ms_ssim".
+        name: "lpips" (Alex), "lpips-vgg" or "dists", which need published weights; "features" of the given frozen
+            encoder; "ms_ssim"; or the sum of several, as "lpips+dists".
         encoder: images in [-1, 1] to feature maps, for "features".
 
     Raises:
         UserError: weights that are missing.
         ValueError: an unknown name.
     """
+    if "+" in name:
+        return SumLoss([perceptual_loss(part, encoder) for part in name.split("+")])
     if name in ("lpips", "lpips-vgg"):
         return LPIPSLoss(net="vgg" if name.endswith("vgg") else "alex")
+    if name == "dists":
+        return DISTSLoss()
     if name == "features":
         return EncoderFeatureLoss(encoder)
     if name == "ms_ssim":

@@ -19,6 +19,7 @@ from varestorer.evaluation.sources import BicubicSource
 from varestorer.systems.student import StudentConfig
 from varestorer.systems.varestorer import VARestorer
 from varestorer.utils.images import load_image, resize, save_image
+from varestorer.weights.shipped import DEFAULT
 
 pytestmark = pytest.mark.smoke
 
@@ -229,6 +230,28 @@ def test_wrong_commands(words: list[str], message: str, root: Path, capsys: pyte
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
     assert error.count("\n") == 1 or "Available options" in error
+
+
+@pytest.mark.parametrize("words", [[], ["method=tokenizer"]])
+def test_without_a_source_it_is_the_shipped_model(root: Path, words: list[str]) -> None:
+    assert run(root, "metrics=[psnr]", "limit=1", *words) == 0
+    settings = json.loads((root.parent / "out" / "settings.json").read_text())
+    assert settings["ckpt"] == DEFAULT
+    assert load_image(root.parent / "out" / "images" / "0.png").shape == (3, 48, 64)
+
+
+def test_a_model_of_other_traits_is_another_model(
+    root: Path, tiny_system: VARestorer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = root.parent / "bundle"
+    tiny_system.save_pretrained(bundle)
+    assert run(root, f"ckpt={bundle}", "metrics=[psnr]") == 0
+    assert run(root, f"ckpt={bundle}", "metrics=[psnr]") == 0
+    config = json.loads((bundle / "config.json").read_text())
+    config["student"]["keep_residual"] = True  # of the same weights
+    (bundle / "config.json").write_text(json.dumps(config))
+    assert run(root, f"ckpt={bundle}", "metrics=[psnr]") == 2
+    assert "student" in capsys.readouterr().err
 
 
 def test_folder_without_pairs_is_a_usage_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,6 +20,7 @@ from varestorer.systems.acceleration import Acceleration
 from varestorer.systems.student import StudentConfig
 from varestorer.systems.varestorer import VARestorer
 from varestorer.utils.images import load_image
+from varestorer.weights.shipped import DEFAULT
 
 pytestmark = pytest.mark.smoke
 
@@ -340,6 +341,17 @@ def test_compat_draws_what_the_seed_of_the_file_says(bundle: Path, photos: Path,
     (photos / "a.png").unlink()  # the seed is the file's own: what else there is does not matter
     assert torch.equal(first, restore("again"))
     assert not torch.equal(first, restore("other", "seed=1"))
+
+
+def test_without_ckpt_it_is_the_shipped_model_which_compat_refuses(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [word for word in words(photos, tmp_path / "out", "scale=2") if not word.startswith("ckpt=")]
+    assert COMMAND.main(given) == 0
+    assert load_image(tmp_path / "out" / "sub/b.png").shape == (3, 6, 10)
+    assert entries_of(tmp_path / "out")["a.png"]["ckpt"] == DEFAULT
+    assert COMMAND.main([*given, "compat=official", "overwrite=true"]) == 2
+    assert "for students like the released one, and this has student.lora_targets" in capsys.readouterr().err
 
 
 def test_compat_gets_prompt_tiles_and_both_global_generators_seeded(

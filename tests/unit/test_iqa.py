@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import random
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +14,6 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from varestorer.utils import iqa, iqa_weights
 from varestorer.utils.errors import UsageError, UserError
 from varestorer.utils.iqa import Metric, MetricUnavailableError, create_metric, needs_reference
-from varestorer.utils.iqa_sandbox import isolated_rng
 
 
 @pytest.fixture
@@ -189,27 +187,6 @@ def test_hash_of_several_files_is_that_of_their_listing(empty_hub: Path) -> None
     path.unlink()
     assert iqa_weights.weights_sha256("lpips") is None
     assert iqa_weights.weights_sha256("psnr") is None
-
-
-def draw() -> tuple[float, float, float]:
-    return torch.rand(()).item(), float(np.random.rand()), random.random()
-
-
-def test_isolated_rng_seeds_inside_and_restores_outside() -> None:
-    torch.manual_seed(1)
-    np.random.seed(1)
-    random.seed(1)
-    wanted = draw()
-    torch.manual_seed(1)
-    np.random.seed(1)
-    random.seed(1)
-    with isolated_rng(5):
-        first = draw()
-    assert draw() == wanted
-    with isolated_rng(5):
-        assert draw() == first
-    with isolated_rng(6):
-        assert draw() != first
 
 
 def test_a_metric_that_draws_patches_repeats_itself() -> None:

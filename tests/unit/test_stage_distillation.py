@@ -221,5 +221,5 @@ def test_the_loss_sees_the_residual_that_is_kept(tiny_system: VARestorer, option
     flat |= {"lq": flat["hq"] + 0.1}  # whatever the tokenizer makes of it, it comes through
     task = task_of(tiny_system, straight_through={"gumbel": False, **options})
     assert task(flat, 1)["mse"].item() == pytest.approx(0.04, rel=1e-4)
-    with pytest.raises(UserError, match="keep_residual is of whole ones"):
+    with pytest.raises(UserError, match="the residual is of whole ones; leave out the crop"):
         task_of(tiny_system, straight_through={"crop": 16})

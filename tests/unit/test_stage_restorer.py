@@ -30,12 +30,6 @@ def batch_of(count: int = 2) -> Batch:
     return {"hq": hq, "lq": hq.roll(1, 3), "name": [str(n) for n in range(count)], "key": torch.arange(count)}
 
 
-def restorer_gradient(system: VARestorer, loss: torch.Tensor) -> torch.Tensor:
-    assert system.restorer is not None
-    gradients = torch.autograd.grad(loss, list(system.restorer.parameters()), retain_graph=True)
-    return torch.cat([gradient.flatten() for gradient in gradients])
-
-
 def test_its_weights_follow_from_the_seed_and_leave_the_global_generator_alone() -> None:
     torch.manual_seed(3)
     want = torch.rand(1)
@@ -68,31 +62,6 @@ def test_it_learns(tiny_system: VARestorer) -> None:
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.7 * losses[0]
-
-
-def test_a_discriminator_trains_beside_it_and_weighs_as_much_as_asked(tiny_system: VARestorer) -> None:
-    system = VARestorer(**options(tiny_system, SIZES))
-    game = {"weight": 0.5, "start_step": 2, "channels": 8, "layers": 2}
-    task = RestorerTask(system, adversarial=game)
-    names, averaged = set(task.trainable_parameters()), set(task.averaged_parameters())
-    assert names - averaged == {f"adversary.{name}" for name, _ in task.adversary.named_parameters()}  # type: ignore[union-attr]
-    assert averaged == {f"restorer.{name}" for name, _ in system.restorer.named_parameters()}  # type: ignore[union-attr]
-
-    alone, early = RestorerTask(system)(batch_of(), 1), task(batch_of(), 1)
-    assert alone["l1"] == early["l1"] and "realism" not in early
-    before = restorer_gradient(system, alone["loss"])
-    assert torch.equal(restorer_gradient(system, early["loss"]), before)  # the discriminator has the first to itself
-    later = task(batch_of(), 2)
-    assert not torch.allclose(restorer_gradient(system, later["loss"]), before)
-    expected = later["l1"] - 0.5 * later["adaptive_weight"] * later["realism"]
-    assert later["loss"].item() == pytest.approx((expected + 0.01 * later["discriminator"]).item(), rel=1e-5)
-
-    # at the layer that makes pixels the two losses' gradients are of one length
-    last = system.restorer.network.tail[-1].weight  # type: ignore[union-attr, index]
-    losses = task(batch_of(), 2)
-    norms = [torch.autograd.grad(losses[name], last, retain_graph=True)[0].norm() for name in ("l1", "realism")]
-    assert losses["adaptive_weight"].item() == pytest.approx((norms[0] / norms[1]).item(), rel=1e-4)
-    assert "adversarial" not in task.eval()(batch_of(), 2)
 
 
 def test_a_system_without_one_is_refused(tiny_system: VARestorer) -> None:
@@ -130,7 +99,7 @@ def test_what_a_run_trained_restores_in_runs_and_bundles(
 def test_a_run_that_trained_none_is_refused(compose: Callable[..., DictConfig], tmp_path: Path) -> None:
     run = str(tmp_path / "run")
     train(compose("train", "+experiment=smoke", f"run_dir={run}", "trainer.max_steps=1", "trainer.batch_size=1"))
-    with pytest.raises(UserError, match="trained no restorer; give a run of nano_restorer"):
+    with pytest.raises(UserError, match="has no restorer of its own; give a run of nano_restorer"):
         load_restorer(run)
 
 

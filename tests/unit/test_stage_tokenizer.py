@@ -77,8 +77,9 @@ def test_held_out_pictures_are_scored_as_they_would_be_saved(tiny_system: VARest
 
 
 def test_features_of_the_start_stay_while_the_encoder_trains(tiny_system: VARestorer) -> None:
-    with pytest.raises(UserError, match=r"perceptual=features compares by a trained encoder: set model\.weights"):
-        TokenizerTask(tiny_system, perceptual="features")
+    for name in ("features", "ms_ssim+features"):
+        with pytest.raises(UserError, match=r"perceptual=features compares by a trained encoder: set model\.weights"):
+            TokenizerTask(tiny_system, perceptual=name)
     tiny_system.files["tokenizer"] = "published.pth"
     task = TokenizerTask(tiny_system, perceptual="features")
     start = task.frozen_state()["start_encoder.conv_in.weight"].clone()

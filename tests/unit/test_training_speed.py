@@ -279,6 +279,26 @@ def test_the_command_writes_what_it_measured(
     assert "images/s" in capsys.readouterr().out
 
 
+@pytest.mark.smoke
+@pytest.mark.parametrize(
+    ("experiment", "stage", "part"), [("nano_restorer", "restorer", "restore"), ("quickstart", "student", "tokens")]
+)
+def test_the_restorer_of_an_experiment_takes_part(
+    experiment: str, stage: str, part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(rates.MATRIX_SIDES, "cpu", (64,))
+    small = '"model.restorer={num_features: 16, num_groups: 1, num_blocks: 1}"'
+    flops = {}
+    for name, more in {"small": [small], "its own": []}.items():
+        overrides = ",".join([f'"stages.{stage}.task.perceptual=ms_ssim"', *more])
+        words = ["what=train_step", f"train={experiment}", "model=tiny", "device=cpu", "repeats=1", "warmup=0"]
+        given = [*words, "batch=[1]", "variants=[eager]", f"overrides=[{overrides}]", f"out={tmp_path / name}"]
+        assert BENCHMARK.main(given) == 0
+        step = json.loads((tmp_path / name / "benchmark.json").read_text())["steps"][0]
+        flops[name] = step["parts"][part]["flops"]
+    assert 0 < flops["small"] < flops["its own"]
+
+
 @pytest.mark.gpu
 def test_the_host_never_waits_within_a_forward_and_backward_pass(tiny_system: VARestorer) -> None:
     task = task_of(tiny_system.to("cuda"), straight_through={"gumbel": False})

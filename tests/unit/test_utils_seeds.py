@@ -1,7 +1,9 @@
+import random
+
 import numpy as np
 import torch
 
-from varestorer.utils.seeds import derive_seed, numpy_generator, torch_generator, uniform_per_sample
+from varestorer.utils.seeds import derive_seed, isolated_rng, numpy_generator, torch_generator, uniform_per_sample
 
 
 def test_derived_seeds_are_frozen_across_machines():
@@ -42,3 +44,24 @@ def test_uniform_numbers_are_uniform():
     draws = uniform_per_sample((20000,), 0, [0], "bits")
     assert 0 <= draws.min() and draws.max() < 1
     assert abs(draws.mean() - 0.5) < 0.01 and abs(draws.var() - 1 / 12) < 0.003
+
+
+def draw() -> tuple[float, float, float]:
+    return torch.rand(()).item(), float(np.random.rand()), random.random()
+
+
+def test_isolated_rng_seeds_inside_and_restores_outside() -> None:
+    torch.manual_seed(1)
+    np.random.seed(1)
+    random.seed(1)
+    wanted = draw()
+    torch.manual_seed(1)
+    np.random.seed(1)
+    random.seed(1)
+    with isolated_rng(5):
+        first = draw()
+    assert draw() == wanted
+    with isolated_rng(5):
+        assert draw() == first
+    with isolated_rng(6):
+        assert draw() != first

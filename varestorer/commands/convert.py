@@ -283,14 +283,13 @@ def check_publishable(system: VARestorer, source: Path) -> None:
         UserError: a student without adapters of its own, which would be read as a teacher.
     """
     from varestorer.conditioning.restorer import PUBLISHED_FILE
-    from varestorer.systems.student import StudentConfig
 
     student = system.student_config
     if student.merged or (student.lora_rank == 0 and not is_published(source)):
         raise UserError("the published form has no place for a student without adapters; write a bundle: output=FOLDER")
-    released = asdict(StudentConfig(lora_rank=student.lora_rank))
-    if traits := [f"{name}={value}" for name, value in asdict(student).items() if value != released[name]]:
-        raise UserError(f"the published form has no place for student.{traits[0]}; write a bundle: output=FOLDER")
+    if student.unreleased:
+        trait = student.unreleased[0]
+        raise UserError(f"the published form has no place for student.{trait}; write a bundle: output=FOLDER")
     if dict(system.config["schedule"]) != {"size": "0.25M"}:
         LOG.warning("the published form has no place for the schedule: what reads it will assume that of 0.25M")
     if system.restorer is None:

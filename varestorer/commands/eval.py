@@ -267,6 +267,7 @@ def _system(options: EvalOptions, processes: Processes) -> KnownSource:
     if options.method == "tokenizer":
         return ReconstructionSource(system, settings)
     check_is_student(system, named_or_default(model))
+    settings["student"] = asdict(system.student_config)  # of the same weights, other traits make other images
     is_one_step = options.steps == "one"
     if options.precision is not None:
         acceleration = Acceleration(is_one_step, options.precision).on(processes.device)

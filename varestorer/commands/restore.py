@@ -204,8 +204,8 @@ def check_fit(system: VARestorer, options: RestoreOptions) -> None:
         )
     if options.steps != "multi":
         check_is_student(system, named_or_default(options.ckpt))
-    if options.compat and system.student_config.conditioning != "pyramid":
-        raise UsageError("compat=official restores in one step, and this model restores scale by scale; leave it out")
+    if options.compat and (traits := system.student_config.unreleased):
+        raise UsageError(f"compat=official is for students like the released one, and this has student.{traits[0]}")
     if options.steps.isdecimal() and int(options.steps) > num_scales:
         raise UsageError(f"steps must be one, multi or 1 to {num_scales} for this model, got steps={options.steps}")
 

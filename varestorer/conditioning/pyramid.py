@@ -22,7 +22,7 @@ class Condition:
     """The student's input.
 
     Attributes:
-        image_B3HW: the degraded image, cleaned, in [-1, 1].
+        image_B3HW: the degraded image, cleaned, nominally in [-1, 1] (restorers do not clamp).
         pyramid: its tokens.
         tokens_BLZ: inputs of the transformer after its start token.
         layout: level and position of start token and inputs.

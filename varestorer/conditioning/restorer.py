@@ -18,12 +18,11 @@ from torch import Tensor, nn
 
 from varestorer.utils.errors import UserError
 from varestorer.utils.images import pad_reflect
-from varestorer.utils.iqa_sandbox import isolated_rng
-from varestorer.utils.seeds import derive_seed
+from varestorer.utils.seeds import derive_seed, isolated_rng
 from varestorer.weights.bundles import RESTORER, is_bundle, tensors_file
 from varestorer.weights.files import Differences, differences, read_tensors
 from varestorer.weights.published import check_derived, published_restorer_name
-from varestorer.weights.runs import is_run, load_ema
+from varestorer.weights.runs import is_run, load_run_weights
 from varestorer.weights.shipped import shipped
 
 PUBLISHED_SIZES = {
@@ -66,7 +65,7 @@ class Restorer(nn.Module):
         self.use_bf16 = False
 
     def train(self, mode: bool = True) -> "Restorer":
-        """Stay in evaluation mode: a frozen network must not drop paths because its owner trains."""
+        """Stay in evaluation mode: the network must not drop paths because its owner trains."""
         return super().train(False)
 
     def forward(self, image_B3HW: Tensor) -> Tensor:
@@ -145,8 +144,8 @@ def load_restorer(path: str | Path, device: torch.device | str = "cpu") -> Resto
 
     Args:
         path: `.ckpt`, `.pth` or `.safetensors`; the tensors may lie under `state_dict`, named with or without
-            the prefix `module.`. Of a run, the restorer that it trained; of a bundle, or
-            the name of a shipped one, its `restorer.safetensors`.
+            the prefix `module.`. Of a run, the restorer that it trained; of a bundle, or the name of a shipped one,
+            its `restorer.safetensors`.
         device: where it runs.
     Raises:
         UserError: no such file, a file that is not a plain set of tensors, or not a 1x RGB restorer.
@@ -167,16 +166,16 @@ def load_restorer(path: str | Path, device: torch.device | str = "cpu") -> Resto
 
 
 def _of_run(run: Path) -> dict[str, Tensor]:
-    """The tensors of the restorer that a run's latest stage trained, by the names of its network.
+    """The tensors of the restorer that a run drew and trained, by the names of its network.
 
     Raises:
-        UserError: it trained none.
+        UserError: it has none of its own.
     """
     prefix = "restorer.network."
-    held = load_ema(run).items()
+    held = load_run_weights(run).items()
     tensors = {name.removeprefix(prefix): tensor for name, tensor in held if name.startswith(prefix)}
     if not tensors:
-        raise UserError(f"the run {run} trained no restorer; give a run of nano_restorer, or {PUBLISHED_FILE}")
+        raise UserError(f"the run {run} has no restorer of its own; give a run of nano_restorer, or {PUBLISHED_FILE}")
     return tensors
 
 

@@ -17,7 +17,7 @@ from varestorer.evaluation.evaluator import Evaluator
 from varestorer.evaluation.protocols import load_protocol
 from varestorer.evaluation.report import write_run_report
 from varestorer.systems.varestorer import VARestorer
-from varestorer.transformer.adapters import init_adapters, merge_adapters
+from varestorer.transformer.adapters import init_adapters
 from varestorer.utils.images import resize
 
 SCALE = 4
@@ -45,20 +45,20 @@ def photographs(samples: Iterable[Mapping[str, Any]]) -> list[Photograph]:
 
 def methods(system: VARestorer) -> dict[str, Callable[[Photograph], Tensor]]:
     """Every way to a full-size image, by the name of its column."""
-    student, undistilled = copy.deepcopy(system), copy.deepcopy(system)
-    init_adapters(undistilled.transformer)  # as a student starts: the teacher's weights, asked for all scales at once
-    for one_pass in (student, undistilled):
-        merge_adapters(one_pass.transformer)  # as `restore` does where no teacher is needed
-    ways = {
+    student = copy.deepcopy(system).merge_adapters()  # as `restore` does where no teacher is needed
+    ways: dict[str, Callable[[Photograph], Tensor]] = {
         "bicubic": lambda photo: resize(photo.lr, (photo.hq.shape[-2], photo.hq.shape[-1]), "bicubic"),
         "multi-step": lambda photo: system.restore(photo.lr, SCALE, steps="multi").image,
-        UNDISTILLED: lambda photo: undistilled.restore(photo.lr, SCALE).image,
+    }
+    if system.student_config.lora_rank:  # else all of the network trained, and nothing is left of its start
+        undistilled = copy.deepcopy(system)
+        init_adapters(undistilled.transformer)  # as a student starts: the teacher, asked for all scales at once
+        undistilled.merge_adapters()
+        ways[UNDISTILLED] = lambda photo: undistilled.restore(photo.lr, SCALE).image
+    return ways | {
         "one step": lambda photo: student.restore(photo.lr, SCALE).image,
         "tokenizer ceiling": lambda photo: system.reconstruct(photo.hq),
     }
-    if not system.student_config.lora_rank:  # all of the network trained, and nothing is left of its start
-        ways.pop(UNDISTILLED)
-    return ways
 
 
 def timed(restore: Callable[[Photograph], Tensor], photo: Photograph, device: torch.device) -> tuple[Tensor, float]:

@@ -19,14 +19,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from varestorer.conditioning.restorer import PUBLISHED_SIZES, Restorer
+from varestorer.conditioning.restorer import PUBLISHED_SIZES, Restorer, load_restorer, new_restorer
 from varestorer.evaluation.memory import peak_memory
 from varestorer.systems.varestorer import VARestorer
 from varestorer.tokenizer.autoencoder import init_weights as init_tokenizer_weights
 from varestorer.transformer.adapters import init_adapters
-from varestorer.utils.iqa_sandbox import isolated_rng, quiet
-from varestorer.utils.seeds import torch_generator
+from varestorer.utils.iqa_sandbox import quiet
+from varestorer.utils.seeds import isolated_rng, torch_generator
 from varestorer.utils.timing import Clock
+from varestorer.weights.shipped import shipped
 
 RESTORER, ENCODER, TRANSFORMER, DECODER, TEXT = "restorer", "VAE encoder", "transformer", "VAE decoder", "text encoder"
 
@@ -119,6 +120,24 @@ def add_published_restorer(system: VARestorer, seed: int = 0) -> None:
         network = SwinIR(**PUBLISHED_SIZES)
     restorer = Restorer(network, multiple=PUBLISHED_MULTIPLE).to(system.device)
     system.restorer = system.conditioner.restorer = restorer
+
+
+def add_restorer(system: VARestorer, named: str | dict[str, int] | None, seed: int = 0) -> None:
+    """Put what `model.restorer` names in front of a system that has none.
+
+    Args:
+        system: on its device.
+        named: the sizes of a new restorer; or a file, a run or a bundle, for which one of the published sizes stands in
+            where it is not there; None for none.
+        seed: of random weights.
+    """
+    if named is None:
+        return
+    if isinstance(named, str) and not shipped(named).exists():
+        add_published_restorer(system, seed)
+        return
+    restorer = load_restorer(named) if isinstance(named, str) else new_restorer(**named, seed=seed)
+    system.restorer = system.conditioner.restorer = restorer.to(system.device)
 
 
 def random_system(sizes: Mapping[str, Any], device: torch.device, seed: int = 0) -> VARestorer:

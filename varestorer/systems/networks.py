@@ -52,6 +52,8 @@ class Networks(nn.Module):
             `load_restorer`), or the sizes of a new one (arguments of `new_restorer`); None for nothing.
         weights: files of the parts "tokenizer" and "transformer": published, a bundle or a run, see
             `systems.parts.load_part`; a part without a file gets random weights.
+        new_adapters: draw the adapters, whatever the transformer's file holds: to distil a student again from the
+            teacher of a model that has one.
         seed: of the random weights.
     """
 
@@ -63,6 +65,7 @@ class Networks(nn.Module):
         student: dict[str, Any] | None = None,
         restorer: str | dict[str, int] | None = None,
         weights: dict[str, str | None] | None = None,
+        new_adapters: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -80,7 +83,7 @@ class Networks(nn.Module):
         self._check_sizes()
         self._schedule_options = dict(schedule)
         if torch.get_default_device().type != "meta":
-            self._fill(seed)
+            self._fill(seed, new_adapters)
             self.tokenizer.to(memory_format=torch.channels_last)  # convolutions run faster so, on CPU and GPU
         if isinstance(restorer, str):
             self.files["restorer"] = shipped(restorer)
@@ -129,10 +132,10 @@ class Networks(nn.Module):
             raise UserError(f"model.transformer.num_levels must be at least {num_levels} for this schedule")
 
     @torch.no_grad()
-    def _fill(self, seed: int) -> None:
+    def _fill(self, seed: int, new_adapters: bool) -> None:
         """Weights of each part from its file, or drawn; adapters start without effect unless a file has them."""
         for part, file in self.files.items():
-            load_part(self, part, file)
+            load_part(self, part, file, new_adapters)
         drawn = allocate(self)
         if "tokenizer" not in self.files:
             init_tokenizer_weights(self.tokenizer, torch_generator(seed, "tokenizer"))
@@ -225,7 +228,7 @@ class Networks(nn.Module):
 
     @torch.no_grad()
     def residual(self, condition: Condition) -> Tensor | None:
-        """What the tokenizer loses of the student's input, (B, 3, H, W) in [-2, 2]; None if it is not to be kept."""
+        """What the tokenizer loses of the student's input, (B, 3, H, W) around [-2, 2]; None if not to be kept."""
         if not self.student_config.keep_residual:
             return None
         return condition.image_B3HW - self.tokenizer.decode(condition.pyramid.codes)

@@ -38,25 +38,26 @@ def check_part(part: str, path: str | Path) -> None:
     """
     if part not in WHERE:
         raise UserError(f"model.weights has the parts {' and '.join(WHERE)}, got {part}")
-    if not (is_run(Path(path)) or is_bundle(Path(path)) or Path(path).is_file()):
+    if not (is_run(path) or is_bundle(path) or Path(path).is_file()):
         raise UserError(
             f"weights not found: {path}; get {WHERE[part]} and set model.weights.{part} to it, or to a run or a bundle"
         )
 
 
-def load_part(system: Any, part: str, path: str | Path) -> None:
+def load_part(system: Any, part: str, path: str | Path, new_adapters: bool = False) -> None:
     """Fill a part of a system.
 
     Args:
         system: has the part as an attribute.
         part: "tokenizer" or "transformer".
         path: a published file, a bundle, or the folder of a run that trained or held that part.
+        new_adapters: leave the transformer's adapters as they are, whatever the path holds.
 
     Raises:
         UserError: no such file (says which to get, and the key to set), or one that does not fit.
     """
     check_part(part, path)
-    _fill(getattr(system, part), part, Path(path), fold=system.student_config.merged)
+    _fill(getattr(system, part), part, Path(path), system.student_config.merged, new_adapters)
 
 
 def load_teacher(system: Any, path: str | Path) -> VARTransformer:
@@ -69,16 +70,17 @@ def load_teacher(system: Any, path: str | Path) -> VARTransformer:
     return teacher.to(system.device)
 
 
-def _fill(module: Any, part: str, path: Path, fold: bool = False) -> None:
+def _fill(module: Any, part: str, path: Path, fold: bool = False, new_adapters: bool = False) -> None:
     """Fill a part; `fold`: a bundle's adapters go into the base weights."""
     if is_run(path):
-        _load_from_run(module, part, path)
+        _load_from_run(module, part, path, new_adapters)
     elif is_bundle(path):
-        _load_from_bundle(module, part, path, fold)
+        _load_from_bundle(module, part, path, fold, new_adapters)
     elif part == "tokenizer":
         load_tokenizer(module, read_tensors(path, nested=("vae",)), str(path))
     else:
-        load_transformer(module, read_tensors(path), str(path))
+        tensors = read_tensors(path)
+        load_transformer(module, _without_adapters(tensors) if new_adapters else tensors, str(path))
 
 
 def load_tokenizer(tokenizer: Any, tensors: Mapping[str, Tensor], source: str) -> None:
@@ -98,7 +100,7 @@ def load_transformer(transformer: Any, tensors: Mapping[str, Tensor], source: st
     assign_plain(transformer, _in_float32(ours))
 
 
-def _load_from_bundle(module: nn.Module, part: str, bundle: Path, fold: bool) -> None:
+def _load_from_bundle(module: nn.Module, part: str, bundle: Path, fold: bool, new_adapters: bool) -> None:
     """Take a part of a bundle in the precision in which it is stored; half precision, which is for storing, widened."""
     file = tensors_file(bundle, part)
     given, wanted = _widened(read_tensors(file)), plain_state_dict(module)
@@ -108,7 +110,7 @@ def _load_from_bundle(module: nn.Module, part: str, bundle: Path, fold: bool) ->
     if fold and part == "transformer" and student["lora_rank"] and not student["merged"]:
         held = _widened(read_tensors(tensors_file(bundle, ADAPTERS)))
         given = folded(given, held, student["cross_value_bias"])
-    if adapters and student["lora_rank"] and not student["merged"]:
+    if adapters and student["lora_rank"] and not student["merged"] and not new_adapters:
         held = _widened(read_tensors(tensors_file(bundle, ADAPTERS)))
         rank = next(len(tensor) for name, tensor in adapters.items() if name.endswith(".lora_down.weight"))
         if rank == student["lora_rank"]:  # of another rank, another student is to be trained from this teacher
@@ -117,11 +119,12 @@ def _load_from_bundle(module: nn.Module, part: str, bundle: Path, fold: bool) ->
     assign_plain(module, _fitting(given, wanted, f"the bundle {bundle}"))
 
 
-def _load_from_run(module: nn.Module, part: str, run: Path) -> None:
+def _load_from_run(module: nn.Module, part: str, run: Path, new_adapters: bool) -> None:
     """Take a part of a run's weights; adapters that the module has not, or has at another rank, are left out."""
     prefix = f"{part}."
     held = load_run_weights(run).items()
     weights = {plain_name(name.removeprefix(prefix)): t for name, t in held if name.startswith(prefix)}
+    weights = _without_adapters(weights) if new_adapters else weights
     wanted = plain_state_dict(module)
     given = _fitting({name: t for name, t in weights.items() if name in wanted}, wanted, f"the run {run}")
     missing = [name for name in _without_adapters(wanted) if name not in given]
@@ -139,7 +142,7 @@ def _fitting(given: dict[str, Tensor], wanted: Mapping[str, Tensor], source: str
     if all(name in wanted and given[name].shape == wanted[name].shape for name in adapters):
         return given
     LOG.warning(
-        "the adapters of %s have another rank than this student's and are left out; its teacher is taken", source
+        "the adapters of %s are not of this student's rank and layers and are left out; its teacher is taken", source
     )
     return _without_adapters(given)
 

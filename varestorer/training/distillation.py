@@ -214,26 +214,26 @@ class DistillationTask(Task):
     ) -> dict[str, Tensor]:
         """L_perc and L_MSE on the student's image, both in [-1, 1]; gradients go through the codes."""
         options, codes, target = self.straight_through, codes_BZhw, to_network(batch["hq"])
-        if residual_B3HW is not None:  # sliced with the target
-            target = torch.cat([target, residual_B3HW], dim=1)
         if options.crop is not None and self.training:
             place_B2 = uniform_per_sample((2,), self.seed, batch["key"], f"image crop/{step}")
             codes, target = random_crops(codes, target, options.crop, place_B2)
         if not options.image_slices:
-            return self._compare(codes, target, features_BChw)
-        pairs = zip(codes.split(1), target.split(1), strict=True)
-        each = [torch.utils.checkpoint.checkpoint(self._compare, *pair, use_reentrant=False) for pair in pairs]
+            return self._compare(codes, residual_B3HW, target, features_BChw)
+        residuals = [None] * len(codes) if residual_B3HW is None else residual_B3HW.split(1)
+        slices = zip(codes.split(1), residuals, target.split(1), strict=True)
+        each = [torch.utils.checkpoint.checkpoint(self._compare, *one, use_reentrant=False) for one in slices]
         return {name: torch.stack([losses[name] for losses in each]).mean() for name in each[0]}
 
     def _compare(
-        self, codes_BZhw: Tensor, target_BCHW: Tensor, features_BChw: Sequence[Tensor] | None = None
+        self,
+        codes_BZhw: Tensor,
+        residual_B3HW: Tensor | None,
+        target_B3HW: Tensor,
+        features_BChw: Sequence[Tensor] | None = None,
     ) -> dict[str, Tensor]:
-        """The image losses of decoded codes, means over the images; `features_BChw` are known maps of the target.
-
-        A residual that the student keeps follows the target's three channels.
-        """
-        target, residual = target_BCHW[:, :3], target_BCHW[:, 3:] if target_BCHW.shape[1] > 3 else None
-        image, shrink = self.system.student_image(codes_BZhw, residual), self.straight_through.shrink
+        """The image losses of decoded codes, means over the images; `features_BChw` are known maps of the target."""
+        target, shrink = target_B3HW, self.straight_through.shrink
+        image = self.system.student_image(codes_BZhw, residual_B3HW)
         if shrink > 1:
             image, target = F.avg_pool2d(image, shrink), F.avg_pool2d(target, shrink)
         losses = {"mse": mse_loss(image, target)}
@@ -268,7 +268,8 @@ def check_image_options(options: StraightThrough, systems: Sequence[VARestorer])
     crop, shrink = options.crop, options.shrink
     if crop is not None and systems[0].student_config.keep_residual:
         raise UserError(
-            "straight_through.crop decodes parts of images, and keep_residual is of whole ones; leave it out"
+            "straight_through.crop decodes parts of images, and the residual is of whole ones; leave out the crop, or "
+            "set model.student.keep_residual=false"
         )
     if crop is not None and not (0 < crop <= smallest and crop % stride == 0):
         wanted = f"a multiple of {stride} pixels, at most the tile's {smallest}"

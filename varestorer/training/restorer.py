@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from varestorer.losses.build import perceptual_loss
 from varestorer.losses.pixel import l1_loss, mse_loss
 from varestorer.systems.varestorer import VARestorer
-from varestorer.training.adversary import Adversarial, Adversary
 from varestorer.training.task import Batch, Task, train_only
 from varestorer.utils.errors import UserError
 from varestorer.utils.images import to_network
@@ -32,21 +31,12 @@ class RestorerTask(Task):
         system: holds the restorer.
         weights: arguments of `RestorerWeights`; the perceptual loss is not computed where its weight is 0.
         perceptual: see `losses.build.perceptual_loss`.
-        adversarial: arguments of `adversary.Adversarial`.
-        seed: of the discriminator's first weights.
 
     Raises:
         UserError: the system has no restorer.
     """
 
-    def __init__(
-        self,
-        system: VARestorer,
-        weights: dict[str, float] | None = None,
-        perceptual: str = "lpips",
-        adversarial: dict[str, float | int] | None = None,
-        seed: int = 0,
-    ) -> None:
+    def __init__(self, system: VARestorer, weights: dict[str, float] | None = None, perceptual: str = "lpips") -> None:
         super().__init__()
         if system.restorer is None:
             raise UserError("there is no restorer to train: set model.restorer to its sizes or to a file")
@@ -54,10 +44,7 @@ class RestorerTask(Task):
         self.weights = RestorerWeights(**(weights or {}))
         wanted = self.weights.perceptual > 0
         self.perceptual = perceptual_loss(perceptual, system.tokenizer.encoder.features) if wanted else None
-        options = Adversarial(**(adversarial or {}))  # type: ignore[arg-type]
-        self.adversary = Adversary(options, seed) if options.weight else None
-        trained = [system.restorer] if self.adversary is None else [system.restorer, self.adversary]
-        train_only(self, nn.ModuleList(trained).parameters())
+        train_only(self, system.restorer.parameters())
 
     def forward(self, batch: Batch, step: int) -> dict[str, Tensor]:
         target = to_network(batch["hq"])
@@ -68,12 +55,7 @@ class RestorerTask(Task):
             if self.perceptual is not None:
                 parts["perceptual"] = self.perceptual(image, target)
             weighted = [getattr(self.weights, name) * value for name, value in parts.items()]
-            loss = torch.stack(weighted).sum()
-        if self.adversary is not None and self.training:
-            with self.watch("adversary"):
-                parts |= self.adversary(image, target, loss, _last_layer(self.system), step)
-            loss = loss + parts["adversarial"]
-        return {"loss": loss, **parts}
+        return {"loss": torch.stack(weighted).sum(), **parts}
 
     def preview(self, batch: Batch) -> dict[str, Tensor]:
         """The degraded image, what the restorer makes of it, and the photograph."""
@@ -82,9 +64,3 @@ class RestorerTask(Task):
     def _restored(self, batch: Batch) -> Tensor:
         assert self.system.restorer is not None
         return self.system.restorer(batch["lq"])
-
-
-def _last_layer(system: VARestorer) -> Tensor:
-    """The weight of the restorer's last layer, which makes pixels."""
-    assert system.restorer is not None
-    return [weight for weight in system.restorer.parameters() if weight.ndim > 1][-1]

@@ -78,7 +78,7 @@ class TokenizerTask(Task):
         super().__init__()
         self.system = system
         self.weights = TokenizerWeights(**(weights or {}))
-        self.start_encoder = _start_encoder(system) if perceptual == "features" else None
+        self.start_encoder = _start_encoder(system) if "features" in perceptual.split("+") else None
         self.perceptual = perceptual_loss(perceptual, (self.start_encoder or system.tokenizer.encoder).features)
         self.continuous_steps = continuous_steps
         options = Adversarial(**(adversarial or {}))  # type: ignore[arg-type]

@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 from varestorer.utils.errors import UsageError, UserError
 from varestorer.utils.iqa_sandbox import (
     ask_network,
-    isolated_rng,
     network_reachable,
     no_downloads,
     quiet,
@@ -34,6 +33,7 @@ from varestorer.utils.iqa_weights import (
     missing_weights,
     weights_sha256,
 )
+from varestorer.utils.seeds import isolated_rng
 
 if TYPE_CHECKING:
     import torch

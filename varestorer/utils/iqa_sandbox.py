@@ -1,12 +1,8 @@
-"""What is put around calls into pyiqa: silence, private random generators, weights, no surprise downloads.
-
-Used by `iqa`, the one door to pyiqa; nothing else needs it.
-"""
+"""What is put around calls into pyiqa: silence, weights, no surprise downloads."""
 
 from __future__ import annotations
 
 import logging
-import random
 import sys
 import tempfile
 import threading
@@ -20,8 +16,6 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 import torch.hub
 
 log = logging.getLogger(__name__)
@@ -46,25 +40,6 @@ def quiet() -> Iterator[None]:
         yield
     if text := printed.getvalue().strip():
         log.debug("pyiqa printed: %s", text)
-
-
-@contextmanager
-def isolated_rng(seed: int) -> Iterator[None]:
-    """Seed Python's, NumPy's and torch's global generators inside the block; put them back afterwards."""
-    # CUDA's generators are touched only once CUDA is in use: asking for their state would start it
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=devices):
-            random.seed(seed)
-            np.random.seed(seed % 2**32)
-            torch.default_generator.manual_seed(seed)
-            if devices:
-                torch.cuda.manual_seed_all(seed)
-            yield
-    finally:
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)
 
 
 @contextmanager

@@ -6,7 +6,9 @@ workers or on the batch it was part of.
 """
 
 import hashlib
-from collections.abc import Sequence
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -39,6 +41,25 @@ def torch_generator(seed: int, *keys: int | str, device: torch.device | str = "c
 def numpy_generator(seed: int, *keys: int | str) -> np.random.Generator:
     """NumPy generator (PCG64) of the stream `keys`."""
     return np.random.Generator(np.random.PCG64(derive_seed(seed, *keys)))
+
+
+@contextmanager
+def isolated_rng(seed: int) -> Iterator[None]:
+    """Seed Python's, NumPy's and torch's global generators inside the block; put them back afterwards."""
+    # CUDA's generators are touched only once CUDA is in use: asking for their state would start it
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=devices):
+            random.seed(seed)
+            np.random.seed(seed % 2**32)
+            torch.default_generator.manual_seed(seed)
+            if devices:
+                torch.cuda.manual_seed_all(seed)
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
 
 
 def uniform_per_sample(

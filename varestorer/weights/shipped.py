@@ -20,7 +20,7 @@ def shipped(name: str | Path) -> Path:
 
     path = Path(name)
     is_there = path.is_file() or is_run(path) or is_bundle(path)
-    is_one = len(path.parts) == 1 and not is_there and is_bundle(ASSETS / path)
+    is_one = str(name) == path.name and not is_there and is_bundle(ASSETS / path)
     return ASSETS / path if is_one else path
 
 

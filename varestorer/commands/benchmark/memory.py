@@ -66,21 +66,18 @@ def experiment_stage(experiment: str, overrides: list[str]) -> DictConfig:
 
 
 def task_without_weights(stage: DictConfig) -> Task:
-    """The task of a stage on the meta device, its base as it is kept in training; a restorer of a file has the
-    published sizes.
-    """
+    """The task of a stage on the meta device, its base as it is kept in training."""
     import torch
     from hydra.utils import instantiate
 
-    from varestorer.evaluation.cost import add_published_restorer
+    from varestorer.evaluation.cost import add_restorer
     from varestorer.training.precision import keep_base_in
 
-    restorer = stage.model.get("restorer")
-    sizes = restorer if isinstance(restorer, DictConfig) else None
+    model: dict[str, Any] = OmegaConf.to_container(stage.model)  # type: ignore[assignment]
+    restorer = model.pop("restorer", None)
     with torch.device("meta"):
-        system = instantiate({**stage.model, "restorer": sizes}, _convert_="all")
-    if restorer is not None and sizes is None:
-        add_published_restorer(system)
+        system = instantiate(model, _convert_="all")
+    add_restorer(system, restorer)
     task = task_of(stage, system)
     if stage.trainer.base_precision != "fp32":
         keep_base_in(task, torch.bfloat16)

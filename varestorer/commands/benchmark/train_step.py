@@ -83,12 +83,13 @@ def build_step(cfg: DictConfig, device: torch.device, batch_size: int) -> TrainS
     """Steps of the last stage of `cfg.train`, of a system of the sizes of `cfg.model` with random weights."""
     from hydra.utils import instantiate
 
-    from varestorer.evaluation.cost import random_system
+    from varestorer.evaluation.cost import add_restorer, random_system
     from varestorer.training.speed import TrainStep
 
     stage = experiment_stage(str(cfg.train), [f"model={model_name(cfg)}", *cfg.overrides])
     sizes: Any = OmegaConf.to_container(stage.model, resolve=True)
     system = random_system({name: sizes[name] for name in SIZES}, device, int(cfg.seed))
+    add_restorer(system, sizes.get("restorer"), int(cfg.seed))
     task = task_of(stage, system)
     factory = instantiate(stage.optimizer, _convert_="all")
     in_bf16 = str(stage.trainer.base_precision) != "fp32"

@@ -81,7 +81,7 @@ def test_what_a_run_trained_restores_in_runs_and_bundles(
         "trainer.batch_size=2",
     ]
     quick = ["trainer.max_steps=2", "trainer.warmup_steps=0", "trainer.num_workers=0", "trainer.precision=fp32"]
-    loss = ["stages.restorer.task.perceptual=ms_ssim", "degradation=bicubic", "data.downscale=null"]
+    loss = ["stages.restorer.task.perceptual=ms_ssim", "stages.texture.task.perceptual=ms_ssim", "degradation=bicubic", "data.downscale=null"]
     train(compose("train", "+experiment=nano_restorer", "model=tiny", f"run_dir={run}", *small, *quick, *loss))
     trained = load_restorer(run)
     drawn = new_restorer(**SIZES).state_dict()

@@ -281,7 +281,7 @@ def test_the_command_writes_what_it_measured(
 
 @pytest.mark.smoke
 @pytest.mark.parametrize(
-    ("experiment", "stage", "part"), [("nano_restorer", "restorer", "restore"), ("quickstart", "student", "tokens")]
+    ("experiment", "stage", "part"), [("nano_restorer", "texture", "restore"), ("quickstart", "student", "tokens")]
 )
 def test_the_restorer_of_an_experiment_takes_part(
     experiment: str, stage: str, part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -16,6 +16,7 @@ from varestorer.systems.varestorer import VARestorer
 from varestorer.training.restorer import RestorerTask
 from varestorer.training.task import Batch
 from varestorer.utils.errors import UserError
+from varestorer.utils.iqa import MetricUnavailableError
 from varestorer.utils.seeds import torch_generator
 
 SIZES = {"num_features": 16, "num_groups": 1, "num_blocks": 1}
@@ -81,7 +82,8 @@ def test_what_a_run_trained_restores_in_runs_and_bundles(
         "trainer.batch_size=2",
     ]
     quick = ["trainer.max_steps=2", "trainer.warmup_steps=0", "trainer.num_workers=0", "trainer.precision=fp32"]
-    loss = ["stages.restorer.task.perceptual=ms_ssim", "stages.texture.task.perceptual=ms_ssim", "degradation=bicubic", "data.downscale=null"]
+    loss = [f"stages.{stage}.task.perceptual=ms_ssim" for stage in ("restorer", "texture")]
+    small += ["degradation=bicubic", "data.downscale=null"]
     train(compose("train", "+experiment=nano_restorer", "model=tiny", f"run_dir={run}", *small, *quick, *loss))
     trained = load_restorer(run)
     drawn = new_restorer(**SIZES).state_dict()
@@ -94,6 +96,18 @@ def test_what_a_run_trained_restores_in_runs_and_bundles(
     system.save_pretrained(bundle)
     assert _same(VARestorer.from_pretrained(bundle).restorer, trained)
     assert _same(load_restorer(bundle), trained)
+
+
+def test_weights_that_a_later_stage_wants_are_asked_for_before_the_first(
+    compose: Callable[..., DictConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    first = "stages.restorer.task.perceptual=ms_ssim"
+    words = ["+experiment=nano_restorer", "model=tiny", "data=embedded", f"run_dir={tmp_path / 'run'}", first]
+    with pytest.raises(MetricUnavailableError, match="'dists' needs vgg16"):
+        train(compose("train", *words, "stages.texture.task.perceptual=dists"))
+    assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 def test_a_run_that_trained_none_is_refused(compose: Callable[..., DictConfig], tmp_path: Path) -> None:

@@ -262,7 +262,7 @@ def _system(options: EvalOptions, processes: Processes) -> KnownSource:
     model = options.model_path if options.method == "tokenizer" else options.ckpt
     with processes.main_first():
         system = VARestorer.from_pretrained(model)
-    settings = {"ckpt": DEFAULT if model is None else model, "weights": weights_digest(system)}
+    settings: dict[str, Any] = {"ckpt": DEFAULT if model is None else model, "weights": weights_digest(system)}
     system.to(processes.device)
     if options.method == "tokenizer":
         return ReconstructionSource(system, settings)

@@ -86,6 +86,7 @@ def train(cfg: DictConfig) -> int:
     run = open_run(cfg, stages)
     with run.stop.listening():
         try:
+            check_losses(stages)
             system = build_system(cfg, run)
             for name, stage in stages.items():
                 train_stage(name, stage, system, run)
@@ -167,6 +168,21 @@ def build_system(cfg: DictConfig, run: Run) -> nn.Module:
     elif run.is_main and (state := getattr(system, "initial_state", system.state_dict)()):
         save_initial(run.run_dir, state)
     return system
+
+
+def check_losses(stages: Mapping[str, DictConfig]) -> None:
+    """Refuse at once what a later stage would miss hours later: weights of its perceptual loss.
+
+    Raises:
+        UserError: names the file, and where it belongs.
+    """
+    from varestorer.losses.build import WITH_WEIGHTS, perceptual_loss
+
+    later = [cfg.stages[name].task for name, cfg in stages.items()][1:]
+    asked = [task for task in later if OmegaConf.select(task, "weights.perceptual") != 0]
+    names = {name for task in asked for name in str(task.get("perceptual", "")).split("+")}
+    for name in sorted(names.intersection(WITH_WEIGHTS)):
+        perceptual_loss(name)
 
 
 def train_stage(name: str, cfg: DictConfig, system: nn.Module, run: Run) -> None:

@@ -13,7 +13,8 @@ from varestorer.losses.perceptual import (
     PerceptualLoss,
 )
 
-NAMES = ("lpips", "lpips-vgg", "dists", "features", "ms_ssim")
+WITH_WEIGHTS = ("lpips", "lpips-vgg", "dists")
+NAMES = (*WITH_WEIGHTS, "features", "ms_ssim")
 
 
 class SumLoss(nn.Module):
@@ -29,7 +30,7 @@ class SumLoss(nn.Module):
         return sum((loss(pred_B3HW, target_B3HW) for loss in self.losses), pred_B3HW.new_zeros(()))
 
 
-def perceptual_loss(name: str, encoder: FeatureExtractor) -> PerceptualLoss:
+def perceptual_loss(name: str, encoder: FeatureExtractor | None = None) -> PerceptualLoss:
     """The perceptual loss a config names.
 
     Args:
@@ -47,7 +48,7 @@ def perceptual_loss(name: str, encoder: FeatureExtractor) -> PerceptualLoss:
         return LPIPSLoss(net="vgg" if name.endswith("vgg") else "alex")
     if name == "dists":
         return DISTSLoss()
-    if name == "features":
+    if name == "features" and encoder is not None:
         return EncoderFeatureLoss(encoder)
     if name == "ms_ssim":
         return MSSSIMLoss()

@@ -138,14 +138,15 @@ def test_target_gets_no_gradient_from_feature_loss() -> None:
     assert target.grad is None and pred.grad is not None
 
 
-def test_lpips_without_weights_says_which_file(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_weights_lpips_and_dists_say_which_file(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(MetricUnavailableError, match="alexnet-owt-7be5be79.pth in .*checkpoints"):
-        LPIPSLoss(offline=True)
+        LPIPSLoss()
     with pytest.raises(ValueError, match="net must be one of alex, vgg"):
         LPIPSLoss("squeeze")
     with pytest.raises(MetricUnavailableError, match="vgg16-397923af.pth in .*checkpoints"):
-        DISTSLoss(offline=True)
+        DISTSLoss()
 
 
 @pytest.mark.parametrize("name", ["lpips", "dists"])

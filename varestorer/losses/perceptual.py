@@ -11,16 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from varestorer.losses.pixel import float32_pair
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 PerceptualLoss = Callable[[Tensor, Tensor], Tensor]
 FeatureExtractor = Callable[[Tensor], Sequence[Tensor]]
@@ -35,18 +32,16 @@ class MetricLoss(nn.Module):
 
     Args:
         metric: pyiqa's name.
-        weights_folder: where the weight files lie; default: torch's hub cache.
-        offline: never touch the network; default: only if HF_HUB_OFFLINE says so.
     Raises:
         MetricUnavailableError: a weight file is missing (one line: which, and where it belongs).
     """
 
-    def __init__(self, metric: str, weights_folder: str | Path | None = None, offline: bool | None = None) -> None:
+    def __init__(self, metric: str) -> None:
         from varestorer.utils.iqa import create_metric
 
         super().__init__()
-        made = create_metric(metric, weights_folder=weights_folder, offline=offline)
-        self.network = made.network.requires_grad_(False).eval().to(memory_format=torch.channels_last)
+        self.network = create_metric(metric).network.requires_grad_(False).to(memory_format=torch.channels_last)
+        self.train()
 
     def train(self, mode: bool = True) -> Self:
         """Stay in evaluation mode."""
@@ -58,19 +53,15 @@ class LPIPSLoss(MetricLoss):
 
     Args:
         net: backbone, `alex` (the one that evaluation uses) or `vgg`.
-        weights_folder: see `MetricLoss`.
-        offline: likewise.
     Raises:
         MetricUnavailableError: see `MetricLoss`.
         ValueError: unknown `net`.
     """
 
-    def __init__(
-        self, net: str = "alex", weights_folder: str | Path | None = None, offline: bool | None = None
-    ) -> None:
+    def __init__(self, net: str = "alex") -> None:
         if net not in LPIPS_METRICS:
             raise ValueError(f"net must be one of {', '.join(LPIPS_METRICS)}, got {net!r}")
-        super().__init__(LPIPS_METRICS[net], weights_folder, offline)
+        super().__init__(LPIPS_METRICS[net])
 
     def forward(self, pred_B3HW: Tensor, target_B3HW: Tensor) -> Tensor:
         """Distance of the two images, mean over the batch: a float32 scalar >= 0."""
@@ -85,15 +76,12 @@ class DISTSLoss(MetricLoss):
     Under bfloat16 autocast its VGG16 works in bfloat16, at half the time: the value stays within 0.0002, the gradient
     of one batch keeps its direction roughly (cosine 0.78).
 
-    Args:
-        weights_folder: see `MetricLoss`.
-        offline: likewise.
     Raises:
         MetricUnavailableError: see `MetricLoss`.
     """
 
-    def __init__(self, weights_folder: str | Path | None = None, offline: bool | None = None) -> None:
-        super().__init__("dists", weights_folder, offline)
+    def __init__(self) -> None:
+        super().__init__("dists")
 
     def forward(self, pred_B3HW: Tensor, target_B3HW: Tensor) -> Tensor:
         """Distance of the two images, mean over the batch: a float32 scalar >= 0."""

@@ -37,6 +37,12 @@ class PairTokens:
 
 
 @torch.no_grad()
+def cleaned_input(system: VARestorer, lq_B3HW: Tensor) -> Tensor:
+    """Degraded images in [0, 1] as the encoder gets them: through the restorer, if there is one, and in [-1, 1]."""
+    return to_network(lq_B3HW if system.restorer is None else system.restorer(lq_B3HW))
+
+
+@torch.no_grad()
 def pair_tokens(system: VARestorer, hq_B3HW: Tensor, lq_B3HW: Tensor) -> PairTokens:
     """Tokens of both images of each pair, by one pass through the encoder.
 
@@ -45,7 +51,7 @@ def pair_tokens(system: VARestorer, hq_B3HW: Tensor, lq_B3HW: Tensor) -> PairTok
         hq_B3HW: photographs in [0, 1] of side `system.tile`.
         lq_B3HW: the same degraded.
     """
-    cleaned = to_network(lq_B3HW if system.restorer is None else system.restorer(lq_B3HW))
+    cleaned = cleaned_input(system, lq_B3HW)
     with levels_kept(system.tokenizer.encoder) as levels:
         pyramid = system.tokenizer.encode(torch.cat([to_network(hq_B3HW), cleaned]), system.schedule)
     photograph, degraded = halves(pyramid)
@@ -83,8 +89,7 @@ def trained_condition(system: VARestorer, lq_B3HW: Tensor) -> Condition:
         system: its restorer, if it has one, stays out of it.
         lq_B3HW: degraded images in [0, 1] of side `system.tile`.
     """
-    with torch.no_grad():
-        cleaned = to_network(lq_B3HW if system.restorer is None else system.restorer(lq_B3HW))
+    cleaned = cleaned_input(system, lq_B3HW)
     features = system.tokenizer.features(cleaned)
     quantizer = system.tokenizer.quantizer
     pyramid = quantizer(features.detach(), system.schedule)

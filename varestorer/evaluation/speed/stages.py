@@ -62,46 +62,52 @@ def restoring_stages(
     """
     if system.student_config.conditioning != "pyramid":
         raise UserError("stages are those of one-step restoring, and this system restores scale by scale")
+    read, write = _file_stages(lq_B3tt, folder, system.device)
+    restorer = [] if system.restorer is None else [Stage(RESTORER, system.restorer, (system.restorer,))]
+    colour = Stage(COLOUR, lambda images: match_color(images, lq_B3tt, color))
+    return [read, *restorer, *_network_stages(system, text), colour, write]
+
+
+def _file_stages(lq_B3tt: Tensor, folder: Path, device: torch.device) -> tuple[Stage, Stage]:
+    """Reading the images, which are written into the folder now, and writing the results beside them."""
     paths = [folder / f"{number}.png" for number in range(len(lq_B3tt))]
     for path, image in zip(paths, lq_B3tt, strict=True):
         save_image(path, image)
-    tokenizer, schedule = system.tokenizer, system.schedule
 
     def read(_: None) -> Tensor:
-        return torch.stack([load_image(path) for path in paths]).to(system.device)
-
-    cleaned: list[Tensor] = []
-    made: list[Condition] = []
-
-    def encode(images_B3tt: Tensor) -> Tensor:
-        cleaned[:] = [to_network(images_B3tt)]
-        return tokenizer.features(cleaned[0])
-
-    def condition(features_BZhw: Tensor) -> Condition:
-        pyramid = tokenizer.quantizer(features_BZhw, schedule)
-        made[:] = [system.conditioner.from_pyramid(pyramid, schedule, cleaned[0])]
-        return made[0]
-
-    def decode(codes_BZhw: Tensor) -> Tensor:
-        return from_network(system.student_image(codes_BZhw, system.residual(made[0])))
+        return torch.stack([load_image(path) for path in paths]).to(device)
 
     def write(images_B3tt: Tensor) -> None:
         for path, image in zip(paths, images_B3tt.cpu(), strict=True):
             save_image(path.with_suffix(".out.png"), image)
 
-    stages = [Stage(READ, read)]
-    if system.restorer is not None:
-        stages.append(Stage(RESTORER, system.restorer, (system.restorer,)))
+    return Stage(READ, read), Stage(WRITE, write)
+
+
+def _network_stages(system: VARestorer, text: Any) -> list[Stage]:
+    """From cleaned images to the student's; image and condition are kept for the stages that want them again."""
+    tokenizer, schedule = system.tokenizer, system.schedule
+    kept: dict[str, Any] = {}
+
+    def encode(images_B3tt: Tensor) -> Tensor:
+        kept["image"] = to_network(images_B3tt)
+        return tokenizer.features(kept["image"])
+
+    def condition(features_BZhw: Tensor) -> Condition:
+        pyramid = tokenizer.quantizer(features_BZhw, schedule)
+        kept["condition"] = system.conditioner.from_pyramid(pyramid, schedule, kept["image"])
+        return kept["condition"]
+
+    def decode(codes_BZhw: Tensor) -> Tensor:
+        return from_network(system.student_image(codes_BZhw, system.residual(kept["condition"])))
+
     return [
-        *stages,
         Stage(ENCODER, encode, (tokenizer.encoder,)),
         Stage(QUANTISE, condition),
         Stage(TRANSFORMER, lambda x: system.student_logits(x, text), (system.transformer,)),
         Stage(SELECT, lambda logits: system.split_bits(select_bits(logits))),
         Stage(SUM, lambda bits: tokenizer.quantizer.indices_to_codes(bits, schedule.latent_size)),
         Stage(DECODER, decode, (tokenizer.decoder,)),
-        Stage(COLOUR, lambda images: match_color(images, lq_B3tt, color)),
-        Stage(WRITE, write),
     ]
 
 

@@ -89,3 +89,14 @@ def test_errors_of_workers_arrive_in_one_clear_line(photos, monkeypatch, num_wor
 def test_impossible_settings(data, options):
     with pytest.raises(ValueError, match="wanted batch_size >= 1"):
         build_loader(data, **options)
+
+
+def test_workers_share_what_was_read_before_them(data, monkeypatch):
+    expected = take(3, data, 3)
+    read = []
+    load = store_module.load_image
+    monkeypatch.setattr(store_module, "load_image", lambda path: read.append(path.name) or load(path))
+    fresh = PhotoCrops(data.store.root, 24, Degradation(), seed=1)
+    read.clear()  # those that were looked at in the beginning
+    assert all(same(a, b) for a, b in zip(take(3, fresh, 3, num_workers=2), expected, strict=True))
+    assert sorted(read) == [f"{number}.png" for number in range(5)]

@@ -95,3 +95,22 @@ def test_cache_is_bounded_and_keeps_the_latest(tmp_path, monkeypatch):
     assert decoded == [0, 1, 2, 1]
     monkeypatch.setattr(store_module, "CACHE_BYTES", 1)
     assert level(store.read(3)[1]) == 3
+
+
+def test_a_small_folder_is_read_before_the_workers_need_it(tmp_path, monkeypatch):
+    store = ImageStore(make(tmp_path, 30, broken=(7,)), "here")
+    store.read_ahead()
+    monkeypatch.setattr(store_module, "load_image", lambda path: pytest.fail(f"{path} is read again"))
+    assert [store.read(number)[0] for number in (0, 29, 7)] == [0, 29, 8]
+
+
+def test_reading_ahead_leaves_a_folder_that_does_not_fit(tmp_path, monkeypatch):
+    monkeypatch.setattr(store_module, "CACHE_BYTES", 3 * 3 * 64)
+    store = ImageStore(make(tmp_path, 4), "here")
+    monkeypatch.setattr(store_module, "load_image", lambda path: pytest.fail(f"{path} is read"))
+    store.read_ahead()
+
+
+def test_reading_ahead_counts_broken_files(tmp_path, lazy):
+    with pytest.raises(UserError, match="3 of 40 images are broken"):
+        ImageStore(make(tmp_path, 40, broken=(1, 2, 3)), str(tmp_path)).read_ahead()

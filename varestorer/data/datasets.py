@@ -119,6 +119,10 @@ class PhotoCrops(Dataset[Sample]):
         """Number of images (of one epoch); sample numbers go on beyond it."""
         return len(self.store)
 
+    def read_ahead(self) -> None:
+        """Before workers start: see `ImageStore.read_ahead`."""
+        self.store.read_ahead()
+
     def __getitem__(self, n: int) -> Sample:
         """Make sample n, any number >= 0."""
         sample = self._good(n)
@@ -174,6 +178,10 @@ class PairedCrops(Dataset[Sample]):
     def __len__(self) -> int:
         """Number of pairs (of one epoch); sample numbers go on beyond it."""
         return len(self.store)
+
+    def read_ahead(self) -> None:
+        """Before workers start: see `ImageStore.read_ahead`."""
+        self.store.read_ahead()
 
     def __getitem__(self, n: int) -> Sample:
         """Make sample n, any number >= 0."""

@@ -142,6 +142,8 @@ def build_loader(
         )
     can_degrade = device is not None and torch.device(device).type in DEGRADING_DEVICES
     planned = getattr(dataset, "planned", None) if can_degrade else None
+    if num_workers > 1:
+        getattr(dataset, "read_ahead", lambda: None)()
     loader = PairLoader(
         _ErrorsAsValues(planned or dataset.__getitem__),
         batch_sampler=ShardedNumbers(batch_size, start_sample, rank, world),  # type: ignore[arg-type]

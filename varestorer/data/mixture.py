@@ -48,6 +48,11 @@ class Mixture(Dataset[Sample]):
         """Number of images of all sources; sample numbers go on beyond it."""
         return sum(map(len, self.sources))
 
+    def read_ahead(self) -> None:
+        """Before workers start: see `ImageStore.read_ahead`."""
+        for source in self.sources:
+            getattr(source, "read_ahead", lambda: None)()
+
     def __getitem__(self, n: int) -> Sample:
         """Make sample n, any number >= 0."""
         source, number = self.place(n)

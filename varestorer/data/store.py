@@ -3,7 +3,8 @@
 import logging
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from itertools import chain
+from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate, chain
 from pathlib import Path
 
 from torch import Tensor
@@ -69,6 +70,21 @@ class ImageStore:
             if images is not None:
                 yield index, images
 
+    def read_ahead(self) -> None:
+        """Read all images now if the cache can hold them together: workers that start afterwards have them in common.
+
+        Workers that each read for themselves have a part of the cache each, too small for the images of all.
+        """
+        wanted = [index for index in range(len(self.items)) if index not in self._broken and index not in self._cache]
+        sizes = accumulate(map(self._decoded_bytes, wanted), initial=self._cached_bytes)
+        if all(size <= CACHE_BYTES for size in sizes):  # of a large folder the first headers alone are looked at
+            with ThreadPoolExecutor() as pool:
+                for index, images in zip(wanted, pool.map(self._attempt, wanted), strict=True):
+                    if isinstance(images, UserError):
+                        self._mark_broken(index, str(images))
+                    else:
+                        self._keep(index, images)
+
     def _try(self, index: int) -> tuple[Tensor, ...] | None:
         """The pictures of an item, None if it is broken."""
         if index in self._broken:
@@ -83,14 +99,33 @@ class ImageStore:
         if index in self._cache:
             self._cache.move_to_end(index)
             return self._cache[index]
-        images = tuple(to_uint8(_load(path)) for path in self.items[index])
-        self._cache[index] = images
-        self._cached_bytes += _num_bytes(images)
+        images = self._decode(index)
+        self._keep(index, images)
         worker = get_worker_info()
         limit = CACHE_BYTES // (worker.num_workers if worker else 1)
         while self._cached_bytes > limit and len(self._cache) > 1:
             self._cached_bytes -= _num_bytes(self._cache.popitem(last=False)[1])
         return images
+
+    def _decode(self, index: int) -> tuple[Tensor, ...]:
+        return tuple(to_uint8(_load(path)) for path in self.items[index])
+
+    def _attempt(self, index: int) -> tuple[Tensor, ...] | UserError:
+        try:
+            return self._decode(index)
+        except UserError as error:
+            return error
+
+    def _keep(self, index: int, images: tuple[Tensor, ...]) -> None:
+        self._cache[index] = images
+        self._cached_bytes += _num_bytes(images)
+
+    def _decoded_bytes(self, index: int) -> int:
+        """By the headers of its files; those of a file that has none are met when it is read."""
+        try:
+            return 3 * sum(map(_num_pixels, self.items[index]))
+        except UserError:
+            return 0
 
     def _mark_broken(self, index: int, reason: str) -> None:
         """Warn, and stop when there are too many."""

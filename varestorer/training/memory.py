@@ -133,7 +133,9 @@ def step_memory(task: Task, micro_batch: int, side: int, bf16: bool) -> StepMemo
 
 
 def measured_peak(task: Task, optimizer: OptimizerFactory, micro_batch: int, side: int) -> int:
-    """Bytes that torch allocates at most on a GPU in two steps of two micro-batches, bfloat16 autocast.
+    """Bytes that a task takes at most on a GPU in two steps of two micro-batches, bfloat16 autocast.
+
+    What else the process holds there is left out.
 
     Args:
         task: on the GPU, with any weights; it may be changed.
@@ -142,12 +144,13 @@ def measured_peak(task: Task, optimizer: OptimizerFactory, micro_batch: int, sid
         side: of the images, pixels.
     """
     device = next(task.parameters()).device
+    others = torch.cuda.memory_allocated(device) - sum(weights_by_part(task).values())
     torch.cuda.reset_peak_memory_stats(device)
     step = TrainStep(task, optimizer, micro_batch, side)
     for _ in range(2):
         step.gradients(bf16=True)
         step.run(bf16=True)
-    return int(torch.cuda.max_memory_allocated(device))
+    return int(torch.cuda.max_memory_allocated(device)) - others
 
 
 class _Tracker(TorchDispatchMode):

@@ -33,8 +33,8 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     """
     rates = []
     for side in MATRIX_SIDES.get(device.type, MATRIX_SIDES["cpu"]):
-        drawn = torch.randn(2, side, side, generator=torch_generator(0, "matrix rate"))
-        left, right = drawn.to(device, dtype)
+        generator = torch_generator(0, "matrix rate", device=device)
+        left, right = torch.randn(2, side, side, generator=generator, device=device).to(dtype)
         out = torch.empty_like(left)
         product = partial(torch.mm, left, right, out=out)
         timing = in_turns({"product": product}, REPEATS, WARMUP, device)

@@ -136,7 +136,9 @@ def measure(cfg: DictConfig, subjects: dict[str, Subject]) -> list[Speed]:
     with TemporaryDirectory() as folder:
         for batch in cfg.batch:
             turns = int(cfg.repeats), int(cfg.warmup)
-            speeds += measure_restoring(subjects, int(batch), Path(folder), *turns, str(cfg.color))
+            found = measure_restoring(subjects, int(batch), Path(folder), *turns, str(cfg.color))
+            LOG.info("batch %d: %s", batch, ", ".join(f"{one.variant} {one.whole.median:.3f} s" for one in found))
+            speeds += found
     if not speeds:
         raise UserError("no variant could be measured; see the warnings above")
     return speeds

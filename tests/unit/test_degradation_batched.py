@@ -172,6 +172,19 @@ def test_a_sample_depends_on_its_plan_and_hardly_on_its_batch():
         assert 255 * (alone - together[row]).abs().mean() < 0.1
 
 
+def test_large_batches_are_done_in_parts(monkeypatch):
+    side = 32
+    hq, drawn = photographs(side)[:5], [without_noise(plan) for plan in plans(5, side)]
+    sizes = []
+    whole, part = degrade(hq, drawn), batched._degrade
+    monkeypatch.setattr(batched, "_degrade", lambda x, of_part: sizes.append(len(of_part)) or part(x, of_part))
+    monkeypatch.setattr(batched, "CHUNK_PIXELS", 2 * side**2)
+    assert (255 * (degrade(hq, drawn) - whole)).abs().mean() < 0.05
+    monkeypatch.setattr(batched, "CHUNK_PIXELS", 1)
+    degrade(hq, drawn)
+    assert sizes == [2, 2, 1] + 5 * [1]
+
+
 def test_training_in_low_precision_does_not_reach_it():
     hq, drawn = photographs(48, 2), plans(2, 48)
     expected = degrade(hq, drawn)

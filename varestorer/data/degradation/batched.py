@@ -28,7 +28,7 @@ from varestorer.data.degradation.plan import Noise, Plan, Resize
 from varestorer.utils.images import to_uint8
 
 Sizes = list[tuple[int, int]]
-CHUNK = 8  # pictures at once: half a gigabyte for 512 x 512
+CHUNK_PIXELS = 8 * 512 * 512  # at once: half a gigabyte of working memory
 CUBIC = -0.75  # the constant of torch's bicubic interpolation
 
 
@@ -42,12 +42,9 @@ def degrade(hq_B3HW: Tensor, plans: Sequence[Plan]) -> Tensor:
         (B, 3, H, W) float32 in [0, 1], 8-bit levels, on the same device.
     """
     with torch.no_grad(), _full_precision(hq_B3HW.device):
-        parts = zip(hq_B3HW.split(CHUNK), _chunks(plans), strict=True)
-        return torch.cat([_degrade(part, chunk) for part, chunk in parts])
-
-
-def _chunks(plans: Sequence[Plan]) -> list[list[Plan]]:
-    return [list(plans[start : start + CHUNK]) for start in range(0, len(plans), CHUNK)]
+        chunk = max(1, CHUNK_PIXELS // hq_B3HW[0, 0].numel())
+        starts = range(0, len(plans), chunk)
+        return torch.cat([_degrade(hq_B3HW[at : at + chunk], list(plans[at : at + chunk])) for at in starts])
 
 
 def _degrade(hq_B3HW: Tensor, plans: list[Plan]) -> Tensor:

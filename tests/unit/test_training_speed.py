@@ -89,7 +89,7 @@ def test_the_restorer_cleans_only_degraded_images(tiny_system: VARestorer) -> No
         def forward(self, images: torch.Tensor) -> torch.Tensor:
             return 1 - images
 
-    tiny_system.restorer = tiny_system.conditioner.restorer = Inverter()  # type: ignore[assignment]
+    tiny_system.restorer = Inverter()  # type: ignore[assignment]
     batch = batch_of(tiny_system)
     tokens = pair_tokens(tiny_system, batch["hq"], batch["lq"])
     assert torch.equal(tokens.photograph.labels(), tiny_system.encode(batch["hq"]).labels())

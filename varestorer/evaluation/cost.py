@@ -118,8 +118,7 @@ def add_published_restorer(system: VARestorer, seed: int = 0) -> None:
 
     with quiet(), isolated_rng(seed):
         network = SwinIR(**PUBLISHED_SIZES)
-    restorer = Restorer(network, multiple=PUBLISHED_MULTIPLE).to(system.device)
-    system.restorer = system.conditioner.restorer = restorer
+    system.restorer = Restorer(network, multiple=PUBLISHED_MULTIPLE).to(system.device)
 
 
 def add_restorer(system: VARestorer, named: str | dict[str, int] | None, seed: int = 0) -> None:
@@ -137,7 +136,7 @@ def add_restorer(system: VARestorer, named: str | dict[str, int] | None, seed: i
         add_published_restorer(system, seed)
         return
     restorer = load_restorer(named) if isinstance(named, str) else new_restorer(**named, seed=seed)
-    system.restorer = system.conditioner.restorer = restorer.to(system.device)
+    system.restorer = restorer.to(system.device)
 
 
 def random_system(sizes: Mapping[str, Any], device: torch.device, seed: int = 0) -> VARestorer:
@@ -247,7 +246,7 @@ def without_weights(system: VARestorer) -> VARestorer:
     with torch.device("meta"):
         twin = VARestorer(**system.config)
     if system.restorer is not None:
-        twin.restorer = twin.conditioner.restorer = copy.deepcopy(system.restorer).to("meta")
+        twin.restorer = copy.deepcopy(system.restorer).to("meta")
     return twin.eval().requires_grad_(False)
 
 

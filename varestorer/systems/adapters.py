@@ -61,6 +61,6 @@ def put_adapters(base: VARestorer, path: Path, student: dict[str, Any]) -> VARes
     dtype = next(base.transformer.blocks.parameters()).dtype
     assign_plain(system.transformer, kept | {name: tensor.to(dtype) for name, tensor in adapters.items()})
     assign_plain(system.tokenizer, base.tokenizer.state_dict())
-    system.restorer = system.conditioner.restorer = base.restorer
+    system.restorer = base.restorer
     system.files = base.files | {"adapters": Path(path)}
     return system.eval().requires_grad_(False)

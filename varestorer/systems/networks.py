@@ -87,14 +87,13 @@ class Networks(nn.Module):
             self.tokenizer.to(memory_format=torch.channels_last)  # convolutions run faster so, on CPU and GPU
         if isinstance(restorer, str):
             self.files["restorer"] = shipped(restorer)
-        self.conditioner = PyramidConditioner(
-            self.tokenizer,
-            self.transformer.config.head_dim,
-            self.student_config.long_input,
-            self.student_config.long_positions,
-            self.student_config.inputs,
-            self.restorer,
-        )
+
+    @property
+    def conditioner(self) -> PyramidConditioner:
+        """What makes the student's input of a degraded image, by the restorer and tokenizer of now."""
+        chosen, head_dim = self.student_config, self.transformer.config.head_dim
+        options = chosen.long_input, chosen.long_positions, chosen.inputs
+        return PyramidConditioner(self.tokenizer, head_dim, *options, restorer=self.restorer)
 
     @property
     def config(self) -> dict[str, Any]:

@@ -77,10 +77,9 @@ def test_what_a_run_trained_restores_in_runs_and_bundles(
     run, bundle = str(tmp_path / "run"), tmp_path / "bundle"
     small = ["model.restorer={num_features: 16, num_groups: 1, num_blocks: 1}", "data=embedded", "data.crop=32"]
     plain = ["degradation=bicubic", "data.downscale=null"]
-    quick = ["trainer.warmup_steps=0", "trainer.num_workers=0", "trainer.precision=fp32"]
+    quick = ["trainer.warmup_steps=0", "trainer.num_workers=0", "trainer.precision=fp32", "trainer.batch_size=2"]
     for stage in ("restorer", "texture"):
-        quick += [f"stages.{stage}.trainer.max_steps=2", f"stages.{stage}.trainer.batch_size=2"]
-        quick.append(f"stages.{stage}.task.perceptual=ms_ssim")
+        quick += [f"stages.{stage}.trainer.max_steps=2", f"stages.{stage}.task.perceptual=ms_ssim"]
     train(compose("train", "+experiment=nano_restorer", "model=tiny", f"run_dir={run}", *small, *plain, *quick))
     trained = load_restorer(run)
     drawn = new_restorer(**SIZES).state_dict()

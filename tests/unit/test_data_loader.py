@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import get_worker_info
 
 from varestorer.data import Degradation, PhotoCrops, build_loader
 from varestorer.data import store as store_module
@@ -93,10 +94,16 @@ def test_impossible_settings(data, options):
 
 def test_workers_share_what_was_read_before_them(data, monkeypatch):
     expected = take(3, data, 3)
+    fresh = PhotoCrops(data.store.root, 24, Degradation(), seed=1)
     read = []
     load = store_module.load_image
-    monkeypatch.setattr(store_module, "load_image", lambda path: read.append(path.name) or load(path))
-    fresh = PhotoCrops(data.store.root, 24, Degradation(), seed=1)
-    read.clear()  # those that were looked at in the beginning
+
+    def load_before(path):
+        if get_worker_info() is not None:
+            raise UserError(f"a worker reads {path.name} again")
+        read.append(path.name)
+        return load(path)
+
+    monkeypatch.setattr(store_module, "load_image", load_before)
     assert all(same(a, b) for a, b in zip(take(3, fresh, 3, num_workers=2), expected, strict=True))
     assert sorted(read) == [f"{number}.png" for number in range(5)]

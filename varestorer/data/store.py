@@ -3,7 +3,6 @@
 import logging
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate, chain
 from pathlib import Path
 
@@ -75,15 +74,10 @@ class ImageStore:
 
         Workers that each read for themselves have a part of the cache each, too small for the images of all.
         """
-        wanted = [index for index in range(len(self.items)) if index not in self._broken and index not in self._cache]
-        sizes = accumulate(map(self._decoded_bytes, wanted), initial=self._cached_bytes)
+        sizes = accumulate(map(self._decoded_bytes, range(len(self.items))))
         if all(size <= CACHE_BYTES for size in sizes):  # of a large folder the first headers alone are looked at
-            with ThreadPoolExecutor() as pool:
-                for index, images in zip(wanted, pool.map(self._attempt, wanted), strict=True):
-                    if isinstance(images, UserError):
-                        self._mark_broken(index, str(images))
-                    else:
-                        self._keep(index, images)
+            for index in range(len(self.items)):
+                self._try(index)
 
     def _try(self, index: int) -> tuple[Tensor, ...] | None:
         """The pictures of an item, None if it is broken."""
@@ -99,26 +93,14 @@ class ImageStore:
         if index in self._cache:
             self._cache.move_to_end(index)
             return self._cache[index]
-        images = self._decode(index)
-        self._keep(index, images)
+        images = tuple(to_uint8(_load(path)) for path in self.items[index])
+        self._cache[index] = images
+        self._cached_bytes += _num_bytes(images)
         worker = get_worker_info()
         limit = CACHE_BYTES // (worker.num_workers if worker else 1)
         while self._cached_bytes > limit and len(self._cache) > 1:
             self._cached_bytes -= _num_bytes(self._cache.popitem(last=False)[1])
         return images
-
-    def _decode(self, index: int) -> tuple[Tensor, ...]:
-        return tuple(to_uint8(_load(path)) for path in self.items[index])
-
-    def _attempt(self, index: int) -> tuple[Tensor, ...] | UserError:
-        try:
-            return self._decode(index)
-        except UserError as error:
-            return error
-
-    def _keep(self, index: int, images: tuple[Tensor, ...]) -> None:
-        self._cache[index] = images
-        self._cached_bytes += _num_bytes(images)
 
     def _decoded_bytes(self, index: int) -> int:
         """By the headers of its files; those of a file that has none are met when it is read."""

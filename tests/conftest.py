@@ -55,7 +55,7 @@ def tiny_system():  # noqa: ANN201  # the import below would make every test pay
         tokenizer={
             "channels": 32,
             "multipliers": [1, 1],
-            "num_bits": 8,
+            "latent_width": 8,
             "num_encoder_blocks": 1,
             "num_decoder_blocks": 1,
             "patch_size": 4,
@@ -64,7 +64,7 @@ def tiny_system():  # noqa: ANN201  # the import below would make every test pay
             "width": 32,
             "depth": 2,
             "num_heads": 2,
-            "num_bits": 8,
+            "latent_width": 8,
             "text_width": 16,
             "text_length": 3,
             "num_levels": 4,

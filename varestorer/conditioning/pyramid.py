@@ -1,6 +1,6 @@
-"""The degraded image as tokens of all scales: what the one-step student sees (paper, pyramid conditioning; spec C).
+"""The degraded image as tokens of all scales: what the one-step student sees (paper, pyramid conditioning).
 
-Shapes: `B` batch, `H W` pixels, `L` tokens, `Z` bits per token.
+Shapes: `B` batch, `H W` pixels, `L` tokens, `Z` latent width.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from varestorer.tokenizer import MultiScaleTokenizer, ScaleSchedule, TokenPyramid
 from varestorer.tokenizer.residual import to_tokens
-from varestorer.transformer.layout import TokenLayout, long_layout, pyramid_layout
+from varestorer.transformer.layout import PositionRule, TokenLayout, long_layout, pyramid_layout
 
 INPUTS = ("next_scale", "own_scale")
 
@@ -38,25 +38,25 @@ class PyramidConditioner:
     """Turns a degraded image into the student's input tokens.
 
     Args:
-        tokenizer: its encoder and quantiser; frozen.
-        head_dim: of the transformer, for the rotary positions.
+        tokenizer: its encoder and quantizer; frozen.
+        positions: of the transformer.
         long_input: append the complete codes at the last scale.
-        long_positions: rotary rows of the appended tokens, see `layout.long_layout`.
-        inputs: what the tokens of a scale start from, one of `INPUTS`; see `systems.student`.
+        long_positions: those of the appended tokens, see `layout.long_layout`.
+        inputs: what the tokens of a scale start from, one of `INPUTS`; see `StudentConfig`.
         restorer: optional frozen network that cleans the image first, [0, 1] to [0, 1].
     """
 
     def __init__(
         self,
         tokenizer: MultiScaleTokenizer,
-        head_dim: int,
+        positions: PositionRule,
         long_input: bool = True,
         long_positions: str = "next_scale",
         inputs: str = "next_scale",
         restorer: nn.Module | None = None,
     ) -> None:
         self.tokenizer = tokenizer
-        self.head_dim = head_dim
+        self.positions = positions
         self.long_input = long_input
         self.long_positions = long_positions
         self.inputs = inputs
@@ -79,6 +79,6 @@ class PyramidConditioner:
         device = pyramid.codes.device
         tokens = pyramid.inputs() if self.inputs == "next_scale" else pyramid.own_inputs()
         if self.long_input:
-            layout = long_layout(schedule, self.head_dim, device, self.long_positions)
+            layout = long_layout(schedule, self.positions, device, self.long_positions)
             return Condition(image_B3HW, pyramid, torch.cat([tokens, to_tokens(pyramid.codes)], dim=1), layout)
-        return Condition(image_B3HW, pyramid, tokens, pyramid_layout(schedule, self.head_dim, device))
+        return Condition(image_B3HW, pyramid, tokens, pyramid_layout(schedule, self.positions, device))

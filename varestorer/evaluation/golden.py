@@ -64,7 +64,7 @@ class GoldenFolder:
     def tokenizer(self) -> MultiScaleTokenizer:
         """The tokenizer with the folder's weights."""
         config = TokenizerConfig(
-            channels=self.config["base_ch"], multipliers=self.config["ch_mult"], num_bits=self.config["d"]
+            channels=self.config["base_ch"], multipliers=self.config["ch_mult"], latent_width=self.config["d"]
         )
         tokenizer = MultiScaleTokenizer(config).eval().requires_grad_(False)
         load_tokenizer(tokenizer, self.state_dict(self.tokenizer_tensors), "vae.safetensors")
@@ -75,7 +75,7 @@ class GoldenFolder:
             width=self.config["C"],
             depth=self.config["depth"],
             num_heads=self.config["H"],
-            num_bits=self.config["d"],
+            latent_width=self.config["d"],
             text_width=self.config["Ct5"],
             text_length=self.config["tlen"],
             num_levels=len(self.student_tensors["sd/lvl_embed.weight"]),

@@ -15,15 +15,16 @@ from torch import Tensor, nn
 from varestorer.conditioning.pyramid import Condition, PyramidConditioner
 from varestorer.conditioning.restorer import restorer_from_state_dict, restorer_intermediates
 from varestorer.evaluation.golden import GoldenFolder
-from varestorer.losses.tokens import bit_cross_entropy, token_weights
+from varestorer.losses.tokens import token_weights
 from varestorer.tokenizer import MultiScaleTokenizer, ScaleSchedule, TokenPyramid
-from varestorer.tokenizer.residual import resize_area, resize_bilinear, to_tokens
+from varestorer.tokenizer.residual import resize_area, resize_bilinear, to_map, to_tokens
 from varestorer.transformer import TextFeatures, VARTransformer
 from varestorer.transformer.generation import MultiStepGenerator, SamplingOptions
-from varestorer.transformer.layout import pyramid_layout
+
+from varestorer.transformer.layout import PositionRule, pyramid_layout
 from varestorer.transformer.masks import BlockCausal
 from varestorer.transformer.rope import rope_table, rotate
-from varestorer.transformer.sampling import bits_to_map, select_bits
+from varestorer.transformer.heads import BitHead
 
 FLOAT_TOLERANCE = 1e-4
 
@@ -99,7 +100,7 @@ def compare_tokenizer(golden: GoldenFolder) -> Iterator[Check]:
     for k, (total, scale) in enumerate(zip(pyramid.cumulative, schedule.scales[1:], strict=False), start=1):
         yield _float("vae", tensors, f"encode/var_input_area_{k}", resize_area(total, scale))
     yield _float("vae", tensors, "encode/summed_codes", pyramid.codes)
-    rebuilt = tokenizer.quantizer.indices_to_codes(pyramid.indices, schedule.latent_size)
+    rebuilt = tokenizer.quantizer.indices_to_codes(pyramid.indices, schedule)
     yield _float("vae", tensors, "decode_from_bits/summed_codes", rebuilt)
     yield _float("vae", tensors, "decode/image", tokenizer.decode(pyramid.codes))
     yield from _bits("vae", tensors, "requant/gt_bits", pyramid.indices)
@@ -125,7 +126,7 @@ def _recorded_flips(
         strength = torch.tensor(strengths.randint(0, 31) * 0.01)
         batch_size, num_bits, h, w = bits.shape
         noise = torch.rand(batch_size, 1, h, w, num_bits, generator=generator)
-        return tokenizer.quantizer.quantiser.flip(bits, rearrange(noise, "b 1 h w z -> b z h w"), strength)
+        return tokenizer.quantizer.codebook.flip(bits, rearrange(noise, "b 1 h w z -> b z h w"), strength)
 
     return corrupt
 
@@ -144,7 +145,7 @@ def compare_rope(golden: GoldenFolder) -> Iterator[Check]:
         yield _float("rope", tensors, f"{group}/cos", cos[rows])
         yield _float("rope", tensors, f"{group}/sin", sin[rows])
     q = tensors["apply/q"]
-    layout = pyramid_layout(golden.schedule, q.shape[-1], torch.device("cpu"))[: q.shape[2]]
+    layout = pyramid_layout(golden.schedule, PositionRule("rope", q.shape[-1]), torch.device("cpu"))[: q.shape[2]]
     for name in ("q", "k"):
         turned = rotate(tensors[f"apply/{name}"], layout.cos_LD, layout.sin_LD)
         yield _float("rope", tensors, f"apply/{name}_rot", turned)
@@ -187,23 +188,23 @@ def compare_student(golden: GoldenFolder) -> Iterator[Check]:
     tensors, schedule = golden.student_tensors, golden.schedule
     student, tokenizer = golden.student(), golden.tokenizer()
     text = golden.text(tensors)
-    context = student.text(text)
-    packed_norm = torch.cat(TextFeatures(student.text.norm(text.features_BTE), text.lengths).to_list())
+    context = student.context(text)
+    packed_norm = torch.cat(TextFeatures(student.condition.norm(text.features_BTE), text.lengths).to_list())
     packed_memory = torch.cat(TextFeatures(context.memory_BTC, text.lengths).to_list())
     yield _float("student", tensors, "mid/text_norm", packed_norm)
     yield _float("student", tensors, "mid/cond", context.cond_BC)
     yield _float("student", tensors, "mid/cond_gss", context.modulation_B6C)
     yield _float("student", tensors, "mid/ca_kv", packed_memory)
 
-    head_dim, total = student.config.head_dim, schedule.num_tokens
+    positions, total = student.config.position_rule, schedule.num_tokens
     image = golden.tokenizer_tensors["input/image"]
-    condition = PyramidConditioner(tokenizer, head_dim)(image, schedule)
+    condition = PyramidConditioner(tokenizer, positions)(image, schedule)
     yield _float("student", tensors, "input/x_long", condition.tokens_BLZ)
     recorder = _Recorder(student)
     logits = student(condition.tokens_BLZ, context, condition.layout)[:, :total]
     yield from recorder.checks("student", tensors)
     yield _float("student", tensors, "out/logits_long", logits.flatten(2))
-    short = PyramidConditioner(tokenizer, head_dim, long_input=False)(image, schedule)
+    short = PyramidConditioner(tokenizer, positions, long_input=False)(image, schedule)
     short_logits = student(short.tokens_BLZ, context, short.layout)
     yield _float("student", tensors, "out/logits_short", short_logits.flatten(2))
     yield from _compare_selection(golden, tokenizer, logits)
@@ -212,26 +213,26 @@ def compare_student(golden: GoldenFolder) -> Iterator[Check]:
 
 def _select_all(logits_BLZ2: Tensor, schedule: ScaleSchedule, generator: torch.Generator | None) -> list[Tensor]:
     """Bits of all scales; noise, if any, in the order of the released code: per scale (B, h * w * Z, 2)."""
-    bits = []
+    bits, head = [], BitHead(1, logits_BLZ2.shape[-2])
     for tokens, scale in zip(schedule.slices, schedule.scales, strict=True):
         part = logits_BLZ2[:, tokens]
         batch_size, num_tokens, num_bits, _ = part.shape
         uniform = None
         if generator is not None:
             uniform = torch.rand(batch_size, num_tokens * num_bits, 2, generator=generator).view(part.shape)
-        bits.append(bits_to_map(select_bits(part, uniform), scale))
+        bits.append(to_map(head.select(part, uniform), scale))
     return bits
 
 
 def _compare_selection(golden: GoldenFolder, tokenizer: MultiScaleTokenizer, logits: Tensor) -> Iterator[Check]:
     tensors, schedule = golden.student_tensors, golden.schedule
     likelier = _select_all(logits, schedule, None)
-    codes = tokenizer.quantizer.indices_to_codes(likelier, schedule.latent_size)
+    codes = tokenizer.quantizer.indices_to_codes(likelier, schedule)
     yield from _bits("student", tensors, "argmax/bits", likelier)
     yield _float("student", tensors, "argmax/summed_codes", codes)
     yield _float("student", tensors, "argmax/image", tokenizer.decode(codes))
     sampled = _select_all(logits, schedule, torch.Generator().manual_seed(golden.meta["gumbel_manual_seed"]))
-    codes = tokenizer.quantizer.indices_to_codes(sampled, schedule.latent_size)
+    codes = tokenizer.quantizer.indices_to_codes(sampled, schedule)
     yield from _bits("student", tensors, "gumbel/bits", sampled)
     yield _float("student", tensors, "gumbel/summed_codes", codes)
 
@@ -248,23 +249,23 @@ def _compare_single_call(
     logits = student(condition.tokens_BLZ[:1], first, condition.layout)[:, : golden.schedule.num_tokens]
     generator = torch.Generator().manual_seed(golden.meta["gumbel_manual_seed"])
     bits = _select_all(logits, golden.schedule, generator)
-    codes = tokenizer.quantizer.indices_to_codes(bits, golden.schedule.latent_size)
+    codes = tokenizer.quantizer.indices_to_codes(bits, golden.schedule)
     return _uint8("student", golden.student_tensors, "gumbel_b1/image_uint8_bgr", tokenizer.decode(codes))
 
 
 def compare_teacher(golden: GoldenFolder) -> Iterator[Check]:
     """Teacher-forced logits, intermediates and losses."""
     tensors, schedule, teacher = golden.teacher_tensors, golden.schedule, golden.teacher()
-    layout = pyramid_layout(schedule, teacher.config.head_dim, torch.device("cpu"))
+    layout = teacher.layout(schedule, torch.device("cpu"))
     pyramid: TokenPyramid = golden.tokenizer().encode(golden.tokenizer_tensors["input/image"], schedule)
-    context = teacher.text(golden.text(tensors))
+    context = teacher.context(golden.text(tensors))
     recorder = _Recorder(teacher)
     logits = teacher(pyramid.inputs(), context, layout, BlockCausal.of(layout))
     yield _float("teacher_outputs", tensors, "input/x_wo_prefix", pyramid.inputs())
     yield _float("teacher_outputs", tensors, "mid/cond", context.cond_BC)
     yield from recorder.checks("teacher_outputs", tensors)
     yield _float("teacher_outputs", tensors, "forced/logits", logits.flatten(2))
-    loss_BL = bit_cross_entropy(logits, pyramid.labels())
+    loss_BL = teacher.head.cross_entropy(logits, pyramid.labels())
     weights = token_weights(schedule)
     yield _float("teacher_outputs", tensors, "forced/loss_plain", loss_BL.mean())
     yield _float("teacher_outputs", tensors, "forced/loss_weight_per_token", weights)
@@ -301,7 +302,7 @@ def _compare_run(
         key = f"{name}/raw_logits_{k}"
         if key in tensors:
             yield _float(file, tensors, key, raw[: len(tensors[key])].flatten(2))
-    yield from _bits(file, tensors, f"{name}/bits", result.bits)
+    yield from _bits(file, tensors, f"{name}/bits", result.indices)
     yield _float(file, tensors, f"{name}/summed_codes", result.codes)
     image = tokenizer.decode(result.codes)
     if f"{name}/image" in tensors:

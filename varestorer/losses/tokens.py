@@ -1,23 +1,14 @@
-"""Losses on bits (Infinity; spec F).
+"""How much each token counts in the losses of the teacher (Infinity).
 
-Shapes: `B` batch, `L` tokens of all scales, `Z` bits per token; logits end in the pair [bit is 0, bit is 1].
+Shapes: `L` tokens of all scales.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from varestorer.tokenizer.schedule import ScaleSchedule
-
-
-def bit_cross_entropy(logits_BLZ2: Tensor, bits_BLZ: Tensor) -> Tensor:
-    """Two-way cross entropy of each token's bits in nats, mean over the bits: (B, L)."""
-    logits = logits_BLZ2.float()
-    # -log p(bit) = softplus(wrong - right)
-    margin = (logits[..., 1] - logits[..., 0]) * (bits_BLZ.float() * 2 - 1)
-    return F.softplus(-margin).mean(dim=-1)
 
 
 def token_weights(schedule: ScaleSchedule, reweight_by_scale: bool = True) -> Tensor:
@@ -26,9 +17,3 @@ def token_weights(schedule: ScaleSchedule, reweight_by_scale: bool = True) -> Te
     per_scale = (areas[-1] / areas).sqrt() if reweight_by_scale else torch.ones_like(areas)
     weights = per_scale.repeat_interleave(torch.tensor(schedule.num_tokens_per_scale))
     return weights / weights.sum()
-
-
-def bit_accuracy(logits_BLZ2: Tensor, bits_BLZ: Tensor) -> Tensor:
-    """Share of bits whose likelier value is the right one, (B, L)."""
-    likelier = logits_BLZ2[..., 1] > logits_BLZ2[..., 0]
-    return (likelier == bits_BLZ.bool()).float().mean(dim=-1)

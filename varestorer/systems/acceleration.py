@@ -8,26 +8,29 @@ from __future__ import annotations
 
 import os
 import shutil
-from dataclasses import dataclass, replace
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass, fields, is_dataclass, replace
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from varestorer.systems.graphs import BatchGraphs
-from varestorer.systems.restoring import PreparedTexts
 from varestorer.utils.device import gains_from_bf16
 from varestorer.utils.errors import UsageError, UserError
-
-if TYPE_CHECKING:
-    from varestorer.systems.varestorer import VARestorer
 
 PRECISIONS = ("fp32", "bf16", "auto")
 LINEARS = ("none", "int8", "fp8")
 COMPILERS = ("g++", "c++", "clang++", "cl")
 MOST_COMPILATIONS = 64
 """Of one piece of code: systems, sizes of batches and precisions in one process; torch goes on uncompiled after 8."""
+
+MOST_GRAPHS = 4  # of different shapes; each keeps its inputs and its results, all share their working memory
+WARM_UPS = 2  # calls in which libraries choose kernels and tables are made, which cannot be recorded
+
+Tree = TypeVar("Tree")
+"""A tensor, or dataclasses, tuples and lists of trees; other things in it are constants."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class Acceleration:
     Attributes:
         merge: fold the adapters into the base weights, so that no teacher is left: one-step restoring only.
         precision: "fp32"; "bf16": blocks, decoder and restorer, while the encoder, which decides the bits of the
-            input, the text and the head stay in float32 (spec E); "auto": bf16 where the device gains from it.
+            input, the text and the head stay in float32; "auto": bf16 where the device gains from it.
         compile: blocks, encoder and decoder through torch.compile, for each size of a batch once (a minute or more).
         graphs: replay each size of a batch as one CUDA graph.
         linears: linear layers of the blocks in "int8" or "fp8", through torchao; "none" leaves them.
@@ -93,41 +96,6 @@ WORDS: dict[str, dict[str, Any]] = {
 """What each word of a variant's name chooses."""
 
 
-def accelerate(system: VARestorer, acceleration: Acceleration) -> VARestorer:
-    """Change a system, in place, for restoring alone: it is neither trained nor saved afterwards.
-
-    Args:
-        system: in evaluation mode, on the device where it will restore.
-        acceleration: what to do.
-    Returns:
-        the same system; its `restore` and `restore_batch` are the fast ones.
-    Raises:
-        UserError: what this machine cannot do, or a system that was accelerated otherwise.
-    """
-    chosen = acceleration.on(system.device)
-    if system.acceleration == chosen:
-        return system
-    if system.acceleration is not None:
-        raise UserError("this system is accelerated already; load it again to choose other means")
-    check_means(chosen, system.device)
-    if chosen.precision == "fp32":
-        system.set_precision("fp32")  # before the adapters are merged, so that nothing is rounded
-    if chosen.merge:
-        system.merge_adapters()
-    if system.restorer is not None and system.device.type == "cpu":
-        system.restorer.to(memory_format=torch.channels_last)  # 1.1 times as fast in bf16, 1.4 in float32
-    if chosen.precision == "bf16":
-        lower_precision(system)
-    if chosen.linears != "none":
-        quantise_linears(system.transformer.blocks, chosen.linears)
-    if chosen.compile:
-        compile_parts(system)
-    if chosen.graphs:
-        system.graphs = BatchGraphs()
-    system.acceleration, system.texts = chosen, PreparedTexts()
-    return system
-
-
 def check_means(chosen: Acceleration, device: torch.device) -> None:
     """Refuse what cannot be done, before anything is changed.
 
@@ -146,15 +114,11 @@ def check_means(chosen: Acceleration, device: torch.device) -> None:
         raise UserError("linears=fp8 needs an NVIDIA GPU of compute capability 8.9 or above; use int8 or none")
 
 
-def lower_precision(system: VARestorer) -> None:
-    """Blocks, restorer and decoder in bfloat16; the decoder's last norm and convolution, which make pixels, are not.
+def decode_in_bf16(decoder: Any) -> None:
+    """A decoder in bfloat16, but for its last norm and convolution, which make pixels.
 
     Eight bits of mantissa are too few for the pixels themselves: they would be off by up to a level of 8 bits.
     """
-    system.set_precision("bf16")
-    if system.restorer is not None:
-        system.restorer.use_bf16 = True
-    decoder: Any = system.tokenizer.decoder
     decoder.to(torch.bfloat16)
     decoder.norm_out.float()
     decoder.conv_out.float()
@@ -162,7 +126,7 @@ def lower_precision(system: VARestorer) -> None:
     decoder.norm_out.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
 
 
-def quantise_linears(blocks: nn.Module, kind: str) -> None:
+def quantize_linears(blocks: nn.Module, kind: str) -> None:
     """Weights of linear layers kept, and products made, in 8 bits: one scale a row of weights and a token.
 
     Args:
@@ -178,10 +142,119 @@ def quantise_linears(blocks: nn.Module, kind: str) -> None:
         quantization.quantize_(blocks, config)
 
 
-def compile_parts(system: VARestorer) -> None:
-    """Compile at their first call what takes the time: the blocks, which share one piece of code, and the tokenizer."""
+def compile_parts(*parts: nn.Module) -> None:
+    """Compile at their first call what takes the time; blocks share one piece of code."""
     from torch._dynamo import config
 
     config.recompile_limit = max(config.recompile_limit, MOST_COMPILATIONS)
-    for part in (*system.transformer.blocks, system.tokenizer.encoder, system.tokenizer.decoder):
+    for part in parts:
         part.compile()
+
+
+def map_tensors(change: Callable[[Tensor], Tensor], tree: Tree) -> Tree:
+    """A copy of a tree with every tensor changed."""
+    changed: Any = tree
+    if isinstance(tree, Tensor):
+        changed = change(tree)
+    elif isinstance(tree, tuple | list):
+        changed = type(tree)(map_tensors(change, part) for part in tree)
+    elif is_dataclass(tree) and not isinstance(tree, type):
+        changed = replace(tree, **{f.name: map_tensors(change, getattr(tree, f.name)) for f in fields(tree) if f.init})
+    return changed
+
+
+def tensors_of(tree: object) -> Iterator[Tensor]:
+    """The tensors of a tree, always in the same order."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, tuple | list):
+        for part in tree:
+            yield from tensors_of(part)
+    elif is_dataclass(tree):
+        for f in fields(tree):
+            yield from tensors_of(getattr(tree, f.name))
+
+
+def key_of(tree: object) -> Hashable:
+    """What two trees must share so that one graph serves both: structure, shapes, types and constants."""
+    if isinstance(tree, Tensor):
+        return tuple(tree.shape), tree.dtype
+    if isinstance(tree, tuple | list):
+        return tuple(map(key_of, tree))
+    if is_dataclass(tree):
+        return tuple(key_of(getattr(tree, f.name)) for f in fields(tree))
+    return tree
+
+
+@dataclass
+class _Recorded:
+    """A graph with the memory that it reads and writes, and what was last copied into it."""
+
+    graph: torch.cuda.CUDAGraph
+    inputs: tuple[Any, ...]
+    outputs: Any
+    copied: tuple[Any, ...]
+
+    def replay(self, inputs: tuple[Any, ...]) -> Any:
+        """The outputs for other inputs of the same key, in memory of their own."""
+        fill(self.inputs, inputs, self.copied)
+        self.copied = inputs
+        self.graph.replay()
+        return map_tensors(torch.clone, self.outputs)
+
+
+def fill(memory: tuple[Any, ...], inputs: tuple[Any, ...], copied: tuple[Any, ...]) -> None:
+    """Copy inputs into memory of the same form.
+
+    Args:
+        memory: trees.
+        inputs: trees of the same keys.
+        copied: the inputs before: a dataclass that comes again is there already. Tensors may have been written to.
+    """
+    for kept, given, before in zip(memory, inputs, copied, strict=True):
+        if given is before and is_dataclass(given):
+            continue
+        for target, source in zip(tensors_of(kept), tensors_of(given), strict=True):
+            target.copy_(source, non_blocking=True)
+
+
+class BatchGraphs:
+    """Records a function at the first inputs of their shapes, and replays it at the next ones."""
+
+    def __init__(self) -> None:
+        self._recorded: OrderedDict[Hashable, _Recorded] = OrderedDict()
+        self._pool: Any = None
+
+    def __call__(self, function: Callable[..., Tree], *inputs: Any) -> Tree:
+        """`function(*inputs)`.
+
+        Args:
+            function: asks the host for nothing, and is the same at every call with inputs of these shapes.
+            inputs: trees on one CUDA device; what is in a dataclass stays as it is.
+        Returns:
+            a tree of new tensors.
+        """
+        key = key_of(inputs)
+        if key not in self._recorded:
+            while len(self._recorded) >= MOST_GRAPHS:
+                self._recorded.popitem(last=False)
+            self._recorded[key] = self._record(function, inputs)
+        self._recorded.move_to_end(key)
+        outputs: Tree = self._recorded[key].replay(inputs)
+        return outputs
+
+    def _record(self, function: Callable[..., Any], inputs: tuple[Any, ...]) -> _Recorded:
+        """Capture the function, reading copies of its inputs."""
+        kept = map_tensors(torch.clone, inputs)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UPS):
+                function(*kept)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):  # others may load images
+            outputs = function(*kept)
+        return _Recorded(graph, kept, outputs, inputs)

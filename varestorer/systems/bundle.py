@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from varestorer.transformer.adapters import plain_state_dict
 from varestorer.utils.errors import UserError
 from varestorer.utils.files import atomic_write
 from varestorer.weights.bundles import ADAPTERS, CONFIG, FORMAT, RESTORER, is_bundle, read_config, tensors_file
@@ -19,13 +18,10 @@ from varestorer.weights.card import model_card
 from varestorer.weights.runs import is_run, latest_checkpoint
 from varestorer.weights.storage import file_sha256
 
-if TYPE_CHECKING:
-    from varestorer.systems.varestorer import VARestorer
-
 CARD = "README.md"
 
 
-def save_bundle(system: VARestorer, folder: Path, half: bool = False) -> None:
+def save_bundle(system: Any, folder: Path, half: bool = False) -> None:
     """Write a system into a folder; its `config.json` comes last, so that half a bundle is none.
 
     Args:
@@ -37,7 +33,7 @@ def save_bundle(system: VARestorer, folder: Path, half: bool = False) -> None:
         UserError: a file cannot be written, or a weight is too large for float16.
     """
     (folder / CONFIG).unlink(missing_ok=True)
-    parts = _parts(system)
+    parts = system.parts()
     for leftover in {ADAPTERS, RESTORER} - parts.keys():
         tensors_file(folder, leftover).unlink(missing_ok=True)
     for part, tensors in parts.items():
@@ -45,7 +41,7 @@ def save_bundle(system: VARestorer, folder: Path, half: bool = False) -> None:
         stored = _halved(tensors, file) if half else tensors
         save_tensors(file, stored, adapters_metadata(system) if part == ADAPTERS else None)
     files = {f"{part}.safetensors": tensors_file(folder, part).stat().st_size for part in parts}
-    config = {"format": FORMAT, **system.config, "restorer": system.restorer is not None, "sources": sources(system)}
+    config = {"format": FORMAT, "system": system.name, **system.config, "restorer": system.restorer is not None, "sources": sources(system)}
     card = model_card(config, files, config["sources"], "fp16" if half else precision(system))
     with atomic_write(folder / CARD) as temporary:
         temporary.write_text(card, encoding="utf-8")
@@ -82,7 +78,7 @@ def _halved(tensors: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
     return stored
 
 
-def sources(system: VARestorer) -> dict[str, str]:
+def sources(system: Any) -> dict[str, str]:
     """SHA-256 of the files that a system came from, by their names; a bundle hands on those of its own.
 
     Of a run, the averaged weights of its latest checkpoint, as `teacher/step_001600`.
@@ -99,25 +95,12 @@ def sources(system: VARestorer) -> dict[str, str]:
     return dict(sorted(known.items()))
 
 
-def _parts(system: VARestorer) -> dict[str, dict[str, Tensor]]:
-    """Tensors of each file."""
-    transformer = plain_state_dict(system.transformer)
-    adapters = {name: tensor for name, tensor in transformer.items() if ".lora_" in name}
-    parts = {
-        "tokenizer": dict(system.tokenizer.state_dict()),
-        "transformer": {name: tensor for name, tensor in transformer.items() if name not in adapters},
-        ADAPTERS: adapters,
-        RESTORER: {} if system.restorer is None else dict(system.restorer.published_state_dict()),
-    }
-    return {part: tensors for part, tensors in parts.items() if tensors}
-
-
-def adapters_metadata(system: VARestorer) -> dict[str, str]:
+def adapters_metadata(system: Any) -> dict[str, str]:
     """What has to be known to put the adapters onto a base again."""
     return {"student": json.dumps(system.config["student"])}
 
 
-def precision(system: VARestorer) -> str:
+def precision(system: Any) -> str:
     """What the blocks of the transformer are kept in, as `VARestorer.set_precision` names it."""
     dtype = next(system.transformer.blocks.parameters()).dtype
     return "bf16" if dtype == torch.bfloat16 else "fp32"

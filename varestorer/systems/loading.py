@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from varestorer.conditioning.restorer import PUBLISHED_FILE
-from varestorer.systems.student import StudentConfig
-from varestorer.tokenizer import ScaleSchedule, TokenizerConfig
-from varestorer.transformer import TransformerConfig
 from varestorer.utils.errors import UsageError, UserError
+from varestorer.utils.hub import first_line, is_hub_name
 from varestorer.weights.bundles import ADAPTERS, CONFIG, RESTORER, is_bundle, read_config, tensors_file
 from varestorer.weights.files import read_metadata, read_tensors
 from varestorer.weights.published import STUDENT_FILE, TOKENIZER_FILE
 from varestorer.weights.runs import CONFIG as RUN_CONFIG
 from varestorer.weights.runs import is_run, latest_checkpoint, load_run_weights
+from varestorer.weights.shipped import named_or_default
 from varestorer.weights.sizes import adapter_rank, tokenizer_sizes, transformer_sizes
 from varestorer.weights.storage import STATE
-
-if TYPE_CHECKING:
-    from varestorer.systems.varestorer import VARestorer
 
 COMPANIONS = {  # of the published student: file name, where to get it
     "tokenizer": (TOKENIZER_FILE, "hub FoundationVision/Infinity"),
@@ -35,12 +31,12 @@ HOW = f"give a run of scripts/train.py, a checkpoint of one, a bundle's folder, 
 
 
 def build(
-    system_class: type[VARestorer],
+    system_class: Any,
     path: Path,
     tokenizer_file: str | None = None,
     restorer_file: str | None = None,
     merge: bool = False,
-) -> VARestorer:
+) -> Any:
     """The system that a path holds.
 
     Args:
@@ -68,7 +64,7 @@ def build(
     return system.merge_adapters() if merge else system
 
 
-def check_is_student(system: VARestorer, path: str | Path) -> None:
+def check_is_student(system: Any, path: str | Path) -> None:
     """Refuse a published teacher where a student is asked; runs and bundles may hold students without adapters.
 
     Args:
@@ -117,6 +113,26 @@ def download(name: str, options: Mapping[str, Any]) -> Path:
     return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"], **wanted))
 
 
+def locate(name: str | Path | None, options: Mapping[str, Any]) -> Path:
+    """Where a system's files are: a path, a shipped model, or the cache of the hub after fetching them.
+
+    Args:
+        name: see `System.from_pretrained`.
+        options: huggingface_hub's `revision`, `cache_dir`, `token`, ...
+    Raises:
+        UsageError: neither a path nor a name that the hub knows.
+    """
+    given = str(named_or_default(name if name is None else Path(name).expanduser()))
+    if Path(given).exists() or not is_hub_name(given):
+        return Path(given)
+    try:
+        return download(given, options)
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"{given} is no path here, and the hub does not give it: {first_line(error)}; {HOW}"
+        ) from error
+
+
 def load_into(system: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
     """Copy a run's weights into a system that may have more (those that come from files).
 
@@ -131,7 +147,7 @@ def load_into(system: nn.Module, weights: Mapping[str, Tensor], source: str) -> 
         raise UserError(f"{source} was made with another model: this one has no {unexpected[0]}")
 
 
-def _from_run(system_class: type[VARestorer], path: Path) -> VARestorer:
+def _from_run(system_class: Any, path: Path) -> Any:
     """Rebuild the model of a run's config and fill it with the run's weights."""
     run_dir = latest_checkpoint(path).parents[2]
     try:
@@ -144,10 +160,10 @@ def _from_run(system_class: type[VARestorer], path: Path) -> VARestorer:
     return system
 
 
-def _from_bundle(system_class: type[VARestorer], bundle: Path, merge: bool) -> VARestorer:
+def _from_bundle(system_class: Any, bundle: Path, merge: bool) -> Any:
     """A bundle's system; merging as the weights are read needs no adapters, see `adapters.folded`."""
     config = read_config(bundle)
-    _check_entries(config, bundle / CONFIG)
+    _check_entries(system_class, config, bundle / CONFIG)
     restorer = tensors_file(bundle, RESTORER)
     if config["restorer"] and not restorer.is_file():
         raise UserError(f"the bundle {bundle} has lost its {restorer.name}; download or convert it again")
@@ -161,21 +177,15 @@ def _from_bundle(system_class: type[VARestorer], bundle: Path, merge: bool) -> V
     )
 
 
-def _check_entries(config: Mapping[str, Any], path: Path) -> None:
+def _check_entries(system_class: Any, config: Mapping[str, Any], path: Path) -> None:
     """Refuse a config with entries that a later version may know.
 
     Raises:
         UserError: names them.
     """
-    makers: dict[str, Callable[..., Any]] = {
-        "schedule": ScaleSchedule.build,
-        "tokenizer": TokenizerConfig,
-        "transformer": TransformerConfig,
-        "student": StudentConfig,
-    }
     unknown = [
         f"{part}.{key}"
-        for part, make in makers.items()
+        for part, make in system_class.makers.items()
         for key in sorted(config[part].keys() - inspect.signature(make).parameters)
     ]
     if unknown:
@@ -183,8 +193,8 @@ def _check_entries(config: Mapping[str, Any], path: Path) -> None:
 
 
 def _from_published(
-    system_class: type[VARestorer], student_file: Path, tokenizer_file: str | None, restorer_file: str | None
-) -> VARestorer:
+    system_class: Any, student_file: Path, tokenizer_file: str | None, restorer_file: str | None
+) -> Any:
     """The released student, or a network of other sizes in its form."""
     tokenizer = _companion("tokenizer", student_file, tokenizer_file)
     restorer = _companion("restorer", student_file, restorer_file)

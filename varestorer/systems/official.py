@@ -25,7 +25,6 @@ from torch import Tensor
 
 from varestorer.systems.varestorer import VARestorer
 from varestorer.transformer import TextFeatures
-from varestorer.transformer.sampling import select_bits
 from varestorer.utils.errors import UserError
 from varestorer.utils.images import to_uint8
 from varestorer.utils.tiling import gaussian_weights, scaled_size, tile_positions
@@ -67,7 +66,7 @@ def restore_official(
 
 def _own_features(system: VARestorer, prompt: Tensor | None) -> Tensor:
     """A copy of the prompt's features, or of the null text, that may be overwritten."""
-    null_TE = system.transformer.text.null_features
+    null_TE = system.transformer.condition.null_features
     features_TE = null_TE if prompt is None else prompt
     (most, width), shape = null_TE.shape, tuple(features_TE.shape)
     if len(shape) != 2 or not 1 <= shape[0] <= most or shape[1] != width:
@@ -116,7 +115,7 @@ def restore_square(system: VARestorer, square_3tt: Tensor, features_TE: Tensor) 
     """
     # The released script always has a prompt; the null text is taken for one, so its number is drawn as well.
     if random.random() < DROP_RATE:
-        features_TE.copy_(system.transformer.text.null_features[: len(features_TE)])
+        features_TE.copy_(system.transformer.condition.null_features[: len(features_TE)])
     condition = system.condition(square_3tt[None].to(system.device))
     logits_1LZ2 = system.student_logits(condition, TextFeatures.from_list([features_TE]))
     image_3tt = system.decode(system.codes(draw_bits(system, logits_1LZ2)))[0]
@@ -130,7 +129,7 @@ def draw_bits(system: VARestorer, logits_BLZ2: Tensor) -> Tensor:
         part_BlZ2 = logits_BLZ2[:, tokens]
         batch, num_tokens, num_bits, _ = part_BlZ2.shape
         uniform = torch.rand(batch, num_tokens * num_bits, 2, device="cpu").view(part_BlZ2.shape)
-        bits.append(select_bits(part_BlZ2, uniform.to(part_BlZ2.device)))
+        bits.append(system.transformer.head.select(part_BlZ2, uniform.to(part_BlZ2.device)))
     return torch.cat(bits, dim=1)
 
 

@@ -87,7 +87,7 @@ def load_tokenizer(tokenizer: Any, tensors: Mapping[str, Tensor], source: str) -
     """Fill a tokenizer from a published file's tensors."""
     config = tokenizer.config
     wanted = tokenizer.state_dict()
-    ours = tokenizer_tensors(wanted, len(config.multipliers), config.num_bits, tensors, source)
+    ours = tokenizer_tensors(wanted, len(config.multipliers), config.latent_width, tensors, source)
     assign_plain(tokenizer, _in_float32(ours))
 
 

@@ -65,7 +65,7 @@ def tokenizer_tensors(tokenizer: MultiScaleTokenizer) -> dict[str, Tensor]:
     """A tokenizer's tensors by published names, derived ones included."""
     state = tokenizer.state_dict()
     names = {name: published_tokenizer_name(name, len(tokenizer.config.multipliers)) for name in state}
-    return to_published(state, names, derived_tokenizer_buffers(tokenizer.config.num_bits))
+    return to_published(state, names, derived_tokenizer_buffers(tokenizer.config.latent_width))
 
 
 def transformer_tensors(transformer: VARTransformer) -> dict[str, Tensor]:

@@ -1,157 +1,266 @@
 """VARestorer: one-step restoration by a visual autoregressive transformer (arXiv 2604.21450).
 
 degraded image -> (restorer) -> tokenizer -> pyramid of tokens -> student -> bits of all scales -> decoder -> image.
-Teacher and student are one transformer with its adapters off or on. `systems.networks` holds the parts,
-`systems.restoring` what is done with them, `systems.loading` where they come from.
+Teacher and student are one transformer with its adapters off or on.
 
-Shapes: `B` batch, `H W` pixels, `L` tokens of all scales, `Z` bits per token.
+Shapes: `B` batch, `H W` pixels, `t` side of a square, `L` tokens of all scales, `Z` bits per token, `T` text tokens,
+`E` width of their features.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, ClassVar, Self
 
 import torch
-from huggingface_hub import ModelHubMixin
 from torch import Tensor
 
+from varestorer.conditioning.pyramid import INPUTS, Condition, PyramidConditioner
+from varestorer.conditioning.restorer import Restorer, load_restorer, new_restorer
 from varestorer.conditioning.text_encoder import DEFAULT_NAME, DEFAULT_WIDTH, TextEncoder
-from varestorer.systems.acceleration import Acceleration, accelerate
-from varestorer.systems.bundle import save_bundle
-from varestorer.systems.graphs import BatchGraphs
-from varestorer.systems.loading import HOW, build, download
-from varestorer.systems.networks import Networks
-from varestorer.systems.restoring import PreparedTexts, RestoredBatch, Text, restore_squares, text_of, uncertainty_maps
-from varestorer.transformer.sampling import Noise, keyed_noise
-from varestorer.utils.color import match_color
-from varestorer.utils.device import to_device
-from varestorer.utils.errors import UsageError, UserError
-from varestorer.utils.hub import first_line, is_hub_name
-from varestorer.utils.tiling import restore_tiled, scaled_size
-from varestorer.weights.shipped import named_or_default
+from varestorer.systems.acceleration import Acceleration
+from varestorer.systems.base import Request, RestoredBatch, System
+from varestorer.systems.parts import allocate, check_part, load_part
+from varestorer.tokenizer import MultiScaleTokenizer, ScaleSchedule, TokenizerConfig, TokenPyramid
+from varestorer.tokenizer.autoencoder import clamp_keeping_gradient
+from varestorer.tokenizer.autoencoder import init_weights as init_tokenizer_weights
+from varestorer.tokenizer.residual import to_map, to_tokens
+from varestorer.transformer import Context, PreparedCondition, TextFeatures, TransformerConfig, VARTransformer
+from varestorer.transformer.adapters import (
+    TARGETS,
+    adapters_off,
+    attach_adapters,
+    init_adapters,
+    merge_adapters,
+    plain_state_dict,
+    target_pattern,
+)
+from varestorer.transformer.generation import Generation, MultiStepGenerator, Prefix, SamplingOptions
+from varestorer.transformer.heads import Noise, keyed_noise
+from varestorer.transformer.masks import MASKS, BlockCausal, prefix_causal_mask
+from varestorer.utils.errors import UserError
+from varestorer.utils.images import from_network, to_network
+from varestorer.utils.seeds import torch_generator
+from varestorer.weights.bundles import ADAPTERS, RESTORER
+from varestorer.weights.shipped import shipped
 
-DEVICE_PIXELS = 2**25  # of a result that is put together on the device; larger ones are on the host
+MOST_TEXTS = 8
+
+Text = TextFeatures | Context | PreparedCondition
+"""Text in one of the forms that the transformer takes."""
 
 
 @dataclass(frozen=True)
-class Restoration:
-    """A restored image.
+class StudentConfig:
+    """What makes the student of the teacher; the defaults are the traits of the released student.
 
     Attributes:
-        image: (3, H, W) float32 in [0, 1].
-        uncertainty_KHW: where the student guessed, at each scale: mean entropy of a token's bits, 0 (decided) to 1 (a
-            coin toss), up-sampled to the image; None unless asked for.
+        lora_rank: of the adapters; 0 for none (the student is then the base network itself).
+        lora_targets: layers of the blocks that carry them, see `adapters.target_pattern`.
+        inputs: what the tokens of a scale start from: "next_scale", the degraded image's codes of the coarser scales
+            (as the teacher's start from the photograph's), or "own_scale", those of its own scale with them.
+        keep_bits: what the degraded image's own bits count in the logits: each margin starts from plus or minus this,
+            and the network has to learn only what to change. 0: nothing, as in the paper.
+        keep_residual: add to the decoded image what the tokenizer loses of the degraded one (cleaned), so that it costs
+            nothing where bits are kept. False: the paper's.
+        long_input: append the complete codes at the last scale to the input.
+        long_positions: rotary rows of the appended tokens, "next_scale" or "own".
+        cross_value_bias: whether block cross attention adds its value bias while the adapters are on.
+        attention: "cross_scale": every token sees all, or "causal": its own and coarser scales (table 3).
+        conditioning: "pyramid": one step from the degraded image's tokens, or "prefix": scale by scale, with the
+            degraded image in front of all (table 3, without distillation; see `VARestorer.prefix_logits`), where
+            `inputs`, `keep_bits`, `keep_residual`, `attention` and the long input say nothing.
+        guidance: c of the prefix: c * with it + (1 - c) * without it.
+        merged: the adapters are folded into the base weights, so that no teacher is left.
     """
 
-    image: Tensor
-    uncertainty_KHW: Tensor | None = None
+    lora_rank: int = 32
+    lora_targets: tuple[str, ...] = TARGETS
+    inputs: str = "next_scale"
+    keep_bits: float = 0.0
+    keep_residual: bool = False
+    long_input: bool = True
+    long_positions: str = "next_scale"
+    cross_value_bias: bool = False
+    attention: str = "cross_scale"
+    conditioning: str = "pyramid"
+    guidance: float = 1.0
+    merged: bool = False
+
+    @property
+    def unreleased(self) -> list[str]:
+        """Traits that the released student has not, as `name=value`; the rank and what is merged are left aside."""
+        released = StudentConfig(lora_rank=self.lora_rank, merged=self.merged)
+        named = ((field.name, getattr(self, field.name)) for field in fields(self))
+        return [f"{name}={value}" for name, value in named if value != getattr(released, name)]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "lora_targets", tuple(self.lora_targets))
+        if self.keep_bits < 0:
+            raise UserError(f"model.student.keep_bits must be 0 or more, got {self.keep_bits}")
+        target_pattern(self.lora_targets)
+        for name, choices in (("attention", MASKS), ("conditioning", ("pyramid", "prefix")), ("inputs", INPUTS)):
+            if getattr(self, name) not in choices:
+                raise UserError(f"model.student.{name} must be {' or '.join(choices)}, got {getattr(self, name)}")
 
 
-class VARestorer(
-    Networks,
-    ModelHubMixin,
-    library_name="varestorer",
-    pipeline_tag="image-to-image",
-    tags=["super-resolution", "image-restoration"],
-    paper_url="https://arxiv.org/abs/2604.21450",
-):
-    """The pieces put together; made of the arguments of `Networks`.
+class PreparedTexts:
+    """What the transformer makes of the prompts used last, so that tiles, and images, of one prompt share it."""
 
-    `from_pretrained` loads one, `save_pretrained` and `push_to_hub` (huggingface_hub's) share one as a bundle, in
-    the form it has: after `merge_adapters` without adapters, after `set_precision` in that precision. `accelerate`
-    makes one fast that will only restore.
+    def __init__(self) -> None:
+        self._kept: OrderedDict[int, tuple[Tensor | None, PreparedCondition]] = OrderedDict()
+
+    def of(self, system: VARestorer, features_TE: Tensor | None) -> PreparedCondition:
+        """A prompt, prepared for batches of any size.
+
+        Args:
+            system: its weights and its device are the same at every call.
+            features_TE: of the prompt, known again by being the same tensor; None for no prompt.
+        """
+        key = id(features_TE)
+        if key not in self._kept:
+            while len(self._kept) >= MOST_TEXTS:
+                self._kept.popitem(last=False)
+            # the features are kept as well, as their id might else be that of others later
+            self._kept[key] = (features_TE, system.transformer.prepare(system.text_batch(features_TE, 1)))
+        self._kept.move_to_end(key)
+        return self._kept[key][1]
+
+
+class VARestorer(System):
+    """Tokenizer, transformer and restorer, of sizes that fit, with their weights.
+
+    Args:
+        schedule: arguments of `ScaleSchedule.build`: `size`, or `sides`; the last scale is a square.
+        tokenizer: arguments of `TokenizerConfig`.
+        transformer: arguments of `TransformerConfig`.
+        student: arguments of `StudentConfig`.
+        restorer: what cleans images before they are tokenized: a file, a run or a bundle that holds a restorer (see
+            `load_restorer`), or the sizes of a new one (arguments of `new_restorer`); None for nothing.
+        weights: files of the parts "tokenizer" and "transformer": published, a bundle or a run, see
+            `systems.parts.load_part`; a part without a file gets random weights.
+        new_adapters: draw the adapters, whatever the transformer's file holds: to distil a student again from the
+            teacher of a model that has one.
+        seed: of the random weights.
 
     Attributes:
-        acceleration: how it was accelerated; None if it was not.
-        graphs: of `restore_batch`, where CUDA graphs were asked for.
         texts: prepared ones, kept from image to image where the weights no longer change.
     """
 
-    acceleration: Acceleration | None = None
-    graphs: BatchGraphs | None = None
+    name = "varestorer"
+    makers: ClassVar[dict[str, Callable[..., Any]]] = {
+        "schedule": ScaleSchedule.build,
+        "tokenizer": TokenizerConfig,
+        "transformer": TransformerConfig,
+        "student": StudentConfig,
+    }
     texts: PreparedTexts | None = None
 
-    @classmethod
-    def from_pretrained(  # type: ignore[override]
-        cls, pretrained_model_name_or_path: str | Path | None = None, **options: Any
-    ) -> VARestorer:
-        """Load a system, in evaluation mode.
+    def __init__(
+        self,
+        schedule: dict[str, Any],
+        tokenizer: dict[str, Any],
+        transformer: dict[str, Any],
+        student: dict[str, Any] | None = None,
+        restorer: str | dict[str, int] | None = None,
+        weights: dict[str, str | None] | None = None,
+        new_adapters: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.files = {part: shipped(file) for part, file in (weights or {}).items() if file}
+        for part, file in self.files.items():
+            check_part(part, file)
+        self.restorer = _restorer(restorer, seed)
+        self.schedule = ScaleSchedule.build(**schedule)
+        self.student_config = StudentConfig(**(student or {}))
+        with torch.device("meta"):
+            self.tokenizer = MultiScaleTokenizer(TokenizerConfig(**tokenizer))
+            self.transformer = VARTransformer(TransformerConfig(**transformer))
+            if (chosen := self.student_config).lora_rank and not chosen.merged:
+                attach_adapters(self.transformer, chosen.lora_rank, chosen.cross_value_bias, chosen.lora_targets)
+        self._check_sizes()
+        self._schedule_options = dict(schedule)
+        if torch.get_default_device().type != "meta":
+            self._fill(seed, new_adapters)
+            self.tokenizer.to(memory_format=torch.channels_last)  # convolutions run faster so, on CPU and GPU
+        if isinstance(restorer, str):
+            self.files["restorer"] = shipped(restorer)
+
+    # ---- the paper: what the student sees, what it predicts, what becomes of it
+
+    def condition(self, lq_B3HW: Tensor) -> Condition:
+        """r_LQ: the student's input for degraded images in [0, 1] of side `tile`."""
+        return self.conditioner(to_network(lq_B3HW), self.schedule)
+
+    def teacher_logits(
+        self, pyramid: TokenPyramid, text: TextFeatures | Context, teacher: VARTransformer | None = None
+    ) -> Tensor:
+        """p_T(r_k | r_<k): logits (B, L, Z, 2) of every scale, given the true coarser ones.
 
         Args:
-            pretrained_model_name_or_path: a bundle's folder, a run of scripts/train.py (the averaged weights of its
-                latest checkpoint) or a checkpoint of one, the published student with its tokenizer and restorer
-                beside it, or a bundle's name on the hub; None for "nano", which comes with the package.
-            options: `device`; `merge=True` folds the adapters into the weights (faster, but only for `steps="one"`);
-                `precision="fp32"`, `"bf16"`, or `"auto"` for what suits the device (else as stored);
-                `acceleration=Acceleration(...)`, in place of these two, for more means; `tokenizer_file` and
-                `restorer_file` of the published student, where they lie elsewhere; for the hub `revision`, `token`,
-                `cache_dir`, `local_files_only`, `force_download`.
-
-        Raises:
-            UsageError: neither a path nor a name that the hub knows.
-            UserError: the path holds no system, or its files do not fit.
+            pyramid: tokens of the photograph.
+            text: of the prompts; a context must come from the network that is asked.
+            teacher: a network of its own; None for the system's, adapters off.
         """
-        given = pretrained_model_name_or_path
-        name = str(named_or_default(given if given is None else Path(given).expanduser()))
-        if Path(name).exists() or not is_hub_name(name):
-            return cls._from_pretrained(model_id=name, **options)
-        try:
-            system: VARestorer = super().from_pretrained(name, **options)
-        except (OSError, ValueError) as error:
-            raise UsageError(
-                f"{name} is no path here, and the hub does not give it: {first_line(error)}; {HOW}"
-            ) from error
-        return system
+        layout = self.transformer.layout(self.schedule, pyramid.codes.device)
+        mask = BlockCausal.of(layout)
+        if teacher is not None:
+            return teacher(pyramid.inputs(), text, layout, mask)
+        with adapters_off(self.transformer):
+            return self.transformer(pyramid.inputs(), text, layout, mask)
 
-    @classmethod
-    def _from_pretrained(  # type: ignore[override]
-        cls,
-        *,
-        model_id: str,
-        device: torch.device | str = "cpu",
-        merge: bool = False,
-        precision: str | None = None,
-        acceleration: Acceleration | None = None,
-        tokenizer_file: str | None = None,
-        restorer_file: str | None = None,
-        **hub: Any,
-    ) -> VARestorer:
-        path = Path(model_id) if Path(model_id).exists() or not is_hub_name(model_id) else download(model_id, hub)
-        if acceleration is None and precision is not None:
-            acceleration = Acceleration(merge, precision)
-        merged = merge if acceleration is None else acceleration.merge
-        system: VARestorer = build(cls, path, tokenizer_file, restorer_file, merged)
-        system.to(device).eval().requires_grad_(False)
-        return system if acceleration is None else accelerate(system, acceleration)
+    def student_logits(self, condition: Condition, text: Text) -> Tensor:
+        """p_S(r_k | r_LQ): logits (B, L, Z, 2) of every scale in one pass; all tokens see all tokens."""
+        mask = BlockCausal.of(condition.layout) if self.student_config.attention == "causal" else None
+        asked = slice(0, self.schedule.num_tokens)
+        logits = self.transformer(condition.tokens_BLZ, text, condition.layout, mask, asked=asked)
+        if margin := self.student_config.keep_bits:
+            logits = logits + self.transformer.head.leaning(condition.pyramid.labels(), margin)
+        return logits
 
-    def _save_pretrained(self, save_directory: Path) -> None:
-        if self.acceleration is not None:
-            raise UserError("an accelerated system cannot be saved: its weights were rounded; save it before")
-        save_bundle(self, save_directory)
+    @torch.no_grad()
+    def residual(self, condition: Condition) -> Tensor | None:
+        """What the tokenizer loses of the student's input, (B, 3, H, W) around [-2, 2]; None if not to be kept."""
+        if not self.student_config.keep_residual:
+            return None
+        return condition.image_B3HW - self.tokenizer.decode(condition.pyramid.codes)
 
-    def accelerate(self, acceleration: Acceleration | None = None) -> VARestorer:
-        """Make restoring fast, in place; see `systems.acceleration`. Nothing else works as before afterwards.
+    def student_image(self, codes_BZhw: Tensor, residual_B3HW: Tensor | None) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1] of the student's codes, with the residual of its input where it is kept."""
+        image = self.tokenizer.decode(codes_BZhw)
+        return image if residual_B3HW is None else clamp_keeping_gradient(image + residual_B3HW)
+
+    def predict_squares(
+        self, text: PreparedCondition, lq_B3HW: Tensor, uniforms: list[Tensor] | None
+    ) -> RestoredBatch:
+        """One pass from degraded to restored squares, without a word between host and device.
 
         Args:
-            acceleration: the means; None for merged adapters, and bfloat16 where the device gains from it.
+            text: of one prompt for all, or of B prompts.
+            lq_B3HW: in [0, 1], of side `tile`.
+            uniforms: noise of each scale, (B, l, Z, 2), or None for the likelier bits.
         """
-        return accelerate(self, acceleration or Acceleration())
+        condition = self.condition(lq_B3HW)
+        logits = self.student_logits(condition, text)
+        bits = self._select(logits, uniforms)
+        codes = self.tokenizer.quantizer.indices_to_codes(bits, self.schedule)
+        images = from_network(self.student_image(codes, self.residual(condition)))
+        return RestoredBatch(images, bits, logits)
+
+    # ---- restoring squares, in one step or in several
 
     @torch.inference_mode()
     def restore_batch(
-        self,
-        lq_B3HW: Tensor,
-        noise: Noise | None = None,
-        steps: str | int = "one",
-        text: Text | None = None,
+        self, lq_B3HW: Tensor, noise: Noise | None = None, steps: str | int = "one", text: Text | None = None
     ) -> RestoredBatch:
         """Restore squares of side `tile`.
 
         Args:
             lq_B3HW: degraded images in [0, 1] at the size of the result.
-            noise: uniform noise for sampling, see `sampling.keyed_noise`; None takes the likelier bits.
+            noise: uniform noise for sampling, see `heads.keyed_noise`; None takes the likelier bits.
             steps: "one": the student alone; K: the last K - 1 scales are predicted again by the teacher, given the
                 student's coarser ones; "multi": the teacher predicts all scales with a side above a quarter of the
                 last, given those of the degraded image.
@@ -161,23 +270,152 @@ class VARestorer(
         Raises:
             UserError: steps that cannot be, or that need a teacher where the adapters are merged.
         """
-        return restore_squares(self, lq_B3HW, noise, steps, text)
+        if self._is_one_pass(steps):
+            return self._in_one_pass(lq_B3HW, noise, text)
+        if text is not None and not isinstance(text, TextFeatures):
+            raise TypeError(f"restoring in several steps wants TextFeatures, got {type(text).__name__}")
+        if steps != "one" and self.student_config.merged:
+            raise UserError(
+                f"steps={steps} needs the teacher, and the adapters of this model are merged; use steps=one"
+            )
+        return self._in_several_steps(lq_B3HW, noise, steps, text or self.null_text(len(lq_B3HW)))
 
-    def uncertainty(self, logits_BLZ2: Tensor) -> Tensor:
-        """Where the student guesses: mean entropy of each token's bits, up-sampled to pixels, (B, K, H, W).
+    def restore_squares(self, lq_B3tt: Tensor, numbers: list[int], request: Request) -> RestoredBatch:
+        is_drawn, steps = request.select == "sample", request.steps or "one"
+        noise = keyed_noise(request.seed, numbers, "restore", self.device) if is_drawn else None
+        text = request.context
+        if not self._is_one_pass(steps):  # several passes need the features themselves
+            text = self.text_batch(request.prompt, len(numbers))  # type: ignore[arg-type]
+        return self.restore_batch(lq_B3tt, noise, steps, text)
 
-        0 where all bits of a token are decided, 1 where all are a coin toss; one map for each scale.
+    def accept(self, request: Request, uncertainty: bool) -> Request:
+        if uncertainty and (request.steps == "multi" or self.student_config.conditioning == "prefix"):
+            raise UserError("uncertainty is the one-step student's; use steps=one or K of a distilled model")
+        prompt = self.text_features(request.prompt) if isinstance(request.prompt, str) else request.prompt
+        is_one_pass = self._is_one_pass(request.steps or "one")
+        context = (self.texts or PreparedTexts()).of(self, prompt) if is_one_pass else None
+        return replace(request, prompt=prompt, context=context)
+
+    def _is_one_pass(self, steps: str | int) -> bool:
+        return steps == "one" and self.student_config.conditioning != "prefix"
+
+    def _in_one_pass(self, lq_B3HW: Tensor, noise: Noise | None, text: Text | None) -> RestoredBatch:
+        """The student alone; what the host has to do for it is done first, then the device is not interrupted."""
+        if text is None and self.texts is not None:
+            text = self.texts.of(self, None)
+        if not isinstance(text, PreparedCondition):
+            text = self.transformer.prepare(text or self.null_text(len(lq_B3HW)))
+        uniforms = None if noise is None else self._noise_of_scales(noise, len(lq_B3HW))
+        if self.graphs is None:
+            return self.predict_squares(text, lq_B3HW, uniforms)
+        return self.graphs(self.predict_squares, text, lq_B3HW, uniforms)
+
+    def _in_several_steps(
+        self, lq_B3HW: Tensor, noise: Noise | None, steps: str | int, text: TextFeatures
+    ) -> RestoredBatch:
+        """Scale by scale: by the teacher after the student or after the degraded image, or by a prefixed network."""
+        condition, logits, residual = self.condition(lq_B3HW), None, None
+        if self.student_config.conditioning == "prefix":
+            generation = self._generate_from_prefix(condition.pyramid, text, noise)
+        elif steps == "multi":
+            generation = self._continue(self._coarse_bits(condition.pyramid), text, noise)
+        else:
+            num_kept, residual = self._num_kept(steps), self.residual(condition)
+            logits = self.student_logits(condition, text)
+            uniforms = None if noise is None else self._noise_of_scales(noise, len(lq_B3HW))
+            generation = self._continue(self._select(logits, uniforms)[:num_kept], text, noise)
+        images = from_network(self.student_image(generation.codes, residual))
+        return RestoredBatch(images, generation.indices, logits)
+
+    def _noise_of_scales(self, noise: Noise, batch_size: int) -> list[Tensor]:
+        """Uniform noise (B, l, Z, 2) of each scale."""
+        symbol = self.transformer.head.symbol_shape()
+        counts = self.schedule.num_tokens_per_scale
+        return [noise(k, (batch_size, count, *symbol)) for k, count in enumerate(counts)]
+
+    def _select(self, logits: Tensor, uniforms: list[Tensor] | None) -> list[Tensor]:
+        """The bits of each scale as maps (B, Z, h, w): the likelier ones, or samples."""
+        maps = []
+        for k, (tokens, scale) in enumerate(zip(self.schedule.slices, self.schedule.scales, strict=True)):
+            uniform = None if uniforms is None else uniforms[k]
+            maps.append(to_map(self.transformer.head.select(logits[:, tokens], uniform), scale))
+        return maps
+
+    def _num_kept(self, steps: str | int) -> int:
+        """Scales that stay as the student made them."""
+        number = int(steps) if str(steps).isdecimal() else 0
+        if not 1 <= number <= len(self.schedule):
+            raise UserError(f"steps must be one, multi or 1 to {len(self.schedule)}, got {steps}")
+        return len(self.schedule) - number + 1
+
+    def _coarse_bits(self, pyramid: TokenPyramid) -> list[Tensor]:
+        limit = max(self.schedule.latent_size) / 4
+        return [bits for bits in pyramid.indices if max(bits.shape[-2:]) <= limit]
+
+    def _continue(self, known: Sequence[Tensor], text: TextFeatures, noise: Noise | None) -> Generation:
+        """The teacher's scale-by-scale prediction of what follows the given scales."""
+        with adapters_off(self.transformer):
+            generator = MultiStepGenerator(self.transformer, self.tokenizer.quantizer, self.schedule)
+            return generator(text, SamplingOptions(), noise=noise, known=known)
+
+    # ---- without distillation (table 3): multi-step VAR that sees the degraded image as a prefix
+
+    def prefix_of(self, lq_pyramid: TokenPyramid) -> Prefix:
+        """The degraded image's summed codes at the last scale, as tokens in front of all scales.
+
+        All scales see them; among themselves the scales stay causal. Guidance compares with and without them.
         """
-        return uncertainty_maps(self, logits_BLZ2)
+        tokens_BPC = self.transformer.word_embed(to_tokens(lq_pyramid.codes))
+        return Prefix(tokens_BPC, self.schedule.latent_size, is_conditional=True)
 
-    def text_features(self, prompt: str | Tensor | None) -> Tensor | None:
-        """Features (T, E) of a prompt by the text encoder of the released models; None for no prompt.
+    def prefix_logits(
+        self,
+        pyramid: TokenPyramid,
+        lq_pyramid: TokenPyramid,
+        text: TextFeatures | Context,
+        dropped_B: Tensor | None = None,
+    ) -> Tensor:
+        """Logits (B, L, Z, 2) of every scale, given the true coarser ones and the degraded image.
+
+        Args:
+            pyramid: tokens of the photograph.
+            lq_pyramid: tokens of the degraded image.
+            text: of the prompts.
+            dropped_B: samples whose prefix nobody sees.
+        """
+        prefix = self.prefix_of(lq_pyramid)
+        num_prefix = prefix.tokens_BPC.shape[1]
+        layout = self.transformer.layout(self.schedule, pyramid.codes.device, prefix.size)
+        mask: Tensor | BlockCausal = BlockCausal.of(layout)
+        if dropped_B is not None:
+            is_prefix_L = torch.arange(len(layout), device=pyramid.codes.device) < num_prefix
+            mask = prefix_causal_mask(layout.levels_L, is_prefix_L, dropped_B)
+        asked, tokens = slice(num_prefix, None), pyramid.inputs()
+        return self.transformer(tokens, text, layout, mask, asked=asked, prefix_BPC=prefix.tokens_BPC)
+
+    def _generate_from_prefix(self, lq_pyramid: TokenPyramid, text: TextFeatures, noise: Noise | None) -> Generation:
+        generator = MultiStepGenerator(self.transformer, self.tokenizer.quantizer, self.schedule)
+        options = SamplingOptions(cfg=self.student_config.guidance)
+        return generator(text, options, noise=noise, negative=text, prefix=self.prefix_of(lq_pyramid))
+
+    # ---- text
+
+    def null_text(self, batch_size: int) -> TextFeatures:
+        """The learned text that stands for no prompt."""
+        return self.transformer.condition.null_batch(batch_size)
+
+    def text_batch(self, features_TE: Tensor | None, batch_size: int) -> TextFeatures:
+        """One prompt's features (T, E), from any device, for a batch; the learned null text for no prompt."""
+        if features_TE is None:
+            return self.null_text(batch_size)
+        return TextFeatures.from_list([features_TE.to(self.device)] * batch_size)
+
+    def text_features(self, prompt: str) -> Tensor:
+        """Features (T, E) of a prompt by the text encoder of the released models.
 
         Raises:
             UserError: a model that was trained with another encoder; give features then.
         """
-        if not isinstance(prompt, str):
-            return prompt
         if self.transformer.config.text_width != DEFAULT_WIDTH:
             raise UserError(
                 f"this model was trained without {DEFAULT_NAME}: give prompt= the features (T, E) of the encoder it "
@@ -185,79 +423,84 @@ class VARestorer(
             )
         return TextEncoder(device=self.device).encode([prompt])[0]
 
-    @torch.inference_mode()
-    def restore(
-        self,
-        image: Tensor,
-        scale: float = 4,
-        *,
-        prompt: str | Tensor | None = None,
-        seed: int = 0,
-        select: str = "argmax",
-        steps: str | int = "one",
-        color: str = "none",
-        tile: int | None = None,
-        overlap: int | None = None,
-        batch: int = 8,
-        uncertainty: bool = False,
-    ) -> Restoration:
-        """Restore an image of any size; it is enlarged first, and padded or tiled, never squashed.
+    # ---- the networks: sizes, weights, forms
 
-        Args:
-            image: (3, H, W) float in [0, 1].
-            scale: enlargement.
-            prompt: what the image shows, or text features (T, E); None for no prompt.
-            seed: of the noise when sampling.
-            select: "argmax" takes the likelier bits, "sample" draws them.
-            steps: see `restore_batch`.
-            color: "adain" or "wavelet" gives each tile the colours of the input, see `utils.color`; "none" does not.
-            tile: side of the squares, pixels, one of `tiles`; None for the one the model was trained on.
-            overlap: pixels shared by neighbouring tiles; None for a quarter of a tile.
-            batch: tiles per forward pass.
-            uncertainty: whether to return it; costs K channels of the size of the result.
+    @property
+    def conditioner(self) -> PyramidConditioner:
+        """What makes the student's input of a degraded image, by the restorer and tokenizer of now."""
+        chosen, positions = self.student_config, self.transformer.config.position_rule
+        options = chosen.long_input, chosen.long_positions, chosen.inputs
+        return PyramidConditioner(self.tokenizer, positions, *options, restorer=self.restorer)
 
-        Raises:
-            UserError: unknown `select`, `steps`, `color` or `tile`, an impossible overlap.
-        """
-        if select not in ("argmax", "sample"):
-            raise UserError(f"select must be argmax or sample, got {select!r}")
-        if uncertainty and (steps == "multi" or self.student_config.conditioning == "prefix"):
-            raise UserError("uncertainty is the one-step student's; use steps=one or K of a distilled model")
-        system = self if tile is None else self.at_tile(tile)
-        features = self.text_features(prompt)
-        texts = self.texts or PreparedTexts()
+    @property
+    def config(self) -> dict[str, Any]:
+        return {
+            "schedule": self._schedule_options,
+            "tokenizer": asdict(self.tokenizer.config),
+            "transformer": asdict(self.transformer.config),
+            "student": asdict(self.student_config),
+        }
 
-        def run(tiles_B3tt: Tensor, numbers: list[int]) -> Tensor:
-            tiles = to_device(tiles_B3tt, self.device)
-            noise = keyed_noise(seed, numbers, "restore", self.device) if select == "sample" else None
-            text = text_of(system, features, len(numbers), steps, texts)
-            restored = system.restore_batch(tiles, noise, steps, text)
-            images = match_color(restored.images_B3HW, tiles, color)
-            if uncertainty and restored.logits_BLZ2 is not None:
-                images = torch.cat([images, system.uncertainty(restored.logits_BLZ2)], dim=1)
-            return to_device(images, tiles_B3tt.device)
+    def parts(self) -> dict[str, dict[str, Tensor]]:
+        transformer = plain_state_dict(self.transformer)
+        adapters = {name: tensor for name, tensor in transformer.items() if ".lora_" in name}
+        parts = {
+            "tokenizer": dict(self.tokenizer.state_dict()),
+            "transformer": {name: tensor for name, tensor in transformer.items() if name not in adapters},
+            ADAPTERS: adapters,
+            RESTORER: {} if self.restorer is None else dict(self.restorer.published_state_dict()),
+        }
+        return {part: tensors for part, tensors in parts.items() if tensors}
 
-        size = scaled_size(image.shape[-2], image.shape[-1], scale)
-        overlap = system.tile // 4 if overlap is None else overlap
-        place = self.device if size[0] * size[1] <= DEVICE_PIXELS else image.device
-        tiled = restore_tiled(to_device(image, place), size, system.tile, overlap, batch, run)
-        channels = to_device(tiled.clamp_(0, 1), image.device)
-        return Restoration(channels[:3], channels[3:] if uncertainty else None)
+    def merge_adapters(self) -> Self:
+        """Fold the adapters into the base weights; what is left is the student alone."""
+        if self.student_config.lora_rank and not self.student_config.merged:
+            merge_adapters(self.transformer)
+            self.student_config = replace(self.student_config, merged=True)
+        return self
 
-    @torch.inference_mode()
-    def reconstruct(self, image: Tensor, batch: int = 8) -> Tensor:
-        """An image of any size after it passed the tokenizer's bits: the ceiling of what restoring can reach.
+    def _speed_up(self, chosen: Acceleration) -> None:
+        if self.restorer is not None and self.device.type == "cpu":
+            self.restorer.to(memory_format=torch.channels_last)  # 1.1 times as fast in bf16, 1.4 in float32
+        if self.restorer is not None and chosen.precision == "bf16":
+            self.restorer.use_bf16 = True
+        super()._speed_up(chosen)
+        self.texts = PreparedTexts()
 
-        Args:
-            image: (3, H, W) float in [0, 1], at full size.
-            batch: tiles per forward pass.
+    def _check_sizes(self) -> None:
+        bits = self.tokenizer.config.latent_width, self.transformer.config.latent_width
+        if bits[0] != bits[1]:
+            raise UserError(
+                f"model.tokenizer.latent_width={bits[0]} and model.transformer.latent_width={bits[1]} must agree"
+            )
+        height, width = self.schedule.latent_size
+        if height != width:
+            raise UserError(f"images are restored in squares: model.schedule must end in one, got {height}x{width}")
+        num_levels = len(self.schedule) + int(self.student_config.long_input)
+        if self.transformer.config.num_levels < num_levels:
+            raise UserError(f"model.transformer.num_levels must be at least {num_levels} for this schedule")
 
-        Returns:
-            (3, H, W) float32 in [0, 1].
-        """
+    @torch.no_grad()
+    def _fill(self, seed: int, new_adapters: bool) -> None:
+        """Weights of each part from its file, or drawn; adapters start without effect unless a file has them."""
+        for part, file in self.files.items():
+            load_part(self, part, file, new_adapters)
+        drawn = allocate(self)
+        if "tokenizer" not in self.files:
+            init_tokenizer_weights(self.tokenizer, torch_generator(seed, "tokenizer"))
+        if "transformer" not in self.files:
+            self.transformer.init_weights(torch_generator(seed, "transformer"))
+        if any(".lora_" in name for name in drawn):
+            init_adapters(self.transformer, torch_generator(seed, "adapters"))
 
-        def run(tiles_B3tt: Tensor, numbers: list[int]) -> Tensor:
-            return to_device(self.decode(self.encode(to_device(tiles_B3tt, self.device)).codes), tiles_B3tt.device)
+    def initial_state(self) -> dict[str, Tensor]:
+        """The weights that no file can give again: what was drawn at random."""
+        from_files = tuple(f"{part}." for part in self.files)
+        return {name: tensor for name, tensor in self.state_dict().items() if not name.startswith(from_files)}
 
-        size = (image.shape[-2], image.shape[-1])
-        return restore_tiled(image, size, self.tile, self.tile // 4, batch, run).clamp_(0, 1)
+
+def _restorer(given: str | dict[str, int] | None, seed: int) -> Restorer | None:
+    """The restorer of a file, or a new one of given sizes."""
+    if isinstance(given, dict):
+        return new_restorer(**given, seed=seed)
+    return load_restorer(given) if given else None

@@ -1,14 +1,15 @@
-"""Multi-scale tokenizer: autoencoder, quantiser, residual pyramid, scale schedules."""
+"""Multi-scale tokenizer: autoencoder, quantizer, residual pyramid, scale schedules."""
 
-from varestorer.tokenizer.quantisers import BinarySphericalQuantiser
-from varestorer.tokenizer.residual import MultiScaleQuantizer, TokenPyramid
+from varestorer.tokenizer.quantizers import BinarySphericalQuantizer
+from varestorer.tokenizer.residual import MultiScaleQuantizer, RunningSum, TokenPyramid
 from varestorer.tokenizer.schedule import ScaleSchedule
 from varestorer.tokenizer.tokenizer import MultiScaleTokenizer, TokenizerConfig
 
 __all__ = [
-    "BinarySphericalQuantiser",
+    "BinarySphericalQuantizer",
     "MultiScaleQuantizer",
     "MultiScaleTokenizer",
+    "RunningSum",
     "ScaleSchedule",
     "TokenPyramid",
     "TokenizerConfig",

@@ -1,6 +1,10 @@
-"""Multi-scale residual quantisation (VAR, algorithms 1 and 2; Infinity, section 3.2).
+"""Multi-scale residual quantization (VAR, algorithms 1 and 2; Infinity, section 3.2).
 
-Shapes: `B` batch, `Z` bits per token, `h w` one scale, `l` its tokens, `L` tokens of all scales, `K` scales.
+The sum of the up-sampled codes stands here once, in `RunningSum`: quantizing, generating and decoding are this one
+object, fed with indices that are found, predicted or given.
+
+Shapes: `B` batch, `Z` latent width, `h w` one scale, `l` its tokens, `L` tokens of all scales, `K` scales. Indices of
+a scale are bits (B, Z, h, w) or entries of a codebook (B, h, w).
 """
 
 from __future__ import annotations
@@ -13,11 +17,13 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from varestorer.tokenizer.quantisers import Quantiser
+from varestorer.tokenizer.quantizers import Quantizer
 from varestorer.tokenizer.schedule import Scale, ScaleSchedule
 
 # Changes the indices of one scale before they enter the sum: (scale number, indices) -> indices.
 Corruption = Callable[[int, Tensor], Tensor]
+# Resizes a map (B, Z, h, w): (map, size) -> map.
+Resize = Callable[[Tensor, Scale], Tensor]
 
 
 def resize_bilinear(x_BZhw: Tensor, size: Scale) -> Tensor:
@@ -27,14 +33,32 @@ def resize_bilinear(x_BZhw: Tensor, size: Scale) -> Tensor:
     return F.interpolate(x_BZhw, size=size, mode="bilinear", align_corners=False)
 
 
+def resize_bicubic(x_BZhw: Tensor, size: Scale) -> Tensor:
+    """Bicubic (a = -0.75) without antialiasing, corners not aligned; the identity at equal size."""
+    if tuple(x_BZhw.shape[-2:]) == size:
+        return x_BZhw
+    return F.interpolate(x_BZhw, size=size, mode="bicubic", align_corners=False)
+
+
 def resize_area(x_BZhw: Tensor, size: Scale) -> Tensor:
-    """Mean over the pixels of each target cell (adaptive average pooling)."""
+    """Mean over the pixels of each target cell (adaptive average pooling); the identity at equal size."""
+    if tuple(x_BZhw.shape[-2:]) == size:
+        return x_BZhw
     return F.adaptive_avg_pool2d(x_BZhw, size)
 
 
-def to_tokens(x_BZhw: Tensor) -> Tensor:
-    """Row-major tokens (B, l, Z) of a map."""
-    return rearrange(x_BZhw, "b z h w -> b (h w) z")
+RESIZES: dict[str, Resize] = {"bilinear": resize_bilinear, "bicubic": resize_bicubic, "area": resize_area}
+
+
+def to_tokens(x: Tensor) -> Tensor:
+    """Row-major tokens (B, l, Z) of a map (B, Z, h, w), or (B, l) of a map (B, h, w)."""
+    return rearrange(x, "b h w -> b (h w)" if x.ndim == 3 else "b z h w -> b (h w) z")
+
+
+def to_map(tokens: Tensor, scale: Scale) -> Tensor:
+    """The inverse of `to_tokens`: tokens (B, l, Z) or (B, l) of one scale as a map."""
+    pattern = "b (h w) -> b h w" if tokens.ndim == 2 else "b (h w) z -> b z h w"
+    return rearrange(tokens, pattern, h=scale[0], w=scale[1])
 
 
 @dataclass(frozen=True)
@@ -42,14 +66,20 @@ class TokenPyramid:
     """An image as tokens of K scales.
 
     Attributes:
-        indices: labels of each scale, coarse to fine: the quantised residual (bits: bool (B, Z, h, w)).
+        indices: labels of each scale, coarse to fine: the quantized residual.
         predicted: the indices that entered the sum; equal to `indices` unless they were corrupted.
-        cumulative: after each scale, the sum of the up-sampled codes so far, (B, Z, h_K, w_K) float32.
+        bases: what each scale starts from: the sum of the coarser ones at the size of the scale's map, float32.
+        cumulative: the sum after each scale, at the same size.
+        residual: what the last scale quantized, before its own codes were taken off (VARSR's continuous residual).
+        shrink: how a sum becomes the input of a scale.
     """
 
     indices: tuple[Tensor, ...]
     predicted: tuple[Tensor, ...]
+    bases: tuple[Tensor, ...]
     cumulative: tuple[Tensor, ...]
+    residual: Tensor
+    shrink: Resize = resize_bilinear
 
     @property
     def codes(self) -> Tensor:
@@ -57,83 +87,165 @@ class TokenPyramid:
         return self.cumulative[-1]
 
     def labels(self) -> Tensor:
-        """Bits of all scales as tokens, (B, L, Z) bool."""
-        return torch.cat([to_tokens(bits) for bits in self.indices], dim=1)
+        """Indices of all scales as tokens: bits (B, L, Z), or entries (B, L)."""
+        return torch.cat([to_tokens(indices) for indices in self.indices], dim=1)
 
-    def inputs(self, resize: Callable[[Tensor, Scale], Tensor] = resize_bilinear) -> Tensor:
+    def inputs(self, resize: Resize | None = None) -> Tensor:
         """Transformer inputs of scales 2 to K: the sum so far, resized to the next scale, (B, L - 1, Z).
 
-        Infinity is trained on the bilinear resize even though it shrinks the map (spec A).
+        Infinity is trained on the bilinear resize even though it shrinks the map.
+
+        Args:
+            resize: another kernel than the tokenizer's own.
         """
-        return self._resized(self.cumulative[:-1], resize)
+        return self._resized(self.bases, resize or self.shrink)
 
     def own_inputs(self) -> Tensor:
         """As `inputs`, but each sum has the scale's own codes in it: for a student, which is shown the whole image."""
-        return self._resized(self.cumulative[1:], resize_bilinear)
+        return self._resized(self.cumulative, self.shrink)
 
-    def _resized(self, sums: Sequence[Tensor], resize: Callable[[Tensor, Scale], Tensor]) -> Tensor:
+    def _resized(self, sums: Sequence[Tensor], resize: Resize) -> Tensor:
         """Sums of codes at the sizes of scales 2 to K, as tokens."""
-        scales = [(bits.shape[-2], bits.shape[-1]) for bits in self.indices[1:]]
-        resized = [resize(total, size) for total, size in zip(sums, scales, strict=True)]
-        if not resized:
-            return to_tokens(self.codes)[:, :0]
-        return torch.cat([to_tokens(x) for x in resized], dim=1)
+        scales = [(indices.shape[-2], indices.shape[-1]) for indices in self.indices]
+        resized = [to_tokens(resize(total, size)) for total, size in zip(sums[1:], scales[1:], strict=True)]
+        return torch.cat(resized, dim=1) if resized else to_tokens(self.codes)[:, :0]
 
 
 class MultiScaleQuantizer(nn.Module):
-    """Quantises a latent map coarse to fine, each scale what the coarser ones left over.
+    """Quantizes a latent map coarse to fine, each scale what the coarser ones left over.
 
     Args:
-        quantiser: quantiser of one residual map.
+        codebook: quantizer of one residual map: bits or entries.
+        enlarge: kernel that brings codes to the size of the map, one of `RESIZES`.
+        shrink: kernel that brings the sum to the size of the next scale, likewise.
+        phi: convolutions after the enlarging, `phi(map, scale number, number of scales)`; None for none.
+        reuse: what becomes of the sum where the size of the map grows (H-VAR): "tokens" renders all earlier scales
+            anew at the new size, "sum" enlarges the finished sum.
     """
 
-    def __init__(self, quantiser: Quantiser) -> None:
+    def __init__(
+        self,
+        codebook: Quantizer,
+        enlarge: str = "bilinear",
+        shrink: str = "bilinear",
+        phi: nn.Module | None = None,
+        reuse: str = "tokens",
+    ) -> None:
         super().__init__()
-        self.quantiser = quantiser
+        self.codebook = codebook
+        self.enlarge = RESIZES[enlarge]
+        self.shrink = RESIZES[shrink]
+        self.phi = phi
+        self.reuse = reuse
+
+    def running_sum(self, schedule: ScaleSchedule, raw_last: bool = False, shrink: Resize | None = None) -> RunningSum:
+        """An empty sum; see `RunningSum`."""
+        return RunningSum(self, schedule, raw_last, shrink or self.shrink)
 
     def forward(
-        self, features_BZhw: Tensor, schedule: ScaleSchedule, corrupt: Corruption | None = None
+        self,
+        features_BZhw: Tensor | Sequence[Tensor],
+        schedule: ScaleSchedule,
+        corrupt: Corruption | None = None,
+        raw_last: bool = False,
     ) -> TokenPyramid:
-        """Quantise features at the schedule's last size, in float32.
+        """Quantize features, in float32.
 
         Args:
-            features_BZhw: encoder output, (h, w) = the last scale.
+            features_BZhw: encoder output, (h, w) = the last scale; one map for each of the schedule's `targets`
+                where it has several.
             schedule: the scales.
             corrupt: optional noise on the indices before they are summed; later residuals see the noise, which is
                 how a teacher learns to mend its own errors (bitwise self-correction; Infinity, section 3.4).
+            raw_last: leave phi out at the last scale (VARSR).
 
         Raises:
-            ValueError: the features' size is not the last scale.
+            ValueError: the features' sizes are not the targets.
         """
-        size = schedule.latent_size
-        if tuple(features_BZhw.shape[-2:]) != size:
-            got = "x".join(str(side) for side in features_BZhw.shape[-2:])
-            raise ValueError(f"features must have the size of the last scale {size[0]}x{size[1]}, got {got}")
-        features = features_BZhw.float()
-        total = torch.zeros_like(features)
-        labels, predicted, cumulative = [], [], []
-        for k, scale in enumerate(schedule.scales):
-            residual = features - total
-            pooled = resize_area(residual, scale) if scale != size else residual
-            bits = self.quantiser.indices(pooled)
-            used = bits if corrupt is None else corrupt(k, bits)
-            total = total + resize_bilinear(self.quantiser.codes(used), size)
-            labels.append(bits)
-            predicted.append(used)
-            cumulative.append(total)
-        return TokenPyramid(tuple(labels), tuple(predicted), tuple(cumulative))
+        maps = [features_BZhw] if isinstance(features_BZhw, Tensor) else list(features_BZhw)
+        sizes = [tuple(features.shape[-2:]) for features in maps]
+        if sizes != list(schedule.targets):
+            wanted, got = (", ".join(f"{h}x{w}" for h, w in some) for some in (schedule.targets, sizes))
+            raise ValueError(f"features must have the size of the last scale {wanted}, got {got}")
+        features = {size: features.float() for size, features in zip(sizes, maps, strict=True)}
+        total = self.running_sum(schedule, raw_last)
+        labels, bases, cumulative, residual = [], [], [], maps[-1]
+        for k, (scale, size) in enumerate(zip(schedule.scales, schedule.map_sizes, strict=True)):
+            base = total.at(size)
+            bases.append(torch.zeros_like(features[size]) if base is None else base)
+            residual = features[size] - bases[-1]
+            indices = self.codebook.indices(resize_area(residual, scale))
+            labels.append(indices)
+            cumulative.append(total.add(indices if corrupt is None else corrupt(k, indices)))
+        maps_of_sums = tuple(bases), tuple(cumulative)
+        return TokenPyramid(tuple(labels), tuple(total.indices), *maps_of_sums, residual, self.shrink)
 
-    def indices_to_codes(self, indices: Sequence[Tensor], size: Scale) -> Tensor:
-        """Sum of the up-sampled codes of all scales (eq. of `TokenPyramid.codes`).
+    def indices_to_codes(self, indices: Sequence[Tensor], schedule: ScaleSchedule, raw_last: bool = False) -> Tensor:
+        """Sum of the up-sampled codes of the first scales.
 
         Args:
-            indices: bits of each scale (B, Z, h, w); float probabilities or straight-through bits keep gradients.
-            size: (h, w) of the result.
+            indices: of each scale; float probabilities or straight-through symbols keep gradients.
+            schedule: the scales, of which all or the first may be given.
+            raw_last: see `forward`.
         """
-        total: Tensor | None = None
-        for bits in indices:
-            upsampled = resize_bilinear(self.quantiser.codes(bits), size)
-            total = upsampled if total is None else total + upsampled
-        if total is None:
+        if not indices:
             raise ValueError("indices_to_codes needs the indices of at least one scale, got none")
-        return total
+        total = self.running_sum(schedule, raw_last)
+        for of_scale in indices:
+            codes = total.add(of_scale)
+        return codes
+
+
+class RunningSum:
+    """The codes of the scales so far, enlarged and summed: up-sampling, adding, and the next scale's input.
+
+    Args:
+        quantizer: its codebook, kernels and phi are used.
+        schedule: the scales, added in order.
+        raw_last: leave phi out at the last scale. It is a property of the call: VAR has phi everywhere, VARSR codes
+            and restores without it there, with the same weights.
+        shrink: kernel of `next_input`.
+    """
+
+    def __init__(self, quantizer: MultiScaleQuantizer, schedule: ScaleSchedule, raw_last: bool, shrink: Resize) -> None:
+        self.quantizer = quantizer
+        self.schedule = schedule
+        self.raw_last = raw_last
+        self.shrink = shrink
+        self.indices: list[Tensor] = []
+        self._total: Tensor | None = None
+
+    def add(self, indices: Tensor) -> Tensor:
+        """Add the next scale; returns the sum, (B, Z, h, w) at the size of that scale's map."""
+        k = len(self.indices)
+        size = self.schedule.map_sizes[k]
+        base, rendered = self.at(size), self._rendered(k, indices, size)
+        self.indices.append(indices)
+        self._total = rendered if base is None else base + rendered
+        return self._total
+
+    def at(self, size: Scale) -> Tensor | None:
+        """The sum so far as a map of a size; None before the first scale."""
+        if self._total is None or tuple(self._total.shape[-2:]) == size:
+            return self._total
+        if self.quantizer.reuse == "sum":
+            return self.quantizer.enlarge(self._total, size)
+        rendered = [self._rendered(k, indices, size) for k, indices in enumerate(self.indices)]
+        return torch.stack(rendered).sum(dim=0)
+
+    def next_input(self) -> Tensor | None:
+        """Transformer input (B, l, Z) of the scale to come; None after the last one."""
+        k = len(self.indices)
+        if k == len(self.schedule):
+            return None
+        base = self.at(self.schedule.map_sizes[k])
+        if base is None:
+            raise ValueError("the first scale has no input: it starts from the start token")
+        return to_tokens(self.shrink(base, self.schedule.scales[k]))
+
+    def _rendered(self, k: int, indices: Tensor, size: Scale) -> Tensor:
+        """What scale k adds to a map of this size."""
+        enlarged = self.quantizer.enlarge(self.quantizer.codebook.codes(indices), size)
+        is_raw = self.raw_last and k == len(self.schedule) - 1
+        phi = self.quantizer.phi
+        return enlarged if phi is None or is_raw else phi(enlarged, k, len(self.schedule))

@@ -57,13 +57,17 @@ class ScaleSchedule:
         position_scales: the scales whose concatenated grids make the table of positions that tokens read in
             order. It starts with `scales` and may go on beyond them (Infinity reads the 1M template for every
             size); empty means `scales` alone.
+        targets: nested sizes at which the sum of codes is an image of its own (H-VAR), the last of them the last
+            scale; empty means the last scale alone.
 
     Raises:
-        UserError: no scale, a side below 1, scales that shrink, or `position_scales` that do not begin with `scales`.
+        UserError: no scale, a side below 1, scales that shrink, `position_scales` that do not begin with `scales`, or
+            targets that are no scales.
     """
 
     scales: tuple[Scale, ...]
     position_scales: tuple[Scale, ...] = field(default=())
+    targets: tuple[Scale, ...] = field(default=())
 
     def __post_init__(self) -> None:
         if not self.scales or any(h < 1 or w < 1 for h, w in self.scales):
@@ -75,6 +79,10 @@ class ScaleSchedule:
             object.__setattr__(self, "position_scales", self.scales)
         if self.position_scales[: len(self.scales)] != self.scales:
             raise UserError("position_scales must begin with the schedule's own scales")
+        if not self.targets:
+            object.__setattr__(self, "targets", self.scales[-1:])
+        if self.targets[-1] != self.scales[-1] or not set(self.targets) <= set(self.scales):
+            raise UserError(f"targets must be scales of the schedule and end with the last one, got {self.targets}")
 
     @classmethod
     def template(cls, size: str | int = "0.25M", aspect: float = 1.0) -> ScaleSchedule:
@@ -92,13 +100,20 @@ class ScaleSchedule:
         return cls(TEMPLATES[aspect][:num_scales], TEMPLATES[aspect])
 
     @classmethod
-    def build(cls, size: str | int | None = None, aspect: float = 1.0, sides: list[int] | None = None) -> ScaleSchedule:
-        """A schedule from a config: a template's `size` and `aspect`, or the `sides` of square scales."""
+    def build(
+        cls,
+        size: str | int | None = None,
+        aspect: float = 1.0,
+        sides: list[int] | None = None,
+        targets: list[int] | None = None,
+    ) -> ScaleSchedule:
+        """A schedule from a config: a template's `size` and `aspect`, or the `sides` of square scales and `targets`."""
         if sides is None:
             return cls.template("0.25M" if size is None else size, aspect)
         if size is not None:
             raise UserError("a schedule takes either size (and aspect) or sides, not both")
-        return cls(tuple((side, side) for side in sides))
+        squares, nested = (tuple((side, side) for side in some or ()) for some in (sides, targets))
+        return cls(squares, targets=nested)
 
     def with_side(self, side: int) -> ScaleSchedule:
         """The schedule that ends with the square of this side, in the same table of positions."""
@@ -114,6 +129,15 @@ class ScaleSchedule:
     def latent_size(self) -> Scale:
         """(h, w) of the last scale."""
         return self.scales[-1]
+
+    @cached_property
+    def map_sizes(self) -> tuple[Scale, ...]:
+        """Size of the map that each scale's codes are summed at: the smallest target that holds the scale."""
+        return tuple(next(t for t in self.targets if t[0] >= h and t[1] >= w) for h, w in self.scales)
+
+    def ends_target(self, k: int) -> bool:
+        """Whether the sum is an image of its own after scale k: the last scale of a target."""
+        return k == len(self) - 1 or self.map_sizes[k + 1] != self.map_sizes[k]
 
     @cached_property
     def num_tokens_per_scale(self) -> tuple[int, ...]:

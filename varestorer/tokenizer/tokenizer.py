@@ -1,6 +1,6 @@
-"""The multi-scale tokenizer: autoencoder and residual quantiser together (spec A).
+"""The multi-scale tokenizer: autoencoder and residual quantizer together (Infinity, section 3.2).
 
-Shapes: `B` batch, `H W` pixels, `Z` bits per token, `h w` latent positions.
+Shapes: `B` batch, `H W` pixels, `Z` latent width, `h w` latent positions.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from varestorer.tokenizer.autoencoder import NORMS, Decoder, Encoder, clamp_keeping_gradient
-from varestorer.tokenizer.quantisers import BinarySphericalQuantiser
+from varestorer.tokenizer.quantizers import BinarySphericalQuantizer
 from varestorer.tokenizer.residual import Corruption, MultiScaleQuantizer, TokenPyramid
 from varestorer.tokenizer.schedule import ScaleSchedule
 from varestorer.utils.errors import UserError
@@ -23,7 +23,7 @@ class TokenizerConfig:
     Attributes:
         channels: width of the finest level.
         multipliers: width of each level over `channels`; each level but the last halves the size.
-        num_bits: bits per token.
+        latent_width: channels of the latent, which are also the bits per token of the binary spherical quantizer.
         num_encoder_blocks: residual blocks per encoder level.
         num_decoder_blocks: residual blocks per decoder level.
         patch_size: pixels folded into channels before the first convolution (1 = published).
@@ -35,7 +35,7 @@ class TokenizerConfig:
 
     channels: int = 128
     multipliers: tuple[int, ...] = (1, 2, 4, 4, 4)
-    num_bits: int = 32
+    latent_width: int = 32
     num_encoder_blocks: int = 2
     num_decoder_blocks: int = 3
     patch_size: int = 1
@@ -53,15 +53,15 @@ class TokenizerConfig:
 
 
 class MultiScaleTokenizer(nn.Module):
-    """Images to bits of K scales, and back."""
+    """Images to tokens of K scales, and back."""
 
     def __init__(self, config: TokenizerConfig) -> None:
         super().__init__()
         self.config = config
-        sizes = (config.channels, config.multipliers, config.num_bits)
+        sizes = (config.channels, config.multipliers, config.latent_width)
         self.encoder = Encoder(*sizes, config.num_encoder_blocks, config.patch_size, config.norm)
         self.decoder = Decoder(*sizes, config.num_decoder_blocks, config.patch_size, config.norm)
-        self.quantizer = MultiScaleQuantizer(BinarySphericalQuantiser(config.num_bits))
+        self.quantizer = MultiScaleQuantizer(BinarySphericalQuantizer(config.latent_width))
 
     @property
     def stride(self) -> int:
@@ -69,7 +69,7 @@ class MultiScaleTokenizer(nn.Module):
         return self.config.stride
 
     def features(self, img_B3HW: Tensor) -> Tensor:
-        """Encoder output before quantisation.
+        """Encoder output before quantization.
 
         Args:
             img_B3HW: RGB in [-1, 1]; H, W multiples of `stride`.

@@ -25,7 +25,6 @@ from varestorer.training.task import Batch, Task, train_only
 from varestorer.training.text import prompts_of
 from varestorer.transformer import VARTransformer
 from varestorer.transformer.adapters import adapter_parameters, use_adapters
-from varestorer.transformer.sampling import straight_through_bits
 from varestorer.utils.errors import UserError
 from varestorer.utils.images import to_network
 from varestorer.utils.seeds import derive_seed, uniform_per_sample
@@ -147,7 +146,7 @@ class DistillationTask(Task):
         noise = self._noise(system, batch)  # while the device has no work yet that the copy would wait for
         text = prompts_of(batch, system, self.condition_drop if self.training else 0.0, self.seed)
         with self.watch("text"):
-            context = system.transformer.text(text)
+            context = system.transformer.context(text)
         with self.watch("tokens"):
             photograph, condition, features = self._tokens(system, batch)
         with self.watch("teacher forward"), torch.no_grad():
@@ -159,11 +158,11 @@ class DistillationTask(Task):
         if teacher is not None:
             with self.watch("KL"):
                 parts["kl"] = distribution_matching_loss(
-                    teacher, student, system.schedule, self.kl.direction, self.kl.temperature, self.kl.reduction
+                    teacher, student, system.schedule, system.transformer.head, self.kl.direction, self.kl.temperature, self.kl.reduction
                 )
         if self.weights.perceptual or self.weights.mse:
             with self.watch("image losses"):
-                codes = system.codes(straight_through_bits(student, noise, self.straight_through.tau))
+                codes = system.codes(system.transformer.head.straight_through(student, noise, self.straight_through.tau))
                 parts |= self._image_losses(codes, system.residual(condition), batch, step, features)
         loss = torch.stack([getattr(self.weights, name) * value for name, value in parts.items()]).sum()
         return {"loss": loss, **parts}
@@ -177,7 +176,7 @@ class DistillationTask(Task):
         """Uniform numbers (B, L, Z, 2) for Gumbel noise on the student's logits; None for no noise."""
         if not (self.straight_through.gumbel and self.training and (self.weights.perceptual or self.weights.mse)):
             return None
-        shape = (system.schedule.num_tokens, system.transformer.config.num_bits, 2)
+        shape = (system.schedule.num_tokens, *system.transformer.head.symbol_shape())
         return uniform_per_sample(shape, self.seed, batch["key"], "gumbel", system.device)
 
     def _tokens(

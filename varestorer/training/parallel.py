@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from varestorer.training.task import Task
 from varestorer.transformer.blocks import Block, BlockContext
-from varestorer.transformer.text import TextContext
+from varestorer.transformer.conditions import Context
 from varestorer.utils.errors import UsageError
 
 
@@ -72,8 +72,8 @@ def _prepare_whole(block: Block) -> None:
     """Let a sharded block put its weights together for `prepare` too, when that is called before its forward pass."""
     prepare = block.prepare
 
-    def prepare_whole(context: TextContext) -> BlockContext:
-        if not isinstance(block.modulation, DTensor):  # the forward pass is going on
+    def prepare_whole(context: Context) -> BlockContext:
+        if not isinstance(block.self_attention.v_bias, DTensor):  # the forward pass is going on
             return prepare(context)
         assert isinstance(block, FSDPModule)
         block.unshard()

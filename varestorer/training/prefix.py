@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from varestorer.systems.prefix import prefix_logits
 from varestorer.systems.varestorer import VARestorer
 from varestorer.tokenizer import TokenPyramid
 from varestorer.training.task import Batch, train_only
@@ -36,9 +35,9 @@ class PrefixTask(TeacherTask):
         with torch.no_grad():
             lq_pyramid = self.system.condition(batch["lq"]).pyramid
         if not self.training:
-            return prefix_logits(self.system, pyramid, lq_pyramid, text)
+            return self.system.prefix_logits(pyramid, lq_pyramid, text)
         draws = uniform_per_sample((), self.seed, batch["key"], "prefix drop", batch["lq"].device)
-        return prefix_logits(self.system, pyramid, lq_pyramid, text, draws < self.prefix_drop)
+        return self.system.prefix_logits(pyramid, lq_pyramid, text, draws < self.prefix_drop)
 
     def preview(self, batch: Batch) -> dict[str, Tensor]:
         """The degraded image restored scale by scale."""

@@ -1,11 +1,11 @@
-"""Stage 2: the scale-causal teacher learns to predict each scale's bits from the coarser ones (Infinity; spec F)."""
+"""Stage 2: the scale-causal teacher learns to predict each scale's bits from the coarser ones (Infinity)."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from varestorer.losses.tokens import bit_accuracy, bit_cross_entropy, token_weights
+from varestorer.losses.tokens import token_weights
 from varestorer.systems.varestorer import VARestorer
 from varestorer.tokenizer import TokenPyramid
 from varestorer.tokenizer.residual import Corruption
@@ -77,8 +77,9 @@ class TeacherTask(Task):
 
     def _losses(self, logits_BLZ2: Tensor, bits_BLZ: Tensor) -> dict[str, Tensor]:
         """Total, cross entropy (nats per bit) and accuracy of all tokens, and both of each scale."""
-        loss_BL = bit_cross_entropy(logits_BLZ2, bits_BLZ)
-        accuracy_BL = bit_accuracy(logits_BLZ2.detach(), bits_BLZ)
+        head = self.system.transformer.head
+        loss_BL = head.cross_entropy(logits_BLZ2, bits_BLZ)
+        accuracy_BL = head.accuracy(logits_BLZ2.detach(), bits_BLZ)
         total = (loss_BL * self.weights_L).sum(dim=1).mean()
         loss_L, accuracy_L = loss_BL.detach().mean(dim=0), accuracy_BL.mean(dim=0)
         losses = {"loss": total, "cross_entropy": loss_L.mean(), "accuracy": accuracy_L.mean()}
@@ -102,16 +103,16 @@ class TeacherTask(Task):
 
     def _flips(self, keys: Tensor) -> Corruption:
         """Bit flips whose strength and place depend on sample and scale alone."""
-        num_bits, device = self.system.tokenizer.config.num_bits, self.system.device
+        latent_width, device = self.system.tokenizer.config.latent_width, self.system.device
         draws_k = [
-            uniform_per_sample((num_bits * count + 1,), self.seed, keys, f"flip/{number}", device)
+            uniform_per_sample((latent_width * count + 1,), self.seed, keys, f"flip/{number}", device)
             for number, count in enumerate(self.system.schedule.num_tokens_per_scale)
         ]
 
         def corrupt(scale_number: int, bits: Tensor) -> Tensor:
             draws = draws_k[scale_number]
             strength = draws[:, 0].view(-1, 1, 1, 1) * self.flip_strength
-            return self.system.tokenizer.quantizer.quantiser.flip(bits, draws[:, 1:].view(bits.shape), strength)
+            return self.system.tokenizer.quantizer.codebook.flip(bits, draws[:, 1:].view(bits.shape), strength)
 
         return corrupt
 

@@ -28,7 +28,7 @@ def prompts_of(batch: Batch, system: VARestorer, condition_drop: float, seed: in
     keys = batch["key"]
     if "text" not in batch:
         return system.null_text(len(keys))
-    null_TE = system.transformer.text.null_features
+    null_TE = system.transformer.condition.null_features
     draws = uniform_per_sample((), seed, keys, "condition drop").tolist()
     chosen: list[Tensor] = []
     for text_TE, draw in zip(batch["text"], draws, strict=True):

@@ -1,6 +1,6 @@
-"""The visual autoregressive transformer: attention, positions, masks, adapters, sampling, generation."""
+"""The visual autoregressive transformer: attention, positions, masks, conditions, heads, adapters, generation."""
 
-from varestorer.transformer.model import TransformerConfig, VARTransformer
-from varestorer.transformer.text import TextContext, TextFeatures
+from varestorer.transformer.conditions import ClassLabels, Context, TextFeatures
+from varestorer.transformer.model import PreparedCondition, TransformerConfig, VARTransformer
 
-__all__ = ["TextContext", "TextFeatures", "TransformerConfig", "VARTransformer"]
+__all__ = ["ClassLabels", "Context", "PreparedCondition", "TextFeatures", "TransformerConfig", "VARTransformer"]

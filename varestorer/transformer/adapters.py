@@ -1,4 +1,4 @@
-"""Low-rank adapters that turn the teacher into the student (LoRA through peft; spec C).
+"""Low-rank adapters that turn the teacher into the student (LoRA through peft; paper, section 3).
 
 The adapters sit on linear layers inside the blocks, by default those of self and cross attention, and nowhere else.
 With them off the network is the teacher, bit for bit, so one copy of the weights serves both.
@@ -94,7 +94,12 @@ def adapters_off(transformer: nn.Module) -> Iterator[None]:
 
 def adapters_are_on(module: nn.Module) -> bool:
     """Whether a transformer or a part of it is the student now; True also where there are no adapters."""
-    return not any(layer.disable_adapters for layer in _adapted_layers(module))
+    return not any(switches(module))
+
+
+def switches(module: nn.Module) -> tuple[bool, ...]:
+    """Whether each adapted layer of a part of a transformer has its adapters off now; changes when they are merged."""
+    return tuple(layer.disable_adapters for layer in _adapted_layers(module))
 
 
 def adapter_parameters(transformer: nn.Module) -> dict[str, nn.Parameter]:

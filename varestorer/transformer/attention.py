@@ -1,4 +1,4 @@
-"""Self attention with normalised queries and keys, cross attention to text, and the key-value cache (spec B).
+"""Self attention with normalised queries and keys, cross attention to text, and the key-value cache (Infinity, section 3).
 
 Shapes: `B` batch, `L` tokens, `T` text tokens, `C` width, `N` heads, `D` head dim.
 """
@@ -26,26 +26,37 @@ PRODUCTS_ARE_FASTER = has_bf16_products() and not has_amx()
 """In bfloat16, on this processor: see `prefers_products`."""
 
 
+ALL = slice(None)
+"""All tokens of a sequence."""
+
+
 def attend(
-    q_BNLD: Tensor, k_BNLD: Tensor, v_BNLD: Tensor, mask: Tensor | BlockCausal | None, scale: float | None = None
+    q_BNLD: Tensor,
+    k_BNLD: Tensor,
+    v_BNLD: Tensor,
+    mask: Tensor | BlockCausal | None,
+    scale: float | None = None,
+    asked: slice = ALL,
 ) -> Tensor:
     """Scaled dot product attention by torch's fused kernels, or by plain products where these are faster.
 
     Args:
-        q_BNLD: queries, of the first tokens where a mask knows more.
+        q_BNLD: queries of all tokens.
         k_BNLD: keys.
         v_BNLD: values.
         mask: bool, True where a query sees a key, in a form that broadcasts to (B, N, L, L_keys); None: all see all.
         scale: of the products; None for 1 / sqrt(D).
+        asked: consecutive tokens whose result is wanted.
     Returns:
-        (B, L, N * D), heads side by side.
+        (B, L, N * D) of the tokens asked, heads side by side.
     """
     if isinstance(mask, BlockCausal):
-        calls = mask.calls(q_BNLD.shape[2], k_BNLD.shape[2])
+        calls = mask.calls(asked, k_BNLD.shape[2])
         parts = [attend(q_BNLD[:, :, q], k_BNLD[:, :, :k], v_BNLD[:, :, :k], part, scale) for q, k, part in calls]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    q_BNLD = q_BNLD[:, :, asked]
     if mask is not None:
-        mask = mask[..., : q_BNLD.shape[2], :]
+        mask = mask[..., asked, :]
     fused = F.scaled_dot_product_attention
     out = (_by_products if prefers_products(q_BNLD, k_BNLD) else fused)(
         q_BNLD, k_BNLD, v_BNLD, attn_mask=mask, scale=scale
@@ -151,9 +162,9 @@ class SelfAttention(nn.Module):
         layout: TokenLayout,
         mask: Tensor | BlockCausal | None = None,
         cache: LayerCache | None = None,
-        num_outputs: int | None = None,
+        asked: slice = ALL,
     ) -> Tensor:
-        """What each token takes from those it sees; `num_outputs` asks for the first tokens alone."""
+        """What each of the tokens asked takes from those it sees."""
         num_turned = 2 * self.num_heads  # queries and keys, side by side
         heads = rearrange(self._qkv(x_BLC, constants.bias_3C), "b l (n d) -> b l n d", n=3 * self.num_heads)
         turned = heads[:, :, :num_turned].float()
@@ -163,7 +174,7 @@ class SelfAttention(nn.Module):
         v = heads[:, :, num_turned:].transpose(1, 2)
         if cache is not None:
             k, v = cache.append(k, v)
-        return self.proj(attend(q[:, :, :num_outputs], k, v, mask, scale=1.0))
+        return self.proj(attend(q, k, v, mask, 1.0, asked))
 
     def _qkv(self, x_BLC: Tensor, bias_3C: Tensor) -> Tensor:
         """Queries, keys and values; the bias is a part of the product where the layer is a plain one."""
@@ -178,7 +189,7 @@ class CrossAttention(nn.Module):
 
     Attributes:
         use_v_bias: whether the value bias is added now; switched by `adapters.use_adapters`.
-        adapted_v_bias: whether it is added while adapters are on; the released student leaves it out (spec C).
+        adapted_v_bias: whether it is added while adapters are on; the released student leaves it out.
     """
 
     def __init__(self, width: int, num_heads: int) -> None:

@@ -1,6 +1,6 @@
-"""Multi-step generation, scale by scale, with a key-value cache and guidance (Infinity; spec D).
+"""Multi-step generation, scale by scale, with a key-value cache and guidance (VAR, algorithm 2; Infinity).
 
-Shapes: `B` batch, `l` tokens of a scale, `Z` bits per token, `h w` one scale.
+Shapes: `B` batch, `P` tokens of a prefix, `l` tokens of a scale, `C` width, `Z` latent width, `h w` one scale.
 """
 
 from __future__ import annotations
@@ -11,25 +11,25 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from varestorer.tokenizer.residual import MultiScaleQuantizer, resize_bilinear, to_tokens
+from varestorer.tokenizer.residual import MultiScaleQuantizer, Resize, RunningSum, to_map
 from varestorer.tokenizer.schedule import Scale, ScaleSchedule
 from varestorer.transformer.attention import LayerCache
-from varestorer.transformer.layout import TokenLayout, pyramid_layout
+from varestorer.transformer.conditions import ConditionInput
+from varestorer.transformer.heads import Noise
+from varestorer.transformer.layout import TokenLayout
 from varestorer.transformer.masks import BlockCausal, prefix_causal_mask
-from varestorer.transformer.model import PreparedText, VARTransformer
-from varestorer.transformer.sampling import Noise, bits_to_map, select_bits
-from varestorer.transformer.text import TextFeatures
+from varestorer.transformer.model import PreparedCondition, VARTransformer
 
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """How bits are drawn; lists have one entry per scale, a single number serves all scales.
+    """How tokens are drawn; lists have one entry per scale, a single number serves all scales.
 
     Attributes:
-        cfg: guidance c: c * conditional + (1 - c) * unconditional; 1 is off.
+        cfg: guidance c: c * conditional + (1 - c) * unconditional; 1 is off. VARSR's strength t is c = 1 + t.
         tau: temperature.
         insertion_layers: where guidance mixes: 0 on the logits, -k on the output of block depth - k.
-        top_k: 1 is greedy.
+        top_k: likeliest symbols that are left, 1 is greedy, 0 off.
         top_p: nucleus threshold, 0 off.
     """
 
@@ -57,15 +57,17 @@ class SamplingOptions:
 
 @dataclass(frozen=True)
 class Prefix:
-    """Tokens that every scale sees and that see themselves alone; guidance compares with and without them.
+    """Ready-made tokens in front of all scales, which see them.
 
     Attributes:
-        tokens_BPZ: inputs of the transformer.
-        layout: their level and position.
+        tokens_BPC: of the transformer's width.
+        size: (h, w) of the map that they are.
+        is_conditional: they are what guidance compares with and without: the unconditional half does not see them.
     """
 
-    tokens_BPZ: Tensor
-    layout: TokenLayout
+    tokens_BPC: Tensor
+    size: Scale
+    is_conditional: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,148 +75,153 @@ class Generation:
     """Result of a `MultiStepGenerator`.
 
     Attributes:
-        bits: of each scale that is known or was generated, (B, Z, h, w) bool.
+        indices: of each scale that is known or was generated, as maps.
         codes: their sum, of all scales the decoder's input (B, Z, h_K, w_K).
+        targets: the sum after the last scale of each of the schedule's targets; the last one is `codes`.
         logits: of each generated scale as the network gave them (before temperature and guidance), keyed by scale
-            number: (B or 2B, l, Z, 2).
+            number: (B or 2B, l, ...).
+        hidden: what left the last block at the last scale, (B or 2B, l, C).
     """
 
-    bits: list[Tensor]
+    indices: list[Tensor]
     codes: Tensor
+    targets: list[Tensor]
     logits: dict[int, Tensor]
+    hidden: Tensor | None
 
 
 @dataclass(frozen=True)
 class MultiStepGenerator:
-    """Predicts the bits of all scales one after the other, each seeing all before it.
+    """Predicts the tokens of all scales one after the other, each seeing all before it.
 
     Attributes:
         transformer: the network, adapters off for the teacher.
-        quantizer: turns bits into codes.
+        quantizer: turns tokens into codes.
         schedule: the scales.
-        resize: how the sum so far becomes the next scale's input; VARestorer's own copy of Infinity used
-            `resize_area`.
+        shrink: how the sum so far becomes the next scale's input; None for the tokenizer's way. VARestorer's own copy
+            of Infinity used `resize_area`.
+        raw_last: leave phi out at the last scale (VARSR).
     """
 
     transformer: VARTransformer
     quantizer: MultiScaleQuantizer
     schedule: ScaleSchedule
-    resize: Callable[[Tensor, Scale], Tensor] = resize_bilinear
+    shrink: Resize | None = None
+    raw_last: bool = False
 
     @torch.no_grad()
-    def prepare(self, text: TextFeatures, is_guided: bool, negative: TextFeatures | None = None) -> PreparedText:
-        """What the network needs of the text, computed once: that of a fixed prompt serves many generations.
+    def prepare(
+        self, condition: ConditionInput, is_guided: bool, negative: ConditionInput | None = None
+    ) -> PreparedCondition:
+        """What the network needs of the condition, computed once: that of a fixed prompt serves many generations.
 
         Args:
-            text: of the prompts.
-            is_guided: whether the unconditional half follows the prompts.
-            negative: text of the unconditional half; None takes the learned null text.
+            condition: of the samples: texts or classes.
+            is_guided: whether an unconditional half follows.
+            negative: condition of the unconditional half; None takes the learned null text or class.
         """
         if is_guided:
-            other = negative or self.transformer.text.null(text.lengths)
-            text = TextFeatures.from_list([*text.to_list(), *other.to_list()])
-        return self.transformer.prepare(text)
+            other = negative or self.transformer.condition.null(condition)  # type: ignore[arg-type]
+            condition = condition + other  # type: ignore[operator]
+        return self.transformer.prepare(condition)
 
     @torch.no_grad()
     def __call__(
         self,
-        text: TextFeatures | PreparedText,
+        condition: ConditionInput | PreparedCondition,
         options: SamplingOptions,
         *,
         noise: Noise | None = None,
-        negative: TextFeatures | None = None,
-        known_bits: Sequence[Tensor] = (),
+        negative: ConditionInput | None = None,
+        known: Sequence[Tensor] = (),
         prefix: Prefix | None = None,
         num_scales: int | None = None,
     ) -> Generation:
         """Generate; the host waits for the device nowhere.
 
         Args:
-            text: of the prompts, or what `prepare` made of it for the same guidance.
+            condition: of the samples, or what `prepare` made of it for the same guidance.
             options: guidance, temperatures and filters.
             noise: uniform noise per scale; None is greedy.
-            negative: see `prepare`; of no use where the text is prepared.
-            known_bits: bits of the first scales, taken as they are; they are read in one pass.
-            prefix: tokens seen by all; the unconditional half does not see them.
+            negative: see `prepare`; of no use where the condition is prepared.
+            known: indices of the first scales, taken as they are; they are read in one pass.
+            prefix: tokens seen by all scales.
             num_scales: scales in the end, the known ones included; None for all.
         """
         settings = options.per_scale(len(self.schedule))
         guided = options.is_guided
-        context = self.prepare(text, guided, negative) if isinstance(text, TextFeatures) else text
-        device, batch_size = context.cond_BC.device, len(context.cond_BC) // (2 if guided else 1)
-        layout = pyramid_layout(self.schedule, self.transformer.config.head_dim, device)
-        view = _View(prefix, torch.arange(2 * batch_size, device=device) >= batch_size if guided else None)
-        num_keys = self.schedule.num_tokens + (0 if prefix is None else len(prefix.layout))
-        cache = [LayerCache(num_keys) for _ in self.transformer.blocks]
+        prepared = condition
+        if not isinstance(prepared, PreparedCondition):
+            prepared = self.prepare(prepared, guided, negative)
+        device, batch_size = prepared.cond_BC.device, len(prepared.cond_BC) // (2 if guided else 1)
+        num_prefix = 0 if prefix is None else prefix.tokens_BPC.shape[1]
+        layout = self.transformer.layout(self.schedule, device, None if prefix is None else prefix.size)
+        dropped_B = None
+        if prefix is not None and prefix.is_conditional and guided:
+            dropped_B = torch.arange(2 * batch_size, device=device) >= batch_size
+        cache = [LayerCache(len(layout)) for _ in self.transformer.blocks]
+        head = self.transformer.head
 
-        total, inputs = self._read(known_bits, batch_size, device)
-        bits, logits, start = list(known_bits), {}, 0
-        for k in range(len(bits), num_scales or len(self.schedule)):
+        total = self.quantizer.running_sum(self.schedule, self.raw_last, self.shrink)
+        inputs, targets = self._read(total, known)
+        logits: dict[int, Tensor] = {}
+        hidden, end = None, 0
+        for k in range(len(known), num_scales or len(self.schedule)):
             cfg, tau = settings[k]
-            new = layout[start : self.schedule.slices[k].stop]
-            tokens, whole, mask = view.first(inputs, new) if start == 0 else (inputs, new, view.later(new))
-            start = self.schedule.slices[k].stop
-            tokens = tokens.repeat(2, 1, 1) if guided and tokens is not None else tokens
+            is_first, start, end = end == 0, end, num_prefix + self.schedule.slices[k].stop
+            new = layout[start:end]
+            tokens = None if inputs is None else _for_both(inputs, guided)
+            front = _for_both(prefix.tokens_BPC, guided) if prefix is not None and is_first else None
+            mask = self._mask(new, num_prefix, dropped_B, is_first, end)
             mix = _mix_after_blocks(cfg, options.insertion_layers, len(cache), batch_size)
-            raw = self.transformer(tokens, context, whole, mask, cache, mix, len(new))
-            logits[k] = raw[:, len(new) - self.schedule.num_tokens_per_scale[k] :]
+            asked = slice(len(new) - self.schedule.num_tokens_per_scale[k], None)
+            hidden = self.transformer.hidden(tokens, prepared, new, mask, cache, mix, asked, front)
+            logits[k] = self.transformer.predict(hidden, prepared)
             mixed = _mix_logits(logits[k], cfg if 0 in options.insertion_layers else 1.0, batch_size) / tau
             uniform = None if noise is None else noise(k, tuple(mixed.shape))
-            chosen = select_bits(mixed, uniform, options.top_k, options.top_p)
-            bits.append(bits_to_map(chosen, self.schedule.scales[k]))
-            total, inputs = self._add(total, bits[-1], k)
-        return Generation(bits, total, logits)
+            chosen = head.select(mixed, uniform, options.top_k, options.top_p)
+            codes = total.add(to_map(chosen, self.schedule.scales[k]))
+            inputs = total.next_input()
+            if self.schedule.ends_target(k):
+                targets.append(codes)
+        return Generation(total.indices, codes, targets, logits, hidden)
 
-    def _read(
-        self, known_bits: Sequence[Tensor], batch_size: int, device: torch.device
-    ) -> tuple[Tensor, Tensor | None]:
-        """Sum of the known scales, and the inputs of the scales up to the first unknown one (None: just the start)."""
-        total = torch.zeros(batch_size, self.transformer.config.num_bits, *self.schedule.latent_size, device=device)
-        inputs = []
-        for k, bits in enumerate(known_bits):
-            total, following = self._add(total, bits, k)
-            if following is not None:
+    def _read(self, total: RunningSum, known: Sequence[Tensor]) -> tuple[Tensor | None, list[Tensor]]:
+        """Add the known scales; inputs of the scales up to the first unknown one (None: just the start)."""
+        inputs, targets = [], []
+        for k, indices in enumerate(known):
+            codes = total.add(indices)
+            if self.schedule.ends_target(k):
+                targets.append(codes)
+            if (following := total.next_input()) is not None:
                 inputs.append(following)
-        return total, torch.cat(inputs, dim=1) if inputs else None
+        return torch.cat(inputs, dim=1) if inputs else None, targets
 
-    def _add(self, total: Tensor, bits: Tensor, scale_number: int) -> tuple[Tensor, Tensor | None]:
-        """The sum with one more scale, and from it the next scale's inputs (None after the last scale)."""
-        total = total + resize_bilinear(self.quantizer.quantiser.codes(bits), self.schedule.latent_size)
-        if scale_number + 1 == len(self.schedule):
-            return total, None
-        return total, to_tokens(self.resize(total, self.schedule.scales[scale_number + 1]))
+    def _mask(
+        self, new: TokenLayout, num_prefix: int, dropped_B: Tensor | None, is_first: bool, num_keys: int
+    ) -> Tensor | BlockCausal | None:
+        """What the tokens of a pass see of each other and of those before them.
 
-
-class _View:
-    """What the tokens of a pass see of each other and of those before them.
-
-    Args:
-        prefix: enters with the first pass, behind that pass's own tokens.
-        dropped_B: samples that must not see the prefix, or None.
-    """
-
-    def __init__(self, prefix: Prefix | None, dropped_B: Tensor | None) -> None:
-        self.prefix = prefix
-        self.dropped_B = dropped_B
-        self.is_prefix_L = torch.zeros(0, dtype=torch.bool)
-
-    def first(
-        self, inputs: Tensor | None, layout: TokenLayout
-    ) -> tuple[Tensor | None, TokenLayout, Tensor | BlockCausal]:
-        """Inputs, layout and mask of the first pass, which may hold several scales."""
-        if self.prefix is None:
-            return inputs, layout, BlockCausal.of(layout)
-        tokens = self.prefix.tokens_BPZ if inputs is None else torch.cat([inputs, self.prefix.tokens_BPZ], dim=1)
-        whole = layout + self.prefix.layout
-        self.is_prefix_L = torch.arange(len(whole), device=whole.levels_L.device) >= len(layout)
-        return tokens, whole, prefix_causal_mask(whole.levels_L, self.is_prefix_L, self.dropped_B)
-
-    def later(self, layout: TokenLayout) -> Tensor | None:
-        """Mask of a pass over one further scale, over all keys so far and its own."""
-        if self.prefix is None or self.dropped_B is None:
+        Args:
+            new: tokens of the pass.
+            num_prefix: how many of the sequence's first tokens are a prefix.
+            dropped_B: samples that must not see the prefix, or None.
+            is_first: whether this is the first pass, which may hold the prefix and several scales.
+            num_keys: tokens so far, those of the pass included.
+        """
+        if is_first and dropped_B is None:
+            return BlockCausal.of(new)
+        if dropped_B is None:
             return None
-        self.is_prefix_L = torch.cat([self.is_prefix_L, torch.zeros_like(layout.levels_L, dtype=torch.bool)])
-        return ~(self.dropped_B[:, None, None, None] & self.is_prefix_L)
+        is_prefix_L = torch.arange(num_keys, device=dropped_B.device) < num_prefix
+        if is_first:
+            return prefix_causal_mask(new.levels_L, is_prefix_L, dropped_B)
+        return ~(dropped_B[:, None, None, None] & is_prefix_L)
+
+
+def _for_both(x: Tensor, guided: bool) -> Tensor:
+    """A batch for the conditional half, and for the other where there is one."""
+    return x.repeat(2, 1, 1) if guided else x
 
 
 def _mix_logits(raw: Tensor, cfg: float, batch_size: int) -> Tensor:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -17,7 +19,7 @@ TOGETHER = 512
 
 @dataclass(frozen=True)
 class BlockCausal:
-    """A token sees its own and all coarser scales: `block_causal_mask` without the (L, L) matrix.
+    """A token sees its own and all earlier blocks of a layout: `block_causal_mask` without the (L, L) matrix.
 
     The queries of a scale look at the keys up to its end, so that attention needs no mask and leaves out what nobody
     may see. The small scales, whose calls would cost more than their arithmetic, share one call with a small mask.
@@ -32,27 +34,36 @@ class BlockCausal:
 
     @classmethod
     def of(cls, layout: TokenLayout) -> BlockCausal:
-        """The mask of a sequence of scales, coarse to fine."""
+        """The mask of a sequence of scales, coarse to fine, perhaps with a prefix in front."""
         ends = tuple(accumulate(layout.counts))
         number = max(sum(end <= TOGETHER for end in ends), 1)
-        first_LL = block_causal_mask(layout.levels_L[: ends[number - 1]]) if number > 1 else None
+        first_LL = _order_mask(layout.counts[:number], layout.levels_L.device) if number > 1 else None
         return cls(ends[number - 1 :], first_LL)
 
-    def calls(self, num_queries: int, num_keys: int) -> Iterator[tuple[slice, int, Tensor | None]]:
+    def calls(self, queries: slice, num_keys: int) -> Iterator[tuple[slice, int, Tensor | None]]:
         """The queries, the number of keys and the mask of each call of attention.
 
         Args:
-            num_queries: tokens that ask: the first ones of the sequence; the others are only seen.
+            queries: consecutive tokens of the sequence that ask; the others are only seen.
             num_keys: tokens of the sequence, and those before it (of a cache), which all may see.
         """
         before = num_keys - self.ends[-1]
+        first, stop, _ = queries.indices(self.ends[-1])
         for start, end in zip((0, *self.ends), self.ends, strict=False):
-            if start >= num_queries:
-                return
+            asked = slice(max(start, first), min(end, stop))
+            if asked.start >= asked.stop:
+                continue
             mask = self.first_LL if start == 0 else None
             if mask is not None:
-                mask = F.pad(mask[:num_queries], (before, 0), value=True) if before else mask[:num_queries]
-            yield slice(start, min(end, num_queries)), before + end, mask
+                mask = F.pad(mask[asked], (before, 0), value=True) if before else mask[asked]
+            yield asked, before + end, mask
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)  # what is kept must serve training too
+def _order_mask(counts: tuple[int, ...], device: torch.device) -> Tensor:
+    """`block_causal_mask` of blocks of so many tokens."""
+    return block_causal_mask(torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))).to(device)
 
 
 def block_causal_mask(levels_L: Tensor) -> Tensor:

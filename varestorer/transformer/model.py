@@ -1,6 +1,8 @@
-"""The visual autoregressive transformer; teacher and student are this one network (Infinity, section 3; spec B).
+"""The visual autoregressive transformer; teacher and student are this one network.
 
-Shapes: `B` batch, `L` tokens of a sequence, `C` width, `Z` bits per token.
+Infinity (section 3) with text, VAR (section 3) with classes; VARSR and H-VAR put a prefix of image tokens in front.
+
+Shapes: `B` batch, `P` tokens of a prefix, `L` tokens of a sequence, `C` width, `Z` latent width.
 """
 
 from __future__ import annotations
@@ -15,21 +17,32 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
-from einops import rearrange
 from torch import Tensor, nn
 
-from varestorer.transformer.adapters import adapters_are_on, adapters_off
-from varestorer.transformer.attention import LayerCache
-from varestorer.transformer.blocks import Block, BlockContext, modulate
-from varestorer.transformer.layout import TokenLayout
+from varestorer.tokenizer.schedule import Scale, ScaleSchedule
+from varestorer.transformer.adapters import adapters_are_on, adapters_off, switches
+from varestorer.transformer.attention import ALL, LayerCache
+from varestorer.transformer.blocks import Block, BlockContext, ffn_width, modulate
+from varestorer.transformer.conditions import (
+    ClassCondition,
+    ClassLabels,
+    ConditionInput,
+    Context,
+    TextCondition,
+    TextFeatures,
+    distinct_rows,
+)
+from varestorer.transformer.heads import build_head
+from varestorer.transformer.layout import POSITIONS, LearnedPositions, PositionRule, TokenLayout, pyramid_layout
 from varestorer.transformer.masks import BlockCausal
-from varestorer.transformer.text import TextContext, TextFeatures, TextPath, distinct_rows
 
 # Called with (block number, tokens) after each block; returns the tokens that go on.
 AfterBlock = Callable[[int, Tensor], Tensor]
 
-# Parameters of more than one dimension that weight decay leaves alone (spec F).
-UNDECAYED = re.compile(r"(^|\.)(text\.(null_features|pool\.query)|start|level_embed\.weight|modulation|log_scale)$")
+# Parameters of more than one dimension that weight decay leaves alone (Infinity's and VARSR's lists).
+UNDECAYED = re.compile(
+    r"(^|\.)(condition\.(null_features|pool\.query)|start|positions\.table|level_embed\.weight|modulation|log_scale)$"
+)
 
 
 @dataclass(frozen=True)
@@ -40,20 +53,32 @@ class TransformerConfig:
         width: C.
         depth: number of blocks.
         num_heads: heads of self and cross attention.
-        num_bits: Z, bits per token.
+        latent_width: Z, channels of the codes that come in, and bits per token where there is no vocabulary.
+        vocabulary: V, entries of the codebook that are predicted; 0: bits.
+        hidden_width: of the feed-forward; 0: four times the width, rounded to a multiple of 256.
         text_width: width of the text encoder's features.
         text_length: rows of the learned null text.
-        num_levels: rows of the level embedding; at least one more than the scales of a schedule.
+        num_classes: learned vectors of the condition; 0: the condition is text.
+        num_levels: rows of the level embedding; at least one more than the scales of a schedule with a long input.
+        positions: see `layout.PositionRule`.
+        position_size: side of the constant or learned grid, or rows of the learned table.
+        start_rows: learned rows of the first tokens: 1 of the start token, or those of a prefix too.
         gamma_init: factor on the initial gates of the blocks (from scratch; Infinity's 5e-6 suits long runs).
     """
 
     width: int = 2048
     depth: int = 32
     num_heads: int = 16
-    num_bits: int = 32
+    latent_width: int = 32
+    vocabulary: int = 0
+    hidden_width: int = 0
     text_width: int = 2048
     text_length: int = 512
+    num_classes: int = 0
     num_levels: int = 15
+    positions: str = "rope"
+    position_size: int = 32
+    start_rows: int = 1
     gamma_init: float = 5e-6
 
     def __post_init__(self) -> None:
@@ -61,26 +86,33 @@ class TransformerConfig:
             raise ValueError(
                 f"width / num_heads must be a multiple of 4 (2-D rotary pairs), got {self.width} / {self.num_heads}"
             )
+        if self.positions not in POSITIONS:
+            raise ValueError(f"positions must be one of {', '.join(POSITIONS)}, got {self.positions}")
 
     @property
     def head_dim(self) -> int:
         """Channels of one head."""
         return self.width // self.num_heads
 
+    @property
+    def position_rule(self) -> PositionRule:
+        """Where the tokens of this network stand."""
+        return PositionRule(self.positions, self.head_dim, self.position_size)
+
 
 @dataclass(frozen=True)
-class PreparedText:
-    """All that a transformer makes of a text before it sees tokens: computed once, used for any number of passes.
+class PreparedCondition:
+    """All that a transformer makes of a condition before it sees tokens: computed once, used for any number of passes.
 
     It belongs to the network as it was: with its adapters on or off, in its precision, with its weights. The network
     refuses it after the adapters are switched or merged or the precision changes; after other changes of the weights
     it has to be made again by the caller.
 
     Attributes:
-        cond_BC: pooled text. Prepared for one prompt, it serves tokens of any batch.
+        cond_BC: pooled text or class. Prepared for one prompt, it serves tokens of any batch.
         blocks: what each block needs.
         head_B1C: gain and shift of the head's norm.
-        state: of the network, see `VARTransformer.text_state`.
+        state: of the network, see `VARTransformer.state_of_now`.
     """
 
     cond_BC: Tensor
@@ -90,27 +122,41 @@ class PreparedText:
 
 
 class VARTransformer(nn.Module):
-    """Predicts the bits of every token. The mask and the layout are arguments: scale-causal for the teacher,
-    none for the student."""
+    """Predicts the bits or the entry of every token. The mask and the layout are arguments: scale-causal for the
+    teacher, none for the student."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config = config
         width = config.width
-        self.text = TextPath(config.text_width, config.text_length, width)
-        self.start = nn.Parameter(torch.zeros(1, 1, width))
-        self.word_embed = nn.Linear(config.num_bits, width)
+        self.condition: TextCondition | ClassCondition = (
+            ClassCondition(config.num_classes, width)
+            if config.num_classes
+            else TextCondition(config.text_width, config.text_length, width)
+        )
+        self.start = nn.Parameter(torch.zeros(1, config.start_rows, width))
+        self.word_embed = nn.Linear(config.latent_width, width)
         # drawing an embedding's weights on the meta device would import sympy and torch's compiler: seconds
         self.level_embed = nn.Embedding.from_pretrained(torch.zeros(config.num_levels, width), freeze=False)
-        self.blocks = nn.ModuleList(Block(width, config.num_heads) for _ in range(config.depth))
+        self.positions = None
+        if config.positions in ("rows", "grid"):
+            is_grid = config.positions == "grid"
+            self.positions = LearnedPositions(config.position_size ** (2 if is_grid else 1), width, is_grid)
+        hidden = config.hidden_width or ffn_width(width)
+        block = (width, config.num_heads, hidden, not config.num_classes)
+        self.blocks = nn.ModuleList(Block(*block) for _ in range(config.depth))
         self.head_modulation = nn.Linear(width, 2 * width)
-        self.head = nn.Linear(width, 2 * config.num_bits)
+        self.head = build_head(width, config.latent_width, config.vocabulary)
         self.checkpoint_activations = False
         self.branch_factors_BD3: Tensor | None = None
 
+    def layout(self, schedule: ScaleSchedule, device: torch.device, prefix: Scale | None = None) -> TokenLayout:
+        """Where the tokens of all scales stand, behind those of a prefix map; see `layout.pyramid_layout`."""
+        return pyramid_layout(schedule, self.config.position_rule, device, prefix)
+
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Random weights for training from scratch (spec F, Init)."""
+        """Random weights for training from scratch (VAR, appendix; Infinity's released code)."""
         std = math.sqrt(1 / (3 * self.config.width))
         for name, parameter in self.named_parameters():
             if ".lora_" in name:
@@ -124,93 +170,153 @@ class VARTransformer(nn.Module):
             elif not name.endswith(".modulation"):
                 nn.init.trunc_normal_(parameter, std=std, a=-2, b=2, generator=generator)
         for block in cast(Iterable[Block], self.blocks):
-            for layer in (block.self_attention.proj, block.cross_attention.proj, block.ffn.fc2):
+            layers = [block.self_attention.proj, block.ffn.fc2]
+            if block.cross_attention is not None:
+                layers.insert(1, block.cross_attention.proj)
+            for layer in layers:
                 layer.weight.div_(math.sqrt(2 * self.config.depth))
-            block.modulation.normal_(std=self.config.width**-0.5, generator=generator)
-            block.modulation[:, :, :2].mul_(self.config.gamma_init)
-            block.modulation[:, :, 2:].mul_(1e-3)
+            self._init_modulation(block.modulation, generator)
         self.head.weight.mul_(0.02)
-        self.head_modulation.weight.mul_(1e-3)
+        self.head_modulation.weight.mul_(0.5 if self.config.num_classes else 1e-3)
 
-    def prepare(self, text: TextFeatures | TextContext) -> PreparedText:
-        """Do all that depends on the text and the weights alone; for weights that rest (no gradients are kept back)."""
-        context = self.text(text) if isinstance(text, TextFeatures) else text
+    def _init_modulation(self, modulation: nn.Parameter | nn.Linear, generator: torch.Generator | None) -> None:
+        """Almost closed gates; other parts small. A layer of its own starts larger (VAR) than a shared one's rest."""
+        gates = 2 * self.config.width
+        if isinstance(modulation, nn.Linear):
+            modulation.weight[:gates].mul_(self.config.gamma_init)
+            modulation.weight[gates:].mul_(0.5)
+        else:
+            modulation.normal_(std=self.config.width**-0.5, generator=generator)
+            modulation[:, :, :2].mul_(self.config.gamma_init)
+            modulation[:, :, 2:].mul_(1e-3)
+
+    def context(self, condition: ConditionInput | Context) -> Context:
+        """What the blocks and the head are told of texts or classes."""
+        if isinstance(condition, Context):
+            return condition
+        wanted = ClassLabels if self.config.num_classes else TextFeatures
+        if not isinstance(condition, wanted):
+            raise TypeError(f"this transformer is conditioned on {wanted.__name__}, got {type(condition).__name__}")
+        context: Context = self.condition(condition)
+        return context
+
+    def prepare(self, condition: ConditionInput | Context) -> PreparedCondition:
+        """Do all that depends on condition and weights alone; for weights that rest (no gradients are kept back)."""
+        context = self.context(condition)
         with self._precision(context.cond_BC.device):
             blocks = tuple(block.prepare(context) for block in cast(Iterable[Block], self.blocks))
         head = self._head_norm(context.cond_BC)
-        return PreparedText(context.cond_BC, blocks, head, self.text_state())
+        return PreparedCondition(context.cond_BC, blocks, head, self.state_of_now())
 
-    def text_state(self) -> tuple[object, ...]:
-        """What, beside the weights' values, decides what a text becomes: precision, device, adapters."""
-        attention = cast(Block, self.blocks[0]).cross_attention
-        adapters_off = getattr(attention.kv, "disable_adapters", None)
-        return attention.v_bias.dtype, attention.v_bias.device, attention.use_v_bias, adapters_off
+    def state_of_now(self) -> tuple[object, ...]:
+        """What, beside the weights' values, decides what a condition becomes: precision, device, adapters."""
+        block = cast(Block, self.blocks[0])
+        bias = block.self_attention.v_bias
+        return bias.dtype, bias.device, *switches(block)
 
-    def embed(self, tokens_BLZ: Tensor | None, context: TextContext | PreparedText, layout: TokenLayout) -> Tensor:
+    def embed(
+        self,
+        tokens_BLZ: Tensor | None,
+        context: Context | PreparedCondition,
+        layout: TokenLayout,
+        prefix_BPC: Tensor | None = None,
+    ) -> Tensor:
         """The sequence that enters block 0.
 
         Args:
             tokens_BLZ: inputs of the tokens, or None for the start token alone.
-            context: encoded text.
-            layout: of the whole sequence. Where it has one token more than `tokens_BLZ`, the start token (pooled
-                text plus a learned position) comes first.
+            context: of the condition.
+            layout: of the whole sequence. Where it has one token more than prefix and `tokens_BLZ`, the start token
+                (the condition plus a learned row) comes first, behind the prefix.
+            prefix_BPC: ready-made tokens that stand in front.
         """
-        parts = [] if tokens_BLZ is None else [self.word_embed(tokens_BLZ)]
-        num_tokens = 0 if tokens_BLZ is None else tokens_BLZ.shape[1]
-        if len(layout) == num_tokens + 1:
-            batch_size = len(context.cond_BC if tokens_BLZ is None else tokens_BLZ)
-            parts.insert(0, (context.cond_BC[:, None] + self.start).expand(batch_size, -1, -1))
-        elif len(layout) != num_tokens:
-            raise ValueError(f"layout has {len(layout)} tokens, the inputs {num_tokens} (or one less, for the start)")
-        return torch.cat(parts, dim=1) + self.level_embed(layout.levels_L)
+        tokens = None if tokens_BLZ is None else self.word_embed(tokens_BLZ)
+        sizes = [0 if x is None else x.shape[1] for x in (prefix_BPC, tokens)]
+        given = [x for x in (prefix_BPC, tokens) if x is not None]
+        parts = [tokens] if tokens is not None else []
+        if len(layout) == sum(sizes) + 1:
+            batch_size = len(given[0] if given else context.cond_BC)
+            first = context.cond_BC[:, None].expand(batch_size, -1, -1)
+            if prefix_BPC is not None:
+                first = torch.cat([prefix_BPC, first], dim=1)
+            unlearned = first.shape[1] - self.start.shape[1]  # rows of a prefix that has no learned ones
+            start = F.pad(self.start, (0, 0, unlearned, 0)) if unlearned else self.start
+            parts.insert(0, first + start)
+        elif len(layout) != sum(sizes):
+            raise ValueError(f"layout has {len(layout)} tokens, the inputs {sum(sizes)} (or one less, for the start)")
+        x_BLC = torch.cat(parts, dim=1) + self.level_embed(layout.levels_L)
+        return x_BLC if self.positions is None else x_BLC + self.positions(layout)
 
     def forward(
         self,
         tokens_BLZ: Tensor | None,
-        text: TextFeatures | TextContext | PreparedText,
+        condition: ConditionInput | Context | PreparedCondition,
         layout: TokenLayout,
         mask: Tensor | BlockCausal | None = None,
         cache: list[LayerCache] | None = None,
         after_block: AfterBlock | None = None,
-        num_outputs: int | None = None,
+        asked: slice = ALL,
+        prefix_BPC: Tensor | None = None,
     ) -> Tensor:
-        """Logits of the bits of every token of the layout.
+        """Logits of every token of the layout: `predict` of `hidden`.
 
         Args:
             tokens_BLZ: next-scale inputs (`TokenPyramid.inputs`, or what `PyramidConditioner` makes), see `embed`.
-            text: features of the prompts, the context made from them, or all that is made from them (`prepare`).
+            condition: texts or classes, the context made from them, or all that is made from them (`prepare`).
             layout: level and position of each token.
             mask: `BlockCausal`, or (L, L_keys) bool, True where attention is allowed; None lets all see all.
             cache: one entry per block; keys and values are added to it and looked up in it.
             after_block: may change the tokens after each block (guidance inside the network).
-            num_outputs: how many tokens are asked: the first ones, which see the others still; None for all. The last
-                block leaves out what only the others need.
+            asked: tokens whose logits are wanted, which see the others still. The last block leaves out what only the
+                others need.
+            prefix_BPC: see `embed`.
 
         Returns:
-            logits (B, L, Z, 2) float32 of the tokens asked: the pair [bit is 0, bit is 1].
+            logits float32 of the tokens asked: (B, L, Z, 2), the pair [bit is 0, bit is 1]; or (B, L, V).
 
         Raises:
-            ValueError: the text was prepared by this network in another state.
+            ValueError: the condition was prepared by this network in another state.
         """
-        context = self.text(text) if isinstance(text, TextFeatures) else text
-        if isinstance(context, PreparedText) and context.state != self.text_state():
+        context = condition if isinstance(condition, PreparedCondition) else self.context(condition)
+        x_BLC = self.hidden(tokens_BLZ, context, layout, mask, cache, after_block, asked, prefix_BPC)
+        return self.predict(x_BLC, context)
+
+    def hidden(
+        self,
+        tokens_BLZ: Tensor | None,
+        context: Context | PreparedCondition,
+        layout: TokenLayout,
+        mask: Tensor | BlockCausal | None = None,
+        cache: list[LayerCache] | None = None,
+        after_block: AfterBlock | None = None,
+        asked: slice = ALL,
+        prefix_BPC: Tensor | None = None,
+    ) -> Tensor:
+        """What leaves the last block, (B, L, C) of the tokens asked; arguments as for `forward`."""
+        if isinstance(context, PreparedCondition) and context.state != self.state_of_now():
             raise ValueError("this text was prepared before adapters or precision changed: call prepare(text) again")
-        x_BLC = self.embed(tokens_BLZ, context, layout)
+        x_BLC = self.embed(tokens_BLZ, context, layout, prefix_BPC)
         last = len(self.blocks) - 1
         with self._precision(x_BLC.device):
             for number, block in enumerate(self.blocks):
                 factors = None if self.branch_factors_BD3 is None else self.branch_factors_BD3[:, number]
-                of_block = context.blocks[number] if isinstance(context, PreparedText) else context
-                past, asked = cache[number] if cache else None, num_outputs if number == last else None
-                x_BLC = self._run(block, x_BLC, of_block, layout, mask, past, factors, asked)
+                of_block = context.blocks[number] if isinstance(context, PreparedCondition) else context
+                past, wanted = cache[number] if cache else None, asked if number == last else ALL
+                x_BLC = self._run(block, x_BLC, of_block, layout, mask, past, factors, wanted)
                 if after_block is not None:
                     x_BLC = after_block(number, x_BLC)
-        head = context.head_B1C if isinstance(context, PreparedText) else self._head_norm(context.cond_BC)
-        return self._predict(x_BLC, *head)
+        return x_BLC
+
+    def predict(self, x_BLC: Tensor, context: Context | PreparedCondition) -> Tensor:
+        """The head, always in float32, on tokens that left the last block."""
+        prepared = isinstance(context, PreparedCondition)
+        gain_B1C, shift_B1C = context.head_B1C if prepared else self._head_norm(context.cond_BC)
+        with _no_autocast(x_BLC.device):
+            return self.head.logits(modulate(x_BLC.float(), gain_B1C, shift_B1C))
 
     def _precision(self, device: torch.device) -> AbstractContextManager:
-        """Blocks kept in bfloat16 compute their matrix products in it, as the released ones do (spec E)."""
-        if self.blocks[0].modulation.dtype == torch.float32:
+        """Blocks kept in bfloat16 compute their matrix products in it, as the released ones do."""
+        if self.blocks[0].self_attention.v_bias.dtype == torch.float32:
             return nullcontext()
         return torch.autocast(device.type, dtype=torch.bfloat16)
 
@@ -228,12 +334,6 @@ class VARTransformer(nn.Module):
             cond_BC = distinct_rows(cond_BC).float()
             scale, shift = self.head_modulation(F.silu(cond_BC))[:, None].chunk(2, dim=-1)
             return 1 + scale, shift
-
-    def _predict(self, x_BLC: Tensor, gain_B1C: Tensor, shift_B1C: Tensor) -> Tensor:
-        """The head, always in float32: logits (B, L, Z, 2) of tokens that left the last block."""
-        with _no_autocast(x_BLC.device):
-            logits = self.head(modulate(x_BLC.float(), gain_B1C, shift_B1C))
-        return rearrange(logits, "b l (z two) -> b l z two", two=2)
 
 
 def _no_autocast(device: torch.device) -> AbstractContextManager:

@@ -140,7 +140,7 @@ def _sizes(config: Mapping[str, Any], precision: str | None) -> str:
     lines = [
         f"- Transformer: width {transformer['width']}, {transformer['depth']} blocks, "
         f"{transformer['num_heads']} heads, text features of width {transformer['text_width']}.",
-        f"- Tokenizer: {tokenizer['num_bits']} bits per token of {stride}x{stride} pixels, "
+        f"- Tokenizer: {tokenizer['latent_width']} bits per token of {stride}x{stride} pixels, "
         f"{tokenizer['channels']} channels.",
         f"- Schedule: {', '.join(f'{key} {value}' for key, value in sorted(config['schedule'].items()))}.",
     ]

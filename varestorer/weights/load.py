@@ -22,14 +22,14 @@ BLOCK = r"block_chunks\.\d+\.module\.(\d+)\."
 
 
 def tokenizer_tensors(
-    wanted: Mapping[str, Tensor], num_levels: int, num_bits: int, tensors: Mapping[str, Tensor], source: str
+    wanted: Mapping[str, Tensor], num_levels: int, latent_width: int, tensors: Mapping[str, Tensor], source: str
 ) -> dict[str, Tensor]:
     """Tensors of a published tokenizer under our names.
 
     Args:
         wanted: state dict of a `MultiScaleTokenizer` of the same sizes, on any device.
         num_levels: of its autoencoder.
-        num_bits: of its tokens.
+        latent_width: of its tokens.
         tensors: the file's content.
         source: the file, for messages.
     Raises:
@@ -37,7 +37,7 @@ def tokenizer_tensors(
     """
     names = {name: published_tokenizer_name(name, num_levels) for name in wanted}
     tensors = add_infixes(tensors, names.values())
-    return from_published(wanted, tensors, names, derived_tokenizer_buffers(num_bits, tensors), source)
+    return from_published(wanted, tensors, names, derived_tokenizer_buffers(latent_width, tensors), source)
 
 
 def transformer_tensors(

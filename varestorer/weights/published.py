@@ -57,13 +57,13 @@ def published_transformer_name(name: str, blocks_per_chunk: int) -> str:
         return f"block_chunks.{number // blocks_per_chunk}.module.{number % blocks_per_chunk}."
 
     table: Table = (
-        (r"^text\.null_features$", "cfg_uncond"),
-        (r"^text\.norm\.", "text_norm."),
-        (r"^text\.pool\.query$", "text_proj_for_sos.ca.mat_q"),
-        (r"^text\.pool\.kv\.", "text_proj_for_sos.ca.mat_kv."),
-        (r"^text\.pool\.", "text_proj_for_sos.ca."),
-        (r"^text\.memory\.", "text_proj_for_ca."),
-        (r"^text\.modulation\.", "shared_ada_lin.1."),
+        (r"^condition\.null_features$", "cfg_uncond"),
+        (r"^condition\.norm\.", "text_norm."),
+        (r"^condition\.pool\.query$", "text_proj_for_sos.ca.mat_q"),
+        (r"^condition\.pool\.kv\.", "text_proj_for_sos.ca.mat_kv."),
+        (r"^condition\.pool\.", "text_proj_for_sos.ca."),
+        (r"^condition\.memory\.", "text_proj_for_ca."),
+        (r"^condition\.modulation\.", "shared_ada_lin.1."),
         (r"^start$", "pos_start"),
         (r"^level_embed\.", "lvl_embed."),
         (r"^head_modulation\.", "head_nm.ada_lin.1."),

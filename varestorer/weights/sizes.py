@@ -25,14 +25,14 @@ def transformer_sizes(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     Raises:
         UserError: a tensor that tells a size is missing or of another rank.
     """
-    width, num_bits = _shape(tensors, TRANSFORMER_KIND, 2, "word_embed.weight")
+    width, latent_width = _shape(tensors, TRANSFORMER_KIND, 2, "word_embed.weight")
     block = f"{first_block(tensors)}."
     text_length, text_width = _shape(tensors, TRANSFORMER_KIND, 2, "cfg_uncond")
     return {
         "width": width,
         "depth": len(_blocks(tensors)),
         "num_heads": _shape(tensors, TRANSFORMER_KIND, 4, f"{block}sa.scale_mul_1H11")[1],
-        "num_bits": num_bits,
+        "latent_width": latent_width,
         "text_width": text_width,
         "text_length": text_length,
         "num_levels": _shape(tensors, TRANSFORMER_KIND, 2, "lvl_embed.weight")[0],
@@ -57,12 +57,12 @@ def tokenizer_sizes(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     channels, image_channels, *_ = _convolution(tensors, "encoder.conv_in")
     levels = _count(tensors, r"encoder\.down\.(\d+)\.")
     widths = [_convolution(tensors, f"encoder.down.{level}.block.0.conv1")[0] for level in range(max(levels, 1))]
-    num_bits = _convolution(tensors, "encoder.conv_out")[0]
+    latent_width = _convolution(tensors, "encoder.conv_out")[0]
     _convolution(tensors, "decoder.up.0.block.0.conv1")
     return {
         "channels": channels,
         "multipliers": tuple(width // channels for width in widths),
-        "num_bits": num_bits,
+        "latent_width": latent_width,
         "num_encoder_blocks": _count(tensors, r"encoder\.down\.0\.block\.(\d+)\."),
         "num_decoder_blocks": _count(tensors, r"decoder\.up\.0\.block\.(\d+)\."),
         "patch_size": math.isqrt(image_channels // 3),

@@ -40,7 +40,7 @@ def run(cfg: DictConfig) -> int:
     found = where(device) | {"precision": precision}
     say(f"{heading('generate', model_name(cfg), found)}\nblocks in {precision}, squares of {system.tile} pixels")
     rate = matrix_rate(device, torch.bfloat16 if precision == "bf16" else torch.float32)
-    num_text, rows = len(system.transformer.text.null_features), []
+    num_text, rows = len(system.transformer.condition.null_features), []
     for batch in map(int, cfg.batch):
         drawn = torch.rand(batch, 3, system.tile, system.tile, generator=torch_generator(int(cfg.seed), "generate"))
         timings = measure_generation(system, chosen, drawn.to(device), int(cfg.repeats), int(cfg.warmup))

@@ -157,7 +157,7 @@ def _pass_flops(sizes: TransformerConfig, one: _Pass, num_text: int) -> int:
     width = sizes.width
     alone = transformer_flops(sizes, one.tokens, num_text, one.outputs) - text_flops(sizes, num_text)
     if not one.has_start:
-        alone += linear(1, sizes.num_bits, width)
+        alone += linear(1, sizes.latent_width, width)
     blocks = (sizes.depth - 1) * attention(1, one.pairs - one.tokens**2, width)
     return alone + blocks + attention(1, one.output_pairs - one.outputs * one.tokens, width)
 

@@ -43,7 +43,7 @@ def transformer_flops(
         num_predicted: tokens that the last block hands on to the head; the others it only makes keys and values of.
         rank: of adapters that are not merged, on all layers of the attentions and none of the feed-forward.
     """
-    width, bits = config.width, config.num_bits
+    width, bits = config.width, config.latent_width
     blocks = (config.depth - 1) * _block_flops(width, num_tokens, num_tokens, num_text, rank)
     blocks += _block_flops(width, num_tokens, num_predicted, num_text, rank)
     ends = linear(num_tokens - 1, bits, width) + linear(num_predicted, width, 2 * bits)
@@ -78,7 +78,7 @@ def encoder_flops(config: TokenizerConfig, side: int) -> int:
         if level < len(widths) - 1:
             side //= 2
             flops += convolution(side**2, width, width)
-    return flops + _res_blocks(side**2, width, width, 2) + convolution(side**2, width, config.num_bits)
+    return flops + _res_blocks(side**2, width, width, 2) + convolution(side**2, width, config.latent_width)
 
 
 def decoder_flops(config: TokenizerConfig, side: int) -> int:
@@ -86,7 +86,7 @@ def decoder_flops(config: TokenizerConfig, side: int) -> int:
     side //= config.stride
     widths = [config.channels * multiplier for multiplier in reversed(config.multipliers)]
     width = widths[0]
-    flops = convolution(side**2, config.num_bits, width) + _res_blocks(side**2, width, width, 2)
+    flops = convolution(side**2, config.latent_width, width) + _res_blocks(side**2, width, width, 2)
     for level, outputs in enumerate(widths):
         flops += _res_blocks(side**2, width, outputs, config.num_decoder_blocks)
         width = outputs

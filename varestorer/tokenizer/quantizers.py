@@ -1,7 +1,7 @@
-"""Quantisers of one residual map. A multi-scale quantiser needs just this interface of them.
+"""Quantizers of one residual map, with one interface for the multi-scale quantizer above them.
 
-A quantiser turns features (B, Z, h, w) into `indices` and indices back into `codes` of the features' shape.
-Binary spherical indices are bits (B, Z, h, w); a codebook's would be entries (B, h, w).
+A quantizer turns features (B, Z, h, w) into `indices` and indices back into `codes` of the features' shape.
+Binary spherical indices are bits (B, Z, h, w). Those of a learned codebook are entries (B, h, w).
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 
-class Quantiser(Protocol):
-    """What `MultiScaleQuantizer` asks of a quantiser."""
+class Quantizer(Protocol):
+    """What `MultiScaleQuantizer` asks of a quantizer."""
 
     def indices(self, features_BZhw: Tensor) -> Tensor:
         """Nearest code of every position."""
@@ -21,14 +21,8 @@ class Quantiser(Protocol):
     def codes(self, indices: Tensor) -> Tensor:
         """The codes (B, Z, h, w) of indices."""
 
-    def flip(self, indices: Tensor, noise: Tensor, strength: Tensor) -> Tensor:
-        """Indices with each symbol changed where `noise` < `strength` (bitwise self-correction)."""
 
-    def entropy_terms(self, features_BZhw: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean entropy of the soft indices, and entropy of their mean: regularisers of tokenizer training."""
-
-
-class BinarySphericalQuantiser(nn.Module):
+class BinarySphericalQuantizer(nn.Module):
     """Each channel to +-1/sqrt(Z): the corners of a cube on the unit sphere (BSQ; Infinity, section 3.2).
 
     Args:
@@ -41,7 +35,7 @@ class BinarySphericalQuantiser(nn.Module):
         self.magnitude = num_bits**-0.5
 
     def indices(self, features_BZhw: Tensor) -> Tensor:
-        """Bits (bool): 1 where a feature is positive. Exact zero is 0. Normalising first would change no sign."""
+        """Bits (bool): 1 where a feature is positive. Exact zero is 0. Normalizing first would change no sign."""
         return features_BZhw > 0
 
     def codes(self, indices: Tensor) -> Tensor:
@@ -62,7 +56,7 @@ class BinarySphericalQuantiser(nn.Module):
 
         The first should be small (decided bits), the second large (every bit used both ways): the entropy terms of
         BSQ (arXiv 2406.07548).
-        The features are normalised to the unit sphere first.
+        The features are normalized to the unit sphere first.
         """
         unit = nn.functional.normalize(features_BZhw.float(), dim=1) / self.magnitude
         probability = torch.sigmoid(2.0 * unit / temperature)

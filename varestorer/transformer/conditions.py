@@ -1,4 +1,7 @@
-"""From text features to what the blocks use of them (spec B, Text).
+"""What the transformer is conditioned on: text (Infinity), or one learned vector per class (VAR, VARSR, H-VAR).
+
+A condition brings the start token, the modulation of the blocks and of the head, and, where it is text, a memory for
+cross attention. It depends on no image token, so it can be prepared once and used for many.
 
 Shapes: `B` batch, `T` text tokens (padded), `E` width of the text encoder, `C` width, `N` heads, `D` head dim.
 """
@@ -35,6 +38,10 @@ class TextFeatures:
         """Pad a list of (T_b, E) features into one batch."""
         return cls(nn.utils.rnn.pad_sequence(features, batch_first=True), tuple(len(f) for f in features))
 
+    def __add__(self, other: TextFeatures) -> TextFeatures:
+        """The prompts of this batch, then those of the other."""
+        return TextFeatures.from_list([*self.to_list(), *other.to_list()])
+
     def to_list(self) -> list[Tensor]:
         """The features of each prompt without padding."""
         return [f[:length] for f, length in zip(self.features_BTE, self.lengths, strict=True)]
@@ -49,21 +56,39 @@ class TextFeatures:
 
 
 @dataclass(frozen=True)
-class TextContext:
-    """What the transformer needs of the text; depends on the text alone, so it can be computed once per prompt.
+class ClassLabels:
+    """Classes of a batch: of images (class to image), or of their quality (VARSR).
 
     Attributes:
-        cond_BC: pooled text: the start token and the condition of the adaptive norms.
-        modulation_B6C: shared part of the blocks' (gamma, gamma, scale, scale, shift, shift), (B, 1, 6, C); here and
-            below one row for all where all prompts are one.
-        memory_BTC: keys and values of cross attention are made from it.
+        labels_B: int64.
+    """
+
+    labels_B: Tensor
+
+    def __add__(self, other: ClassLabels) -> ClassLabels:
+        """The labels of this batch, then those of the other."""
+        return ClassLabels(torch.cat([self.labels_B, other.labels_B]))
+
+
+ConditionInput = TextFeatures | ClassLabels
+
+
+@dataclass(frozen=True)
+class Context:
+    """What the transformer needs of a condition; computed once per prompt or class.
+
+    Attributes:
+        cond_BC: pooled text or class embedding: the start token and the condition of the adaptive norms.
+        modulation_B6C: shared part of the blocks' (gamma, gamma, scale, scale, shift, shift), (B, 1, 6, C); None where
+            each block makes its own of `cond_BC`. Here and below one row for all where all prompts are one.
+        memory_BTC: keys and values of cross attention are made from it; None without cross attention.
         key_mask: (B, 1, 1, T) bool or None, see `TextFeatures.key_mask`.
     """
 
     cond_BC: Tensor
-    modulation_B6C: Tensor
-    memory_BTC: Tensor
-    key_mask: Tensor | None
+    modulation_B6C: Tensor | None = None
+    memory_BTC: Tensor | None = None
+    key_mask: Tensor | None = None
 
 
 class RMSNorm(nn.Module):
@@ -101,7 +126,7 @@ class AttentivePool(nn.Module):
         return self.proj(rearrange(pooled, "b n 1 d -> b (n d)"))
 
 
-class TextPath(nn.Module):
+class TextCondition(nn.Module):
     """Norm, pool, cross-attention memory and shared modulation; holds the learned null text.
 
     Args:
@@ -119,17 +144,38 @@ class TextPath(nn.Module):
         self.memory = nn.Sequential(nn.Linear(text_width, width), nn.GELU(approximate="tanh"), nn.Linear(width, width))
         self.modulation = nn.Linear(width, 6 * width)
 
-    def null(self, lengths: tuple[int, ...]) -> TextFeatures:
+    def null(self, text: TextFeatures) -> TextFeatures:
         """The learned null text, as long as the prompts it stands for (rows from the first on)."""
-        return TextFeatures.from_list([self.null_features[:length] for length in lengths])
+        return TextFeatures.from_list([self.null_features[:length] for length in text.lengths])
 
     def null_batch(self, batch_size: int) -> TextFeatures:
         """The whole null text for a batch without prompts."""
         return TextFeatures(self.null_features.expand(batch_size, -1, -1), (len(self.null_features),) * batch_size)
 
-    def forward(self, text: TextFeatures) -> TextContext:
+    def forward(self, text: TextFeatures) -> Context:
         key_mask = text.key_mask()
         normed = self.norm(distinct_rows(text.features_BTE) if key_mask is None else text.features_BTE)
         cond_BC = self.pool(normed, key_mask)
         modulation = rearrange(self.modulation(F.silu(cond_BC)), "b (six c) -> b 1 six c", six=6)
-        return TextContext(cond_BC.expand(len(text.lengths), -1), modulation, self.memory(normed), key_mask)
+        return Context(cond_BC.expand(len(text.lengths), -1), modulation, self.memory(normed), key_mask)
+
+
+class ClassCondition(nn.Module):
+    """One learned vector per class; the last one stands for no class, or for the negative quality.
+
+    Args:
+        num_classes: rows, the null class included. One row makes a single learned condition (H-VAR).
+        width: C.
+    """
+
+    def __init__(self, num_classes: int, width: int) -> None:
+        super().__init__()
+        # drawing an embedding's weights on the meta device would import sympy and torch's compiler: seconds
+        self.embedding = nn.Embedding.from_pretrained(torch.zeros(num_classes, width), freeze=False)
+
+    def null(self, classes: ClassLabels) -> ClassLabels:
+        """The last class for every sample."""
+        return ClassLabels(torch.full_like(classes.labels_B, self.embedding.num_embeddings - 1))
+
+    def forward(self, classes: ClassLabels) -> Context:
+        return Context(self.embedding(classes.labels_B))

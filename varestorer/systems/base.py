@@ -1,0 +1,373 @@
+"""What every paper's system shares: restoring an image of any size, loading, saving, and making it fast.
+
+A paper's system says how a batch of squares is encoded, predicted and decoded, and nothing else.
+
+Shapes: `B` batch, `H W` pixels, `t` side of a square, `L` tokens of all scales, `K` scales.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from copy import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub import ModelHubMixin
+from torch import Tensor, nn
+
+from varestorer.systems.acceleration import (
+    Acceleration,
+    BatchGraphs,
+    check_means,
+    compile_parts,
+    decode_in_bf16,
+    quantize_linears,
+)
+from varestorer.systems.bundle import save_bundle
+from varestorer.systems.loading import build, locate
+from varestorer.tokenizer import MultiScaleTokenizer, ScaleSchedule, TokenPyramid
+from varestorer.tokenizer.residual import to_map
+from varestorer.transformer import VARTransformer
+from varestorer.utils.color import match_color
+from varestorer.utils.device import to_device
+from varestorer.utils.errors import UserError
+from varestorer.utils.images import from_network, to_network
+from varestorer.utils.tiling import restore_tiled, scaled_size
+
+DEVICE_PIXELS = 2**25  # of a result that is put together on the device; larger ones are on the host
+PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Restoration:
+    """A restored image.
+
+    Attributes:
+        image: (3, H, W) float32 in [0, 1].
+        uncertainty_KHW: where the network guessed, at each scale: mean entropy of a token, 0 (decided) to 1 (any symbol
+            is as likely), up-sampled to the image; None unless asked for.
+    """
+
+    image: Tensor
+    uncertainty_KHW: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class RestoredBatch:
+    """Restored squares.
+
+    Attributes:
+        images_B3HW: in [0, 1].
+        indices: of each scale, as maps.
+        logits: of a one-step network, (B, L, ...); None for scale-by-scale generation.
+    """
+
+    images_B3HW: Tensor
+    indices: list[Tensor]
+    logits: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Request:
+    """How an image is restored; what a system does not have is refused by it.
+
+    Attributes:
+        prompt: what the image shows, or text features (T, E); None for no prompt.
+        seed: of whatever is drawn.
+        select: "argmax" takes the likeliest symbols, "sample" draws them.
+        steps: how many passes; None for the system's own way.
+        context: what the system made of the prompt, once for all squares.
+    """
+
+    prompt: str | Tensor | None = None
+    seed: int = 0
+    select: str = "argmax"
+    steps: str | int | None = None
+    context: Any = None
+
+    def __post_init__(self) -> None:
+        if self.select not in ("argmax", "sample"):
+            raise UserError(f"select must be argmax or sample, got {self.select!r}")
+
+
+class System(
+    nn.Module,
+    ModelHubMixin,
+    library_name="varestorer",
+    pipeline_tag="image-to-image",
+    tags=["super-resolution", "image-restoration"],
+):
+    """A tokenizer and a transformer that restore images.
+
+    `varestorer.systems.load` opens one. `save_pretrained` and `push_to_hub` (huggingface_hub's) share one as a bundle,
+    in the form it has: after `merge_adapters` without adapters, after `set_precision` in that precision. `accelerate`
+    makes one fast that will only restore.
+
+    Attributes:
+        name: of the paper's system, as configs and bundles call it.
+        makers: entry of `config` -> what takes it, for checks of a bundle.
+        schedule: the scales.
+        tokenizer: images to tokens and back.
+        transformer: predicts the tokens.
+        files: part -> the file its weights came from.
+        acceleration: how it was accelerated; None if it was not.
+        graphs: of `restore_batch`, where CUDA graphs were asked for.
+    """
+
+    name: ClassVar[str]
+    makers: ClassVar[dict[str, Callable[..., Any]]]
+    schedule: ScaleSchedule
+    tokenizer: MultiScaleTokenizer
+    transformer: VARTransformer
+    files: dict[str, Path]
+    acceleration: Acceleration | None = None
+    graphs: BatchGraphs | None = None
+
+    # ---- what a paper's system says
+
+    @property
+    @abstractmethod
+    def config(self) -> dict[str, Any]:
+        """What the system is made of, as its constructor takes it: sizes, without files."""
+
+    @abstractmethod
+    def restore_squares(self, lq_B3tt: Tensor, numbers: list[int], request: Request) -> RestoredBatch:
+        """Restore squares of side `tile`.
+
+        Args:
+            lq_B3tt: degraded squares in [0, 1] at the size of the result, on the system's device.
+            numbers: of the squares in their image; key what is drawn.
+            request: how.
+        """
+
+    @abstractmethod
+    def accept(self, request: Request, uncertainty: bool) -> Request:
+        """The request with what is done once for all squares.
+
+        Raises:
+            UserError: something that this system cannot do; says what it has instead.
+        """
+
+    def parts(self) -> dict[str, dict[str, Tensor]]:
+        """Tensors of each file of a bundle."""
+        return {part: dict(getattr(self, part).state_dict()) for part in ("tokenizer", "transformer")}
+
+    # ---- what all share
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.transformer.start.device
+
+    @property
+    def tile(self) -> int:
+        """Side of the square restored in one go, pixels."""
+        return self.schedule.latent_size[0] * self.tokenizer.stride
+
+    @property
+    def tiles(self) -> tuple[int, ...]:
+        """Sides that `at_tile` takes, pixels: from half the trained one to the end of the table of positions."""
+        squares = (h * self.tokenizer.stride for h, w in self.schedule.position_scales if h == w)
+        return tuple(side for side in squares if 2 * side >= self.tile)
+
+    def at_tile(self, side: int) -> Self:
+        """This system, with the same weights, restoring squares of another side (pixels).
+
+        Raises:
+            UserError: not one of `tiles`.
+        """
+        if side not in self.tiles:
+            raise UserError(f"tile must be one of {', '.join(map(str, self.tiles))} pixels for this model, got {side}")
+        other = copy(self)
+        other.schedule = self.schedule.with_side(side // self.tokenizer.stride)
+        return other
+
+    def encode(self, images_B3HW: Tensor) -> TokenPyramid:
+        """Tokens of images in [0, 1] of side `tile`."""
+        return self.tokenizer.encode(to_network(images_B3HW), self.schedule)
+
+    def decode(self, codes_BZhw: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [0, 1] of summed codes."""
+        return from_network(self.tokenizer.decode(codes_BZhw))
+
+    def split(self, tokens: Tensor) -> list[Tensor]:
+        """Tokens (B, L, ...) of all scales as one map per scale."""
+        pairs = zip(self.schedule.slices, self.schedule.scales, strict=True)
+        return [to_map(tokens[:, of_scale], scale) for of_scale, scale in pairs]
+
+    def codes(self, tokens: Tensor) -> Tensor:
+        """Summed codes (B, Z, h_K, w_K) of the tokens of all scales; keeps gradients of straight-through tokens."""
+        return self.tokenizer.quantizer.indices_to_codes(self.split(tokens), self.schedule)
+
+    def uncertainty(self, logits: Tensor) -> Tensor:
+        """Where the network guesses: entropy of each token, up-sampled to pixels, (B, K, H, W).
+
+        0 where all symbols of a token are decided, 1 where they are a coin toss; one map for each scale.
+        """
+        entropy_BL1 = self.transformer.head.entropy(logits)[..., None]
+        size = (self.tile, self.tile)
+        maps = [F.interpolate(x, size=size, mode="bilinear", align_corners=False) for x in self.split(entropy_BL1)]
+        return torch.cat(maps, dim=1)
+
+    @torch.inference_mode()
+    def restore(
+        self,
+        image: Tensor,
+        scale: float = 4,
+        *,
+        color: str = "none",
+        tile: int | None = None,
+        overlap: int | None = None,
+        batch: int = 8,
+        uncertainty: bool = False,
+        **request: Any,
+    ) -> Restoration:
+        """Restore an image of any size; it is enlarged first, and padded or tiled, never squashed.
+
+        Args:
+            image: (3, H, W) float in [0, 1].
+            scale: enlargement.
+            color: "adain" or "wavelet" gives each tile the colors of the input, see `utils.color`; "none" does not.
+            tile: side of the squares, pixels, one of `tiles`; None for the one the model was trained on.
+            overlap: pixels shared by neighboring tiles; None for a quarter of a tile.
+            batch: tiles per forward pass.
+            uncertainty: whether to return it; costs K channels of the size of the result.
+            request: `prompt`, `seed`, `select` and `steps`, see `Request`.
+
+        Raises:
+            UserError: unknown `select`, `steps`, `color` or `tile`, an impossible overlap.
+        """
+        asked = self.accept(Request(**request), uncertainty)
+        system = self if tile is None else self.at_tile(tile)
+
+        def run(tiles_B3tt: Tensor, numbers: list[int]) -> Tensor:
+            tiles = to_device(tiles_B3tt, self.device)
+            restored = system.restore_squares(tiles, numbers, asked)
+            images = match_color(restored.images_B3HW, tiles, color)
+            if uncertainty and restored.logits is not None:
+                images = torch.cat([images, system.uncertainty(restored.logits)], dim=1)
+            return to_device(images, tiles_B3tt.device)
+
+        size = scaled_size(image.shape[-2], image.shape[-1], scale)
+        overlap = system.tile // 4 if overlap is None else overlap
+        place = self.device if size[0] * size[1] <= DEVICE_PIXELS else image.device
+        tiled = restore_tiled(to_device(image, place), size, system.tile, overlap, batch, run)
+        channels = to_device(tiled.clamp_(0, 1), image.device)
+        return Restoration(channels[:3], channels[3:] if uncertainty else None)
+
+    @torch.inference_mode()
+    def reconstruct(self, image: Tensor, batch: int = 8) -> Tensor:
+        """An image of any size after it passed the tokenizer: the ceiling of what restoring can reach.
+
+        Args:
+            image: (3, H, W) float in [0, 1], at full size.
+            batch: tiles per forward pass.
+
+        Returns:
+            (3, H, W) float32 in [0, 1].
+        """
+
+        def run(tiles_B3tt: Tensor, numbers: list[int]) -> Tensor:
+            return to_device(self.decode(self.encode(to_device(tiles_B3tt, self.device)).codes), tiles_B3tt.device)
+
+        size = (image.shape[-2], image.shape[-1])
+        return restore_tiled(image, size, self.tile, self.tile // 4, batch, run).clamp_(0, 1)
+
+    # ---- loading, saving, speed
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, pretrained_model_name_or_path: str | Path | None = None, **options: Any
+    ) -> Self:
+        """Load a system of this class, in evaluation mode; `varestorer.systems.load` finds the class by itself.
+
+        Args:
+            pretrained_model_name_or_path: a bundle's folder, a run of scripts/train.py (the averaged weights of its
+                latest checkpoint) or a checkpoint of one, a published file with its companions beside it, or a
+                bundle's name on the hub; None for "nano", which comes with the package.
+            options: `device`; `merge=True` folds the adapters into the weights (faster, but only for `steps="one"`);
+                `precision="fp32"`, `"bf16"`, or `"auto"` for what suits the device (else as stored);
+                `acceleration=Acceleration(...)`, in place of these two, for more means; `tokenizer_file` and
+                `restorer_file` of a published file, where they lie elsewhere; for the hub `revision`, `token`,
+                `cache_dir`, `local_files_only`, `force_download`.
+
+        Raises:
+            UsageError: neither a path nor a name that the hub knows.
+            UserError: the path holds no system, or its files do not fit.
+        """
+        return cls._from_pretrained(model_id=str(locate(pretrained_model_name_or_path, options)), **options)
+
+    @classmethod
+    def _from_pretrained(  # type: ignore[override]
+        cls,
+        *,
+        model_id: str,
+        device: torch.device | str = "cpu",
+        merge: bool = False,
+        precision: str | None = None,
+        acceleration: Acceleration | None = None,
+        tokenizer_file: str | None = None,
+        restorer_file: str | None = None,
+        **hub: Any,
+    ) -> Self:
+        if acceleration is None and precision is not None:
+            acceleration = Acceleration(merge, precision)
+        merged = merge if acceleration is None else acceleration.merge
+        system: Self = build(cls, Path(model_id), tokenizer_file, restorer_file, merged)
+        system.to(device).eval().requires_grad_(False)
+        return system if acceleration is None else system.accelerate(acceleration)
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        if self.acceleration is not None:
+            raise UserError("an accelerated system cannot be saved: its weights were rounded; save it before")
+        save_bundle(self, save_directory)
+
+    def merge_adapters(self) -> Self:
+        """Fold the adapters, where there are any, into the base weights."""
+        return self
+
+    def set_precision(self, precision: str) -> Self:
+        """Keep the blocks of the transformer in "bf16", or in "fp32"; the rest is always float32."""
+        if precision not in PRECISIONS:
+            raise UserError(f"precision must be {' or '.join(PRECISIONS)}, got {precision!r}")
+        self.transformer.blocks.to(PRECISIONS[precision])
+        return self
+
+    def accelerate(self, acceleration: Acceleration | None = None) -> Self:
+        """Make restoring fast, in place; nothing else works as before afterwards: no training, no saving.
+
+        Args:
+            acceleration: the means; None for merged adapters, and bfloat16 where the device gains from it.
+        Raises:
+            UserError: what this machine cannot do, or a system that was accelerated otherwise.
+        """
+        chosen = (acceleration or Acceleration()).on(self.device)
+        if self.acceleration == chosen:
+            return self
+        if self.acceleration is not None:
+            raise UserError("this system is accelerated already; load it again to choose other means")
+        check_means(chosen, self.device)
+        if chosen.precision == "fp32":
+            self.set_precision("fp32")  # before the adapters are merged, so that nothing is rounded
+        if chosen.merge:
+            self.merge_adapters()
+        self._speed_up(chosen)
+        self.acceleration = chosen
+        return self
+
+    def _speed_up(self, chosen: Acceleration) -> None:
+        """Precision, low-precision linear layers, compiled code and graphs."""
+        if chosen.precision == "bf16":
+            self.set_precision("bf16")
+            decode_in_bf16(self.tokenizer.decoder)
+        if chosen.linears != "none":
+            quantize_linears(self.transformer.blocks, chosen.linears)
+        if chosen.compile:
+            compile_parts(*self.transformer.blocks, self.tokenizer.encoder, self.tokenizer.decoder)
+        if chosen.graphs:
+            self.graphs = BatchGraphs()
+

@@ -113,7 +113,7 @@ def convert(cfg: DictConfig) -> int:
     is_file = is_published(output)
     check_output(output, is_file, options.overwrite)
     from varestorer.systems.adapters import save_adapters
-    from varestorer.systems.networks import PRECISIONS
+    from varestorer.systems.base import PRECISIONS
 
     system = open_system(options)
     if options.adapters == "merged":

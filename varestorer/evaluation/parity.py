@@ -23,7 +23,7 @@ from varestorer.transformer.generation import MultiStepGenerator, SamplingOption
 
 from varestorer.transformer.layout import PositionRule, pyramid_layout
 from varestorer.transformer.masks import BlockCausal
-from varestorer.transformer.rope import rope_table, rotate
+from varestorer.transformer.rope import rope_table
 from varestorer.transformer.heads import BitHead
 
 FLOAT_TOLERANCE = 1e-4
@@ -147,7 +147,7 @@ def compare_rope(golden: GoldenFolder) -> Iterator[Check]:
     q = tensors["apply/q"]
     layout = pyramid_layout(golden.schedule, PositionRule("rope", q.shape[-1]), torch.device("cpu"))[: q.shape[2]]
     for name in ("q", "k"):
-        turned = rotate(tensors[f"apply/{name}"], layout.cos_LD, layout.sin_LD)
+        turned = layout.rotate(tensors[f"apply/{name}"].transpose(1, 2)).transpose(1, 2)
         yield _float("rope", tensors, f"apply/{name}_rot", turned)
 
 
@@ -189,6 +189,7 @@ def compare_student(golden: GoldenFolder) -> Iterator[Check]:
     student, tokenizer = golden.student(), golden.tokenizer()
     text = golden.text(tensors)
     context = student.context(text)
+    assert context.modulation_B6C is not None and context.memory_BTC is not None
     packed_norm = torch.cat(TextFeatures(student.condition.norm(text.features_BTE), text.lengths).to_list())
     packed_memory = torch.cat(TextFeatures(context.memory_BTC, text.lengths).to_list())
     yield _float("student", tensors, "mid/text_norm", packed_norm)

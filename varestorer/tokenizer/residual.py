@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -132,7 +133,7 @@ class MultiScaleQuantizer(nn.Module):
         reuse: str = "tokens",
     ) -> None:
         super().__init__()
-        self.codebook = codebook
+        self.codebook: Any = codebook
         self.enlarge = RESIZES[enlarge]
         self.shrink = RESIZES[shrink]
         self.phi = phi

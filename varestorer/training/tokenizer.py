@@ -100,7 +100,7 @@ class TokenizerTask(Task):
         with self.watch("decode"):
             image = tokenizer.decode(codes)
         with self.watch("losses"):
-            decided, used = tokenizer.quantizer.quantiser.entropy_terms(features)
+            decided, used = tokenizer.quantizer.codebook.entropy_terms(features)
             parts = {
                 "l1": l1_loss(image, target),
                 "mse": mse_loss(image, target),

@@ -110,6 +110,8 @@ class Block(nn.Module):
         if isinstance(self.modulation, nn.Linear):
             own = self.modulation(F.silu(distinct_rows(context.cond_BC)))
             return rearrange(own, "b (six c) -> b 1 six c", six=6)
+        if context.modulation_B6C is None:
+            raise TypeError("blocks with a shared modulation need the context of a text")
         return self.modulation + context.modulation_B6C
 
     def forward(

@@ -51,8 +51,9 @@ class TokenLayout:
     def _changed(self, change: Callable[[Tensor], Tensor], counts: tuple[int, ...]) -> TokenLayout:
         """The layout with each of its tables changed."""
         names = ("levels_L", "cos_LD", "sin_LD", "rows_L")
-        given = {name: getattr(self, name) for name in names}
-        return replace(self, counts=counts, **{name: None if t is None else change(t) for name, t in given.items()})
+        given: dict[str, Any] = {name: getattr(self, name) for name in names}
+        changed: dict[str, Any] = {name: None if t is None else change(t) for name, t in given.items()}
+        return replace(self, counts=counts, **changed)
 
     def __len__(self) -> int:
         return self.levels_L.shape[0]
@@ -159,7 +160,7 @@ def long_layout(
     num_positions = sum(h * w for h, w in schedule.position_scales)
     if positions == "next_scale" and rule.kind == "rope" and total + num_appended <= num_positions:
         cos, sin = rope_table(schedule.position_scales, rule.head_dim)
-        tables = {"cos_LD": cos[: total + num_appended], "sin_LD": sin[: total + num_appended]}
+        tables: dict[str, Any] = {"cos_LD": cos[: total + num_appended], "sin_LD": sin[: total + num_appended]}
     else:
         rows = torch.cat([torch.arange(total), torch.arange(total - num_appended, total)])
         own = rule.tables(schedule, None)

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -125,11 +125,13 @@ class VARTransformer(nn.Module):
     """Predicts the bits or the entry of every token. The mask and the layout are arguments: scale-causal for the
     teacher, none for the student."""
 
+    condition: Any  # what it has beside `forward` and `null` is its own
+
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config = config
         width = config.width
-        self.condition: TextCondition | ClassCondition = (
+        self.condition = (
             ClassCondition(config.num_classes, width)
             if config.num_classes
             else TextCondition(config.text_width, config.text_length, width)
@@ -309,14 +311,13 @@ class VARTransformer(nn.Module):
 
     def predict(self, x_BLC: Tensor, context: Context | PreparedCondition) -> Tensor:
         """The head, always in float32, on tokens that left the last block."""
-        prepared = isinstance(context, PreparedCondition)
-        gain_B1C, shift_B1C = context.head_B1C if prepared else self._head_norm(context.cond_BC)
+        head = context.head_B1C if isinstance(context, PreparedCondition) else self._head_norm(context.cond_BC)
         with _no_autocast(x_BLC.device):
-            return self.head.logits(modulate(x_BLC.float(), gain_B1C, shift_B1C))
+            return self.head.logits(modulate(x_BLC.float(), *head))
 
     def _precision(self, device: torch.device) -> AbstractContextManager:
         """Blocks kept in bfloat16 compute their matrix products in it, as the released ones do."""
-        if self.blocks[0].self_attention.v_bias.dtype == torch.float32:
+        if cast(Block, self.blocks[0]).self_attention.v_bias.dtype == torch.float32:
             return nullcontext()
         return torch.autocast(device.type, dtype=torch.bfloat16)
 

@@ -17,17 +17,14 @@ import torch
 from torch import Tensor
 
 from varestorer.evaluation.speed.operations import attention, linear, text_flops, transformer_flops
-from varestorer.systems.acceleration import MOST_COMPILATIONS
-from varestorer.systems.graphs import BatchGraphs
-from varestorer.systems.prefix import prefix_of
+from varestorer.systems.acceleration import MOST_COMPILATIONS, BatchGraphs
 from varestorer.systems.varestorer import VARestorer
 from varestorer.tokenizer import ScaleSchedule
 from varestorer.transformer import TransformerConfig
 from varestorer.transformer.generation import Generation, MultiStepGenerator, Prefix, SamplingOptions
 from varestorer.transformer.layout import pyramid_layout
 from varestorer.transformer.masks import BlockCausal
-from varestorer.transformer.model import PreparedText
-from varestorer.transformer.sampling import select_bits
+from varestorer.transformer.model import PreparedCondition
 from varestorer.utils.errors import UsageError
 from varestorer.utils.timing import Timing, in_turns
 
@@ -189,11 +186,11 @@ def _one_step(system: VARestorer, variant: Variant, lq_B3HW: Tensor) -> Callable
     tokens, layout = condition.tokens_BLZ, condition.layout
     if "short" in variant.words:
         tokens = condition.pyramid.inputs()
-        layout = pyramid_layout(system.schedule, system.transformer.config.head_dim, tokens.device)
-    text, num_outputs = system.transformer.prepare(system.null_text(len(lq_B3HW))), system.schedule.num_tokens
+        layout = system.transformer.layout(system.schedule, tokens.device)
+    text, asked = system.transformer.prepare(system.null_text(len(lq_B3HW))), slice(0, system.schedule.num_tokens)
 
     def work() -> Tensor:
-        return system.codes(select_bits(system.transformer(tokens, text, layout, num_outputs=num_outputs)))
+        return system.codes(system.transformer.head.select(system.transformer(tokens, text, layout, asked=asked)))
 
     return work
 
@@ -202,19 +199,19 @@ def _multi_step(system: VARestorer, variant: Variant, lq_B3HW: Tensor) -> Callab
     generator = MultiStepGenerator(system.transformer, system.tokenizer.quantizer, system.schedule)
     options = SamplingOptions(cfg=GUIDANCE if "cfg" in variant.words else 1.0)
     text = generator.prepare(system.null_text(len(lq_B3HW)), options.is_guided)
-    prefix = prefix_of(system, system.condition(lq_B3HW).pyramid) if "prefix" in variant.words else None
+    prefix = system.prefix_of(system.condition(lq_B3HW).pyramid) if "prefix" in variant.words else None
     if "nocache" in variant.words:
         return lambda: generate_without_cache(generator, text, options, prefix).codes
     return lambda: generator(text, options, prefix=prefix).codes
 
 
 def generate_without_cache(
-    generator: MultiStepGenerator, text: PreparedText, options: SamplingOptions, prefix: Prefix | None = None
+    generator: MultiStepGenerator, text: PreparedCondition, options: SamplingOptions, prefix: Prefix | None = None
 ) -> Generation:
     """The generator's greedy result the slow way: every scale sends all coarser ones through the network again."""
     result = generator(text, options, prefix=prefix, num_scales=1)
     for number in range(2, len(generator.schedule) + 1):
-        result = generator(text, options, known_bits=result.bits, prefix=prefix, num_scales=number)
+        result = generator(text, options, known=result.indices, prefix=prefix, num_scales=number)
     return result
 
 

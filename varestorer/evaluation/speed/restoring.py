@@ -28,7 +28,7 @@ from varestorer.evaluation.speed.stages import (
     weight_bytes,
 )
 from varestorer.evaluation.speed.subjects import Subject
-from varestorer.systems.graphs import tensors_of
+from varestorer.systems.acceleration import tensors_of
 from varestorer.systems.varestorer import VARestorer
 from varestorer.utils.seeds import torch_generator
 from varestorer.utils.timing import Clock, Timing, in_turns

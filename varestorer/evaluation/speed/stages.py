@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from varestorer.conditioning.pyramid import Condition
 from varestorer.evaluation.cost import DECODER, ENCODER, RESTORER, TRANSFORMER
 from varestorer.systems.varestorer import VARestorer
-from varestorer.transformer.sampling import select_bits
 from varestorer.utils.color import match_color
 from varestorer.utils.errors import UserError
 from varestorer.utils.images import from_network, load_image, save_image, to_network
@@ -105,8 +104,8 @@ def _network_stages(system: VARestorer, text: Any) -> list[Stage]:
         Stage(ENCODER, encode, (tokenizer.encoder,)),
         Stage(QUANTISE, condition),
         Stage(TRANSFORMER, lambda x: system.student_logits(x, text), (system.transformer,)),
-        Stage(SELECT, lambda logits: system.split_bits(select_bits(logits))),
-        Stage(SUM, lambda bits: tokenizer.quantizer.indices_to_codes(bits, schedule.latent_size)),
+        Stage(SELECT, lambda logits: system.split(system.transformer.head.select(logits))),
+        Stage(SUM, lambda bits: tokenizer.quantizer.indices_to_codes(bits, schedule)),
         Stage(DECODER, decode, (tokenizer.decoder,)),
     ]
 

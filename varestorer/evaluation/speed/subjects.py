@@ -24,7 +24,7 @@ from varestorer.evaluation.speed.operations import (
     text_flops,
     transformer_flops,
 )
-from varestorer.systems.acceleration import Acceleration, accelerate
+from varestorer.systems.acceleration import Acceleration
 from varestorer.systems.varestorer import VARestorer
 from varestorer.transformer.adapters import TARGETS
 
@@ -73,7 +73,7 @@ def subject(system: VARestorer, acceleration: Acceleration) -> Subject:
     twin = without_weights(system)
     counted = flops_of(twin.merge_adapters() if merge else twin, text_of(twin, 1, merge))
     formula = formula_flops(twin, keeps_text=merge)
-    return Subject(accelerate(system, acceleration), counted, formula, merge)
+    return Subject(system.accelerate(acceleration), counted, formula, merge)
 
 
 def formula_flops(system: VARestorer, keeps_text: bool) -> dict[str, int]:

@@ -88,21 +88,12 @@ class DISTSLoss(MetricLoss):
 
 
 class MSSSIMLoss:
-    """1 - MS-SSIM: compares structure at several scales and needs no weights; see `ms_ssim`.
-
-    Args:
-        window: side of the Gaussian window (pixels, odd).
-        max_scales: at most this many scales; small images use fewer.
-    """
-
-    def __init__(self, window: int = 11, max_scales: int = 5):
-        self.window = window
-        self.max_scales = max_scales
+    """1 - MS-SSIM: compares structure at several scales and needs no weights; see `ms_ssim`."""
 
     def __call__(self, pred_B3HW: Tensor, target_B3HW: Tensor) -> Tensor:
         """Distance of the two images, mean over the batch: a float32 scalar, 0 for equal images."""
         pred, target = float32_pair(pred_B3HW, target_B3HW)
-        return 1 - ms_ssim((pred + 1) / 2, (target + 1) / 2, self.window, self.max_scales).mean()
+        return 1 - ms_ssim((pred + 1) / 2, (target + 1) / 2).mean()
 
 
 def ms_ssim(pred_B3HW: Tensor, target_B3HW: Tensor, window: int = 11, max_scales: int = 5) -> Tensor:

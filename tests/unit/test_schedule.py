@@ -2,7 +2,7 @@
 
 import pytest
 
-from varestorer.tokenizer.schedule import TEMPLATES, ScaleSchedule, nearest_aspect
+from varestorer.tokenizer.schedule import TEMPLATES, ScaleSchedule
 from varestorer.utils.errors import UserError
 
 
@@ -22,12 +22,6 @@ def test_every_template_has_a_mirrored_one() -> None:
     assert sorted(TEMPLATES)[:7] == [0.333, 0.4, 0.5, 0.571, 0.666, 0.75, 0.8]
     assert TEMPLATES[0.666] == tuple((w, h) for h, w in TEMPLATES[1.5])
     assert all(len(scales) == 13 for scales in TEMPLATES.values())
-
-
-def test_nearest_aspect_is_height_over_width() -> None:
-    assert nearest_aspect(300, 100) == 3.0
-    assert nearest_aspect(480, 640) == 0.75
-    assert nearest_aspect(64, 64) == 1.0
 
 
 @pytest.mark.parametrize(

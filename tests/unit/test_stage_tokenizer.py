@@ -9,7 +9,6 @@ from varestorer.systems.varestorer import VARestorer
 from varestorer.tokenizer import TokenPyramid
 from varestorer.training.task import Batch
 from varestorer.training.tokenizer import TokenizerTask, bit_usage
-from varestorer.utils.errors import UserError
 from varestorer.utils.seeds import torch_generator
 
 ADVERSARIAL = {"weight": 0.5, "start_step": 2, "channels": 8, "layers": 2}
@@ -74,16 +73,3 @@ def test_held_out_pictures_are_scored_as_they_would_be_saved(tiny_system: VARest
     assert "adversarial" not in scores
     through_bits = TokenizerTask(tiny_system).eval()
     assert torch.equal(scores["mse"], through_bits(batch_of(), 9)["mse"])  # not continuous in eval mode
-
-
-def test_features_of_the_start_stay_while_the_encoder_trains(tiny_system: VARestorer) -> None:
-    for name in ("features", "ms_ssim+features"):
-        with pytest.raises(UserError, match=r"perceptual=features compares by a trained encoder: set model\.weights"):
-            TokenizerTask(tiny_system, perceptual=name)
-    tiny_system.files["tokenizer"] = "published.pth"
-    task = TokenizerTask(tiny_system, perceptual="features")
-    start = task.frozen_state()["start_encoder.conv_in.weight"].clone()
-    task(batch_of(), 1)["loss"].backward()
-    torch.optim.SGD(task.trainable_parameters().values(), lr=1.0).step()
-    assert torch.equal(task.start_encoder.conv_in.weight, start)  # type: ignore[union-attr]
-    assert not torch.equal(tiny_system.tokenizer.encoder.conv_in.weight, start)

@@ -166,7 +166,7 @@ def test_tasks_train_their_own_part_only(tiny_system: VARestorer) -> None:
         DistillationTask: {"transformer"},
     }
     for make, expected in parts.items():
-        task = make(tiny_system) if make is not DistillationTask else make(tiny_system, perceptual="features")
+        task = make(tiny_system) if make is not DistillationTask else make(tiny_system, perceptual="ms_ssim")
         names = task.trainable_parameters()
         assert {name.split(".")[0] for name in names} == expected
         adapters = {name for name in names if ".lora_" in name}
@@ -183,7 +183,7 @@ def test_tasks_train_their_own_part_only(tiny_system: VARestorer) -> None:
 
 def test_distillation_losses_of_the_teacher_itself(tiny_system: VARestorer) -> None:
     """Where student and teacher see the same tokens under the same mask, L_KL is zero; so it is not here."""
-    task = DistillationTask(tiny_system, weights={"kl": 1.0, "perceptual": 0.0, "mse": 0.0}, perceptual="features")
+    task = DistillationTask(tiny_system, weights={"kl": 1.0, "perceptual": 0.0, "mse": 0.0}, perceptual="ms_ssim")
     losses = task(batch(tiny_system), 1)
     assert losses.keys() == {"loss", "kl"}
     assert losses["kl"] > 0
@@ -197,8 +197,8 @@ def test_a_separate_teacher_equal_to_the_base_gives_the_same_loss(tiny_system: V
         write_json(folder / "state.json", {"stage": "student", "stage_index": 0})
         write_tensors(folder / "ema.safetensors", {})
     weights = {"kl": 1.0, "perceptual": 0.0, "mse": 0.0}
-    shared = DistillationTask(tiny_system, weights, perceptual="features")
-    separate = DistillationTask(tiny_system, weights, perceptual="features", teacher=str(tmp_path))
+    shared = DistillationTask(tiny_system, weights, perceptual="ms_ssim")
+    separate = DistillationTask(tiny_system, weights, perceptual="ms_ssim", teacher=str(tmp_path))
     assert separate.trainable_parameters().keys() == shared.trainable_parameters().keys()
     assert separate(batch(tiny_system), 1)["loss"] == shared(batch(tiny_system), 1)["loss"]
     with torch.no_grad():
@@ -207,7 +207,7 @@ def test_a_separate_teacher_equal_to_the_base_gives_the_same_loss(tiny_system: V
 
 
 def test_image_losses_reach_the_adapters_through_the_bits(tiny_system: VARestorer) -> None:
-    task = DistillationTask(tiny_system, weights={"kl": 0.0, "perceptual": 0.0, "mse": 1.0}, perceptual="features")
+    task = DistillationTask(tiny_system, weights={"kl": 0.0, "perceptual": 0.0, "mse": 1.0}, perceptual="ms_ssim")
     tiny_system.zero_grad()
     task(batch(tiny_system), 1)["loss"].backward()
     assert all(p.grad is not None and p.grad.any() for p in task.trainable_parameters().values())
@@ -239,7 +239,7 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
 def test_the_whole_student_trains_against_a_copy_of_its_start(tiny_system: VARestorer) -> None:
     config = tiny_system.config
     system = VARestorer(**(config | {"student": {"lora_rank": 0}}), seed=1)
-    task = DistillationTask(system, perceptual="features", trained="all", teacher="start")
+    task = DistillationTask(system, perceptual="ms_ssim", trained="all", teacher="start")
     assert {name.split(".")[0] for name in task.trainable_parameters()} == {"transformer"}
     assert len(task.trainable_parameters()) == len(list(system.transformer.parameters()))
     teacher = {name: tensor.clone() for name, tensor in task.teacher.state_dict().items()}  # type: ignore[union-attr]
@@ -249,13 +249,13 @@ def test_the_whole_student_trains_against_a_copy_of_its_start(tiny_system: VARes
     assert "head.weight" in moved
     assert all(torch.equal(tensor, teacher[name]) for name, tensor in task.teacher.state_dict().items())  # type: ignore[union-attr]
     with pytest.raises(UserError, match="either adapters .* or all"):
-        DistillationTask(system, perceptual="features", trained="all")
+        DistillationTask(system, perceptual="ms_ssim", trained="all")
     with pytest.raises(UserError, match="either adapters .* or all"):
-        DistillationTask(tiny_system, perceptual="features", trained="some")
+        DistillationTask(tiny_system, perceptual="ms_ssim", trained="some")
 
 
 def test_squares_of_mixed_sizes_take_turns(tiny_system: VARestorer) -> None:
-    task = DistillationTask(tiny_system, perceptual="features", tiles=[16, 32])
+    task = DistillationTask(tiny_system, perceptual="ms_ssim", tiles=[16, 32])
     sizes = set()
     for step in range(1, 9):
         with torch.no_grad():

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from varestorer.data.crops import cut, draw_box, fill_square, random_square
-from varestorer.data.degradation import Degradation, Degrade, Plan, round_to_8bit
+from varestorer.data.degradation import Degrade, round_to_8bit
 from varestorer.data.embedded import embedded_paths
 from varestorer.data.folders import find_pairs, hq_images
 from varestorer.data.shards import Packed, packed_photographs
@@ -28,8 +28,7 @@ from varestorer.utils.seeds import numpy_generator
 class Sample(TypedDict):
     """A pair: `hq`, `lq` (3, H, W) float32 in [0, 1], `lq` at the size of `hq`; `key`: the sample number.
 
-    Data sets with text add `text`: features (T, E) float32 of the prompt, or None for the null text. Where the batch is
-    to be degraded on a device, `lq` is still `hq`, and `plan` says what to do.
+    Data sets with text add `text`: features (T, E) float32 of the prompt, or None for the null text.
     """
 
     hq: Tensor
@@ -37,7 +36,6 @@ class Sample(TypedDict):
     name: str
     key: int
     text: NotRequired[Tensor | None]
-    plan: NotRequired[Plan]
 
 
 class Texts(Protocol):
@@ -46,7 +44,6 @@ class Texts(Protocol):
     def __getitem__(self, index: int, /) -> Tensor | None: ...
 
 
-PLACES = ("workers", "device")
 INSIDE = "shards"
 
 
@@ -80,12 +77,9 @@ class PhotoCrops(Dataset[Sample]):
         text: a folder that `precompute_text` made of these photographs; None: samples come without text. A prompt is
             about the whole photograph, whatever the square shows of it. Shards may hold the text too: `shards`.
         packed: `root` is a folder of webdataset shards.
-        degrade_on: `workers` degrades one by one, on the CPU; `device` by whole batches, where the training is: the
-            same draws with noise of another generator, see `degradation.batched`. It needs `Degradation`, and a loader
-            that knows the device. A sample asked for by its number is always degraded on the CPU.
     Raises:
         UserError: `root` is missing, without usable images, or more than 5 % of them are broken; `text` is no such
-            folder, or one of other photographs; the degradation cannot be done on a device.
+            folder, or one of other photographs.
     """
 
     def __init__(
@@ -98,19 +92,13 @@ class PhotoCrops(Dataset[Sample]):
         use_flip: bool = True,
         text: str | None = None,
         packed: bool = False,
-        degrade_on: str = "workers",
     ) -> None:
         if crop < 1:
             raise UserError(f"data.crop must be a positive number of pixels, got {crop}")
-        if degrade_on not in PLACES:
-            raise UserError(f"data.degrade_on must be one of {', '.join(PLACES)}, got {degrade_on!r}")
-        if degrade_on == "device" and not isinstance(degradation, Degradation):
-            raise UserError("data.degrade_on=device needs degradation=realesrgan; the others are made by workers")
         if downscale is not None and not (len(downscale) == 2 and 1 <= downscale[0] <= downscale[1]):
             raise UserError(f"data.downscale must be [low, high], 1 <= low <= high, got {list(downscale)}")
         files, self.texts = _photographs(root, packed, text)
         self.crop, self.degradation, self.seed, self.use_flip = crop, degradation, seed, use_flip
-        self.degrade_on = degrade_on
         self.downscale = None if downscale is None else (float(downscale[0]), float(downscale[1]))
         self.store = ImageStore([(file,) for file in files], root or "the embedded photographs")
         self.order = EpochOrder(len(files), seed)
@@ -125,26 +113,15 @@ class PhotoCrops(Dataset[Sample]):
 
     def __getitem__(self, n: int) -> Sample:
         """Make sample n, any number >= 0."""
-        sample = self._good(n)
-        if self.degradation is not None:
-            sample["lq"] = self.degradation(sample["hq"], numpy_generator(self.seed, "degradation", n))
-        return sample
-
-    def planned(self, n: int) -> Sample:
-        """Sample n for a loader that degrades on a device: with a plan, if this data set is to be degraded there."""
-        if self.degrade_on != "device" or not isinstance(self.degradation, Degradation):
-            return self[n]
-        plan = self.degradation.draw((self.crop, self.crop), numpy_generator(self.seed, "degradation", n))
-        return {**self._good(n), "plan": plan}
-
-    def _good(self, n: int) -> Sample:
-        """Sample n before its degradation: `lq` is `hq`."""
         index, (photo,) = self.store.read(self.order[n])
         rng = numpy_generator(self.seed, "crop", n)
         hq_3HW = random_square(photo, self.crop, rng, self.downscale)
         if self.use_flip and rng.random() < 0.5:
             hq_3HW = hq_3HW.flip(-1)
-        sample: Sample = {"hq": hq_3HW, "lq": hq_3HW, "name": self.store.items[index][0].stem, "key": n}
+        lq_3HW = hq_3HW
+        if self.degradation is not None:
+            lq_3HW = self.degradation(hq_3HW, numpy_generator(self.seed, "degradation", n))
+        sample: Sample = {"hq": hq_3HW, "lq": lq_3HW, "name": self.store.items[index][0].stem, "key": n}
         return with_text(sample, self.texts, index)
 
 

@@ -1,6 +1,6 @@
 """From a dataset to batches, for any number of workers and processes."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NotRequired, TypedDict
 
 import torch
@@ -8,19 +8,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from varestorer.data.datasets import Sample
-from varestorer.data.degradation import Plan
-from varestorer.data.degradation.batched import degrade
 from varestorer.utils.errors import UserError
 from varestorer.utils.seeds import torch_generator
-
-DEGRADING_DEVICES = ("cpu", "cuda")
 
 
 class Batch(TypedDict):
     """B pairs: `hq`, `lq` (B, 3, H, W) float32 in [0, 1]; B names; `key` (B,) int64 sample numbers.
 
-    Data sets with text add `text`: of each prompt its features (T, E), or None for the null text. `plan` is what is
-    still to be done to each `lq` (None: nothing); `PairLoader` does it and takes it out.
+    Data sets with text add `text`: of each prompt its features (T, E), or None for the null text.
     """
 
     hq: Tensor
@@ -28,7 +23,6 @@ class Batch(TypedDict):
     name: list[str]
     key: Tensor
     text: NotRequired[list[Tensor | None]]
-    plan: NotRequired[list[Plan | None]]
 
 
 class ShardedNumbers:
@@ -51,44 +45,24 @@ class ShardedNumbers:
 class _ErrorsAsValues(Dataset[Any]):
     """Hands a UserError over as a value: torch would bury its message in the worker's traceback."""
 
-    def __init__(self, make: Callable[[int], Sample]) -> None:
-        self.make = make
+    def __init__(self, dataset: Dataset[Sample]) -> None:
+        self.dataset = dataset
 
     def __getitem__(self, n: int) -> Sample | UserError:
         try:
-            return self.make(n)
+            return self.dataset[n]
         except UserError as error:
             return error
 
 
 class PairLoader(DataLoader[Any]):
-    """A DataLoader that raises, here, the UserErrors its workers met, and does what they left to the device.
-
-    Attributes:
-        device: where batches are degraded that have plans; their tensors are on it then.
-    """
-
-    device: torch.device | str = "cpu"
+    """A DataLoader that raises, here, the UserErrors its workers met."""
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         for batch in super().__iter__():
             if isinstance(batch, UserError):
                 raise batch
-            yield carry_out_plans(batch, self.device)
-
-
-def carry_out_plans(batch: Batch, device: torch.device | str) -> Batch:
-    """Degrade, on a device, the pictures of a batch that have plans; a batch without plans stays where it is."""
-    plans = batch.get("plan")
-    if plans is None:
-        return batch
-    rows = [row for row, plan in enumerate(plans) if plan is not None]
-    index = torch.tensor(rows, device=device)
-    hq, lq = (batch[side].to(device, non_blocking=True) for side in ("hq", "lq"))  # type: ignore[literal-required]
-    done = degrade(hq[index], [plan for plan in plans if plan is not None])
-    finished: Batch = {**batch, "hq": hq, "lq": lq.index_copy(0, index, done)}
-    del finished["plan"]
-    return finished
+            yield batch
 
 
 def collate(samples: list[Sample | UserError]) -> Batch | UserError:
@@ -107,8 +81,6 @@ def collate(samples: list[Sample | UserError]) -> Batch | UserError:
     }
     if "text" in good[0]:
         batch["text"] = [sample["text"] for sample in good]
-    if any("plan" in sample for sample in good):
-        batch["plan"] = [sample.get("plan") for sample in good]
     return batch
 
 
@@ -119,7 +91,6 @@ def build_loader(
     num_workers: int = 0,
     rank: int = 0,
     world: int = 1,
-    device: torch.device | str | None = None,
 ) -> PairLoader:
     """Build an endless loader whose batches are a function of the position alone.
 
@@ -130,8 +101,6 @@ def build_loader(
         num_workers: worker processes; the batches are the same for any number.
         rank: number of this process.
         world: number of processes.
-        device: where to degrade batches of data sets with `degrade_on=device`; their workers do it if this is None, or
-            of a kind that cannot (Apple's has no Poisson noise).
     Returns:
         Iterable of `Batch`.
     """
@@ -140,17 +109,13 @@ def build_loader(
             "wanted batch_size >= 1, 0 <= rank < world, start_sample >= 0, num_workers >= 0, got "
             f"{batch_size=}, {rank=}, {world=}, {start_sample=}, {num_workers=}"
         )
-    can_degrade = device is not None and torch.device(device).type in DEGRADING_DEVICES
-    planned = getattr(dataset, "planned", None) if can_degrade else None
     if num_workers > 1:
         getattr(dataset, "read_ahead", lambda: None)()
-    loader = PairLoader(
-        _ErrorsAsValues(planned or dataset.__getitem__),
+    return PairLoader(
+        _ErrorsAsValues(dataset),
         batch_sampler=ShardedNumbers(batch_size, start_sample, rank, world),  # type: ignore[arg-type]
         collate_fn=collate,
         num_workers=num_workers,
         # without one torch draws the workers' seed from the global generator
         generator=torch_generator(0, "loader"),
     )
-    loader.device = device or "cpu"
-    return loader

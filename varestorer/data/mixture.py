@@ -56,13 +56,11 @@ class Mixture(Dataset[Sample]):
     def __getitem__(self, n: int) -> Sample:
         """Make sample n, any number >= 0."""
         source, number = self.place(n)
-        return self._finish(self.sources[source][number], n)
-
-    def planned(self, n: int) -> Sample:
-        """Sample n for a loader that degrades on a device, see `PhotoCrops.planned`."""
-        source, number = self.place(n)
-        make = getattr(self.sources[source], "planned", self.sources[source].__getitem__)
-        return self._finish(make(number), n)
+        sample: Sample = self.sources[source][number]
+        finished: Sample = {**sample, "key": n}
+        if self.has_text:
+            finished["text"] = sample.get("text")
+        return finished
 
     def place(self, n: int) -> tuple[int, int]:
         """Which source gives sample n, and the number it has there."""
@@ -77,12 +75,6 @@ class Mixture(Dataset[Sample]):
         earlier = self._places[:place]
         rank = int(np.count_nonzero((earlier >= start) & (earlier < end)))
         return source, block * self.shares[source] + rank
-
-    def _finish(self, sample: Sample, n: int) -> Sample:
-        finished: Sample = {**sample, "key": n}
-        if self.has_text:
-            finished["text"] = sample.get("text")
-        return finished
 
 
 def _shares(weights: Sequence[float]) -> list[int]:

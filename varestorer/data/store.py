@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from varestorer.data.shards import Packed
+from varestorer.utils.device import num_bytes
 from varestorer.utils.errors import UserError
 from varestorer.utils.image_files import open_image
 from varestorer.utils.images import load_image, to_uint8
@@ -95,11 +96,11 @@ class ImageStore:
             return self._cache[index]
         images = tuple(to_uint8(_load(path)) for path in self.items[index])
         self._cache[index] = images
-        self._cached_bytes += _num_bytes(images)
+        self._cached_bytes += num_bytes(images)
         worker = get_worker_info()
         limit = CACHE_BYTES // (worker.num_workers if worker else 1)
         while self._cached_bytes > limit and len(self._cache) > 1:
-            self._cached_bytes -= _num_bytes(self._cache.popitem(last=False)[1])
+            self._cached_bytes -= num_bytes(self._cache.popitem(last=False)[1])
         return images
 
     def _decoded_bytes(self, index: int) -> int:
@@ -159,7 +160,3 @@ def _num_pixels(path: Path | Packed) -> int:
         return path.num_pixels()
     with open_image(path) as file:
         return file.width * file.height
-
-
-def _num_bytes(images: tuple[Tensor, ...]) -> int:
-    return sum(image.numel() for image in images)

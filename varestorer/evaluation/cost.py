@@ -24,6 +24,7 @@ from varestorer.evaluation.memory import peak_memory
 from varestorer.systems.varestorer import VARestorer
 from varestorer.tokenizer.autoencoder import init_weights as init_tokenizer_weights
 from varestorer.transformer.adapters import init_adapters
+from varestorer.utils.device import num_bytes
 from varestorer.utils.iqa_sandbox import quiet
 from varestorer.utils.seeds import isolated_rng, torch_generator
 from varestorer.utils.timing import Clock
@@ -269,5 +270,5 @@ def _image(system: VARestorer) -> Tensor:
 
 def _peak(system: VARestorer, image_13tt: Tensor) -> int | None:
     working = peak_memory(lambda: system.restore_batch(image_13tt), system.device)
-    weights = sum(tensor.numel() * tensor.element_size() for tensor in system.state_dict().values())
+    weights = num_bytes(system.state_dict().values())
     return None if working is None else weights + working

@@ -6,15 +6,13 @@ from torch import Tensor, nn
 
 from varestorer.losses.perceptual import (
     DISTSLoss,
-    EncoderFeatureLoss,
-    FeatureExtractor,
     LPIPSLoss,
     MSSSIMLoss,
     PerceptualLoss,
 )
 
 WITH_WEIGHTS = ("lpips", "lpips-vgg", "dists")
-NAMES = (*WITH_WEIGHTS, "features", "ms_ssim")
+NAMES = (*WITH_WEIGHTS, "ms_ssim")
 
 
 class SumLoss(nn.Module):
@@ -30,26 +28,23 @@ class SumLoss(nn.Module):
         return sum((loss(pred_B3HW, target_B3HW) for loss in self.losses), pred_B3HW.new_zeros(()))
 
 
-def perceptual_loss(name: str, encoder: FeatureExtractor | None = None) -> PerceptualLoss:
+def perceptual_loss(name: str) -> PerceptualLoss:
     """The perceptual loss a config names.
 
     Args:
-        name: "lpips" (Alex), "lpips-vgg" or "dists", which need published weights; "features" of the given frozen
-            encoder; "ms_ssim"; or the sum of several, as "lpips+dists".
-        encoder: images in [-1, 1] to feature maps, for "features".
+        name: "lpips" (Alex), "lpips-vgg" or "dists", which need published weights; "ms_ssim", which needs none; or the
+            sum of several, as "lpips+dists".
 
     Raises:
         UserError: weights that are missing.
         ValueError: an unknown name.
     """
     if "+" in name:
-        return SumLoss([perceptual_loss(part, encoder) for part in name.split("+")])
+        return SumLoss([perceptual_loss(part) for part in name.split("+")])
     if name in ("lpips", "lpips-vgg"):
         return LPIPSLoss(net="vgg" if name.endswith("vgg") else "alex")
     if name == "dists":
         return DISTSLoss()
-    if name == "features" and encoder is not None:
-        return EncoderFeatureLoss(encoder)
     if name == "ms_ssim":
         return MSSSIMLoss()
     raise ValueError(f"perceptual must be one of {', '.join(NAMES)}, got {name!r}")

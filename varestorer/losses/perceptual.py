@@ -1,15 +1,14 @@
 """Perceptual losses behind one interface: callables `(pred_B3HW, target_B3HW) -> scalar`, images in [-1, 1].
 
-`LPIPSLoss` is what the paper trains with; it and `DISTSLoss` need published weights. `EncoderFeatureLoss` and
-`MSSSIMLoss` need none: the first compares features of an encoder that the caller already has (the frozen
-tokenizer's), the second is a formula. All of them are differentiable in the prediction and average over the batch.
+`LPIPSLoss` is what the paper trains with; it and `DISTSLoss` need published weights. `MSSSIMLoss` is a formula and
+needs none. All of them are differentiable in the prediction and average over the batch.
 
 Shapes: B batch, C channels, H W image, h w one level.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Self
 
@@ -20,7 +19,6 @@ from torch import Tensor, nn
 from varestorer.losses.pixel import float32_pair
 
 PerceptualLoss = Callable[[Tensor, Tensor], Tensor]
-FeatureExtractor = Callable[[Tensor], Sequence[Tensor]]
 
 LPIPS_METRICS = {"alex": "lpips", "vgg": "lpips-vgg"}
 MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
@@ -89,80 +87,13 @@ class DISTSLoss(MetricLoss):
         return self.network((pred + 1) / 2, (target + 1) / 2).float().mean()
 
 
-class EncoderFeatureLoss:
-    """Distance between feature maps of a frozen encoder, each pixel's feature vector scaled to length one.
-
-    The construction of LPIPS without its learned channel weights, so that any encoder can serve. The encoder
-    is only referred to: it is neither moved nor stored in a checkpoint with the loss.
-
-    Args:
-        encoder: image B3HW in [-1, 1] -> feature maps (B, C_i, h_i, w_i), any number; its parameters should
-            not require gradients.
-        level_weights: weight of each map; default: equal, summing to one.
-    """
-
-    def __init__(self, encoder: FeatureExtractor, level_weights: Sequence[float] | None = None):
-        self.encoder = encoder
-        self.level_weights = level_weights
-
-    def __call__(self, pred_B3HW: Tensor, target_B3HW: Tensor, target_BChw: Sequence[Tensor] | None = None) -> Tensor:
-        """Distance of the two images, mean over the batch: a float32 scalar >= 0.
-
-        Args:
-            pred_B3HW: images, with gradients.
-            target_B3HW: images of the same shape.
-            target_BChw: the encoder's feature maps of the target, where they are known already.
-        """
-        pred, target = float32_pair(pred_B3HW, target_B3HW)
-        if target_BChw is None:
-            with torch.no_grad():
-                target_BChw = self.encoder(target)
-        return feature_distance(list(self.encoder(pred)), target_BChw, self.level_weights)
-
-
 class MSSSIMLoss:
-    """1 - MS-SSIM: compares structure at several scales and needs no weights; see `ms_ssim`.
-
-    Args:
-        window: side of the Gaussian window (pixels, odd).
-        max_scales: at most this many scales; small images use fewer.
-    """
-
-    def __init__(self, window: int = 11, max_scales: int = 5):
-        self.window = window
-        self.max_scales = max_scales
+    """1 - MS-SSIM: compares structure at several scales and needs no weights; see `ms_ssim`."""
 
     def __call__(self, pred_B3HW: Tensor, target_B3HW: Tensor) -> Tensor:
         """Distance of the two images, mean over the batch: a float32 scalar, 0 for equal images."""
         pred, target = float32_pair(pred_B3HW, target_B3HW)
-        return 1 - ms_ssim((pred + 1) / 2, (target + 1) / 2, self.window, self.max_scales).mean()
-
-
-def feature_distance(
-    pred_BChw: Sequence[Tensor], target_BChw: Sequence[Tensor], level_weights: Sequence[float] | None = None
-) -> Tensor:
-    """Squared distance of unit-length feature vectors, summed over channels, averaged over pixels and batch.
-
-    Zhang et al. 2018 (LPIPS), equation 1 with w_l = 1; a level lies in [0, 4].
-
-    Args:
-        pred_BChw: feature maps, one per level; their channels and sizes may differ from level to level.
-        target_BChw: the same of the target.
-        level_weights: one per level; default: 1 / number of levels.
-    Returns:
-        A scalar.
-    Raises:
-        ValueError: no feature map at all, or the lists differ in length.
-    """
-    weights = level_weights or [1 / max(len(pred_BChw), 1)] * len(pred_BChw)
-    if not pred_BChw or not len(pred_BChw) == len(target_BChw) == len(weights):
-        counts = f"{len(pred_BChw)}, {len(target_BChw)} and {len(weights)}"
-        raise ValueError(f"wanted as many predicted as target maps and weights, and any, got {counts}")
-    levels = [
-        weight * (_unit_length(pred) - _unit_length(target)).square().sum(dim=1).mean()
-        for pred, target, weight in zip(pred_BChw, target_BChw, weights, strict=True)
-    ]
-    return torch.stack(levels).sum()
+        return 1 - ms_ssim((pred + 1) / 2, (target + 1) / 2).mean()
 
 
 def ms_ssim(pred_B3HW: Tensor, target_B3HW: Tensor, window: int = 11, max_scales: int = 5) -> Tensor:
@@ -202,12 +133,6 @@ def num_scales(shortest_side: int, window: int = 11, max_scales: int = 5) -> int
     while scales < min(max_scales, len(MS_SSIM_WEIGHTS)) and shortest_side // 2**scales >= window:
         scales += 1
     return scales
-
-
-def _unit_length(features_BChw: Tensor) -> Tensor:
-    # eps inside the root: the gradient at a zero vector is 1/sqrt(eps), not the 1/eps of functional.normalize
-    features = features_BChw.float()
-    return features * (features.square().sum(dim=1, keepdim=True) + 1e-6).rsqrt()
 
 
 def _ssim_terms(pred_B3hw: Tensor, target_B3hw: Tensor, window: int) -> tuple[Tensor, Tensor]:

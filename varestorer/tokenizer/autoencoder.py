@@ -125,17 +125,10 @@ class Encoder(nn.Module):
         self.conv_out = conv3x3(widths[-1], latent_channels)
 
     def forward(self, img_B3HW: Tensor) -> Tensor:
-        return self.conv_out(F.silu(self.norm_out(self.features(img_B3HW)[-1])))
-
-    def features(self, img_B3HW: Tensor) -> list[Tensor]:
-        """The outputs of every level and of the middle, fine to coarse (used as a perceptual space)."""
         x = self.conv_in(self.unshuffle(img_B3HW))
-        outputs = []
         for level in self.levels:
             x = level(x)
-            outputs.append(x)
-        outputs[-1] = self.middle(x)
-        return outputs
+        return self.conv_out(F.silu(self.norm_out(self.middle(x))))
 
 
 class Decoder(nn.Module):

@@ -46,11 +46,6 @@ class BinarySphericalQuantizer(nn.Module):
         """Each bit inverted where `noise` (uniform, shape of the bits) is below `strength` (broadcast)."""
         return indices ^ (noise < strength)
 
-    def straight_through(self, features_BZhw: Tensor) -> Tensor:
-        """Codes whose gradient passes to the features (for tokenizer training)."""
-        codes = self.codes(self.indices(features_BZhw))
-        return features_BZhw + (codes - features_BZhw).detach()
-
     def entropy_terms(self, features_BZhw: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """Soft-bit entropies in nats per bit: the mean of each bit's own, and that of each bit's average.
 

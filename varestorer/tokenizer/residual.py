@@ -10,7 +10,7 @@ a scale are bits (B, Z, h, w) or entries of a codebook (B, h, w).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -86,6 +86,16 @@ class TokenPyramid:
     def codes(self) -> Tensor:
         """The decoder's input: the sum over all scales, (B, Z, h_K, w_K)."""
         return self.cumulative[-1]
+
+    def halves(self) -> tuple[TokenPyramid, TokenPyramid]:
+        """The pyramids of the first and of the second half of the batch."""
+
+        def half(number: int) -> TokenPyramid:
+            names = ("indices", "predicted", "bases", "cumulative")
+            lists = {name: tuple(x.chunk(2)[number] for x in getattr(self, name)) for name in names}
+            return replace(self, **lists, residual=self.residual.chunk(2)[number])
+
+        return half(0), half(1)
 
     def labels(self) -> Tensor:
         """Indices of all scales as tokens: bits (B, L, Z), or entries (B, L)."""

@@ -43,11 +43,6 @@ def _all_templates() -> dict[float, tuple[Scale, ...]]:
 TEMPLATES: dict[float, tuple[Scale, ...]] = _all_templates()
 
 
-def nearest_aspect(height: int, width: int) -> float:
-    """Key of the template whose h / w is nearest to that of an image of this height and width."""
-    return min(TEMPLATES, key=lambda aspect: abs(height / width - aspect))
-
-
 @dataclass(frozen=True)
 class ScaleSchedule:
     """Sizes (h, w) of the K scales, coarse to fine; the last one is the latent size.

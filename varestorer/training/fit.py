@@ -109,7 +109,6 @@ def _batches(
         num_workers=cfg.num_workers,
         rank=accelerator.process_index,
         world=accelerator.num_processes,
-        device=accelerator.device,
     )
     loader.worker_init_fn = leave_signals_to_parent
     batches = iter(loader)

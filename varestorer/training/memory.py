@@ -26,6 +26,7 @@ from varestorer.training.optimisers import OptimizerFactory, build_optimizer
 from varestorer.training.speed import TrainStep
 from varestorer.training.task import Task
 from varestorer.transformer.blocks import Block
+from varestorer.utils.device import num_bytes
 
 BLOCKS, BACKWARD, ELSEWHERE = "transformer blocks", "backward pass", "losses and the rest"
 LABELS = {
@@ -70,7 +71,7 @@ def memory_report(
     """
     parameters = list(task.trainable_parameters().values())
     rows = [MemoryRow("weights", part, size) for part, size in weights_by_part(task).items()]
-    rows.append(MemoryRow("gradients", "of what trains", _bytes(parameters)))
+    rows.append(MemoryRow("gradients", "of what trains", num_bytes(parameters)))
     rows.append(MemoryRow("optimiser", "state", optimizer_bytes(task, optimizer)))
     averaged = sum(parameter.numel() for parameter in task.averaged_parameters().values())
     rows.append(MemoryRow("averages", "float32", averaged * torch.float32.itemsize))
@@ -87,7 +88,7 @@ def weights_by_part(task: Task) -> dict[str, int]:
         if id(tensor) not in seen:
             seen.add(id(tensor))
             part = _part_of(name)
-            found[part] = found.get(part, 0) + _bytes([tensor])
+            found[part] = found.get(part, 0) + num_bytes([tensor])
     return found
 
 
@@ -99,7 +100,7 @@ def optimizer_bytes(task: Task, factory: OptimizerFactory) -> int:
     optimizer.step()
     optimizer.zero_grad()
     tensors = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
-    return _bytes(tensors)
+    return num_bytes(tensors)
 
 
 @dataclass(frozen=True)
@@ -312,7 +313,3 @@ def _as_on_cuda(bf16: bool) -> Iterator[None]:
     patched = patch.object(torch.utils.checkpoint, "checkpoint", imitating)
     with patch.object(torch, "autocast", autocast), patched, mode:
         yield
-
-
-def _bytes(tensors: list[Any] | list[Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

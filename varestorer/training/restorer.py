@@ -42,8 +42,7 @@ class RestorerTask(Task):
             raise UserError("there is no restorer to train: set model.restorer to its sizes or to a file")
         self.system = system
         self.weights = RestorerWeights(**(weights or {}))
-        wanted = self.weights.perceptual > 0
-        self.perceptual = perceptual_loss(perceptual, system.tokenizer.encoder.features) if wanted else None
+        self.perceptual = perceptual_loss(perceptual) if self.weights.perceptual > 0 else None
         train_only(self, system.restorer.parameters())
 
     def forward(self, batch: Batch, step: int) -> dict[str, Tensor]:

@@ -7,7 +7,6 @@ no model FLOPs, so it shows in the share.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -17,7 +16,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from varestorer.training.distillation import DistillationTask, check_image_options
+from varestorer.training.distillation import DistillationTask
 from varestorer.training.ema import Ema
 from varestorer.training.optimisers import OptimizerFactory, build_optimizer, clip_gradients, gradient_norm
 from varestorer.training.precision import keep_base_in
@@ -29,7 +28,7 @@ from varestorer.utils.seeds import torch_generator
 from varestorer.utils.timing import Clock, Mark, Timing
 
 BACKWARD, OPTIMISER, REST = "backward", "optimiser", "the rest"
-WORDS = ("eager", "bf16", "checkpoint", "compile", "slices", "crop256 (any number of pixels)")
+WORDS = ("eager", "bf16", "checkpoint", "compile", "slices")
 
 
 @dataclass(frozen=True)
@@ -41,14 +40,12 @@ class StepVariant:
         checkpoint: compute the blocks again in the backward pass.
         compile: the blocks through torch.compile.
         slices: decode and compare images one by one (`distillation.StraightThrough.image_slices`).
-        crop: side of the square that is decoded (`distillation.StraightThrough.crop`); None: the whole image.
     """
 
     bf16: bool = False
     checkpoint: bool = False
     compile: bool = False
     slices: bool = False
-    crop: int | None = None
 
     @classmethod
     def parse(cls, text: str) -> StepVariant:
@@ -59,12 +56,10 @@ class StepVariant:
         """
         variant = cls()
         for word in text.split("+"):
-            if crop := re.fullmatch(r"crop(\d+)", word):
-                variant = replace(variant, crop=int(crop[1]))
-            elif word in ("bf16", "checkpoint", "compile", "slices"):
-                variant = replace(variant, **{word: True})
-            elif word != "eager":
+            if word not in WORDS:
                 raise UsageError(f"a variant of what=train_step joins some of {', '.join(WORDS)} by +, got {text!r}")
+            if word != "eager":
+                variant = replace(variant, **{word: True})
         return variant
 
 
@@ -96,16 +91,13 @@ class TrainStep:
         """Make the task take steps of a variant inside of the block.
 
         Raises:
-            UsageError: a crop or slices of a task that decodes no straight-through bits.
-            UserError: a crop that does not fit, see `distillation.check_image_options`.
+            UsageError: slices of a task that decodes no straight-through bits.
         """
         task = self.task
         if isinstance(task, DistillationTask):
-            wanted = replace(task.straight_through, crop=variant.crop, image_slices=variant.slices)
-            check_image_options(wanted, task.tiles)
-            task.straight_through = wanted
-        elif variant.crop is not None or variant.slices:
-            raise UsageError(f"variants with crop or slices are of distillation; {type(task).__name__} has none")
+            task.straight_through = replace(task.straight_through, image_slices=variant.slices)
+        elif variant.slices:
+            raise UsageError(f"variants with slices are of distillation; {type(task).__name__} has none")
         for module in task.modules():
             if isinstance(module, VARTransformer):
                 module.checkpoint_activations = variant.checkpoint

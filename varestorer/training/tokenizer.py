@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
@@ -12,12 +11,10 @@ from torch import Tensor, nn
 from varestorer.losses.build import perceptual_loss
 from varestorer.losses.pixel import l1_loss, mse_loss
 from varestorer.systems.varestorer import VARestorer
-from varestorer.tokenizer.autoencoder import Encoder
 from varestorer.tokenizer.residual import TokenPyramid
 from varestorer.training.adversary import Adversarial, Adversary
 from varestorer.training.scores import ImageScores
 from varestorer.training.task import Batch, Task, train_only
-from varestorer.utils.errors import UserError
 from varestorer.utils.images import to_network
 
 
@@ -51,17 +48,13 @@ class TokenizerTask(Task):
     Args:
         system: holds the tokenizer.
         weights: arguments of `TokenizerWeights`.
-        perceptual: see `losses.build.perceptual_loss`; "features" are those of the encoder as the stage begins, for a
-            tokenizer that starts from trained weights.
+        perceptual: see `losses.build.perceptual_loss`.
         continuous_steps: first steps without quantisation; the network learns to reconstruct before it has to spend
             its features on bits.
         adversarial: arguments of `adversary.Adversarial`.
         scores: metrics of pyiqa that `validation` gives of the reconstruction.
         log_each_bit: report the usage of every bit, not of the scales alone.
         seed: of the discriminator's first weights.
-
-    Raises:
-        UserError: perceptual=features of a tokenizer that starts from random weights.
     """
 
     def __init__(
@@ -78,8 +71,7 @@ class TokenizerTask(Task):
         super().__init__()
         self.system = system
         self.weights = TokenizerWeights(**(weights or {}))
-        self.start_encoder = _start_encoder(system) if "features" in perceptual.split("+") else None
-        self.perceptual = perceptual_loss(perceptual, (self.start_encoder or system.tokenizer.encoder).features)
+        self.perceptual = perceptual_loss(perceptual)
         self.continuous_steps = continuous_steps
         options = Adversarial(**(adversarial or {}))  # type: ignore[arg-type]
         self.adversary = Adversary(options, seed) if options.weight else None
@@ -132,15 +124,6 @@ class TokenizerTask(Task):
     def preview(self, batch: Batch) -> dict[str, Tensor]:
         """HQ beside its reconstruction through the bits."""
         return {"tokenizer": self.system.decode(self.system.encode(batch["hq"]).codes), "HQ": batch["hq"]}
-
-
-def _start_encoder(system: VARestorer) -> Encoder:
-    if "tokenizer" not in system.files:
-        raise UserError(
-            "perceptual=features compares by a trained encoder: set model.weights.tokenizer to a file, a bundle or a "
-            "run, or take perceptual=lpips or ms_ssim"
-        )
-    return deepcopy(system.tokenizer.encoder)
 
 
 def bit_usage(pyramid: TokenPyramid) -> Tensor:

@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 
@@ -35,6 +36,11 @@ def pick_device(name: str = "auto") -> torch.device:
         count = torch.cuda.device_count()
         raise UserError(f"device={name}, but torch sees {count} CUDA devices; use device=cpu or device=auto")
     return torch.device(name)
+
+
+def num_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of tensors."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:

@@ -60,7 +60,7 @@ options of what=generate
 
 options of what=train_step
   train=EXPERIMENT          its last stage counts ('overrides=["~stages.student"]': the one before), at model= sizes
-  variants=[...]            eager, bf16, checkpoint, compile, slices, crop256 joined by +
+  variants=[...]            eager, or bf16, checkpoint, compile, slices joined by +
 
 A stage's floor is the larger of two times: its operations at the rate of the device's products of matrices, and the
 least bytes it must move (weights once, what goes in and comes out) at the rate of the device's copies, both measured
@@ -72,7 +72,7 @@ what=all model=2b on an H200 prints what the program is meant to reach there, be
 
 options of what=loader
   root=FOLDER               photographs; default: the embedded ones
-  crop=512 pairs=32         side of the squares, pixels, and how many are made
+  crop=512 pairs=32         side of the squares, pixels, and pairs of one training step
   step_seconds=1.0          time of a training step that is to be fed
 
 options of what=memory

@@ -9,9 +9,8 @@ from varestorer.commands.entry import OK, say
 
 def run(cfg: DictConfig) -> int:
     """Print pairs a second and core, and the cores that a step needs."""
-    from varestorer.data.speed import loader_report
-    from varestorer.utils.device import pick_device
+    from varestorer.data.speed import loader_report, pairs_per_second
 
-    device = pick_device(str(cfg.device))
-    say("\n".join(loader_report(cfg.root, cfg.crop, cfg.pairs, cfg.step_seconds, device)))
+    rate = pairs_per_second(cfg.root, cfg.crop)
+    say("\n".join(loader_report(rate, cfg.crop, cfg.pairs, cfg.step_seconds)))
     return OK

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import asdict
 from pathlib import Path
@@ -10,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from varestorer.commands.benchmark.shared import write_json
 from varestorer.commands.entry import OK, quote_value, say
 from varestorer.commands.train import stage_config
 from varestorer.utils.errors import UsageError
-from varestorer.utils.files import atomic_write
 
 if TYPE_CHECKING:
     from varestorer.systems.varestorer import VARestorer
@@ -44,9 +43,8 @@ def run(cfg: DictConfig) -> int:
             torch.cuda.empty_cache()
     say(table(columns, peaks))
     if cfg.out is not None:
-        path = Path(cfg.out) / "memory.json"
-        write_json(path, columns, peaks, str(cfg.train))
-        say(f"written: {path}")
+        write_json(Path(cfg.out), as_json(columns, peaks, str(cfg.train)), "memory.json")
+        say(f"written: {Path(cfg.out) / 'memory.json'}")
     return OK
 
 
@@ -116,12 +114,10 @@ def table(columns: dict[int, list[MemoryRow]], peaks: dict[int, int]) -> str:
     return "\n".join(lines)
 
 
-def write_json(path: Path, columns: dict[int, list[MemoryRow]], peaks: dict[int, int], experiment: str) -> None:
-    """Write the report for programs: bytes."""
-    content: dict[str, Any] = {"experiment": experiment, "micro_batches": {}}
-    for size, rows in columns.items():
-        measured = peaks.get(size)
-        content["micro_batches"][str(size)] = {"rows": [asdict(row) for row in rows], "measured_peak": measured}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+def as_json(columns: dict[int, list[MemoryRow]], peaks: dict[int, int], experiment: str) -> dict[str, Any]:
+    """The report for programs: bytes."""
+    measured = {
+        str(size): {"rows": [asdict(row) for row in rows], "measured_peak": peaks.get(size)}
+        for size, rows in columns.items()
+    }
+    return {"experiment": experiment, "micro_batches": measured}

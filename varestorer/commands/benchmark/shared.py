@@ -80,7 +80,7 @@ def out_folder(cfg: DictConfig) -> Path:
     return Path("outputs/benchmark") / f"{cfg.what}_{datetime.now():%Y-%m-%d_%H-%M-%S}"
 
 
-def write_json(folder: Path, content: Mapping[str, Any]) -> None:
-    """Write `benchmark.json`."""
-    with atomic_write(folder / FILE) as temporary:
+def write_json(folder: Path, content: Mapping[str, Any], name: str = FILE) -> None:
+    """Write `benchmark.json`, or a file of another name."""
+    with atomic_write(folder / name) as temporary:
         temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -4,7 +4,7 @@ What a step of the paper's distillation costs on one image of 512x512 pixels, co
 2.1 TFLOP to encode both images, 11.1 for the teacher's 2,521 tokens, 17.4 for the student's 3,545 and its adapters, 2.5
 to decode, 23.4 for the gradients, which frozen weights have none of: 56.5 in all. What teacher and student have in
 common (text path, the base's keys and values of the text) is 0.3 of it: sharing that gains nothing worth its memory.
-Checkpointing computes the student's blocks again, 17 more; a crop of half the side leaves out 3.7.
+Checkpointing computes the student's blocks again, 17 more.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
     from varestorer.training.speed import StepSpeed, TrainStep
 
 VARIANTS = {
-    "cuda": ("bf16", "bf16+checkpoint", "bf16+compile", "bf16+crop{crop}"),
-    "cpu": ("eager", "bf16", "checkpoint", "crop{crop}"),
+    "cuda": ("bf16", "bf16+checkpoint", "bf16+compile"),
+    "cpu": ("eager", "bf16", "checkpoint"),
 }
-"""What is compared on a device where `variants` does not say; the crop is half of the tile."""
+"""What is compared on a device where `variants` does not say."""
 GIB = 2**30
 
 
@@ -54,7 +54,7 @@ def run(cfg: DictConfig) -> int:
     lines, rows = [], []
     for batch_size in map(int, cfg.batch):
         step = build_step(cfg, device, batch_size)
-        names = cfg.variants or [name.format(crop=step.batch["hq"].shape[-1] // 2) for name in defaults(device)]
+        names = cfg.variants or VARIANTS.get(device.type, VARIANTS["cpu"])
         variants = {str(name): StepVariant.parse(str(name)) for name in names}
         for dtype in {torch.bfloat16 if variant.bf16 else torch.float32 for variant in variants.values()} - {*rates}:
             rates[dtype] = matrix_rate(device, dtype)
@@ -72,11 +72,6 @@ def run(cfg: DictConfig) -> int:
     write_bars(folder / "benchmark.png", rows, title)
     say(f"\nwritten: benchmark.json and benchmark.png to {folder}")
     return OK
-
-
-def defaults(device: torch.device) -> tuple[str, ...]:
-    """The variants for a device."""
-    return VARIANTS.get(device.type, VARIANTS["cpu"])
 
 
 def build_step(cfg: DictConfig, device: torch.device, batch_size: int) -> TrainStep:

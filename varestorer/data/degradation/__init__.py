@@ -9,13 +9,11 @@ from varestorer.data.degradation.pipeline import (
     RandomNoise,
     RandomResize,
 )
-from varestorer.data.degradation.plan import Plan
 
 __all__ = [
     "BicubicDegradation",
     "Degradation",
     "Degrade",
-    "Plan",
     "RandomBlur",
     "RandomNoise",
     "RandomResize",

@@ -1,7 +1,7 @@
 """The second-order degradation of Real-ESRGAN (Wang et al. 2021, section 3), as VARestorer's data uses it.
 
-Each random step is a small frozen dataclass of plain numbers: `draw` takes its parameters from a generator, calling
-it draws and applies. The defaults are the published preset (`configs/degradation/realesrgan.yaml`). Noise comes from a
+Each random step is a small frozen dataclass of plain numbers; calling it draws its parameters from a generator and
+applies them. The defaults are the published preset (`configs/degradation/realesrgan.yaml`). Noise comes from a
 generator of its own, whose seed is drawn, so that no parameter depends on the picture.
 
 Deviations from the reference code: pictures are resized to whole sizes, so that the content keeps its place
@@ -14,7 +14,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from varestorer.data.degradation.kernels import gaussian_kernel, plateau_kernel, sinc_kernel
@@ -26,7 +25,6 @@ from varestorer.data.degradation.operations import (
     resample,
     round_to_8bit,
 )
-from varestorer.data.degradation.plan import Noise, Plan, Resize
 from varestorer.utils.errors import UserError
 from varestorer.utils.images import resize
 
@@ -99,11 +97,7 @@ class RandomBlur(_Step):
     size: tuple[int, int] = (7, 21)
 
     def __call__(self, img_CHW: Tensor, rng: np.random.Generator) -> Tensor:
-        return apply_blur(img_CHW, self.draw(rng))
-
-    def draw(self, rng: np.random.Generator) -> np.ndarray | None:
-        """(size, size) float32 kernel of a random kind; None for no blur."""
-        return self.draw_kernel(rng).numpy() if rng.random() < self.prob else None
+        return blur(img_CHW, self.draw_kernel(rng)) if rng.random() < self.prob else img_CHW
 
     def draw_kernel(self, rng: np.random.Generator) -> Tensor:
         """(size, size) kernel of a random kind."""
@@ -141,14 +135,11 @@ class RandomResize(_Step):
 
     def __call__(self, img_CHW: Tensor, rng: np.random.Generator, base: tuple[int, int] | None = None) -> Tensor:
         """Resize to a random multiple of `base` (height, width); None: of the picture's own size."""
-        return resample(img_CHW, *self.draw(base or (img_CHW.shape[-2], img_CHW.shape[-1]), rng))
-
-    def draw(self, base: tuple[int, int], rng: np.random.Generator) -> Resize:
-        """A random multiple of `base` (height, width), and a method."""
+        height, width = base or (img_CHW.shape[-2], img_CHW.shape[-1])
         low, high = self.factor
         limits = ((1.0, high), (low, 1.0), (1.0, 1.0))[int(rng.choice(3, p=self.direction_probs))]
         factor = _uniform(rng, limits)
-        return Resize((_scaled(base[0], factor), _scaled(base[1], factor)), _draw_mode(rng))
+        return resample(img_CHW, (_scaled(height, factor), _scaled(width, factor)), _draw_mode(rng))
 
 
 @dataclass(frozen=True)
@@ -168,13 +159,11 @@ class RandomNoise(_Step):
     grey_prob: float = 0.4
 
     def __call__(self, img_CHW: Tensor, rng: np.random.Generator) -> Tensor:
-        return apply_noise(img_CHW, self.draw(rng))
-
-    def draw(self, rng: np.random.Generator) -> Noise:
-        """Kind, strength and seed."""
         is_gaussian, use_grey = bool(rng.random() < self.gaussian_prob), bool(rng.random() < self.grey_prob)
         strength = _uniform(rng, self.sigma if is_gaussian else self.poisson_scale)
-        return Noise(is_gaussian, strength, use_grey, int(rng.integers(2**63)))
+        source = np.random.Generator(np.random.PCG64(int(rng.integers(2**63))))
+        add = add_gaussian_noise if is_gaussian else add_poisson_noise
+        return add(img_CHW, strength, use_grey, source)
 
 
 @dataclass(frozen=True)
@@ -220,61 +209,26 @@ class Degradation(_Step):
         Returns:
             (3, H, W) float32 in [0, 1], 8-bit levels, at the size of the input.
         """
-        return carry_out(self.draw((hq_3HW.shape[-2], hq_3HW.shape[-1]), rng), hq_3HW)
-
-    def draw(self, size: tuple[int, int], rng: np.random.Generator) -> Plan:
-        """Draw what to do with a picture of a size (height, width)."""
+        size: tuple[int, int] = (hq_3HW.shape[-2], hq_3HW.shape[-1])
         small = _small_size(size, self.scale)
-        return Plan(
-            blur1=self.blur1.draw(rng),
-            resize1=self.resize1.draw(size, rng),
-            noise1=self.noise1.draw(rng),
-            jpeg1=_integer(rng, self.jpeg1),
-            blur2=self.blur2.draw(rng),
-            resize2=self.resize2.draw(small, rng),
-            noise2=self.noise2.draw(rng),
-            is_jpeg_last=bool(rng.random() < 0.5),
-            shrink=Resize(small, _draw_mode(rng)),
-            sinc=self._draw_sinc(rng),
-            jpeg2=_integer(rng, self.jpeg2),
-            enlarge=Resize(size, _draw_mode(rng, self.enlarge_modes)),
-        )
+        x = self.noise1(self.resize1(self.blur1(hq_3HW, rng), rng), rng)
+        x = compress_jpeg(x, _integer(rng, self.jpeg1))
+        x = self.noise2(self.resize2(self.blur2(x, rng), rng, small), rng)
+        is_jpeg_last, mode = rng.random() < 0.5, _draw_mode(rng)
+        sinc, quality = self._draw_sinc(rng), _integer(rng, self.jpeg2)
+        if not is_jpeg_last:
+            x = compress_jpeg(x, quality)
+        x = resample(x, small, mode)
+        if sinc is not None:
+            x = blur(x, sinc)
+        if is_jpeg_last:
+            x = compress_jpeg(x, quality)
+        return round_to_8bit(resample(x, size, _draw_mode(rng, self.enlarge_modes)))
 
-    def _draw_sinc(self, rng: np.random.Generator) -> np.ndarray | None:
+    def _draw_sinc(self, rng: np.random.Generator) -> Tensor | None:
         if rng.random() >= self.final_sinc_prob:
             return None
-        return sinc_kernel(_integer(rng, self.final_sinc_size, 2), _uniform(rng, self.final_sinc_cutoff)).numpy()
-
-
-def carry_out(plan: Plan, hq_3HW: Tensor) -> Tensor:
-    """Degrade a picture as planned.
-
-    Args:
-        plan: for a picture of this size.
-        hq_3HW: RGB in [0, 1], float32 or float64, on the CPU.
-    Returns:
-        (3, H, W) float32 in [0, 1], 8-bit levels.
-    """
-    x = apply_noise(resample(apply_blur(hq_3HW, plan.blur1), *plan.resize1), plan.noise1)
-    x = compress_jpeg(x, plan.jpeg1)
-    x = apply_noise(resample(apply_blur(x, plan.blur2), *plan.resize2), plan.noise2)
-    if not plan.is_jpeg_last:
-        x = compress_jpeg(x, plan.jpeg2)
-    x = apply_blur(resample(x, *plan.shrink), plan.sinc)
-    if plan.is_jpeg_last:
-        x = compress_jpeg(x, plan.jpeg2)
-    return round_to_8bit(resample(x, *plan.enlarge))
-
-
-def apply_blur(img_CHW: Tensor, kernel: np.ndarray | None) -> Tensor:
-    """Blur by a kernel, if there is one."""
-    return img_CHW if kernel is None else blur(img_CHW, torch.from_numpy(kernel))
-
-
-def apply_noise(img_CHW: Tensor, noise: Noise) -> Tensor:
-    """Add noise, clamped to [0, 1]."""
-    add = add_gaussian_noise if noise.is_gaussian else add_poisson_noise
-    return add(img_CHW, noise.strength, noise.use_grey, np.random.Generator(np.random.PCG64(noise.seed)))
+        return sinc_kernel(_integer(rng, self.final_sinc_size, 2), _uniform(rng, self.final_sinc_cutoff))
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,6 @@ from varestorer.evaluation.speed.stages import (
     ON_HOST,
     Stage,
     least_bytes,
-    num_bytes,
     restoring_stages,
     time_stages,
     weight_bytes,
@@ -30,6 +29,7 @@ from varestorer.evaluation.speed.stages import (
 from varestorer.evaluation.speed.subjects import Subject
 from varestorer.systems.acceleration import tensors_of
 from varestorer.systems.varestorer import VARestorer
+from varestorer.utils.device import num_bytes
 from varestorer.utils.seeds import torch_generator
 from varestorer.utils.timing import Clock, Timing, in_turns
 

@@ -17,6 +17,7 @@ from varestorer.conditioning.pyramid import Condition
 from varestorer.evaluation.cost import DECODER, ENCODER, RESTORER, TRANSFORMER
 from varestorer.systems.varestorer import VARestorer
 from varestorer.utils.color import match_color
+from varestorer.utils.device import num_bytes
 from varestorer.utils.errors import UserError
 from varestorer.utils.images import from_network, load_image, save_image, to_network
 from varestorer.utils.timing import Clock
@@ -144,8 +145,3 @@ def _tensors(value: Any) -> list[Tensor]:
     if isinstance(value, Tensor):
         return [value]
     return list(value or [])
-
-
-def num_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of tensors."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

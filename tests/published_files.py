@@ -13,7 +13,7 @@ from varestorer.weights.published import STUDENT_FILE, TOKENIZER_FILE, TRANSFORM
 TOKENIZER = {
     "channels": 32,
     "multipliers": [1, 1, 1, 1, 1],
-    "num_bits": 8,
+    "latent_width": 8,
     "num_encoder_blocks": 1,
     "num_decoder_blocks": 1,
 }
@@ -21,7 +21,7 @@ TRANSFORMER = {
     "width": 32,
     "depth": 2,
     "num_heads": 2,
-    "num_bits": 8,
+    "latent_width": 8,
     "text_width": 16,
     "text_length": 3,
     "num_levels": 15,

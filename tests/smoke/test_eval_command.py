@@ -16,8 +16,7 @@ from varestorer.commands.entry import compose
 from varestorer.commands.eval import COMMAND
 from varestorer.evaluation.evaluator import Evaluator
 from varestorer.evaluation.sources import BicubicSource
-from varestorer.systems.student import StudentConfig
-from varestorer.systems.varestorer import VARestorer
+from varestorer.systems.varestorer import StudentConfig, VARestorer
 from varestorer.utils.images import load_image, resize, save_image
 from varestorer.weights.shipped import DEFAULT
 

@@ -17,8 +17,7 @@ from varestorer.commands.restore import COMMAND
 from varestorer.conditioning.captioner import Captioner
 from varestorer.conditioning.text_encoder import TextEncoder
 from varestorer.systems.acceleration import Acceleration
-from varestorer.systems.student import StudentConfig
-from varestorer.systems.varestorer import VARestorer
+from varestorer.systems.varestorer import StudentConfig, VARestorer
 from varestorer.utils.images import load_image
 from varestorer.weights.shipped import DEFAULT
 

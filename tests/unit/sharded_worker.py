@@ -28,12 +28,12 @@ ACCUMULATE = 2
 SAMPLES = 4  # of a step
 SIZES: dict[str, Any] = {
     "schedule": {"sides": [1, 2, 4]},
-    "tokenizer": {"channels": 32, "multipliers": [1], "num_bits": 8, "patch_size": 4},
+    "tokenizer": {"channels": 32, "multipliers": [1], "latent_width": 8, "patch_size": 4},
     "transformer": {
         "width": 32,
         "depth": 2,
         "num_heads": 2,
-        "num_bits": 8,
+        "latent_width": 8,
         "text_width": 16,
         "text_length": 3,
         "num_levels": 4,

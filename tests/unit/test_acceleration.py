@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from varestorer.conditioning.restorer import Restorer
-from varestorer.systems.acceleration import Acceleration, accelerate
-from varestorer.systems.graphs import fill, key_of, map_tensors, tensors_of
-from varestorer.systems.restoring import RestoredBatch, predict_squares
+from varestorer.systems.acceleration import Acceleration, fill, key_of, map_tensors, tensors_of
+from varestorer.systems.base import RestoredBatch
 from varestorer.systems.varestorer import VARestorer
-from varestorer.transformer.sampling import keyed_noise
+from varestorer.transformer.heads import keyed_noise
 from varestorer.utils import device as device_module
 from varestorer.utils.device import gains_from_bf16, limit_threads, processor_flags, usable_cores
 from varestorer.utils.errors import UsageError, UserError
@@ -28,18 +27,18 @@ def squares(count: int = 3) -> Tensor:
 
 def fast(system: VARestorer, name: str) -> VARestorer:
     """A copy of a system, accelerated as a variant's name says."""
-    return accelerate(copy.deepcopy(system), Acceleration.parse(name))
+    return copy.deepcopy(system).accelerate(Acceleration.parse(name))
 
 
 def share_of_equal_bits(one: RestoredBatch, other: RestoredBatch) -> float:
-    pairs = zip(one.bits, other.bits, strict=True)
+    pairs = zip(one.indices, other.indices, strict=True)
     return torch.cat([(a == b).flatten() for a, b in pairs]).float().mean().item()
 
 
 def assert_near(fast: RestoredBatch, plain: RestoredBatch, error: float, share: float) -> None:
     """Logits within `error` of their standard deviation, and at least `share` of the bits alike."""
-    assert fast.logits_BLZ2 is not None and plain.logits_BLZ2 is not None
-    assert (fast.logits_BLZ2 - plain.logits_BLZ2).abs().max() <= error * plain.logits_BLZ2.std()
+    assert fast.logits is not None and plain.logits is not None
+    assert (fast.logits - plain.logits).abs().max() <= error * plain.logits.std()
     assert share_of_equal_bits(fast, plain) >= share
     assert fast.images_B3HW.dtype == torch.float32
 
@@ -141,7 +140,7 @@ def test_weights_that_change_between_images_are_seen(tiny_system: VARestorer) ->
     photo = torch.rand(3, 8, 8, generator=torch.Generator().manual_seed(1))
     before = tiny_system.restore(photo, 4).image
     with torch.no_grad():
-        tiny_system.transformer.text.null_features.add_(3.0)
+        tiny_system.transformer.condition.null_features.add_(3.0)
     assert not torch.equal(tiny_system.restore(photo, 4).image, before)
 
 
@@ -189,20 +188,20 @@ def test_what_a_machine_cannot_do_is_refused_and_leaves_the_system_as_it_was(
         "int8": "linears=int8 needs torchao: pip install torchao",
     }.items():
         with pytest.raises(UserError, match=message):
-            accelerate(tiny_system, Acceleration.parse(name))
+            tiny_system.accelerate(Acceleration.parse(name))
     with pytest.raises(UserError, match="linears=int8 needs merged adapters"):
-        accelerate(tiny_system, Acceleration(merge=False, linears="int8"))
+        tiny_system.accelerate(Acceleration(merge=False, linears="int8"))
     monkeypatch.setattr("varestorer.systems.acceleration.find_spec", lambda name: object())
     with pytest.raises(UserError, match=r"linears=fp8 needs an NVIDIA GPU of compute capability 8\.9"):
-        accelerate(tiny_system, Acceleration.parse("fp8"))
+        tiny_system.accelerate(Acceleration.parse("fp8"))
     assert tiny_system.acceleration is None and not tiny_system.student_config.merged
 
 
 def test_an_accelerated_system_stays_as_it_is(tiny_system: VARestorer, tmp_path: Path) -> None:
     system = tiny_system.accelerate(Acceleration.parse("bf16"))
-    assert accelerate(system, Acceleration.parse("bf16")) is system
+    assert system.accelerate(Acceleration.parse("bf16")) is system
     with pytest.raises(UserError, match="accelerated already"):
-        accelerate(system, Acceleration.parse("merged"))
+        system.accelerate(Acceleration.parse("merged"))
     with pytest.raises(UserError, match="cannot be saved"):
         system.save_pretrained(tmp_path / "bundle")
     assert not (tmp_path / "bundle" / "config.json").exists()
@@ -293,10 +292,10 @@ def test_nothing_waits_for_the_device_between_the_image_and_the_result(tiny_syst
     system = fast(tiny_system.cuda(), "merged")
     batch, text = squares().cuda(), system.transformer.prepare(system.null_text(1))
     with torch.inference_mode():
-        predict_squares(system, text, batch, None)
+        system.predict_squares(text, batch, None)
         torch.cuda.set_sync_debug_mode("error")
         try:
-            predict_squares(system, text, batch, None)
+            system.predict_squares(text, batch, None)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 

@@ -49,12 +49,12 @@ def test_a_merged_bundle_restores_alike_without_adapters_and_without_a_teacher(
     tiny_system: VARestorer, tmp_path: Path
 ) -> None:
     squares = torch.rand(2, 3, 32, 32, generator=torch_generator(0, "squares"))
-    unmerged = tiny_system.restore_batch(squares).logits_BLZ2
+    unmerged = tiny_system.restore_batch(squares).logits
     tiny_system.save_pretrained(tmp_path / "bundle")  # a folder that held another form before
     tiny_system.merge_adapters().save_pretrained(tmp_path / "bundle")
     assert {path.stem for path in (tmp_path / "bundle").glob("*.safetensors")} == {"tokenizer", "transformer"}
     merged = VARestorer.from_pretrained(tmp_path / "bundle")
-    logits = merged.restore_batch(squares).logits_BLZ2
+    logits = merged.restore_batch(squares).logits
     assert unmerged is not None
     assert logits is not None
     assert torch.allclose(logits, unmerged, atol=1e-5)
@@ -69,8 +69,14 @@ def test_merging_while_loading_gives_the_weights_of_merging_afterwards(
 ) -> None:
     torch.manual_seed(0)
     sizes = {"schedule": {"sides": [1, 2]}, "student": student}
-    tokenizer = {"channels": 32, "multipliers": [1], "num_bits": 8, "num_encoder_blocks": 1, "num_decoder_blocks": 1}
-    transformer = {"width": 16, "depth": 2, "num_heads": 1, "num_bits": 8, "text_width": 8, "text_length": 2}
+    tokenizer = {
+        "channels": 32,
+        "multipliers": [1],
+        "latent_width": 8,
+        "num_encoder_blocks": 1,
+        "num_decoder_blocks": 1,
+    }
+    transformer = {"width": 16, "depth": 2, "num_heads": 1, "latent_width": 8, "text_width": 8, "text_length": 2}
     system = VARestorer(tokenizer=tokenizer, transformer=transformer, **sizes)
     with torch.no_grad():
         for name, parameter in system.transformer.named_parameters():
@@ -103,13 +109,13 @@ def test_weights_beyond_half_precision_are_refused(tiny_system: VARestorer, tmp_
 
 def test_bf16_keeps_only_the_blocks_small(tiny_system: VARestorer, tmp_path: Path) -> None:
     squares = torch.rand(2, 3, 32, 32, generator=torch_generator(0, "squares"))
-    exact = tiny_system.restore_batch(squares).logits_BLZ2
+    exact = tiny_system.restore_batch(squares).logits
     tiny_system.set_precision("bf16").save_pretrained(tmp_path / "bundle")
     loaded = VARestorer.from_pretrained(tmp_path / "bundle")
     dtypes = {name: tensor.dtype for name, tensor in weights_of(loaded).items()}
     small = {name for name, dtype in dtypes.items() if dtype == torch.bfloat16}
     assert small == {name for name in dtypes if name.startswith("transformer.blocks.")}
-    rounded = loaded.restore_batch(squares).logits_BLZ2
+    rounded = loaded.restore_batch(squares).logits
     assert exact is not None
     assert rounded is not None
     assert rounded.dtype == torch.float32

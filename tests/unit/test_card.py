@@ -4,7 +4,7 @@ from dataclasses import asdict
 
 import yaml
 
-from varestorer.systems.student import StudentConfig
+from varestorer.systems.varestorer import StudentConfig
 from varestorer.tokenizer import TokenizerConfig
 from varestorer.transformer import TransformerConfig
 from varestorer.weights.card import model_card

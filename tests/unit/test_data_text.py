@@ -249,9 +249,9 @@ def batch_of(*texts: Tensor | None) -> dict[str, Any]:
 
 def test_a_sample_without_text_gets_all_of_the_null_text(tiny_system: VARestorer) -> None:
     with torch.no_grad():
-        tiny_system.transformer.text.null_features.normal_()
+        tiny_system.transformer.condition.null_features.normal_()
     text = prompts_of(batch_of(None, torch.ones(2, 16), None), tiny_system, 0.0, seed=0)
-    null = tiny_system.transformer.text.null_features
+    null = tiny_system.transformer.condition.null_features
     assert text.lengths == (3, 2, 3)
     rows = text.to_list()
     assert torch.equal(rows[0], null) and torch.equal(rows[2], null) and torch.equal(rows[1], torch.ones(2, 16))
@@ -266,10 +266,10 @@ def test_a_batch_without_any_text_is_the_null_batch(tiny_system: VARestorer) -> 
 
 def test_dropped_prompts_become_null_text_of_their_length(tiny_system: VARestorer) -> None:
     with torch.no_grad():
-        tiny_system.transformer.text.null_features.normal_()
+        tiny_system.transformer.condition.null_features.normal_()
     given = [torch.ones(2, 16), torch.ones(5, 16)]  # longer than the model's null text of three rows
     text = prompts_of(batch_of(*given), tiny_system, 1.0, seed=0)
-    null = tiny_system.transformer.text.null_features
+    null = tiny_system.transformer.condition.null_features
     assert text.lengths == (2, 3)
     assert torch.equal(text.to_list()[0], null[:2]) and torch.equal(text.to_list()[1], null)
     kept = prompts_of(batch_of(*given), tiny_system, 0.0, seed=0)

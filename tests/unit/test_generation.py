@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from varestorer.evaluation.speed.generation import Variant, generate_without_cache, runner
-from varestorer.systems.prefix import prefix_of
 from varestorer.systems.varestorer import VARestorer
 from varestorer.transformer.generation import MultiStepGenerator, Prefix, SamplingOptions
 
@@ -21,7 +20,7 @@ def images(system: VARestorer, batch_size: int = 2) -> torch.Tensor:
 
 
 def prefix(system: VARestorer) -> Prefix:
-    return prefix_of(system, system.condition(images(system)).pyramid)
+    return system.prefix_of(system.condition(images(system)).pyramid)
 
 
 @pytest.mark.parametrize("options", [SamplingOptions(), GUIDED], ids=["plain", "guided"])
@@ -32,7 +31,7 @@ def test_without_a_cache_the_same_bits_come_out(
     generator, seen = generator_of(tiny_system), prefix(tiny_system) if has_prefix else None
     text = generator.prepare(tiny_system.null_text(2), options.is_guided)
     cached, slow = generator(text, options, prefix=seen), generate_without_cache(generator, text, options, seen)
-    assert all(torch.equal(a, b) for a, b in zip(cached.bits, slow.bits, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(cached.indices, slow.indices, strict=True))
     assert torch.equal(cached.codes, slow.codes)
     assert torch.allclose(cached.logits[2], slow.logits[2], atol=1e-5)
 
@@ -47,8 +46,8 @@ def test_prepared_text_gives_what_its_features_give(tiny_system: VARestorer) -> 
 def test_generation_stops_where_it_is_told(tiny_system: VARestorer) -> None:
     generator, text = generator_of(tiny_system), tiny_system.null_text(1)
     whole, part = generator(text, SamplingOptions()), generator(text, SamplingOptions(), num_scales=2)
-    assert len(part.bits) == 2 and list(part.logits) == [0, 1]
-    assert all(torch.equal(a, b) for a, b in zip(whole.bits, part.bits, strict=False))
+    assert len(part.indices) == 2 and list(part.logits) == [0, 1]
+    assert all(torch.equal(a, b) for a, b in zip(whole.indices, part.indices, strict=False))
 
 
 @pytest.mark.parametrize("has_prefix", [False, True])
@@ -58,7 +57,7 @@ def test_generation_asks_the_device_for_no_value(tiny_system: VARestorer, has_pr
     result = generator_of(system)(system.null_text(2), GUIDED, prefix=seen)
     assert result.codes.shape == (2, 8, 4, 4)
     known = [torch.zeros(2, 8, side, side, dtype=torch.bool, device="meta") for side in (1, 2)]
-    assert generator_of(system)(system.null_text(2), GUIDED, known_bits=known, prefix=seen).codes.is_meta
+    assert generator_of(system)(system.null_text(2), GUIDED, known=known, prefix=seen).codes.is_meta
 
 
 @pytest.mark.gpu

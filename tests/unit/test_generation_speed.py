@@ -39,7 +39,7 @@ def test_formulas_count_what_torch_counts(tiny_system: VARestorer, name: str) ->
     work = runner(system, variant, images(system).to("meta"))
     with FlopCounterMode(display=False) as counter:
         work()
-    num_text = len(system.transformer.text.null_features)
+    num_text = len(system.transformer.condition.null_features)
     samples = 4 if "cfg" in variant.words else 2
     expected = count(system, variant, 2, num_text).flops - samples * text_flops(system.transformer.config, num_text)
     assert counter.get_total_flops() == expected

@@ -55,7 +55,7 @@ def resized(levels_HW3: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def null_text(system: VARestorer) -> Tensor:
-    return system.transformer.text.null_features.detach()
+    return system.transformer.condition.null_features.detach()
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def seen_text(tiny_system: VARestorer, monkeypatch: pytest.MonkeyPatch) -> list[
         return inner(condition, text)
 
     with torch.no_grad():
-        tiny_system.transformer.text.null_features.copy_(torch.linspace(-1, 1, 48).view(3, 16))
+        tiny_system.transformer.condition.null_features.copy_(torch.linspace(-1, 1, 48).view(3, 16))
     monkeypatch.setattr(tiny_system, "student_logits", watching)
     return seen
 

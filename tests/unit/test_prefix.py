@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from varestorer.systems.prefix import generate_from_prefix, prefix_logits
 from varestorer.systems.varestorer import VARestorer
 from varestorer.training.prefix import PrefixTask
 from varestorer.transformer.masks import prefix_causal_mask
@@ -51,16 +50,16 @@ def test_generation_equals_the_trained_network_given_its_own_bits(prefixed: VARe
     """What the cache gives scale by scale is what one pass over the finished pyramid gives."""
     lq = prefixed.encode(photo(0))
     text = prefixed.null_text(2)
-    generation = generate_from_prefix(prefixed, lq, text, None)
-    pyramid = _pyramid_of(prefixed, generation.bits)
-    given = prefix_logits(prefixed, pyramid, lq, text)
-    without = prefix_logits(prefixed, pyramid, lq, text, torch.tensor([True, True]))
+    generation = prefixed._generate_from_prefix(lq, text, None)
+    pyramid = _pyramid_of(prefixed, generation.indices)
+    given = prefixed.prefix_logits(pyramid, lq, text)
+    without = prefixed.prefix_logits(pyramid, lq, text, torch.tensor([True, True]))
     generated = torch.cat([generation.logits[k] for k in range(3)], dim=1)
     assert torch.allclose(generated[:2], given, atol=1e-4)
     assert torch.allclose(generated[2:], without, atol=1e-4)
     assert not torch.allclose(given, without, atol=1e-2)
     mixed = 2 * given - without
-    bits = torch.cat([bits.flatten(2).transpose(1, 2) for bits in generation.bits], dim=1)
+    bits = torch.cat([bits.flatten(2).transpose(1, 2) for bits in generation.indices], dim=1)
     decided = (mixed[..., 1] - mixed[..., 0]).abs() > 1e-3
     assert torch.equal((mixed[..., 1] > mixed[..., 0])[decided], bits[decided])
 
@@ -69,20 +68,19 @@ def _pyramid_of(system: VARestorer, bits: list[torch.Tensor]):  # noqa: ANN202
     from varestorer.tokenizer import TokenPyramid
     from varestorer.tokenizer.residual import resize_bilinear
 
-    total, cumulative = torch.zeros(1), []
+    sums = [torch.zeros(2, 8, 4, 4)]
     for one in bits:
-        codes = system.tokenizer.quantizer.quantiser.codes(one)
-        total = total + resize_bilinear(codes, system.schedule.latent_size)
-        cumulative.append(total)
-    return TokenPyramid(tuple(bits), tuple(bits), tuple(cumulative))
+        codes = system.tokenizer.quantizer.codebook.codes(one)
+        sums.append(sums[-1] + resize_bilinear(codes, system.schedule.latent_size))
+    return TokenPyramid(tuple(bits), tuple(bits), tuple(sums[:-1]), tuple(sums[1:]), sums[-1])
 
 
 @torch.no_grad()
 def test_a_sample_without_its_prefix_does_not_depend_on_the_degraded_image(prefixed: VARestorer) -> None:
     pyramid, text = prefixed.encode(photo(1)), prefixed.null_text(2)
     dropped = torch.tensor([False, True])
-    one = prefix_logits(prefixed, pyramid, prefixed.encode(photo(2)), text, dropped)
-    two = prefix_logits(prefixed, pyramid, prefixed.encode(photo(3)), text, dropped)
+    one = prefixed.prefix_logits(pyramid, prefixed.encode(photo(2)), text, dropped)
+    two = prefixed.prefix_logits(pyramid, prefixed.encode(photo(3)), text, dropped)
     assert torch.equal(one[1], two[1])
     assert not torch.allclose(one[0], two[0], atol=1e-3)
 

@@ -80,8 +80,8 @@ def test_least_bytes_are_weights_and_what_goes_in_and_out(tiny_system: VARestore
     weights = sum(parameter.numel() for parameter in system.tokenizer.decoder.parameters())
     assert found["VAE decoder"] == 4 * (weights + codes + image)
     assert found["colour"] == 4 * 2 * image
-    num_bits = 3 * 8 * (1 + 4 + 16)
-    assert found["sum codes"] == num_bits + 4 * codes
+    latent_width = 3 * 8 * (1 + 4 + 16)
+    assert found["sum codes"] == latent_width + 4 * codes
 
 
 def test_floor_is_the_larger_of_two_times() -> None:

@@ -111,7 +111,7 @@ def test_weight_decay_leaves_biases_embeddings_and_gains_alone(tiny_system: VARe
     of_blocks = {f"blocks.{b}.{name}" for b in range(2) for name in ("modulation", "self_attention.log_scale")}
     assert left == {f"transformer.{name}" for name in UNDECAYED | of_blocks}
     decayed = {n for n, p in task.trainable_parameters().items() if not task.no_decay(n, p)}
-    assert {"transformer.text.modulation.weight", "transformer.head_modulation.weight"} <= decayed
+    assert {"transformer.condition.modulation.weight", "transformer.head_modulation.weight"} <= decayed
     assert all(name.endswith("weight") for name in decayed)
 
 

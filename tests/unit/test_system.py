@@ -15,8 +15,8 @@ from varestorer.training.checkpoint import save_initial
 from varestorer.training.distillation import DistillationTask
 from varestorer.training.teacher import TeacherTask
 from varestorer.training.tokenizer import TokenizerTask
+from varestorer.transformer.heads import gumbel, keyed_noise
 from varestorer.transformer.layout import long_layout
-from varestorer.transformer.sampling import gumbel, keyed_noise
 from varestorer.utils.errors import UserError
 from varestorer.utils.images import to_uint8
 from varestorer.utils.seeds import torch_generator
@@ -57,7 +57,7 @@ def test_unknown_ways_of_restoring_are_refused(tiny_system: VARestorer) -> None:
 def test_one_more_step_keeps_the_coarse_scales_of_the_student(tiny_system: VARestorer) -> None:
     squares = torch.stack([image(32, 32), image(32, 32, 3)])
     one, two = tiny_system.restore_batch(squares), tiny_system.restore_batch(squares, steps=2)
-    same = [torch.equal(a, b) for a, b in zip(one.bits, two.bits, strict=True)]
+    same = [torch.equal(a, b) for a, b in zip(one.indices, two.indices, strict=True)]
     assert same[:2] == [True, True]
     assert torch.equal(tiny_system.restore_batch(squares, steps=1).images_B3HW, one.images_B3HW)
 
@@ -67,12 +67,12 @@ def test_multi_step_takes_coarse_scales_from_the_degraded_image(tiny_system: VAR
     with torch.no_grad():
         pyramid = tiny_system.encode(squares)
     restored = tiny_system.restore_batch(squares, steps="multi")
-    assert torch.equal(restored.bits[0], pyramid.indices[0])  # side 1 <= 4 / 4
-    assert restored.logits_BLZ2 is None
+    assert torch.equal(restored.indices[0], pyramid.indices[0])  # side 1 <= 4 / 4
+    assert restored.logits is None
 
 
 def test_uncertainty_is_a_map_between_zero_and_one_for_each_scale(tiny_system: VARestorer) -> None:
-    logits = tiny_system.restore_batch(image(32, 32)[None]).logits_BLZ2
+    logits = tiny_system.restore_batch(image(32, 32)[None]).logits
     assert logits is not None
     uncertainty = tiny_system.uncertainty(logits)
     assert uncertainty.shape == (1, 3, 32, 32)
@@ -114,7 +114,7 @@ def test_the_published_squares() -> None:
     assert system.tiles == (256, 320, 384, 512, 640, 768, 1024)
     large = system.at_tile(1024)
     assert len(large.schedule) == 13
-    layout = long_layout(large.schedule, 128, torch.device("cpu"))
+    layout = long_layout(large.schedule, large.transformer.config.position_rule, torch.device("cpu"))
     assert layout.levels_L.max() < system.transformer.config.num_levels
 
 
@@ -133,10 +133,10 @@ def test_bits_agree_across_batch_sizes_wherever_they_are_decided(tiny_system: VA
     def margins_and_bits(rows: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         noise = keyed_noise(3, rows, "restore", "cpu")
         restored = tiny_system.restore_batch(squares[rows], noise)
-        assert restored.logits_BLZ2 is not None
-        drawn = [noise(k, tuple(part.shape)) for k, part in enumerate(_scales(tiny_system, restored.logits_BLZ2))]
-        noisy = restored.logits_BLZ2 + gumbel(torch.cat(drawn, dim=1))
-        bits = torch.cat([bits.flatten(2).transpose(1, 2) for bits in restored.bits], dim=1)
+        assert restored.logits is not None
+        drawn = [noise(k, tuple(part.shape)) for k, part in enumerate(_scales(tiny_system, restored.logits))]
+        noisy = restored.logits + gumbel(torch.cat(drawn, dim=1))
+        bits = torch.cat([bits.flatten(2).transpose(1, 2) for bits in restored.indices], dim=1)
         return (noisy[..., 1] - noisy[..., 0]).abs(), bits, restored.images_B3HW
 
     margin, bits, images = margins_and_bits([0, 1, 2, 3, 4])
@@ -311,7 +311,7 @@ def test_a_student_that_keeps_bits_changes_only_those_it_is_sure_of(tiny_system:
     keeping.transformer.head.weight.zero_()
     keeping.transformer.head.bias.zero_()
     kept = keeping.restore_batch(squares)
-    assert all(torch.equal(*pair) for pair in zip(kept.bits, condition.pyramid.indices, strict=True))
+    assert all(torch.equal(*pair) for pair in zip(kept.indices, condition.pyramid.indices, strict=True))
     assert torch.allclose(kept.images_B3HW, keeping.decode(condition.pyramid.codes), atol=1e-6)
 
     keeping.student_config = replace(keeping.student_config, keep_residual=True)  # what the tokenizer lost, as well

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from varestorer.tokenizer import (
-    BinarySphericalQuantiser,
+    BinarySphericalQuantizer,
     MultiScaleQuantizer,
     MultiScaleTokenizer,
     ScaleSchedule,
@@ -19,7 +19,7 @@ SCHEDULE = ScaleSchedule.build(sides=[1, 2, 3, 5])
 
 @pytest.fixture
 def quantizer() -> MultiScaleQuantizer:
-    return MultiScaleQuantizer(BinarySphericalQuantiser(8))
+    return MultiScaleQuantizer(BinarySphericalQuantizer(8))
 
 
 @pytest.fixture
@@ -28,17 +28,17 @@ def features() -> torch.Tensor:
 
 
 def test_codes_are_corners_of_the_unit_sphere_and_zero_is_minus() -> None:
-    quantiser = BinarySphericalQuantiser(16)
+    quantizer = BinarySphericalQuantizer(16)
     features = torch.zeros(1, 16, 1, 1)
     features[0, 3] = 1e-9
-    codes = quantiser.codes(quantiser.indices(features))
+    codes = quantizer.codes(quantizer.indices(features))
     assert codes.norm(dim=1).item() == pytest.approx(1.0)
     assert (codes > 0).flatten().nonzero().flatten().tolist() == [3]
 
 
 def test_bits_to_codes_rebuilds_the_pyramid(quantizer: MultiScaleQuantizer, features: torch.Tensor) -> None:
     pyramid = quantizer(features, SCHEDULE)
-    assert torch.equal(quantizer.indices_to_codes(pyramid.indices, (5, 5)), pyramid.codes)
+    assert torch.equal(quantizer.indices_to_codes(pyramid.indices, SCHEDULE), pyramid.codes)
     assert pyramid.labels().shape == (2, SCHEDULE.num_tokens, 8)
 
 
@@ -109,13 +109,13 @@ def test_clamp_lets_gradients_pass() -> None:
 
 
 def test_entropy_terms_tell_decided_from_undecided_bits() -> None:
-    quantiser = BinarySphericalQuantiser(4)
+    quantizer = BinarySphericalQuantizer(4)
     half = torch.ones(1, 4, 1, 2)
     half[..., 1] = -1
-    decided, used = quantiser.entropy_terms(half, temperature=0.01)
+    decided, used = quantizer.entropy_terms(half, temperature=0.01)
     assert decided.item() < 1e-3
     assert used.item() == pytest.approx(0.6931, abs=1e-3)
-    _, constant = quantiser.entropy_terms(torch.ones(1, 4, 1, 2), temperature=0.01)
+    _, constant = quantizer.entropy_terms(torch.ones(1, 4, 1, 2), temperature=0.01)
     assert constant.item() < 1e-3
 
 
@@ -134,4 +134,4 @@ def test_without_norm_features_keep_the_strength_of_a_square() -> None:
 
 
 def test_entropies_are_finite_in_bfloat16(features: torch.Tensor) -> None:
-    assert all(term.isfinite() for term in BinarySphericalQuantiser(8).entropy_terms(100 * features.bfloat16()))
+    assert all(term.isfinite() for term in BinarySphericalQuantizer(8).entropy_terms(100 * features.bfloat16()))

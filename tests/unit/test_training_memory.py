@@ -108,8 +108,8 @@ def test_a_report_leaves_torch_as_it_was(task: Task) -> None:
 
 @pytest.mark.gpu
 def test_the_calculation_agrees_with_a_gpu() -> None:
-    model = {"channels": 64, "multipliers": (1, 2, 2), "num_bits": 16}
-    network = {"width": 512, "depth": 8, "num_heads": 8, "num_bits": 16, "text_width": 256, "text_length": 64}
+    model = {"channels": 64, "multipliers": (1, 2, 2), "latent_width": 16}
+    network = {"width": 512, "depth": 8, "num_heads": 8, "latent_width": 16, "text_width": 256, "text_length": 64}
     with torch.device("meta"):
         system = VARestorer({"sides": [1, 2, 4, 8, 16, 32]}, model, network)
     task = DistillationTask(system, perceptual="ms_ssim", checkpoint_activations=True).train()

@@ -15,18 +15,14 @@ from varestorer.transformer.adapters import (
 )
 from varestorer.transformer.blocks import ffn_width
 from varestorer.transformer.generation import MultiStepGenerator, SamplingOptions
-from varestorer.transformer.layout import long_layout, pyramid_layout
+from varestorer.transformer.heads import BitHead, keyed_noise
+from varestorer.transformer.layout import PositionRule, long_layout, pyramid_layout
 from varestorer.transformer.masks import block_causal_mask
 from varestorer.transformer.rope import grid_positions, rotate
-from varestorer.transformer.sampling import (
-    bit_entropy,
-    drop_unlikely,
-    keyed_noise,
-    select_bits,
-    straight_through_bits,
-)
 
 CPU = torch.device("cpu")
+ROPE = PositionRule("rope", 16)
+HEAD = BitHead(1, 1)
 
 
 def pixels(system: VARestorer, batch_size: int = 2, seed: int = 0) -> torch.Tensor:
@@ -47,7 +43,7 @@ def test_grid_positions_round_halves_to_even() -> None:
 
 
 def test_rotation_keeps_lengths_and_depends_on_relative_position() -> None:
-    layout = pyramid_layout(ScaleSchedule.template(3), 16, CPU)
+    layout = pyramid_layout(ScaleSchedule.template(3), ROPE, CPU)
     q, k = torch.randn(2, 1, 1, len(layout), 16).unbind(0)
     assert torch.allclose(rotate(q, layout.cos_LD, layout.sin_LD).norm(dim=-1), q.norm(dim=-1), atol=1e-5)
     same_q, same_k = q[:, :, :1].expand_as(q), k[:, :, :1].expand_as(k)
@@ -60,20 +56,20 @@ def test_rotation_keeps_lengths_and_depends_on_relative_position() -> None:
 
 def test_long_layout_reads_on_in_the_table_or_repeats_its_own_rows() -> None:
     schedule = ScaleSchedule.template(3)
-    table = pyramid_layout(ScaleSchedule.template(4), 16, CPU)
+    table = pyramid_layout(ScaleSchedule.template(4), ROPE, CPU)
     total, added = schedule.num_tokens, schedule.num_tokens_per_scale[-1]
-    reading_on = long_layout(schedule, 16, CPU)
-    own = long_layout(schedule, 16, CPU, "own")
+    reading_on = long_layout(schedule, ROPE, CPU)
+    own = long_layout(schedule, ROPE, CPU, "own")
     assert torch.equal(reading_on.cos_LD[total:], table.cos_LD[total : total + added])
     assert torch.equal(own.cos_LD[total:], table.cos_LD[total - added : total])
     assert own.levels_L[total:].tolist() == [3] * added
     with pytest.raises(ValueError, match="next_scale or own"):
-        long_layout(schedule, 16, CPU, "nearest")
+        long_layout(schedule, ROPE, CPU, "nearest")
 
 
 def test_long_layout_at_1m_takes_its_own_rows() -> None:
     schedule = ScaleSchedule.template("1M")
-    layout = long_layout(schedule, 8, CPU)
+    layout = long_layout(schedule, PositionRule("rope", 8), CPU)
     assert torch.equal(layout.cos_LD[10521:], layout.cos_LD[10521 - 4096 : 10521])
 
 
@@ -87,7 +83,7 @@ def test_block_causal_mask_sees_own_and_coarser_scales() -> None:
 
 def test_teacher_does_not_see_finer_scales_and_student_does(tiny_system: VARestorer) -> None:
     pyramid, text = teacher_parts(tiny_system)
-    tokens, layout = pyramid.inputs(), pyramid_layout(tiny_system.schedule, 16, CPU)
+    tokens, layout = pyramid.inputs(), pyramid_layout(tiny_system.schedule, ROPE, CPU)
     changed = tokens.clone()
     changed[:, -1] += 1.0  # a token of the last scale
     coarse = slice(0, tiny_system.schedule.slices[-1].start)
@@ -104,10 +100,10 @@ def test_teacher_does_not_see_finer_scales_and_student_does(tiny_system: VAResto
 
 def test_padding_of_prompts_changes_nothing(tiny_system: VARestorer) -> None:
     long, short = torch.randn(3, 16), torch.randn(2, 16)
-    path = tiny_system.transformer.text
+    path = tiny_system.transformer.condition
     together, alone = path(TextFeatures.from_list([long, short])), path(TextFeatures.from_list([short]))
     assert torch.allclose(together.cond_BC[1], alone.cond_BC[0], atol=1e-6)
-    layout = pyramid_layout(tiny_system.schedule, 16, CPU)
+    layout = pyramid_layout(tiny_system.schedule, ROPE, CPU)
     tokens = torch.randn(2, len(layout) - 1, 8)
     both = tiny_system.transformer(tokens, together, layout)[1]
     assert torch.allclose(both, tiny_system.transformer(tokens[1:], alone, layout)[0], atol=1e-5)
@@ -143,7 +139,7 @@ def test_fresh_adapters_equal_the_base_where_the_value_bias_stays(
 ) -> None:
     system = student_with(tiny_system, cross_value_bias)
     pyramid, text = teacher_parts(system)
-    layout = pyramid_layout(system.schedule, 16, CPU)
+    layout = pyramid_layout(system.schedule, ROPE, CPU)
     with torch.no_grad():
         student = system.transformer(pyramid.inputs(), text, layout)
         with adapters_off(system.transformer):
@@ -190,11 +186,11 @@ def test_cached_generation_equals_the_teacher_forced_pass(tiny_system: VARestore
     result = generate(text, SamplingOptions())
     total = torch.zeros(2, 8, 4, 4)
     inputs = []
-    for bits, scale in zip(result.bits[:-1], system.schedule.scales[1:], strict=True):
-        total = total + system.tokenizer.quantizer.indices_to_codes([bits], (4, 4))
+    for bits, scale in zip(result.indices[:-1], system.schedule.scales[1:], strict=True):
+        total = total + system.tokenizer.quantizer.indices_to_codes([bits], system.schedule)
         resized = torch.nn.functional.interpolate(total, size=scale, mode="bilinear", align_corners=False)
         inputs.append((total if scale == (4, 4) else resized).flatten(2).transpose(1, 2))
-    layout = pyramid_layout(system.schedule, 16, CPU)
+    layout = pyramid_layout(system.schedule, ROPE, CPU)
     with torch.no_grad():
         forced = system.transformer(torch.cat(inputs, dim=1), text, layout, block_causal_mask(layout.levels_L))
     cached = torch.cat(list(result.logits.values()), dim=1)
@@ -206,11 +202,11 @@ def test_known_scales_are_kept_and_the_rest_follows_from_them(tiny_system: VARes
     use_adapters(system.transformer, False)
     generate = MultiStepGenerator(system.transformer, system.tokenizer.quantizer, system.schedule)
     alone = generate(text, SamplingOptions())
-    continued = generate(text, SamplingOptions(), known_bits=alone.bits[:2])
-    assert all(torch.equal(a, b) for a, b in zip(alone.bits, continued.bits, strict=True))
+    continued = generate(text, SamplingOptions(), known=alone.indices[:2])
+    assert all(torch.equal(a, b) for a, b in zip(alone.indices, continued.indices, strict=True))
     assert list(continued.logits) == [2]
-    other = generate(text, SamplingOptions(), known_bits=[~bits for bits in alone.bits[:2]])
-    assert torch.equal(other.bits[0], ~alone.bits[0])
+    other = generate(text, SamplingOptions(), known=[~bits for bits in alone.indices[:2]])
+    assert torch.equal(other.indices[0], ~alone.indices[0])
     assert not torch.equal(other.logits[2], alone.logits[2])
 
 
@@ -246,17 +242,20 @@ def test_logits_are_float32_under_autocast(tiny_system: VARestorer) -> None:
 def test_sampling_draws_bits_with_their_probability() -> None:
     logits = torch.tensor([0.0, 1.5]).expand(1, 20000, 1, 2)
     uniform = torch.rand(logits.shape, generator=torch.Generator().manual_seed(0))
-    share = select_bits(logits, uniform).float().mean().item()
+    share = HEAD.select(logits, uniform).float().mean().item()
     assert share == pytest.approx(torch.tensor(1.5).sigmoid().item(), abs=0.01)
-    assert select_bits(logits, uniform, top_k=1).all()
-    assert select_bits(logits, uniform, top_p=0.8).all()
+    assert HEAD.select(logits, uniform, top_k=1).all()
+    assert HEAD.select(logits, uniform, top_p=0.8).all()
 
 
 def test_nucleus_never_drops_the_likelier_bit() -> None:
-    even = torch.zeros(1, 1, 1, 2)
-    assert torch.isfinite(drop_unlikely(even, 0.1)).all()
-    skewed = drop_unlikely(torch.tensor([[[[0.0, 4.0]]]]), 0.97)
-    assert skewed[0, 0, 0].isinf().tolist() == [True, False]
+    even, skewed = torch.zeros(1, 1, 1, 2), torch.tensor([[[[0.0, 4.0]]]])
+    to_zero, to_one = torch.tensor([0.9, 0.1]).expand(1, 1, 1, 2), torch.tensor([0.1, 0.9]).expand(1, 1, 1, 2)
+    assert not HEAD.select(even, to_zero, top_p=0.1)  # both bits are as likely: both stay
+    assert HEAD.select(even, to_one, top_p=0.1)
+    unlikely = torch.tensor([0.999999, 0.000001]).expand(1, 1, 1, 2)  # would draw the bit of probability 0.018
+    assert not HEAD.select(skewed, unlikely)
+    assert HEAD.select(skewed, unlikely, top_p=0.97)
 
 
 def test_noise_of_a_sample_does_not_depend_on_its_neighbours() -> None:
@@ -269,7 +268,7 @@ def test_noise_of_a_sample_does_not_depend_on_its_neighbours() -> None:
 
 def test_straight_through_bits_are_hard_with_the_soft_gradient() -> None:
     logits = torch.tensor([[[[0.2, 0.9], [1.0, -1.0]]]], requires_grad=True)
-    bits = straight_through_bits(logits, None, tau=0.5)
+    bits = HEAD.straight_through(logits, None, tau=0.5)
     assert bits.detach().flatten().tolist() == pytest.approx([1.0, 0.0])
     bits.sum().backward()
     p = torch.softmax(logits.detach() / 0.5, dim=-1)[..., 1]
@@ -281,7 +280,7 @@ def test_straight_through_bits_are_hard_with_the_soft_gradient() -> None:
 
 def test_entropy_is_zero_where_decided_and_one_where_even() -> None:
     logits = torch.tensor([[[[0.0, 60.0]], [[0.0, 0.0]]]])
-    assert bit_entropy(logits)[0].tolist() == pytest.approx([0.0, 1.0], abs=1e-6)
+    assert HEAD.entropy(logits)[0].tolist() == pytest.approx([0.0, 1.0], abs=1e-6)
 
 
 @pytest.mark.parametrize(("width", "hidden"), [(2048, 8192), (768, 3072), (96, 512), (64, 256), (32, 256)])

@@ -7,15 +7,16 @@ import torch
 from torch import Tensor
 
 from varestorer.systems.varestorer import VARestorer
+from varestorer.tokenizer.residual import to_map
 from varestorer.transformer import TextFeatures, attention, masks
 from varestorer.transformer.adapters import adapters_off, merge_adapters, use_adapters
 from varestorer.transformer.attention import LayerCache, attend
-from varestorer.transformer.layout import TokenLayout, long_layout, pyramid_layout
+from varestorer.transformer.layout import PositionRule, TokenLayout, long_layout, pyramid_layout
 from varestorer.transformer.masks import BlockCausal, block_causal_mask
 from varestorer.transformer.rope import rotate, rotate_complex
-from varestorer.transformer.sampling import bits_to_map, select_bits
 
 CPU = torch.device("cpu")
+ROPE = PositionRule("rope", 16)
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
@@ -23,7 +24,7 @@ def drawn(*shape: int, seed: int = 0) -> Tensor:
 
 
 def layout_of(system: VARestorer) -> TokenLayout:
-    return pyramid_layout(system.schedule, 16, CPU)
+    return pyramid_layout(system.schedule, ROPE, CPU)
 
 
 def padded(system: VARestorer) -> TextFeatures:
@@ -49,7 +50,7 @@ def test_prepared_text_gives_the_same_logits(
     tokens = drawn(2, len(layout) - 1, 8)
     expected = transformer(tokens, text, layout)
     assert torch.equal(transformer(tokens, transformer.prepare(text), layout), expected)
-    assert torch.equal(transformer(tokens, transformer.prepare(transformer.text(text)), layout), expected)
+    assert torch.equal(transformer(tokens, transformer.prepare(transformer.context(text)), layout), expected)
 
 
 @torch.no_grad()
@@ -95,7 +96,7 @@ def test_one_null_text_for_all_has_the_gradients_of_its_copies(tiny_system: VARe
     transformer, layout = tiny_system.transformer, layout_of(tiny_system)
     tokens, gradients = drawn(2, len(layout) - 1, 8), []
     for text in (tiny_system.null_text(2), TextFeatures.from_list(tiny_system.null_text(2).to_list())):
-        context = transformer.text(text)
+        context = transformer.context(text)
         assert len(context.memory_BTC) == (1 if text.features_BTE.stride(0) == 0 else 2)
         transformer.zero_grad()
         transformer(tokens, context, layout).square().mean().backward()
@@ -117,7 +118,7 @@ def test_the_complex_rotation_is_the_real_one(tiny_system: VARestorer) -> None:
 
 
 def test_layouts_know_how_many_tokens_each_level_has(tiny_system: VARestorer) -> None:
-    layout = long_layout(tiny_system.schedule, 16, CPU)
+    layout = long_layout(tiny_system.schedule, ROPE, CPU)
     assert layout.counts == (1, 4, 16, 16)
     assert layout[1:].counts == (4, 16, 16)
     assert layout[3:8].counts == (2, 3)
@@ -162,14 +163,14 @@ def test_the_scale_causal_teacher_may_read_through_a_cache(
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["none", "dense", "causal"])
 def test_tokens_that_nobody_asks_for_are_seen_all_the_same(tiny_system: VARestorer, kind: str) -> None:
-    transformer, layout = tiny_system.transformer, long_layout(tiny_system.schedule, 16, CPU)
+    transformer, layout = tiny_system.transformer, long_layout(tiny_system.schedule, ROPE, CPU)
     mask = {"none": None, "dense": block_causal_mask(layout.levels_L), "causal": BlockCausal.of(layout)}[kind]
     tokens, text = drawn(2, len(layout) - 1, 8), padded(tiny_system)
-    asked = transformer(tokens, text, layout, mask, num_outputs=21)
+    asked = transformer(tokens, text, layout, mask, asked=slice(0, 21))
     assert torch.allclose(asked, transformer(tokens, text, layout, mask)[:, :21], atol=1e-5)
     changed = tokens.clone()
     changed[:, -1] += 1
-    assert torch.equal(transformer(changed, text, layout, mask, num_outputs=21), asked) is (kind != "none")
+    assert torch.equal(transformer(changed, text, layout, mask, asked=slice(0, 21)), asked) is (kind != "none")
 
 
 # compilers and devices
@@ -182,13 +183,13 @@ def test_the_network_is_one_graph(tiny_system: VARestorer, kind: str, precision:
     torch._dynamo.reset()
     merge_adapters(tiny_system.transformer)
     tiny_system.set_precision(precision)
-    transformer, layout = tiny_system.transformer, long_layout(tiny_system.schedule, 16, CPU)
+    transformer, layout = tiny_system.transformer, long_layout(tiny_system.schedule, ROPE, CPU)
     text = transformer.prepare(tiny_system.null_text(1)) if kind == "prepared" else tiny_system.null_text(2)
     mask = BlockCausal.of(layout) if kind == "causal" else None
     tokens = drawn(2, len(layout) - 1, 8)
     compiled = torch.compile(transformer, backend="eager", fullgraph=True, dynamic=False)
-    expected = transformer(tokens, text, layout, mask, num_outputs=21)
-    assert torch.allclose(compiled(tokens, text, layout, mask, num_outputs=21), expected, atol=tolerance)
+    expected = transformer(tokens, text, layout, mask, asked=slice(0, 21))
+    assert torch.allclose(compiled(tokens, text, layout, mask, asked=slice(0, 21)), expected, atol=tolerance)
 
 
 @pytest.mark.gpu
@@ -197,7 +198,7 @@ def test_the_host_does_not_wait_for_the_device(tiny_system: VARestorer) -> None:
     device = torch.device("cuda")
     merge_adapters(tiny_system.transformer)
     transformer = tiny_system.to(device).set_precision("bf16").transformer
-    layout = long_layout(tiny_system.schedule, 16, device)
+    layout = long_layout(tiny_system.schedule, ROPE, device)
     tokens, uniform = drawn(2, len(layout) - 1, 8).to(device), torch.rand(2, 16, 8, 2, device=device)
     texts = (padded(tiny_system).features_BTE.to(device), (3, 2))
     prepared = transformer.prepare(tiny_system.null_text(1))
@@ -205,8 +206,8 @@ def test_the_host_does_not_wait_for_the_device(tiny_system: VARestorer) -> None:
     torch.cuda.set_sync_debug_mode("error")
     try:
         transformer(tokens, TextFeatures(*texts), layout, BlockCausal.of(layout))
-        logits = transformer(tokens, prepared, layout, num_outputs=21)[:, 5:]
-        maps = [bits_to_map(select_bits(logits, noise, top_p=0.9), (4, 4)) for noise in (None, uniform)]
+        logits = transformer(tokens, prepared, layout, asked=slice(0, 21))[:, 5:]
+        maps = [to_map(transformer.head.select(logits, noise, top_p=0.9), (4, 4)) for noise in (None, uniform)]
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert [tuple(bits.shape) for bits in maps] == [(2, 8, 4, 4)] * 2

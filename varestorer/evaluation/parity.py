@@ -20,11 +20,10 @@ from varestorer.tokenizer import MultiScaleTokenizer, ScaleSchedule, TokenPyrami
 from varestorer.tokenizer.residual import resize_area, resize_bilinear, to_map, to_tokens
 from varestorer.transformer import TextFeatures, VARTransformer
 from varestorer.transformer.generation import MultiStepGenerator, SamplingOptions
-
+from varestorer.transformer.heads import BitHead
 from varestorer.transformer.layout import PositionRule, pyramid_layout
 from varestorer.transformer.masks import BlockCausal
 from varestorer.transformer.rope import rope_table
-from varestorer.transformer.heads import BitHead
 
 FLOAT_TOLERANCE = 1e-4
 

@@ -370,4 +370,3 @@ class System(
             compile_parts(*self.transformer.blocks, self.tokenizer.encoder, self.tokenizer.decoder)
         if chosen.graphs:
             self.graphs = BatchGraphs()
-

@@ -41,7 +41,13 @@ def save_bundle(system: Any, folder: Path, half: bool = False) -> None:
         stored = _halved(tensors, file) if half else tensors
         save_tensors(file, stored, adapters_metadata(system) if part == ADAPTERS else None)
     files = {f"{part}.safetensors": tensors_file(folder, part).stat().st_size for part in parts}
-    config = {"format": FORMAT, "system": system.name, **system.config, "restorer": system.restorer is not None, "sources": sources(system)}
+    config = {
+        "format": FORMAT,
+        "system": system.name,
+        **system.config,
+        "restorer": system.restorer is not None,
+        "sources": sources(system),
+    }
     card = model_card(config, files, config["sources"], "fp16" if half else precision(system))
     with atomic_write(folder / CARD) as temporary:
         temporary.write_text(card, encoding="utf-8")

@@ -233,9 +233,7 @@ class VARestorer(System):
         image = self.tokenizer.decode(codes_BZhw)
         return image if residual_B3HW is None else clamp_keeping_gradient(image + residual_B3HW)
 
-    def predict_squares(
-        self, text: PreparedCondition, lq_B3HW: Tensor, uniforms: list[Tensor] | None
-    ) -> RestoredBatch:
+    def predict_squares(self, text: PreparedCondition, lq_B3HW: Tensor, uniforms: list[Tensor] | None) -> RestoredBatch:
         """One pass from degraded to restored squares, without a word between host and device.
 
         Args:

@@ -92,7 +92,7 @@ class TokenPyramid:
 
         def half(number: int) -> TokenPyramid:
             names = ("indices", "predicted", "bases", "cumulative")
-            lists = {name: tuple(x.chunk(2)[number] for x in getattr(self, name)) for name in names}
+            lists: dict[str, Any] = {name: tuple(x.chunk(2)[number] for x in getattr(self, name)) for name in names}
             return replace(self, **lists, residual=self.residual.chunk(2)[number])
 
         return half(0), half(1)

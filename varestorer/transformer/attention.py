@@ -1,4 +1,4 @@
-"""Self attention with normalised queries and keys, cross attention to text, and the key-value cache (Infinity, section 3).
+"""Self attention with normalised queries and keys, cross attention to text, and the key-value cache.
 
 Shapes: `B` batch, `L` tokens, `T` text tokens, `C` width, `N` heads, `D` head dim.
 """

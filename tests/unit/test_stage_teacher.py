@@ -11,7 +11,7 @@ from varestorer.transformer.drop_path import branch_factors, dropped_paths
 from varestorer.utils.errors import UserError
 from varestorer.utils.seeds import torch_generator
 
-UNDECAYED = {"text.null_features", "text.pool.query", "start", "level_embed.weight"}
+UNDECAYED = {"condition.null_features", "condition.pool.query", "start", "level_embed.weight"}
 
 
 def batch_of(*keys: int) -> Batch:

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from varestorer.systems.varestorer import VARestorer
-from varestorer.tokenizer import TokenPyramid
 from varestorer.training.task import Batch
 from varestorer.training.tokenizer import TokenizerTask, bit_usage
 from varestorer.utils.seeds import torch_generator
@@ -22,7 +21,7 @@ def batch_of(count: int = 2) -> Batch:
 def test_bit_usage_is_the_entropy_of_each_bits_mean() -> None:
     coarse = torch.tensor([[True, True], [True, False]])[:, :, None, None]  # (B=2, Z=2, 1, 1)
     fine = torch.tensor([[1, 0, 0, 0], [0, 0, 0, 0]]).bool().view(1, 2, 2, 2).expand(2, -1, -1, -1)
-    usage_KZ = bit_usage(TokenPyramid((coarse, fine), (coarse, fine), ()))
+    usage_KZ = bit_usage([coarse, fine])
     quarter = -(0.25 * math.log2(0.25) + 0.75 * math.log2(0.75))
     assert usage_KZ.flatten().tolist() == pytest.approx([0.0, 1.0, quarter, 0.0], abs=1e-4)
 

@@ -122,7 +122,10 @@ def test_layouts_know_how_many_tokens_each_level_has(tiny_system: VARestorer) ->
     assert layout.counts == (1, 4, 16, 16)
     assert layout[1:].counts == (4, 16, 16)
     assert layout[3:8].counts == (2, 3)
-    assert (layout[:5] + layout[21:]).counts == (1, 4, 16)
+    prefixed = pyramid_layout(tiny_system.schedule, ROPE, CPU, prefix=(4, 4))
+    assert prefixed.counts == (16, 1, 4, 16)
+    shared = pyramid_layout(tiny_system.schedule, PositionRule("rope_grid", 16), CPU, prefix=(4, 4))
+    assert shared.counts == (17, 4, 16)  # the start token is of the prefix's level
 
 
 # masks

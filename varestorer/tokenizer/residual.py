@@ -199,12 +199,10 @@ class MultiScaleQuantizer(nn.Module):
             schedule: the scales, of which all or the first may be given.
             raw_last: see `forward`.
         """
-        if not indices:
-            raise ValueError("indices_to_codes needs the indices of at least one scale, got none")
         total = self.running_sum(schedule, raw_last)
         for of_scale in indices:
-            codes = total.add(of_scale)
-        return codes
+            total.add(of_scale)
+        return total.codes
 
 
 class RunningSum:
@@ -225,6 +223,13 @@ class RunningSum:
         self.shrink = shrink
         self.indices: list[Tensor] = []
         self._total: Tensor | None = None
+
+    @property
+    def codes(self) -> Tensor:
+        """The sum so far."""
+        if self._total is None:
+            raise ValueError("a running sum needs the indices of at least one scale, got none")
+        return self._total
 
     def add(self, indices: Tensor) -> Tensor:
         """Add the next scale; returns the sum, (B, Z, h, w) at the size of that scale's map."""

@@ -110,7 +110,7 @@ class TokenizerTask(Task):
 
     def _usage(self, pyramid: TokenPyramid) -> dict[str, Tensor]:
         """`bit_usage`; of each scale `usage_<scale>`, and if asked for of each bit `bit_<number>`."""
-        usage_KZ = bit_usage(pyramid)
+        usage_KZ = bit_usage(pyramid.indices)
         named = {f"usage_{k}": usage for k, usage in enumerate(usage_KZ.mean(dim=1))}
         if self.log_each_bit:
             named |= {f"bit_{z}": usage for z, usage in enumerate(usage_KZ.mean(dim=0))}
@@ -126,10 +126,10 @@ class TokenizerTask(Task):
         return {"tokenizer": self.system.decode(self.system.encode(batch["hq"]).codes), "HQ": batch["hq"]}
 
 
-def bit_usage(pyramid: TokenPyramid) -> Tensor:
+def bit_usage(bits_per_scale: Sequence[Tensor]) -> Tensor:
     """How evenly each bit of each scale is used: the entropy of its mean over the batch, (K, Z), from 0 to 1.
 
     A scale of few tokens needs a large batch to show it: one sample's only token uses each bit in one way.
     """
-    ones_KZ = torch.stack([bits.float().mean(dim=(0, 2, 3)) for bits in pyramid.indices]).clamp(1e-6, 1 - 1e-6)
+    ones_KZ = torch.stack([bits.float().mean(dim=(0, 2, 3)) for bits in bits_per_scale]).clamp(1e-6, 1 - 1e-6)
     return -(ones_KZ * ones_KZ.log2() + (1 - ones_KZ) * (1 - ones_KZ).log2())

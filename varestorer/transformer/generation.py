@@ -184,7 +184,7 @@ class MultiStepGenerator:
             inputs = total.next_input()
             if self.schedule.ends_target(k):
                 targets.append(codes)
-        return Generation(total.indices, codes, targets, logits, hidden)
+        return Generation(total.indices, total.codes, targets, logits, hidden)
 
     def _read(self, total: RunningSum, known: Sequence[Tensor]) -> tuple[Tensor | None, list[Tensor]]:
         """Add the known scales; inputs of the scales up to the first unknown one (None: just the start)."""

@@ -22,7 +22,7 @@ from varestorer.systems.varestorer import VARestorer
 from varestorer.tokenizer import ScaleSchedule
 from varestorer.transformer import TransformerConfig
 from varestorer.transformer.generation import Generation, MultiStepGenerator, Prefix, SamplingOptions
-from varestorer.transformer.layout import pyramid_layout
+from varestorer.transformer.layout import PositionRule, pyramid_layout
 from varestorer.transformer.masks import BlockCausal
 from varestorer.transformer.model import PreparedCondition
 from varestorer.utils.errors import UsageError
@@ -118,6 +118,7 @@ class _Pass:
         pairs: of a token and one that it is compared with, in a block.
         output_pairs: in the last block, where only outputs ask.
         has_start: whether the start token, which has no input, is among them.
+        num_ready: tokens of a prefix, which were embedded before.
     """
 
     tokens: int
@@ -125,6 +126,7 @@ class _Pass:
     pairs: int
     output_pairs: int
     has_start: bool = True
+    num_ready: int = 0
 
 
 def _passes(schedule: ScaleSchedule, variant: Variant, has_long_input: bool) -> list[_Pass]:
@@ -137,22 +139,27 @@ def _passes(schedule: ScaleSchedule, variant: Variant, has_long_input: bool) -> 
     if "nocache" not in variant.words:
         ahead = image if "prefix" in variant.words else 0
         first = ends[0] + ahead
-        passes = [_Pass(first, ends[0], first**2, ends[0] * first)]
+        passes = [_Pass(first, ends[0], first**2, ends[0] * first, num_ready=ahead)]
         for new, end in zip(schedule.num_tokens_per_scale[1:], ends[1:], strict=True):
             passes.append(_Pass(new, new, new * (end + ahead), new * (end + ahead), has_start=False))
         return passes
+    pairs = zip(ends, schedule.num_tokens_per_scale, strict=True)
     if "prefix" in variant.words:
-        return [_Pass(end + image, end, (end + image) ** 2, end * (end + image)) for end in ends]
-    layout = pyramid_layout(schedule, 4, torch.device("cpu"))
-    calls = [BlockCausal.of(layout[:end]).calls(end, end) for end in ends]
-    pairs = [sum((asking.stop - asking.start) * keys for asking, keys, _ in found) for found in calls]
-    return [_Pass(end, end, number, number) for end, number in zip(ends, pairs, strict=True)]
+        return [_Pass(end + image, new, (end + image) ** 2, new * (end + image), num_ready=image) for end, new in pairs]
+    layout = pyramid_layout(schedule, PositionRule("rope", 4), torch.device("cpu"))
+
+    def num_pairs(asked: slice, end: int) -> int:
+        calls = BlockCausal.of(layout[:end]).calls(asked, end)
+        return sum((asking.stop - asking.start) * keys for asking, keys, _ in calls)
+
+    return [_Pass(e, new, num_pairs(slice(e), e), num_pairs(slice(e - new, e), e)) for e, new in pairs]
 
 
 def _pass_flops(sizes: TransformerConfig, one: _Pass, num_text: int) -> int:
     """Operations of one pass, the text prepared."""
     width = sizes.width
     alone = transformer_flops(sizes, one.tokens, num_text, one.outputs) - text_flops(sizes, num_text)
+    alone -= linear(one.num_ready, sizes.latent_width, width)
     if not one.has_start:
         alone += linear(1, sizes.latent_width, width)
     blocks = (sizes.depth - 1) * attention(1, one.pairs - one.tokens**2, width)

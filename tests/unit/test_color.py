@@ -1,10 +1,11 @@
 """Colours of a restored image: what each method takes from the reference and what it leaves."""
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from varestorer.utils.color import COLOR_METHODS, match_color
+from varestorer.utils.color import COLOR_METHODS, match_color, match_color_8bit
 from varestorer.utils.errors import UserError
 
 
@@ -73,3 +74,13 @@ def test_unknown_methods_and_other_shapes_are_refused() -> None:
         match_color(noise(0), noise(0), "lab")
     with pytest.raises(ValueError, match="same shape"):
         match_color(noise(0), noise(0)[:1], "adain")
+
+
+def test_8_bit_colors_are_cut_off_and_not_rounded() -> None:
+    image = np.full((16, 16, 3), 100, np.uint8)
+    image[::2] = 102
+    reference = np.full((16, 16, 3), 50, np.uint8)
+    reference[::4] = 53  # a mean of 50.75, which no pixel of the flat image can hold
+    flat = np.full((16, 16, 3), 77, np.uint8)
+    assert set(match_color_8bit(flat, reference, "adain").flatten()) == {50}
+    assert (match_color_8bit(image, reference, "none") == image).all()

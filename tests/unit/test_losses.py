@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from varestorer.losses.distillation import distribution_matching_loss
 from varestorer.losses.tokens import token_weights
 from varestorer.tokenizer import ScaleSchedule
-from varestorer.transformer.heads import BitHead
+from varestorer.transformer.heads import BitHead, CodeHead
 
 SCHEDULE = ScaleSchedule.build(sides=[1, 2])
 HEAD = BitHead(1, 3)
@@ -88,3 +88,12 @@ def test_bit_accuracy_counts_the_likelier_value() -> None:
     bits = torch.ones(1, 5, 3, dtype=torch.bool)
     bits[0, 0, 0] = False
     assert HEAD.accuracy(two_way(0.7), bits)[0].tolist() == pytest.approx([2 / 3, 1, 1, 1, 1])
+
+
+def test_codes_cost_the_logarithm_of_their_probability() -> None:
+    probability = torch.tensor([[[0.5, 0.25, 0.25], [0.1, 0.2, 0.7]]])
+    head, codes = CodeHead(1, 3), torch.tensor([[1, 2]])
+    losses = head.cross_entropy(probability.log().bfloat16(), codes)
+    assert losses.dtype == torch.float32
+    torch.testing.assert_close(losses, -torch.tensor([[0.25, 0.7]]).log(), atol=1e-2, rtol=0)
+    assert head.accuracy(probability.log(), codes).tolist() == [[0.0, 1.0]]

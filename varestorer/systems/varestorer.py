@@ -327,7 +327,7 @@ class VARestorer(System):
 
     def _noise_of_scales(self, noise: Noise, batch_size: int) -> list[Tensor]:
         """Uniform noise (B, l, Z, 2) of each scale."""
-        symbol = self.transformer.head.symbol_shape()
+        symbol = self.transformer.head.draw_shape()
         counts = self.schedule.num_tokens_per_scale
         return [noise(k, (batch_size, count, *symbol)) for k, count in enumerate(counts)]
 

@@ -1,4 +1,4 @@
-"""Convolutional encoder and decoder of the binary spherical tokenizer (BSQ-VAE of Infinity; spec A).
+"""Convolutional encoder and decoder of the tokenizers: BSQ-VAE (Infinity) and, with attention, VQ-VAE (VAR, VARSR).
 
 Shapes: `B` batch, `Z` latent channels (bits per token), `H W` pixels, `h w` latent positions.
 """
@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise, zip_longest
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 NORMS = ("group", "none")
@@ -47,6 +49,21 @@ class ResBlock(nn.Module):
         return self.shortcut(x) + h
 
 
+class AttentionBlock(nn.Module):
+    """x + proj(attention(norm(x))) over all positions, with one head as wide as the channels."""
+
+    def __init__(self, channels: int, norm: str) -> None:
+        super().__init__()
+        self.norm = normalisation(norm, channels)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.proj = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = rearrange(self.qkv(self.norm(x)), "b (three c) h w -> three b 1 (h w) c", three=3)
+        taken = F.scaled_dot_product_attention(q, k, v)
+        return x + self.proj(rearrange(taken, "b 1 (h w) c -> b c h w", h=x.shape[-2]))
+
+
 class Downsample(nn.Module):
     """Halves the size: zero padding on the right and bottom only, then a 3x3 convolution of stride 2."""
 
@@ -70,20 +87,44 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """Residual blocks at one resolution, then an optional change of resolution."""
+    """Residual blocks at one resolution, each followed by its attention if there is any, then a change of resolution.
 
-    def __init__(self, blocks: Sequence[nn.Module], resample: nn.Module | None) -> None:
+    Args:
+        channels_in: of the first block.
+        channels_out: of all that follows.
+        num_blocks: residual blocks.
+        resample: the change of resolution, if any.
+        norm: see `normalisation`.
+        use_attention: one `AttentionBlock` after each residual block.
+    """
+
+    def __init__(
+        self,
+        channels_in: int,
+        channels_out: int,
+        num_blocks: int,
+        resample: nn.Module | None,
+        norm: str,
+        use_attention: bool = False,
+    ) -> None:
         super().__init__()
-        self.blocks = nn.Sequential(*blocks)
+        widths = [channels_in, *[channels_out] * num_blocks]
+        self.blocks = nn.ModuleList(ResBlock(*pair, norm) for pair in pairwise(widths))
+        self.attentions = nn.ModuleList(AttentionBlock(width, norm) for width in widths[1:] if use_attention)
         self.resample = resample if resample is not None else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.resample(self.blocks(x))
+        for block, attention in zip_longest(self.blocks, self.attentions):
+            x = block(x)
+            if attention is not None:
+                x = attention(x)
+        return self.resample(x)
 
 
-def _res_blocks(channels_in: int, channels_out: int, num_blocks: int, norm: str) -> list[nn.Module]:
-    first = ResBlock(channels_in, channels_out, norm)
-    return [first, *(ResBlock(channels_out, channels_out, norm) for _ in range(num_blocks - 1))]
+def _middle(channels: int, norm: str, use_attention: bool) -> nn.Sequential:
+    """Two residual blocks, with attention between them if there is any."""
+    attention = [AttentionBlock(channels, norm)] if use_attention else []
+    return nn.Sequential(ResBlock(channels, channels, norm), *attention, ResBlock(channels, channels, norm))
 
 
 class Encoder(nn.Module):
@@ -97,6 +138,7 @@ class Encoder(nn.Module):
         patch_size: pixels folded into channels (pixel unshuffle) before the first convolution; 1 is the
             published network, larger values make a small network much faster.
         norm: see `normalisation`.
+        use_attention: in the last, coarsest level after each block, and in the middle (VAR's autoencoder).
     """
 
     def __init__(
@@ -107,6 +149,7 @@ class Encoder(nn.Module):
         num_blocks: int,
         patch_size: int,
         norm: str = "group",
+        use_attention: bool = False,
     ) -> None:
         super().__init__()
         self.unshuffle = nn.PixelUnshuffle(patch_size)
@@ -115,12 +158,16 @@ class Encoder(nn.Module):
         last = len(multipliers) - 1
         self.levels = nn.ModuleList(
             Level(
-                _res_blocks(widths[level], widths[level + 1], num_blocks, norm),
+                widths[level],
+                widths[level + 1],
+                num_blocks,
                 Downsample(widths[level + 1]) if level < last else None,
+                norm,
+                use_attention and level == last,
             )
             for level in range(len(multipliers))
         )
-        self.middle = nn.Sequential(*_res_blocks(widths[-1], widths[-1], 2, norm))
+        self.middle = _middle(widths[-1], norm, use_attention)
         self.norm_out = normalisation(norm, widths[-1])
         self.conv_out = conv3x3(widths[-1], latent_channels)
 
@@ -142,16 +189,22 @@ class Decoder(nn.Module):
         num_blocks: int,
         patch_size: int,
         norm: str = "group",
+        use_attention: bool = False,
     ) -> None:
         super().__init__()
         widths = [channels * m for m in multipliers]
         self.conv_in = conv3x3(latent_channels, widths[-1])
-        self.middle = nn.Sequential(*_res_blocks(widths[-1], widths[-1], 2, norm))
+        self.middle = _middle(widths[-1], norm, use_attention)
         incoming = [*widths[1:], widths[-1]]
+        last = len(multipliers) - 1
         self.levels = nn.ModuleList(
             Level(
-                _res_blocks(incoming[level], widths[level], num_blocks, norm),
+                incoming[level],
+                widths[level],
+                num_blocks,
                 Upsample(widths[level]) if level > 0 else None,
+                norm,
+                use_attention and level == last,
             )
             for level in reversed(range(len(multipliers)))
         )

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -48,6 +49,7 @@ def resize_area(x_BZhw: Tensor, size: Scale) -> Tensor:
     return F.adaptive_avg_pool2d(x_BZhw, size)
 
 
+REUSES = ("tokens", "sum")
 RESIZES: dict[str, Resize] = {"bilinear": resize_bilinear, "bicubic": resize_bicubic, "area": resize_area}
 
 
@@ -60,6 +62,37 @@ def to_map(tokens: Tensor, scale: Scale) -> Tensor:
     """The inverse of `to_tokens`: tokens (B, l, Z) or (B, l) of one scale as a map."""
     pattern = "b (h w) -> b h w" if tokens.ndim == 2 else "b (h w) z -> b z h w"
     return rearrange(tokens, pattern, h=scale[0], w=scale[1])
+
+
+class Phi(nn.Module):
+    """A few 3x3 convolutions that the scales share: phi(x) = (1 - share) x + share conv(x), with the nearest conv.
+
+    Args:
+        channels: Z.
+        num_convs: how many there are for all scales.
+        share: of the convolution in the result.
+    """
+
+    def __init__(self, channels: int, num_convs: int = 4, share: float = 0.5) -> None:
+        super().__init__()
+        self.share = share
+        self.convs = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in range(num_convs))
+
+    def forward(self, codes_BZhw: Tensor, k: int, num_scales: int) -> Tensor:
+        """Smooth the codes of scale k (from 0) of K, already enlarged to the latent size."""
+        conv = self.convs[phi_index(k, num_scales, len(self.convs))]
+        return codes_BZhw * (1 - self.share) + conv(codes_BZhw) * self.share
+
+
+def phi_index(k: int, num_scales: int, num_convs: int = 4) -> int:
+    """Which convolution scale k (from 0) takes: that of the tick nearest to k / (K - 1).
+
+    The ticks are the middles of `num_convs` equal parts of [0, 1], except that four, the published number, stand at
+    1/12, ..., 11/12. An odd K has a tie at 1/2: the first minimum in float64 decides, so these ticks are NumPy's.
+    """
+    first = 1 / 3 / num_convs if num_convs == 4 else 1 / 2 / num_convs
+    ticks = np.linspace(first, 1 - first, num_convs)
+    return int(np.argmin(np.abs(ticks - k / max(num_scales - 1, 1))))
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,17 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from varestorer.tokenizer.autoencoder import NORMS, Decoder, Encoder, clamp_keeping_gradient
-from varestorer.tokenizer.quantizers import BinarySphericalQuantizer
-from varestorer.tokenizer.residual import Corruption, MultiScaleQuantizer, TokenPyramid
+from varestorer.tokenizer.autoencoder import NORMS, Decoder, Encoder, clamp_keeping_gradient, conv3x3
+from varestorer.tokenizer.quantizers import BinarySphericalQuantizer, CodebookQuantizer
+from varestorer.tokenizer.residual import (
+    RESIZES,
+    REUSES,
+    Corruption,
+    MultiScaleQuantizer,
+    Phi,
+    TokenPyramid,
+    resize_area,
+)
 from varestorer.tokenizer.schedule import ScaleSchedule
 from varestorer.utils.errors import UserError
 
@@ -28,9 +36,16 @@ class TokenizerConfig:
         num_decoder_blocks: residual blocks per decoder level.
         patch_size: pixels folded into channels before the first convolution (1 = published).
         norm: "group" (published) or "none", see `autoencoder.normalisation`.
+        vocabulary: entries of the codebook (VAR: 4096); 0: the binary spherical quantizer of Infinity.
+        use_attention: attention at the coarsest level and in the middle (VAR).
+        use_quant_conv: a convolution on both sides of the quantizer (VAR).
+        num_phi: convolutions that smooth the enlarged codes (VAR: 4); 0: none.
+        enlarge: kernel that brings codes to the latent size, see `MultiScaleQuantizer`.
+        shrink: kernel that makes the next scale's input of their sum, likewise.
+        reuse: see `MultiScaleQuantizer`; says something where a schedule has several targets (H-VAR).
 
     Raises:
-        UserError: another `norm`.
+        UserError: another `norm`, `enlarge`, `shrink` or `reuse`.
     """
 
     channels: int = 128
@@ -40,10 +55,19 @@ class TokenizerConfig:
     num_decoder_blocks: int = 3
     patch_size: int = 1
     norm: str = "group"
+    vocabulary: int = 0
+    use_attention: bool = False
+    use_quant_conv: bool = False
+    num_phi: int = 0
+    enlarge: str = "bilinear"
+    shrink: str = "bilinear"
+    reuse: str = "tokens"
 
     def __post_init__(self) -> None:
-        if self.norm not in NORMS:
-            raise UserError(f"model.tokenizer.norm must be {' or '.join(NORMS)}, got {self.norm!r}")
+        choices = {"norm": NORMS, "enlarge": tuple(RESIZES), "shrink": tuple(RESIZES), "reuse": REUSES}
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise UserError(f"model.tokenizer.{name} must be {' or '.join(known)}, got {getattr(self, name)!r}")
         object.__setattr__(self, "multipliers", tuple(self.multipliers))
 
     @property
@@ -59,9 +83,15 @@ class MultiScaleTokenizer(nn.Module):
         super().__init__()
         self.config = config
         sizes = (config.channels, config.multipliers, config.latent_width)
-        self.encoder = Encoder(*sizes, config.num_encoder_blocks, config.patch_size, config.norm)
-        self.decoder = Decoder(*sizes, config.num_decoder_blocks, config.patch_size, config.norm)
-        self.quantizer = MultiScaleQuantizer(BinarySphericalQuantizer(config.latent_width))
+        options = config.patch_size, config.norm, config.use_attention
+        self.encoder = Encoder(*sizes, config.num_encoder_blocks, *options)
+        self.decoder = Decoder(*sizes, config.num_decoder_blocks, *options)
+        width = config.latent_width
+        codebook = CodebookQuantizer(config.vocabulary, width) if config.vocabulary else BinarySphericalQuantizer(width)
+        phi = Phi(width, config.num_phi) if config.num_phi else None
+        self.quantizer = MultiScaleQuantizer(codebook, config.enlarge, config.shrink, phi, config.reuse)
+        self.quant_conv = conv3x3(width, width) if config.use_quant_conv else nn.Identity()
+        self.post_quant_conv = conv3x3(width, width) if config.use_quant_conv else nn.Identity()
 
     @property
     def stride(self) -> int:
@@ -85,12 +115,24 @@ class MultiScaleTokenizer(nn.Module):
         if any(side % self.stride for side in img_B3HW.shape[-2:]):
             got = tuple(img_B3HW.shape[-2:])
             raise ValueError(f"image sides must be multiples of {self.stride} pixels, got {got}; pad first")
-        return self.encoder(img_B3HW)
+        return self.quant_conv(self.encoder(img_B3HW))
 
-    def encode(self, img_B3HW: Tensor, schedule: ScaleSchedule, corrupt: Corruption | None = None) -> TokenPyramid:
-        """Tokens of an image in [-1, 1] whose latent size is the schedule's last scale."""
-        return self.quantizer(self.features(img_B3HW), schedule, corrupt)
+    def encode(
+        self,
+        img_B3HW: Tensor,
+        schedule: ScaleSchedule,
+        corrupt: Corruption | None = None,
+        raw_last: bool = False,
+    ) -> TokenPyramid:
+        """Tokens of an image in [-1, 1] whose latent size is the schedule's last scale.
+
+        Where the schedule has several targets, the image is reduced to each of them (mean of squares) and encoded there
+        (H-VAR). For `corrupt` and `raw_last` see `MultiScaleQuantizer.forward`.
+        """
+        sizes = [(h * self.stride, w * self.stride) for h, w in schedule.targets]
+        features = [self.features(resize_area(img_B3HW, size)) for size in sizes[:-1]]
+        return self.quantizer([*features, self.features(img_B3HW)], schedule, corrupt, raw_last)
 
     def decode(self, codes_BZhw: Tensor) -> Tensor:
         """Image (B, 3, H, W) in [-1, 1] of summed codes; the clamp lets gradients pass."""
-        return clamp_keeping_gradient(self.decoder(codes_BZhw))
+        return clamp_keeping_gradient(self.decoder(self.post_quant_conv(codes_BZhw)))

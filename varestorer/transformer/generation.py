@@ -178,7 +178,7 @@ class MultiStepGenerator:
             hidden = self.transformer.hidden(tokens, prepared, new, mask, cache, mix, asked, front)
             logits[k] = self.transformer.predict(hidden, prepared)
             mixed = _mix_logits(logits[k], cfg if 0 in options.insertion_layers else 1.0, batch_size) / tau
-            uniform = None if noise is None else noise(k, tuple(mixed.shape))
+            uniform = None if noise is None else noise(k, (*mixed.shape[:2], *head.draw_shape()))
             chosen = head.select(mixed, uniform, options.top_k, options.top_p)
             codes = total.add(to_map(chosen, self.schedule.scales[k]))
             inputs = total.next_input()

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from varestorer.utils.seeds import uniform_per_sample
 
-# Uniform noise in [0, 1) for the logits of a scale: (scale number, shape) -> tensor.
+# Uniform noise in [0, 1) for the tokens of a scale: (scale number, shape) -> tensor.
 Noise = Callable[[int, tuple[int, ...]], Tensor]
 
 
@@ -42,7 +42,11 @@ class Head(nn.Linear, ABC):
 
     @abstractmethod
     def symbol_shape(self) -> tuple[int, ...]:
-        """Shape of one token's logits, and so of the noise that draws it."""
+        """Shape of one token's logits, and of the noise of `straight_through`."""
+
+    @abstractmethod
+    def draw_shape(self) -> tuple[int, ...]:
+        """Shape of the noise that `select` draws one token with."""
 
     @abstractmethod
     def logits(self, x_BLC: Tensor) -> Tensor:
@@ -50,11 +54,11 @@ class Head(nn.Linear, ABC):
 
     @abstractmethod
     def select(self, logits: Tensor, uniform: Tensor | None = None, top_k: int = 0, top_p: float = 0.0) -> Tensor:
-        """Tokens: a sample by the Gumbel-max rule, or the likeliest symbols.
+        """Tokens: a sample, or the likeliest symbols.
 
         Args:
             logits: temperature already applied.
-            uniform: noise of the logits' shape; None takes the likeliest.
+            uniform: noise in [0, 1), of `draw_shape` for each token; None takes the likeliest.
             top_k: leaves the k likeliest symbols; 1 takes the likeliest; 0 is off.
             top_p: leaves the smallest set of symbols whose probability exceeds it; 0 is off.
         """
@@ -96,6 +100,9 @@ class BitHead(Head):
         self.num_bits = num_bits
 
     def symbol_shape(self) -> tuple[int, ...]:
+        return (self.num_bits, 2)
+
+    def draw_shape(self) -> tuple[int, ...]:
         return (self.num_bits, 2)
 
     def logits(self, x_BLC: Tensor) -> Tensor:
@@ -148,13 +155,22 @@ class CodeHead(Head):
     def symbol_shape(self) -> tuple[int, ...]:
         return (self.vocabulary,)
 
+    def draw_shape(self) -> tuple[int, ...]:
+        return ()
+
     def logits(self, x_BLC: Tensor) -> Tensor:
         return self(x_BLC)
 
     def select(self, logits: Tensor, uniform: Tensor | None = None, top_k: int = 0, top_p: float = 0.0) -> Tensor:
-        if uniform is not None and top_k != 1:
-            logits = filter_logits(logits, top_k, top_p) + gumbel(uniform)
-        return logits.argmax(dim=-1)
+        if uniform is None or top_k == 1:
+            return logits.argmax(dim=-1)
+        logits = keep_top_p(keep_top_k(logits, top_k), top_p)
+        cumulative = logits.softmax(dim=-1).cumsum(dim=-1)
+        drawn = torch.searchsorted(cumulative, uniform[..., None] * cumulative[..., -1:], right=True)
+        drawn = drawn.clamp(max=logits.shape[-1] - 1)
+        # one draw in millions meets the rounding of the sums and points at a dropped code
+        is_kept = logits.gather(-1, drawn) > float("-inf")
+        return torch.where(is_kept[..., 0], drawn[..., 0], logits.argmax(dim=-1))
 
     def entropy(self, logits: Tensor) -> Tensor:
         log_p = logits.float().log_softmax(dim=-1)
@@ -194,21 +210,23 @@ def _drop_unlikely_bit(logits_BlZ2: Tensor, top_p: float) -> Tensor:
     return logits_BlZ2.masked_fill(dropped, float("-inf"))
 
 
-def filter_logits(logits_BlV: Tensor, top_k: int = 0, top_p: float = 0.0) -> Tensor:
-    """Top-k, then nucleus: what is dropped becomes -inf (VAR's order; ties with the k-th stay).
+def keep_top_k(logits: Tensor, top_k: int) -> Tensor:
+    """Logits (..., V) below the k-th largest become -inf; those equal to it stay. 0 keeps all."""
+    if not 0 < top_k < logits.shape[-1]:
+        return logits
+    return logits.masked_fill(logits < logits.topk(top_k, dim=-1).values[..., -1:], float("-inf"))
+
+
+def keep_top_p(logits: Tensor, top_p: float) -> Tensor:
+    """The unlikeliest codes (..., V) that have at most 1 - p together become -inf, but never the likeliest.
 
     Args:
-        logits_BlV: temperature already applied.
-        top_k: drops what is below the k-th largest; 0 is off.
-        top_p: in ascending order, drops while the probability so far is at most 1 - top_p, never the likeliest; 0 is
-            off.
+        logits: may hold -inf.
+        top_p: p; outside (0, 1) all are kept.
     """
-    if top_k > 0:
-        least = logits_BlV.topk(min(top_k, logits_BlV.shape[-1]), dim=-1).values[..., -1:]
-        logits_BlV = logits_BlV.masked_fill(logits_BlV < least, -math.inf)
-    if 0.0 < top_p < 1.0:
-        ascending, order = logits_BlV.sort(dim=-1)
-        dropped = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - top_p
-        dropped[..., -1] = False
-        logits_BlV = logits_BlV.masked_fill(dropped.scatter(-1, order, dropped), -math.inf)
-    return logits_BlV
+    if not 0.0 < top_p < 1.0:
+        return logits
+    rising, order = logits.sort(dim=-1)
+    is_dropped = rising.softmax(dim=-1).cumsum(dim=-1) <= 1 - top_p
+    is_dropped[..., -1] = False
+    return logits.masked_fill(torch.empty_like(is_dropped).scatter_(-1, order, is_dropped), float("-inf"))

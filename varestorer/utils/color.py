@@ -3,8 +3,10 @@
 Letters: `B` images, `H W` pixels. Images are RGB in [0, 1].
 """
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from varestorer.utils.errors import UserError
@@ -37,6 +39,23 @@ def match_color(image_B3HW: Tensor, reference_B3HW: Tensor, method: str) -> Tens
     if method == "wavelet":
         return (image_B3HW - _low_frequencies(image_B3HW) + _low_frequencies(reference_B3HW)).clamp(0, 1)
     return image_B3HW
+
+
+def match_color_8bit(image_HW3: np.ndarray, reference_HW3: np.ndarray, method: str) -> np.ndarray:
+    """`match_color` of 8-bit pictures as VARSR's release does it: the result is truncated, not rounded.
+
+    Args:
+        image_HW3: uint8.
+        reference_HW3: uint8, the same shape.
+        method: see `match_color`.
+    Returns:
+        (H, W, 3) uint8.
+    """
+    image_13HW, reference_13HW = (
+        rearrange(torch.from_numpy(x), "h w c -> 1 c h w").float() / 255 for x in (image_HW3, reference_HW3)
+    )
+    matched_13HW = match_color(image_13HW, reference_13HW, method)
+    return rearrange((matched_13HW * 255).to(torch.uint8), "1 c h w -> h w c").numpy()
 
 
 def _adain(image_B3HW: Tensor, reference_B3HW: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ workers or on the batch it was part of.
 
 import hashlib
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -83,8 +83,30 @@ def uniform_per_sample(
     Returns:
         (B, *shape) float32 in [0, 1).
     """
+    return _per_sample(Tensor.uniform_, shape, seed, keys, stream, device)
+
+
+def normal_per_sample(
+    shape: tuple[int, ...],
+    seed: int,
+    keys: Sequence[int] | Tensor,
+    stream: str,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Standard normal numbers (B, *shape) float32; arguments as `uniform_per_sample`."""
+    return _per_sample(Tensor.normal_, shape, seed, keys, stream, device)
+
+
+def _per_sample(
+    draw: Callable[..., Tensor],
+    shape: tuple[int, ...],
+    seed: int,
+    keys: Sequence[int] | Tensor,
+    stream: str,
+    device: torch.device | str,
+) -> Tensor:
     numbers = keys.tolist() if isinstance(keys, Tensor) else [int(key) for key in keys]
     out = torch.empty((len(numbers), *shape), dtype=torch.float32)
     for row, key in zip(out, numbers, strict=True):
-        row.uniform_(generator=torch_generator(seed, stream, key))
+        draw(row, generator=torch_generator(seed, stream, key))
     return to_device(out, torch.device(device))

@@ -24,7 +24,8 @@ STUDENT_FILE = "varestorer.pth"
 LFQ_MASKS = ("quantizer.lfq.mask", "quantize.lfq.mask")  # one tensor under two names; a file may have either or both
 
 
-def _translate(name: str, table: Table) -> str:
+def translate(name: str, table: Table) -> str:
+    """The name after all replacements of the table, one after the other."""
     for pattern, replacement in table:
         name = re.sub(pattern, replacement, name)
     return name
@@ -46,7 +47,7 @@ def published_tokenizer_name(name: str, num_levels: int) -> str:
         (r"\.(conv1|conv2|conv_in|conv_out)\.", r".\1.conv."),
         (r"\.(norm1|norm2|norm_out)\.", r".\1.norm."),
     )
-    return _translate(name, table)
+    return translate(name, table)
 
 
 def published_transformer_name(name: str, blocks_per_chunk: int) -> str:
@@ -76,7 +77,7 @@ def published_transformer_name(name: str, blocks_per_chunk: int) -> str:
         (r"\.cross_attention\.(q|kv)\.", r".ca.mat_\1."),
         (r"\.cross_attention\.", ".ca."),
     )
-    return _translate(name, table)
+    return translate(name, table)
 
 
 def published_student_name(name: str, blocks_per_chunk: int, adapted: set[str]) -> str:
@@ -173,4 +174,4 @@ def published_restorer_name(name: str, unshuffled: bool) -> str:
             of two published layers.
     """
     table: Table = ((r"^network\.", ""), (r"^conv_first\.", "conv_first.1." if unshuffled else "conv_first."))
-    return _translate(name, table)
+    return translate(name, table)

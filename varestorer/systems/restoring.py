@@ -23,6 +23,7 @@ from varestorer.transformer.generation import Generation, MultiStepGenerator, Sa
 from varestorer.transformer.model import PreparedText
 from varestorer.transformer.sampling import Noise, bit_entropy, bits_to_map, select_bits
 from varestorer.utils.errors import UserError
+from varestorer.utils.finite import spread_nan
 from varestorer.utils.images import from_network
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ class RestoredBatch:
     """Restored squares.
 
     Attributes:
-        images_B3HW: in [0, 1].
+        images_B3HW: in [0, 1]; NaN where the networks' numbers were not finite.
         bits: of each scale, (B, Z, h, w) bool.
         logits_BLZ2: of the student; None for multi-step generation.
     """
@@ -128,6 +129,7 @@ def predict_squares(
     logits_BLZ2 = system.student_logits(condition, text)
     bits = select_maps(system, logits_BLZ2, uniforms)
     codes = system.tokenizer.quantizer.indices_to_codes(bits, system.schedule.latent_size)
+    codes = spread_nan(codes, logits_BLZ2)
     images = from_network(system.student_image(codes, system.residual(condition)))
     return RestoredBatch(images, bits, logits_BLZ2)
 
@@ -161,7 +163,8 @@ def _in_several_steps(
         logits_BLZ2 = system.student_logits(condition, text)
         uniforms = None if noise is None else _noise_of_scales(system, noise, len(lq_B3HW))
         generation = _continue(system, select_maps(system, logits_BLZ2, uniforms)[:num_kept], text, noise)
-    images = from_network(system.student_image(generation.codes, residual))
+    codes = spread_nan(generation.codes, condition.pyramid.codes)
+    images = from_network(system.student_image(codes, residual))
     return RestoredBatch(images, generation.bits, logits_BLZ2)
 
 

@@ -110,7 +110,7 @@ class MultiScaleQuantizer(nn.Module):
             got = "x".join(str(side) for side in features_BZhw.shape[-2:])
             raise ValueError(f"features must have the size of the last scale {size[0]}x{size[1]}, got {got}")
         features = features_BZhw.float()
-        total = torch.zeros_like(features)
+        total = features.detach() * 0  # zeros; what is not finite stays so, or the bits would hide it
         labels, predicted, cumulative = [], [], []
         for k, scale in enumerate(schedule.scales):
             residual = features - total

@@ -19,6 +19,7 @@ from varestorer.transformer.masks import BlockCausal, prefix_causal_mask
 from varestorer.transformer.model import PreparedText, VARTransformer
 from varestorer.transformer.sampling import Noise, bits_to_map, select_bits
 from varestorer.transformer.text import TextFeatures
+from varestorer.utils.finite import spread_nan
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class Generation:
 
     Attributes:
         bits: of each scale that is known or was generated, (B, Z, h, w) bool.
-        codes: their sum, of all scales the decoder's input (B, Z, h_K, w_K).
+        codes: their sum, of all scales the decoder's input (B, Z, h_K, w_K); NaN where logits were not finite.
         logits: of each generated scale as the network gave them (before temperature and guidance), keyed by scale
             number: (B or 2B, l, Z, 2).
     """
@@ -149,6 +150,7 @@ class MultiStepGenerator:
 
         total, inputs = self._read(known_bits, batch_size, device)
         bits, logits, start = list(known_bits), {}, 0
+        mixtures = []
         for k in range(len(bits), num_scales or len(self.schedule)):
             cfg, tau = settings[k]
             new = layout[start : self.schedule.slices[k].stop]
@@ -159,11 +161,12 @@ class MultiStepGenerator:
             raw = self.transformer(tokens, context, whole, mask, cache, mix, len(new))
             logits[k] = raw[:, len(new) - self.schedule.num_tokens_per_scale[k] :]
             mixed = _mix_logits(logits[k], cfg if 0 in options.insertion_layers else 1.0, batch_size) / tau
+            mixtures.append(mixed)
             uniform = None if noise is None else noise(k, tuple(mixed.shape))
             chosen = select_bits(mixed, uniform, options.top_k, options.top_p)
             bits.append(bits_to_map(chosen, self.schedule.scales[k]))
             total, inputs = self._add(total, bits[-1], k)
-        return Generation(bits, total, logits)
+        return Generation(bits, spread_nan(total, *mixtures), logits)
 
     def _read(
         self, known_bits: Sequence[Tensor], batch_size: int, device: torch.device

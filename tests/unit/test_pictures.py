@@ -55,22 +55,42 @@ def png16(array: np.ndarray, key: Sequence[int] = ()) -> bytes:
     return png((array.shape[1], array.shape[0]), 16, colour, rows, key)
 
 
-def tiff(bands: np.ndarray, order: str, photometric: int, extra: int | None = None) -> bytes:
-    """An uncompressed TIFF in a byte order (`<` or `>`); `extra` says what its last band is (1: alpha, multiplied)."""
-    bands = bands if bands.ndim == 3 else bands[..., None]
-    height, width, num_bands = bands.shape
-    depth = bands.dtype.itemsize * 8
+def tiff(
+    bands: np.ndarray,
+    order: str,
+    photometric: int | None,
+    extra: int | None = None,
+    more: dict[int, list[float]] | None = None,
+    bits: int | None = None,
+) -> bytes:
+    """An uncompressed TIFF in a byte order (`<` or `>`).
+
+    `extra` says what its last band is (1: alpha, multiplied); `more` are further tags, of 16 bits, of 32 where needed,
+    or floats; with `bits`, each row of `bands` holds so many packed bits a sample. Where the planes
+    are apart (284: 2), `bands` is (C, H, W).
+    """
+    apart = (more or {}).get(284) == [2]
     data = bands.astype(bands.dtype.newbyteorder(order)).tobytes()
-    tags = {256: [width], 257: [height], 258: [depth] * num_bands, 259: [1], 262: [photometric], 273: [8]}
-    tags |= {277: [num_bands], 278: [height], 279: [len(data)]} | ({338: [extra]} if extra else {})
+    bands = np.moveaxis(bands, 0, 2) if apart else bands if bands.ndim == 3 else bands[..., None]
+    height, width, num_bands = bands.shape
+    depth = bits or bands.dtype.itemsize * 8
+    width = width * bands.dtype.itemsize * 8 // depth
+    tags: dict[int, list[float]] = {256: [width], 257: [height], 258: [depth] * num_bands, 259: [1]}
+    tags |= {273: [8], 277: [num_bands], 278: [height], 279: [len(data)]} | ({338: [extra]} if extra else {})
+    tags |= {262: [photometric]} if photometric is not None else {}
+    if apart:
+        size = len(data) // num_bands
+        tags |= {273: [8 + size * number for number in range(num_bands)], 279: [size] * num_bands}
+    tags |= more or {}
     start = 8 + len(data)
     overflow, entries = b"", b""
     for tag, values in sorted(tags.items()):
-        packed = struct.pack(f"{order}{len(values)}H", *values)
+        kind, code = (11, "f") if isinstance(values[0], float) else (4, "I") if max(values) > 65535 else (3, "H")
+        packed = struct.pack(f"{order}{len(values)}{code}", *values)
         if len(packed) > 4:
             position = start + 2 + 12 * len(tags) + 4 + len(overflow)
             overflow, packed = overflow + packed, struct.pack(f"{order}I", position)
-        entries += struct.pack(f"{order}HHI", tag, 3, len(values)) + packed.ljust(4, b"\0")
+        entries += struct.pack(f"{order}HHI", tag, kind, len(values)) + packed.ljust(4, b"\0")
     mark = b"II*\0" if order == "<" else b"MM\0*"
     directory = struct.pack(f"{order}H", len(tags)) + entries + bytes(4) + overflow
     return mark + struct.pack(f"{order}I", start) + data + directory
@@ -153,6 +173,13 @@ def turned(orientation: int) -> Image.Exif:
 
 
 GREY16 = GREY.astype(np.uint16) * 257
+# 12 bits of the same picture, two of them packed into three bytes, and in 16 bits
+GREY_16_12 = np.round(GREY * (4095 / 255)).astype(np.uint16)
+FIRST, SECOND = GREY_16_12[:, ::2], GREY_16_12[:, 1::2]
+GREY_12 = np.stack([FIRST >> 4, (FIRST & 15) << 4 | SECOND >> 8, SECOND & 255], axis=2).astype(np.uint8).reshape(24, 48)
+MAX_12, FLOAT = {281: [4095]}, {339: [3]}
+FOUR_BITS = (GREY[:, ::2] >> 4 << 4 | GREY[:, 1::2] >> 4).astype(np.uint8)
+FOUR_BITS_RGB = np.repeat((GREY >> 4)[..., None], 3, axis=2) * 17
 PALETTE, PALETTE_RGB = palette()
 PALETTE_NUMBERS = np.asarray(PALETTE)
 BILEVEL = picture(GREY).convert("1")
@@ -224,8 +251,65 @@ KINDS = {
     "rgb16-tiff-big": (content("a.tif", tiff(COLOUR.astype(np.uint16) * 257, ">", 2)), COLOUR, None, 0),
     "negative-tiff": (content("a.tif", tiff(255 - GREY, "<", 0)), GREY_RGB, None, 0),
     "negative16-tiff": (content("a.tif", tiff(65535 - GREY16, "<", 0)), GREY_RGB, None, 0),
+    "12-bit-tiff": (content("a.tif", tiff(GREY_12, "<", 1, bits=12)), GREY_RGB, None, 0.04),
+    "12-of-16-bits": (content("a.tif", tiff(GREY_16_12, "<", 1, more=MAX_12)), GREY_RGB, None, 0.04),
+    "12-of-16-bits-big": (content("a.tif", tiff(GREY_16_12, ">", 1, more={341: [4095]})), GREY_RGB, None, 0.04),
+    "12-of-16-bits-negative": (content("a.tif", tiff(4095 - GREY_16_12, "<", 0, more=MAX_12)), GREY_RGB, None, 0.04),
+    "7-of-8-bits": (content("a.tif", tiff(GREY // 2, "<", 1, more={281: [127]})), GREY_RGB, None, 2),
+    "7-of-8-bits-negative": (content("a.tif", tiff(127 - GREY // 2, "<", 0, more={281: [127]})), GREY_RGB, None, 2),
+    "7-of-8-bits-rgb": (content("a.tif", tiff(COLOUR // 2, "<", 2, more={281: [127] * 3})), COLOUR, None, 2),
+    "uint32-max-16-bits": (
+        content("a.tif", tiff(GREY16.astype(np.uint32), "<", 1, more={281: [65535]})),
+        GREY_RGB,
+        None,
+        0,
+    ),
+    "uint32-full": (
+        content("a.tif", tiff(GREY.astype(np.uint32) * 0x01010101, "<", 1, more={281: [2**32 - 1]})),
+        GREY_RGB,
+        None,
+        0,
+    ),
+    "statistic": (content("a.tif", tiff(GREY, "<", 1, more={280: [30], 281: [int(GREY.max())]})), GREY_RGB, None, 0),
+    "statistic-rgb16": (
+        content("a.tif", tiff(COLOUR.astype(np.uint16) * 257, "<", 2, more={281: [int(COLOUR.max()) * 257] * 3})),
+        COLOUR,
+        None,
+        0,
+    ),
+    "planes-apart": (content("a.tif", tiff(np.moveaxis(COLOUR, 2, 0), "<", 2, more={284: [2]})), COLOUR, None, 0),
+    "4-bit-negative": (content("a.tif", tiff(~FOUR_BITS, "<", 0, bits=4)), FOUR_BITS_RGB, None, 0),
+    "float-of-255": (
+        content("a.tif", tiff(GREY.astype(np.float32), "<", 1, more=FLOAT | {341: [255.0]})),
+        GREY_RGB,
+        None,
+        0,
+    ),
+    "float-negative": (
+        content("a.tif", tiff(1 - GREY.astype(np.float32) / 255, ">", 0, more=FLOAT)),
+        GREY_RGB,
+        None,
+        0,
+    ),
+    "palette-of-8-bits": (
+        content("a.tif", tiff(255 - GREY, "<", 3, more={320: [*range(255, -1, -1)] * 3})),
+        GREY_RGB,
+        None,
+        0,
+    ),
+    "multi-channel": (
+        content("a.tif", tiff(np.dstack([COLOUR, FADE, GREY]), "<", 2, more={338: [0, 0]})),
+        COLOUR,
+        None,
+        0,
+    ),
+    "pgm-of-12-bits": (
+        content("a.pgm", b"P5 32 24 4095\n" + GREY_16_12.astype(">u2").tobytes()),
+        GREY_RGB,
+        None,
+        0.04,
+    ),
     "float-tiff": (save(picture(GREY.astype(np.float32) / 255), "a.tif"), GREY_RGB, None, 0),
-    "int-tiff": (save(picture(GREY16.astype(np.int32)), "a.tif"), GREY_RGB, None, 0),
     "cmyk-tiff": (save(CMYK, "a.tif"), COLOUR, None, 1),
     "cmyk-jpeg": (save(CMYK, "a.jpg", quality=95), COLOUR, None, 16),
     "ycbcr-tiff": (save(picture(COLOUR).convert("YCbCr"), "a.tif"), COLOUR, None, 3),
@@ -270,7 +354,8 @@ def test_every_kind_of_picture_is_read(tmp_path: Path, name: str) -> None:
         read = load_picture(path)
     assert read.image.shape == (3, *rgb.shape[:2]) and read.image.dtype == torch.float32
     assert read.image.is_contiguous() and torch.equal(read.image, load_image(path))
-    assert np.abs(read.image.permute(1, 2, 0).numpy() * 255 - rgb).max() <= tolerance + 1e-3
+    seen = np.full(rgb.shape[:2], True) if alpha is None else alpha > 0
+    assert np.abs(read.image.permute(1, 2, 0).numpy() * 255 - rgb)[seen].max() <= tolerance + 1e-3
     if alpha is None:
         assert read.alpha is None
     else:
@@ -348,11 +433,19 @@ def test_an_rgb_profile_is_kept(tmp_path: Path, suffix: str) -> None:
     assert read.icc_profile == SRGB and read.note is None
 
 
-@pytest.mark.parametrize("name", ["palette", "rgba", "grey"])
+@pytest.mark.parametrize("name", ["palette", "rgba"])
 def test_an_rgb_profile_is_kept_for_pictures_that_become_rgb(tmp_path: Path, name: str) -> None:
-    image = {"palette": PALETTE, "rgba": picture(RGBA), "grey": picture(GREY)}[name]
+    image = {"palette": PALETTE, "rgba": picture(RGBA)}[name]
     image.save(tmp_path / "a.png", icc_profile=SRGB)
-    assert load_picture(tmp_path / "a.png").icc_profile == SRGB
+    read = load_picture(tmp_path / "a.png")
+    assert read.icc_profile == SRGB and not read.is_grey
+
+
+def test_an_rgb_profile_of_grey_is_applied_as_no_grey_file_may_have_one(tmp_path: Path) -> None:
+    picture(GREY).save(tmp_path / "a.png", icc_profile=SRGB)
+    read = load_picture(tmp_path / "a.png")
+    assert (read.icc_profile, read.is_grey) == (None, True)
+    assert np.array_equal(np.round(read.image[0].numpy() * 255), GREY)
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "tif"])
@@ -462,7 +555,46 @@ BAD = {
     "ppm-too-large": (content("a.ppm", f"P6 {BIG} {BIG} 255\n".encode()), TOO_LARGE),
     "float-above-1": (save(picture(GREY.astype(np.float32)), "a.tif"), r"values of a 'F' picture must be in \[0, 1\]"),
     "float-nan": (save(picture(np.full((4, 4), np.nan, np.float32)), "a.tif"), r"must be in \[0, 1\]; scale them$"),
-    "int-above-16-bits": (save(picture(np.full((4, 4), 2**20, np.int32)), "a.tif"), r"must be in \[0, 65535\]"),
+    "int-of-pillow": (save(picture(GREY16.astype(np.int32)), "a.tif"), "its samples are signed, so black is unknown; "),
+    "signed-8": (content("a.tif", tiff(GREY, "<", 1, more={339: [2]})), "its samples are signed"),
+    "signed-16": (content("a.tif", tiff(GREY16, ">", 1, more={339: [2]})), "its samples are signed"),
+    "uint32": (content("a.tif", tiff(GREY.astype(np.uint32), "<", 1)), r"its white is unknown \(32-bit samples"),
+    "12-of-16-bits-rgb": (
+        content("a.tif", tiff(COLOUR.astype(np.uint16) * 16, "<", 2, more={281: [4095] * 3})),
+        "its samples use a part of their bits",
+    ),
+    "12-of-16-bits-cmyk": (
+        content("a.tif", tiff(RGBA.astype(np.uint16) * 16, "<", 5, more={281: [4095] * 4})),
+        "its samples use a part of their bits",
+    ),
+    "max-1000": (
+        content("a.tif", tiff(GREY16 // 128, "<", 1, more={281: [1000]})),
+        r"its white is unknown \(MaxSampleValue 1000",
+    ),
+    "dark-statistic": (
+        content("a.tif", tiff(GREY16 // 128, "<", 1, more={281: [int((GREY16 // 128).max())]})),
+        "its white is unknown",
+    ),
+    "min-100": (
+        content("a.tif", tiff(GREY16, "<", 1, more={280: [100]})),
+        r"its black is unknown \(MinSampleValue 100\)",
+    ),
+    "above-max": (content("a.tif", tiff(GREY16, "<", 1, more=MAX_12)), r"must be in \[0, 4095\]; scale them$"),
+    "float-below-0": (
+        content("a.tif", tiff(GREY.astype(np.float32) / 127 - 1, "<", 1, more=FLOAT)),
+        r"must be in \[0, 1\]",
+    ),
+    "no-photometric": (content("a.tif", tiff(GREY, "<", None)), "it does not say whether 0 is black"),
+    "negative-apart": (
+        content("a.tif", tiff(GREY[None], "<", 0, more={284: [2]})),
+        "its planes are stored apart, in a form that cannot be read; interleave its samples$",
+    ),
+    "rgb16-apart": (
+        content("a.tif", tiff(np.moveaxis(COLOUR, 2, 0).astype(np.uint16) * 257, "<", 2, more={284: [2]})),
+        "its planes are stored apart",
+    ),
+    "half-floats": (content("a.tif", tiff(GREY.astype(np.float16), "<", 1, more=FLOAT)), NO_PICTURE),
+    "spider": (save(picture(GREY.astype(np.float32) / 255), "a.tif", format="SPIDER"), "its white is unknown"),
     "folder": (a_folder, "it is a folder; give a file$"),
     "pipe": (fifo, "it is a pipe, a socket or a device; give a regular file$"),
 }

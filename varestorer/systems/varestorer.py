@@ -28,7 +28,9 @@ from varestorer.transformer.sampling import Noise, keyed_noise
 from varestorer.utils.color import match_color
 from varestorer.utils.device import to_device
 from varestorer.utils.errors import UsageError, UserError
+from varestorer.utils.finite import check_finite
 from varestorer.utils.hub import first_line, is_hub_name
+from varestorer.utils.images import as_picture, is_grey
 from varestorer.utils.tiling import restore_tiled, scaled_size
 from varestorer.weights.shipped import named_or_default
 
@@ -203,9 +205,11 @@ class VARestorer(
     ) -> Restoration:
         """Restore an image of any size; it is enlarged first, and padded or tiled, never squashed.
 
+        What is grey stays grey: where the three channels of the image are equal, those of the result are.
+
         Args:
-            image: (3, H, W) float in [0, 1].
-            scale: enlargement.
+            image: (3, H, W) float in [0, 1], see `as_picture`; 8-bit, NumPy, (H, W, 3) and other ranges are refused.
+            scale: enlargement, above 0.
             prompt: what the image shows, or text features (T, E); None for no prompt.
             seed: of the noise when sampling.
             select: "argmax" takes the likelier bits, "sample" draws them.
@@ -217,8 +221,10 @@ class VARestorer(
             uncertainty: whether to return it; costs K channels of the size of the result.
 
         Raises:
-            UserError: unknown `select`, `steps`, `color` or `tile`, an impossible overlap.
+            ValueError: an image or a scale of another kind or range; says what was wanted and what came.
+            UserError: unknown `select`, `steps`, `color` or `tile`, an impossible overlap; a result that is not finite.
         """
+        image = as_picture(image)
         if select not in ("argmax", "sample"):
             raise UserError(f"select must be argmax or sample, got {select!r}")
         if uncertainty and (steps == "multi" or self.student_config.conditioning == "prefix"):
@@ -241,6 +247,9 @@ class VARestorer(
         overlap = system.tile // 4 if overlap is None else overlap
         place = self.device if size[0] * size[1] <= DEVICE_PIXELS else image.device
         tiled = restore_tiled(to_device(image, place), size, system.tile, overlap, batch, run)
+        check_finite(tiled, "the result")
+        if is_grey(image):
+            tiled[:3] = tiled[:3].mean(dim=0)
         channels = to_device(tiled.clamp_(0, 1), image.device)
         return Restoration(channels[:3], channels[3:] if uncertainty else None)
 
@@ -249,15 +258,22 @@ class VARestorer(
         """An image of any size after it passed the tokenizer's bits: the ceiling of what restoring can reach.
 
         Args:
-            image: (3, H, W) float in [0, 1], at full size.
+            image: (3, H, W) float in [0, 1], at full size, see `as_picture`.
             batch: tiles per forward pass.
 
         Returns:
             (3, H, W) float32 in [0, 1].
+
+        Raises:
+            ValueError: an image of another kind or range.
+            UserError: a result that is not finite.
         """
+        image = as_picture(image)
 
         def run(tiles_B3tt: Tensor, numbers: list[int]) -> Tensor:
             return to_device(self.decode(self.encode(to_device(tiles_B3tt, self.device)).codes), tiles_B3tt.device)
 
         size = (image.shape[-2], image.shape[-1])
-        return restore_tiled(image, size, self.tile, self.tile // 4, batch, run).clamp_(0, 1)
+        tiled = restore_tiled(image, size, self.tile, self.tile // 4, batch, run)
+        check_finite(tiled, "the result")
+        return tiled.clamp_(0, 1)

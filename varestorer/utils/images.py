@@ -163,8 +163,9 @@ def save_image(
     format_ = _WRITTEN.get(Path(path).suffix.lower())
     if format_ is None:
         raise ValueError(f"cannot write {path}: wanted a name ending in {', '.join(_WRITTEN)}")
-    if img_CHW.ndim != 3 or img_CHW.shape[0] not in (1, 3):
-        raise ValueError(f"wanted one RGB picture (3, H, W), or a grey one (1, H, W), got shape {tuple(img_CHW.shape)}")
+    if not isinstance(img_CHW, Tensor) or img_CHW.ndim != 3 or img_CHW.shape[0] not in (1, 3):
+        got = f"shape {tuple(img_CHW.shape)}" if isinstance(img_CHW, Tensor) else type(img_CHW).__name__
+        raise ValueError(f"wanted a tensor, one RGB picture (3, H, W) or a grey one (1, H, W), got {got}")
     if alpha_1HW is not None and alpha_1HW.shape != (1, *img_CHW.shape[1:]):
         raise ValueError(f"wanted alpha (1, H, W) of {tuple(img_CHW.shape[1:])}, got shape {tuple(alpha_1HW.shape)}")
     for holds, given, what in (
@@ -244,9 +245,12 @@ def heat_map(values_HW: Tensor) -> Tensor:
 
     Returns:
         (3, H, W) float32 in [0, 1].
+    Raises:
+        UserError: values that are not finite.
     """
     from matplotlib import colormaps
 
+    check_finite(values_HW, "the uncertainty")
     colours = torch.from_numpy(colormaps["inferno"](np.arange(256))[:, :3]).float()
     return rearrange(colours[to_uint8(values_HW.detach()).cpu().int()], "h w c -> c h w")
 

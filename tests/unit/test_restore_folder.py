@@ -276,6 +276,26 @@ def test_alpha_is_resized_and_kept_with_the_colour_profile(tmp_path: Path) -> No
     assert (plain.alpha, plain.icc_profile) == (None, None)
 
 
+def test_a_grey_file_comes_back_with_one_channel_and_others_as_they_were(tmp_path: Path) -> None:
+    grey = Image.linear_gradient("L").resize((8, 6))
+    (tmp_path / "in").mkdir()
+    kinds = {"L": "L", "1": "L", "LA": "LA", "I;16": "L", "RGB": "RGB", "RGBA": "RGBA"}
+    for number, mode in enumerate(kinds):
+        grey.convert(mode).save(tmp_path / "in" / f"{number}.png")
+    run(tmp_path / "in", tmp_path / "out")
+    for number, mode in enumerate(kinds.values()):
+        with Image.open(tmp_path / "out" / f"{number}.png") as file:
+            assert file.mode == mode
+
+
+def test_colours_that_a_restoration_gave_to_grey_are_kept(tmp_path: Path) -> None:
+    Image.new("L", (8, 6), 90).save(tmp_path / "a.png")
+    tint = torch.tensor([1, 0.5, 0.2])[:, None, None]
+    run(tmp_path / "a.png", tmp_path / "out", lambda image, job, seed: Restored(image * tint))
+    with Image.open(tmp_path / "out" / "a.png") as file:
+        assert file.mode == "RGB" and file.getpixel((2, 2)) == (90, 45, 18)
+
+
 def test_what_was_left_out_of_an_image_is_logged_and_recorded(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "in").mkdir()
     first, second = (Image.new("L", (6, 4), value) for value in (255, 0))

@@ -51,6 +51,7 @@ def decode(file: ImageFile.ImageFile) -> Decoded:
     if file.format == "TIFF":
         check_tiff(file)
     _scale_key(file)
+    is_stored_grey = _is_stored_grey(file)
     file.load()
     notes += _turn_upright(file)
     image = _simplify(file)
@@ -59,7 +60,7 @@ def decode(file: ImageFile.ImageFile) -> Decoded:
     profile = None if file.mode == "LAB" else file.info.get("icc_profile")
     alpha = _alpha(image.mode, bands, file.info.get("transparency"))
     rgb, kept_profile, profile_notes = _colours(file, image, bands, profile)
-    is_grey = kept_profile is None and _is_grey(file, rgb)
+    is_grey = kept_profile is None and (is_stored_grey or _is_palette_of_greys(file, rgb))
     if _is_numeric(image.mode) and rgb.max() < 1 / 16:
         notes.append("very dark: if its samples use fewer bits than they have, its MaxSampleValue must say so")
     rgb = rgb if alpha is None else _cover_hidden(rgb, alpha)
@@ -128,10 +129,14 @@ def _alpha(mode: str, bands: np.ndarray, key: object) -> np.ndarray | None:
     return (bands != key).astype(np.float32) if _is_numeric(mode) and isinstance(key, int) else None
 
 
-def _is_grey(file: ImageFile.ImageFile, rgb_CHW: np.ndarray) -> bool:
-    if file.mode in ("P", "PA"):
-        return bool((rgb_CHW[0] == rgb_CHW[1]).all() and (rgb_CHW[1] == rgb_CHW[2]).all())
-    return file.mode in ("1", "L", "LA", "La") or _is_numeric(file.mode)
+def _is_stored_grey(file: ImageFile.ImageFile) -> bool:
+    """Whether it holds one channel of grey; call before it is decoded. Pillow turns grey PNGs of 16 bits into RGBA."""
+    is_wide = file.format == "PNG" and bool(file.tile) and str(file.tile[0][3]).startswith("LA")
+    return is_wide or file.mode in ("1", "L", "LA", "La") or _is_numeric(file.mode)
+
+
+def _is_palette_of_greys(file: ImageFile.ImageFile, rgb_CHW: np.ndarray) -> bool:
+    return file.mode in ("P", "PA") and bool((rgb_CHW == rgb_CHW[:1]).all())
 
 
 def _cover_hidden(rgb_CHW: np.ndarray, alpha_HW: np.ndarray) -> np.ndarray:

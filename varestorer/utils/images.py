@@ -209,12 +209,12 @@ def _shape_hint(image: Tensor) -> str:
         return "it has no pixels"
     if image.ndim == 4:
         return "give the pictures of a batch one by one"
+    if image.ndim == 2 or (image.ndim == 3 and image.shape[0] == 1):
+        return "use x.expand(3, -1, -1) for grey"
     if image.ndim == 3 and image.shape[0] == 4:
         return "take x[:3], and save the transparency x[3:] with the result"
     if image.ndim == 3 and image.shape[-1] in (1, 3, 4):
         return "use x.permute(2, 0, 1), which gives (C, H, W)"
-    if image.ndim == 2 or image.shape[0] == 1:
-        return "use x.expand(3, -1, -1) for grey"
     return "give its red, green and blue channel first"
 
 

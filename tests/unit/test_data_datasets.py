@@ -67,6 +67,20 @@ def test_samples_are_functions_of_their_number(photos):
     assert len(data) == 5 and sorted(sample["name"] for sample in first[:5]) == list("01234")
 
 
+def test_hidden_colours_and_pictures_are_not_trained_on(tmp_path):
+    """Green is visible, red is not, and the last picture is red alone."""
+    for number in range(20):
+        pixels = np.zeros((48, 48, 4), np.uint8)
+        pixels[...] = 255, 0, 0, 0
+        pixels[8:40, 8:40] = 0, 200, 0, 255 if number < 19 else 0
+        write(tmp_path / f"{number:02d}.png", pixels)
+    data = PhotoCrops(str(tmp_path), 16, BicubicDegradation(4), seed=0)
+    samples = [data[n] for n in range(40)]
+    assert "19" not in {sample["name"] for sample in samples}
+    assert max(float(sample[side][0].max()) for sample in samples for side in ("hq", "lq")) == 0
+    assert min(float(sample["hq"][1].min()) for sample in samples) > 0.78
+
+
 def test_sample_form(photos):
     sample = PhotoCrops(str(photos), 32, Degradation(), seed=0)[7]
     assert sample["key"] == 7

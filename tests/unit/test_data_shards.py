@@ -129,6 +129,27 @@ def test_pairs_from_shards_are_those_of_the_folder(photos, tmp_path):
     assert len(packed) == 5 and all(same(packed[n], folder[n]) for n in (0, 7, 3, 12))
 
 
+def test_a_shard_reads_pictures_as_a_folder_does(tmp_path):
+    """12 bits in 16, colours that nobody sees, and what is refused."""
+    (tmp_path / "in").mkdir()
+    kinds = {"a.png": np.random.default_rng(0).integers(0, 255, (8, 9, 4), np.uint8) // 255 * 255 + 7}
+    kinds["a.png"][:4, :, 3] = 0
+    for name, pixels in kinds.items():
+        Image.fromarray(pixels).save(tmp_path / "in" / name)
+    twelve = Image.fromarray(np.full((8, 9), 2048, np.uint16))
+    twelve.save(tmp_path / "in" / "b.tif", tiffinfo={281: 4095})
+    Image.fromarray(np.full((8, 9), 2048, np.int32)).save(tmp_path / "in" / "c.tif")
+    content = {path.name.replace(".", "__"): path.read_bytes() for path in sorted((tmp_path / "in").iterdir())}
+    (tmp_path / "shards").mkdir()
+    tar(tmp_path / "shards" / "0.tar", **content)
+    first, second, third = packed_photographs(tmp_path / "shards")
+    assert torch.equal(first.load(), load_image(tmp_path / "in" / "a.png"))
+    assert torch.equal(second.load(), load_image(tmp_path / "in" / "b.tif"))
+    assert abs(float(second.load().mean()) - 2048 / 4095) < 1e-4
+    with pytest.raises(UserError, match=r"0\.tar:c\.tif: its samples are signed"):
+        third.load()
+
+
 def test_a_resume_in_the_middle_with_workers_gives_the_same_batches(photos, tmp_path):
     pack(tmp_path / "out", photos, 12_000)
     data = PhotoCrops(str(tmp_path / "out"), 16, BicubicDegradation(), seed=0, packed=True)

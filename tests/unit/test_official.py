@@ -312,5 +312,5 @@ def test_a_prompt_of_another_network_is_refused_before_it_is_dropped(
 def test_an_image_without_pixels_or_of_another_shape_is_refused(
     tiny_system: VARestorer, shape: tuple[int, ...]
 ) -> None:
-    with pytest.raises(UserError, match="an image"):
+    with pytest.raises(ValueError, match="wanted one RGB picture"):
         restore_official(tiny_system, torch.zeros(shape), 4)

@@ -15,7 +15,7 @@ from PIL import Image, ImageCms, features
 
 from varestorer.utils.errors import UserError
 from varestorer.utils.image_files import open_image
-from varestorer.utils.images import IMAGE_EXTENSIONS, load_image, load_picture, save_image
+from varestorer.utils.images import IMAGE_EXTENSIONS, as_picture, is_grey, load_image, load_picture, save_image
 
 BIG = 100_000  # pixels a side in headers of pictures that are too large
 PIL_MAJOR = int(PIL.__version__.split(".")[0])
@@ -55,22 +55,42 @@ def png16(array: np.ndarray, key: Sequence[int] = ()) -> bytes:
     return png((array.shape[1], array.shape[0]), 16, colour, rows, key)
 
 
-def tiff(bands: np.ndarray, order: str, photometric: int, extra: int | None = None) -> bytes:
-    """An uncompressed TIFF in a byte order (`<` or `>`); `extra` says what its last band is (1: alpha, multiplied)."""
-    bands = bands if bands.ndim == 3 else bands[..., None]
-    height, width, num_bands = bands.shape
-    depth = bands.dtype.itemsize * 8
+def tiff(
+    bands: np.ndarray,
+    order: str,
+    photometric: int | None,
+    extra: int | None = None,
+    more: dict[int, list[float]] | None = None,
+    bits: int | None = None,
+) -> bytes:
+    """An uncompressed TIFF in a byte order (`<` or `>`).
+
+    `extra` says what its last band is (1: alpha, multiplied); `more` are further tags, of 16 bits, of 32 where needed,
+    or floats; with `bits`, each row of `bands` holds so many packed bits a sample. Where the planes
+    are apart (284: 2), `bands` is (C, H, W).
+    """
+    apart = (more or {}).get(284) == [2]
     data = bands.astype(bands.dtype.newbyteorder(order)).tobytes()
-    tags = {256: [width], 257: [height], 258: [depth] * num_bands, 259: [1], 262: [photometric], 273: [8]}
-    tags |= {277: [num_bands], 278: [height], 279: [len(data)]} | ({338: [extra]} if extra else {})
+    bands = np.moveaxis(bands, 0, 2) if apart else bands if bands.ndim == 3 else bands[..., None]
+    height, width, num_bands = bands.shape
+    depth = bits or bands.dtype.itemsize * 8
+    width = width * bands.dtype.itemsize * 8 // depth
+    tags: dict[int, list[float]] = {256: [width], 257: [height], 258: [depth] * num_bands, 259: [1]}
+    tags |= {273: [8], 277: [num_bands], 278: [height], 279: [len(data)]} | ({338: [extra]} if extra else {})
+    tags |= {262: [photometric]} if photometric is not None else {}
+    if apart:
+        size = len(data) // num_bands
+        tags |= {273: [8 + size * number for number in range(num_bands)], 279: [size] * num_bands}
+    tags |= more or {}
     start = 8 + len(data)
     overflow, entries = b"", b""
     for tag, values in sorted(tags.items()):
-        packed = struct.pack(f"{order}{len(values)}H", *values)
+        kind, code = (11, "f") if isinstance(values[0], float) else (4, "I") if max(values) > 65535 else (3, "H")
+        packed = struct.pack(f"{order}{len(values)}{code}", *values)
         if len(packed) > 4:
             position = start + 2 + 12 * len(tags) + 4 + len(overflow)
             overflow, packed = overflow + packed, struct.pack(f"{order}I", position)
-        entries += struct.pack(f"{order}HHI", tag, 3, len(values)) + packed.ljust(4, b"\0")
+        entries += struct.pack(f"{order}HHI", tag, kind, len(values)) + packed.ljust(4, b"\0")
     mark = b"II*\0" if order == "<" else b"MM\0*"
     directory = struct.pack(f"{order}H", len(tags)) + entries + bytes(4) + overflow
     return mark + struct.pack(f"{order}I", start) + data + directory
@@ -153,6 +173,13 @@ def turned(orientation: int) -> Image.Exif:
 
 
 GREY16 = GREY.astype(np.uint16) * 257
+# 12 bits of the same picture, two of them packed into three bytes, and in 16 bits
+GREY_16_12 = np.round(GREY * (4095 / 255)).astype(np.uint16)
+FIRST, SECOND = GREY_16_12[:, ::2], GREY_16_12[:, 1::2]
+GREY_12 = np.stack([FIRST >> 4, (FIRST & 15) << 4 | SECOND >> 8, SECOND & 255], axis=2).astype(np.uint8).reshape(24, 48)
+MAX_12, FLOAT = {281: [4095]}, {339: [3]}
+FOUR_BITS = (GREY[:, ::2] >> 4 << 4 | GREY[:, 1::2] >> 4).astype(np.uint8)
+FOUR_BITS_RGB = np.repeat((GREY >> 4)[..., None], 3, axis=2) * 17
 PALETTE, PALETTE_RGB = palette()
 PALETTE_NUMBERS = np.asarray(PALETTE)
 BILEVEL = picture(GREY).convert("1")
@@ -224,8 +251,65 @@ KINDS = {
     "rgb16-tiff-big": (content("a.tif", tiff(COLOUR.astype(np.uint16) * 257, ">", 2)), COLOUR, None, 0),
     "negative-tiff": (content("a.tif", tiff(255 - GREY, "<", 0)), GREY_RGB, None, 0),
     "negative16-tiff": (content("a.tif", tiff(65535 - GREY16, "<", 0)), GREY_RGB, None, 0),
+    "12-bit-tiff": (content("a.tif", tiff(GREY_12, "<", 1, bits=12)), GREY_RGB, None, 0.04),
+    "12-of-16-bits": (content("a.tif", tiff(GREY_16_12, "<", 1, more=MAX_12)), GREY_RGB, None, 0.04),
+    "12-of-16-bits-big": (content("a.tif", tiff(GREY_16_12, ">", 1, more={341: [4095]})), GREY_RGB, None, 0.04),
+    "12-of-16-bits-negative": (content("a.tif", tiff(4095 - GREY_16_12, "<", 0, more=MAX_12)), GREY_RGB, None, 0.04),
+    "7-of-8-bits": (content("a.tif", tiff(GREY // 2, "<", 1, more={281: [127]})), GREY_RGB, None, 2),
+    "7-of-8-bits-negative": (content("a.tif", tiff(127 - GREY // 2, "<", 0, more={281: [127]})), GREY_RGB, None, 2),
+    "7-of-8-bits-rgb": (content("a.tif", tiff(COLOUR // 2, "<", 2, more={281: [127] * 3})), COLOUR, None, 2),
+    "uint32-max-16-bits": (
+        content("a.tif", tiff(GREY16.astype(np.uint32), "<", 1, more={281: [65535]})),
+        GREY_RGB,
+        None,
+        0,
+    ),
+    "uint32-full": (
+        content("a.tif", tiff(GREY.astype(np.uint32) * 0x01010101, "<", 1, more={281: [2**32 - 1]})),
+        GREY_RGB,
+        None,
+        0,
+    ),
+    "statistic": (content("a.tif", tiff(GREY, "<", 1, more={280: [30], 281: [int(GREY.max())]})), GREY_RGB, None, 0),
+    "statistic-rgb16": (
+        content("a.tif", tiff(COLOUR.astype(np.uint16) * 257, "<", 2, more={281: [int(COLOUR.max()) * 257] * 3})),
+        COLOUR,
+        None,
+        0,
+    ),
+    "planes-apart": (content("a.tif", tiff(np.moveaxis(COLOUR, 2, 0), "<", 2, more={284: [2]})), COLOUR, None, 0),
+    "4-bit-negative": (content("a.tif", tiff(~FOUR_BITS, "<", 0, bits=4)), FOUR_BITS_RGB, None, 0),
+    "float-of-255": (
+        content("a.tif", tiff(GREY.astype(np.float32), "<", 1, more=FLOAT | {341: [255.0]})),
+        GREY_RGB,
+        None,
+        0,
+    ),
+    "float-negative": (
+        content("a.tif", tiff(1 - GREY.astype(np.float32) / 255, ">", 0, more=FLOAT)),
+        GREY_RGB,
+        None,
+        0,
+    ),
+    "palette-of-8-bits": (
+        content("a.tif", tiff(255 - GREY, "<", 3, more={320: [*range(255, -1, -1)] * 3})),
+        GREY_RGB,
+        None,
+        0,
+    ),
+    "multi-channel": (
+        content("a.tif", tiff(np.dstack([COLOUR, FADE, GREY]), "<", 2, more={338: [0, 0]})),
+        COLOUR,
+        None,
+        0,
+    ),
+    "pgm-of-12-bits": (
+        content("a.pgm", b"P5 32 24 4095\n" + GREY_16_12.astype(">u2").tobytes()),
+        GREY_RGB,
+        None,
+        0.04,
+    ),
     "float-tiff": (save(picture(GREY.astype(np.float32) / 255), "a.tif"), GREY_RGB, None, 0),
-    "int-tiff": (save(picture(GREY16.astype(np.int32)), "a.tif"), GREY_RGB, None, 0),
     "cmyk-tiff": (save(CMYK, "a.tif"), COLOUR, None, 1),
     "cmyk-jpeg": (save(CMYK, "a.jpg", quality=95), COLOUR, None, 16),
     "ycbcr-tiff": (save(picture(COLOUR).convert("YCbCr"), "a.tif"), COLOUR, None, 3),
@@ -270,7 +354,8 @@ def test_every_kind_of_picture_is_read(tmp_path: Path, name: str) -> None:
         read = load_picture(path)
     assert read.image.shape == (3, *rgb.shape[:2]) and read.image.dtype == torch.float32
     assert read.image.is_contiguous() and torch.equal(read.image, load_image(path))
-    assert np.abs(read.image.permute(1, 2, 0).numpy() * 255 - rgb).max() <= tolerance + 1e-3
+    seen = np.full(rgb.shape[:2], True) if alpha is None else alpha > 0
+    assert np.abs(read.image.permute(1, 2, 0).numpy() * 255 - rgb)[seen].max() <= tolerance + 1e-3
     if alpha is None:
         assert read.alpha is None
     else:
@@ -348,11 +433,19 @@ def test_an_rgb_profile_is_kept(tmp_path: Path, suffix: str) -> None:
     assert read.icc_profile == SRGB and read.note is None
 
 
-@pytest.mark.parametrize("name", ["palette", "rgba", "grey"])
+@pytest.mark.parametrize("name", ["palette", "rgba"])
 def test_an_rgb_profile_is_kept_for_pictures_that_become_rgb(tmp_path: Path, name: str) -> None:
-    image = {"palette": PALETTE, "rgba": picture(RGBA), "grey": picture(GREY)}[name]
+    image = {"palette": PALETTE, "rgba": picture(RGBA)}[name]
     image.save(tmp_path / "a.png", icc_profile=SRGB)
-    assert load_picture(tmp_path / "a.png").icc_profile == SRGB
+    read = load_picture(tmp_path / "a.png")
+    assert read.icc_profile == SRGB and not read.is_grey
+
+
+def test_an_rgb_profile_of_grey_is_applied_as_no_grey_file_may_have_one(tmp_path: Path) -> None:
+    picture(GREY).save(tmp_path / "a.png", icc_profile=SRGB)
+    read = load_picture(tmp_path / "a.png")
+    assert (read.icc_profile, read.is_grey) == (None, True)
+    assert np.array_equal(np.round(read.image[0].numpy() * 255), GREY)
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "tif"])
@@ -462,7 +555,46 @@ BAD = {
     "ppm-too-large": (content("a.ppm", f"P6 {BIG} {BIG} 255\n".encode()), TOO_LARGE),
     "float-above-1": (save(picture(GREY.astype(np.float32)), "a.tif"), r"values of a 'F' picture must be in \[0, 1\]"),
     "float-nan": (save(picture(np.full((4, 4), np.nan, np.float32)), "a.tif"), r"must be in \[0, 1\]; scale them$"),
-    "int-above-16-bits": (save(picture(np.full((4, 4), 2**20, np.int32)), "a.tif"), r"must be in \[0, 65535\]"),
+    "int-of-pillow": (save(picture(GREY16.astype(np.int32)), "a.tif"), "its samples are signed, so black is unknown; "),
+    "signed-8": (content("a.tif", tiff(GREY, "<", 1, more={339: [2]})), "its samples are signed"),
+    "signed-16": (content("a.tif", tiff(GREY16, ">", 1, more={339: [2]})), "its samples are signed"),
+    "uint32": (content("a.tif", tiff(GREY.astype(np.uint32), "<", 1)), r"its white is unknown \(32-bit samples"),
+    "12-of-16-bits-rgb": (
+        content("a.tif", tiff(COLOUR.astype(np.uint16) * 16, "<", 2, more={281: [4095] * 3})),
+        "its samples use a part of their bits",
+    ),
+    "12-of-16-bits-cmyk": (
+        content("a.tif", tiff(RGBA.astype(np.uint16) * 16, "<", 5, more={281: [4095] * 4})),
+        "its samples use a part of their bits",
+    ),
+    "max-1000": (
+        content("a.tif", tiff(GREY16 // 128, "<", 1, more={281: [1000]})),
+        r"its white is unknown \(MaxSampleValue 1000",
+    ),
+    "dark-statistic": (
+        content("a.tif", tiff(GREY16 // 128, "<", 1, more={281: [int((GREY16 // 128).max())]})),
+        "its white is unknown",
+    ),
+    "min-100": (
+        content("a.tif", tiff(GREY16, "<", 1, more={280: [100]})),
+        r"its black is unknown \(MinSampleValue 100\)",
+    ),
+    "above-max": (content("a.tif", tiff(GREY16, "<", 1, more=MAX_12)), r"must be in \[0, 4095\]; scale them$"),
+    "float-below-0": (
+        content("a.tif", tiff(GREY.astype(np.float32) / 127 - 1, "<", 1, more=FLOAT)),
+        r"must be in \[0, 1\]",
+    ),
+    "no-photometric": (content("a.tif", tiff(GREY, "<", None)), "it does not say whether 0 is black"),
+    "negative-apart": (
+        content("a.tif", tiff(GREY[None], "<", 0, more={284: [2]})),
+        "its planes are stored apart, in a form that cannot be read; interleave its samples$",
+    ),
+    "rgb16-apart": (
+        content("a.tif", tiff(np.moveaxis(COLOUR, 2, 0).astype(np.uint16) * 257, "<", 2, more={284: [2]})),
+        "its planes are stored apart",
+    ),
+    "half-floats": (content("a.tif", tiff(GREY.astype(np.float16), "<", 1, more=FLOAT)), NO_PICTURE),
+    "spider": (save(picture(GREY.astype(np.float32) / 255), "a.spider", format="SPIDER"), "its white is unknown"),
     "folder": (a_folder, "it is a folder; give a file$"),
     "pipe": (fifo, "it is a pipe, a socket or a device; give a regular file$"),
 }
@@ -563,8 +695,196 @@ def test_alpha_and_profile_are_saved(tmp_path: Path) -> None:
     assert (plain.alpha, plain.icc_profile, plain.note) == (None, None, None)
 
 
+def cut_out(hidden: np.ndarray) -> np.ndarray:
+    """A red half disc beside a blue one that fade out, with other colours where nothing is visible; RGBA."""
+    rows, columns = np.mgrid[:24, :32]
+    alpha = np.clip(9.5 - np.hypot(rows - 11.5, columns - 15.5), 0, 1)[..., None]
+    colours = np.where(columns[..., None] < 16, [200, 20, 30], [10, 40, 220])
+    return np.dstack([np.where(alpha > 0, colours, hidden), np.ceil(alpha * 255)]).astype(np.uint8)
+
+
+HIDDEN = {
+    "black": np.zeros((24, 32, 3)),
+    "noise": np.random.default_rng(0).integers(0, 256, (24, 32, 3)),
+}
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.tif", "a.webp"])
+def test_colours_that_nobody_sees_do_not_matter(tmp_path: Path, name: str) -> None:
+    needs(name[2:])
+    options = {"lossless": True, "exact": True} if name == "a.webp" else {}
+    read = {}
+    for kind, hidden in HIDDEN.items():
+        picture(cut_out(hidden)).save(tmp_path / name, **options)
+        read[kind] = load_picture(tmp_path / name)
+        assert torch.equal(load_image(tmp_path / name), read[kind].image)
+    assert torch.equal(read["black"].image, read["noise"].image)
+    seen = read["black"].alpha[0] > 0
+    assert torch.equal(
+        read["black"].image[:, seen] * 255, torch.tensor(cut_out(HIDDEN["black"])[seen][:, :3].T).float()
+    )
+
+
+def test_colours_go_on_where_nothing_is_visible(tmp_path: Path) -> None:
+    picture(cut_out(HIDDEN["noise"])).save(tmp_path / "a.png")
+    image = load_image(tmp_path / "a.png") * 255
+    assert torch.allclose(image[:, 11, 0], torch.tensor([200.0, 20, 30]), atol=30)
+    assert torch.allclose(image[:, 11, 31], torch.tensor([10.0, 40, 220]), atol=30)
+    # no mixture leaves what is between the two colours
+    low, high = torch.tensor([10.0, 20, 30]), torch.tensor([200.0, 40, 220])
+    assert ((image.amin((1, 2)) >= low - 1e-3) & (image.amax((1, 2)) <= high + 1e-3)).all()
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 7), (5, 3), (16, 16)])
+def test_one_visible_pixel_gives_its_colour_to_all(tmp_path: Path, size: tuple[int, int]) -> None:
+    pixels = np.zeros((*size, 4), np.uint8)
+    pixels[-1, -1] = 60, 120, 180, 1
+    picture(pixels).save(tmp_path / "a.png")
+    image = load_image(tmp_path / "a.png") * 255
+    assert torch.allclose(image, torch.tensor([60.0, 120, 180])[:, None, None].expand_as(image), atol=1e-3)
+
+
+@pytest.mark.parametrize("key", [None, 3])
+def test_a_picture_of_which_nothing_is_visible(tmp_path: Path, key: int | None) -> None:
+    image = picture(np.full((6, 8), 3, np.uint8)) if key else picture(RGBA * np.array([1, 1, 1, 0], np.uint8))
+    image.save(tmp_path / "a.png", **({"transparency": key} if key else {}))
+    read = load_picture(tmp_path / "a.png")
+    assert read.alpha is not None and not read.alpha.any() and not read.image.any()
+    with pytest.raises(UserError, match=r"a\.png: it is wholly transparent; give it colours or remove it$"):
+        load_image(tmp_path / "a.png")
+
+
+GREY_PALETTE = picture(GREY).convert("P")
+GREY_KINDS = {
+    "grey", "grey-jpeg", "grey-alpha", "bilevel", "bilevel-tiff", "grey-key", "grey-key-of-4-bits", "bilevel-key",
+    "grey16", "grey16-between-levels", "grey16-key", "grey16-alpha", "grey16-tiff-little", "grey16-tiff-big",
+    "negative-tiff", "negative16-tiff", "12-bit-tiff", "12-of-16-bits", "12-of-16-bits-big", "12-of-16-bits-negative",
+    "7-of-8-bits", "7-of-8-bits-negative", "uint32-max-16-bits", "uint32-full", "statistic", "4-bit-negative",
+    "float-of-255", "float-negative", "palette-of-8-bits", "pgm-of-12-bits", "float-tiff", "grey-profile",
+    "grey-profile-alpha", "grey16-profile",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_grey_is_known_by_its_file(tmp_path: Path, name: str) -> None:
+    needs(name)
+    read = load_picture(KINDS[name][0](tmp_path))
+    assert read.is_grey == (name in GREY_KINDS)
+    assert not read.is_grey or is_grey(read.image)
+
+
+def test_a_palette_of_greys_is_grey_and_equal_channels_are_a_choice_of_the_file(tmp_path: Path) -> None:
+    assert load_picture(save(GREY_PALETTE, "a.png")(tmp_path)).is_grey
+    assert load_picture(save(GREY_PALETTE, "b.png", transparency=3)(tmp_path)).is_grey
+    read = load_picture(save(picture(GREY_RGB), "c.png")(tmp_path))
+    assert is_grey(read.image) and not read.is_grey
+
+
+def test_a_very_dark_16_bit_picture_gets_a_note(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(png16(GREY16 // 17))
+    assert (load_picture(tmp_path / "a.png").note or "").startswith("very dark: ")
+    (tmp_path / "b.png").write_bytes(png16(GREY16 // 8))
+    assert load_picture(tmp_path / "b.png").note is None
+
+
+# extension: what Pillow calls its format, levels that reading it back may be off, whether it holds alpha
+WRITTEN = {
+    "png": ("PNG", 0, True),
+    "PNG": ("PNG", 0, True),
+    "tif": ("TIFF", 0, True),
+    "tiff": ("TIFF", 0, True),
+    "webp": ("WEBP", 0, True),
+    "bmp": ("BMP", 0, False),
+    "jpg": ("JPEG", 8, False),
+    "jpeg": ("JPEG", 8, False),
+}
+
+
+@pytest.mark.parametrize("suffix", WRITTEN)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_file_is_of_the_format_that_its_name_says(tmp_path: Path, suffix: str, channels: int) -> None:
+    needs(suffix)
+    kind, tolerance, holds_alpha = WRITTEN[suffix]
+    img = torch.from_numpy(COLOUR).permute(2, 0, 1)[:channels].float() / 255
+    path = tmp_path / f"a.{suffix}"
+    save_image(path, img)
+    with Image.open(path) as file:
+        assert (file.format, len(file.getbands())) == (kind, 3 if suffix == "webp" else channels)
+    assert (load_image(path) - img).abs().max() * 255 <= tolerance + 1e-3
+    alpha = torch.from_numpy(FADE)[None].float() / 255
+    if not holds_alpha:
+        with pytest.raises(ValueError, match=rf"{kind} holds no transparency; give a name ending in \.png$"):
+            save_image(path, img, alpha)
+        return
+    save_image(path, img, alpha)
+    read = load_picture(path)
+    assert read.alpha is not None and torch.equal(read.alpha, alpha)
+    with Image.open(path) as file:
+        assert len(file.getbands()) == (4 if suffix == "webp" else channels + 1)
+
+
+@pytest.mark.parametrize("name", ["a", "a.gif", "a.jpg.part", "a.xyz", "png"])
+def test_a_name_that_says_no_format_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ValueError, match=rf"cannot write .*/{name}: wanted a name ending in \.png, \.jpg, "):
+        save_image(tmp_path / name, torch.zeros(3, 4, 4))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_profile_is_not_lost_in_a_format_without(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="BMP holds no colour profile"):
+        save_image(tmp_path / "a.bmp", torch.zeros(3, 4, 4), None, SRGB)
+    save_image(tmp_path / "a.jpg", torch.zeros(3, 4, 4), None, SRGB)
+    assert load_picture(tmp_path / "a.jpg").icc_profile == SRGB
+
+
+UNIT = torch.linspace(0, 1, 72).reshape(3, 6, 4)
+NO_PICTURES = {
+    "uint8": ((UNIT * 255).to(torch.uint8), r"got torch\.uint8: use x\.float\(\) / 255"),
+    "int64": ((UNIT * 255).long(), r"got torch\.int64: use floats"),
+    "bool": (UNIT > 0.5, r"got torch\.bool: use floats"),
+    "0..255": (UNIT * 255, "got values from 0 to 255: use x / 255"),
+    "-1..1": (UNIT * 2 - 1, r"got values from -1 to 1: use \(x \+ 1\) / 2"),
+    "overshoot": (UNIT * 1.1, r"got values from 0 to 1\.1: use x\.clamp\(0, 1\)"),
+    "nan": (UNIT * float("nan"), "got NaN or infinite numbers"),
+    "inf": (UNIT / 0, "got NaN or infinite numbers"),
+    "numpy": (UNIT.numpy(), r"got numpy\.ndarray: use load_image for a file, torch\.from_numpy"),
+    "pil": (picture(COLOUR), r"got PIL\.Image\.Image"),
+    "none": (None, "got builtins.NoneType"),
+    "hwc": (UNIT.permute(1, 2, 0), r"got the shape \(6, 4, 3\): use x\.permute\(2, 0, 1\)"),
+    "grey": (UNIT[:1], r"got the shape \(1, 6, 4\): use x\.expand\(3, -1, -1\)"),
+    "grey-2d": (UNIT[0], r"got the shape \(6, 4\): use x\.expand\(3, -1, -1\)"),
+    "rgba": (torch.rand(4, 8, 8), r"got the shape \(4, 8, 8\): take x\[:3\]"),
+    "batch": (UNIT[None], r"got the shape \(1, 3, 6, 4\): give the pictures of a batch one by one"),
+    "empty": (UNIT[:, :0], r"got the shape \(3, 0, 4\): it has no pixels"),
+    "two": (UNIT[:2, :, :2], r"got the shape \(2, 6, 2\): give its red"),
+}
+
+
+@pytest.mark.parametrize("name", NO_PICTURES)
+def test_what_is_no_picture_in_the_range_is_named(name: str) -> None:
+    given, message = NO_PICTURES[name]
+    with pytest.raises(ValueError, match=message) as caught:
+        as_picture(given)
+    assert str(caught.value).startswith("wanted one RGB picture: a torch tensor (3, H, W), float, in [0, 1]; got ")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_any_floating_type_and_rounding_are_taken(dtype: torch.dtype) -> None:
+    taken = as_picture((UNIT * 1.0005).to(dtype))
+    assert taken.dtype == torch.float32 and taken.max() == 1 and (taken - UNIT).abs().max() < 0.01
+
+
+@pytest.mark.parametrize("name", ["uint8", "int64", "0..255", "-1..1", "overshoot", "numpy"])
+def test_what_is_out_of_range_is_not_saved(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ValueError, match=r"wanted .*; got |wanted a tensor, .* got ndarray"):
+        save_image(tmp_path / "a.png", NO_PICTURES[name][0])
+    with pytest.raises(UserError, match=r"the picture for .*a\.png is not finite"):
+        save_image(tmp_path / "a.png", UNIT * float("nan"))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_is_no_picture_is_not_saved(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="one RGB picture"):
+    with pytest.raises(ValueError, match="one RGB picture .* got shape"):
         save_image(tmp_path / "a.png", torch.zeros(1, 3, 4, 4))
     with pytest.raises(ValueError, match=r"alpha \(1, H, W\) of \(4, 4\)"):
         save_image(tmp_path / "a.png", torch.zeros(3, 4, 4), torch.zeros(1, 4, 5))

@@ -4,11 +4,14 @@ import copy
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from varestorer.systems.official import restore_official
 from varestorer.systems.varestorer import VARestorer
 from varestorer.tokenizer.residual import to_tokens
 from varestorer.training.checkpoint import save_initial
@@ -18,7 +21,7 @@ from varestorer.training.tokenizer import TokenizerTask
 from varestorer.transformer.heads import gumbel, keyed_noise
 from varestorer.transformer.layout import long_layout
 from varestorer.utils.errors import UserError
-from varestorer.utils.images import to_uint8
+from varestorer.utils.images import is_grey, to_uint8
 from varestorer.utils.seeds import torch_generator
 from varestorer.weights.storage import atomic_folder, write_json, write_tensors
 
@@ -94,6 +97,35 @@ def test_uncertainty_is_one_where_the_head_says_nothing_and_zero_where_it_is_sur
         assert low - 1e-4 <= uncertainty.min() and uncertainty.mean() <= high + 1e-4
     with pytest.raises(UserError, match="uncertainty is the one-step student's"):
         tiny_system.restore(photo, 2, uncertainty=True, steps="multi")
+
+
+@pytest.mark.parametrize("options", [{}, {"color": "adain"}, {"select": "sample"}, {"steps": 2}, {"tile": 16}])
+def test_grey_stays_grey_and_colour_does_not(tiny_system: VARestorer, options: dict) -> None:
+    grey = image(20, 13)[:1].expand(3, -1, -1)
+    restored = tiny_system.restore(grey, 2, uncertainty=True, **options)
+    assert is_grey(restored.image) and restored.image.std() > 0
+    assert restored.uncertainty_KHW is not None and restored.uncertainty_KHW.std() > 0
+    assert not is_grey(tiny_system.restore(image(20, 13), 2, **options).image)
+
+
+def test_grey_is_the_mean_of_what_the_channels_would_be(tiny_system: VARestorer) -> None:
+    grey = torch.zeros(3, 32, 32)
+    channels = tiny_system.restore_batch(grey[None]).images_B3HW[0]
+    assert torch.allclose(tiny_system.restore(grey, 1).image[0], channels.mean(0), atol=1e-6)
+
+
+def test_another_range_or_scale_is_refused_by_every_door(tiny_system: VARestorer) -> None:
+    levels = (image(8, 8) * 255).to(torch.uint8)
+    doors = (tiny_system.restore, tiny_system.reconstruct, partial(restore_official, tiny_system))
+    for given in (levels, levels.float(), image(8, 8) * 2 - 1, image(8, 8).numpy(), image(8, 8)[None]):
+        for door in doors:
+            with pytest.raises(ValueError, match=r"^wanted one RGB picture: .* got "):
+                door(given)
+    for scale in (-1, 0, float("nan"), float("inf"), "4", None, True, [2], torch.tensor(2.0)):
+        for door in (tiny_system.restore, partial(restore_official, tiny_system)):
+            with pytest.raises(ValueError, match=r"^scale must be a number above 0, such as 4 \(times larger\), got "):
+                door(image(8, 8), scale)
+    assert tiny_system.restore(image(8, 8).double(), np.float64(1.5)).image.shape == (3, 12, 12)
 
 
 def test_squares_of_another_side(tiny_system: VARestorer) -> None:

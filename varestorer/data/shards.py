@@ -28,7 +28,7 @@ from torch import Tensor
 
 from varestorer.data.folders import existing_folder
 from varestorer.data.listing import cache_path, read_cache, stamp, write_cache
-from varestorer.utils.decoding import decode
+from varestorer.utils.decoding import decode_visible
 from varestorer.utils.errors import UserError
 from varestorer.utils.files import atomic_write
 from varestorer.utils.image_files import BROKEN_IMAGE_ERRORS
@@ -100,7 +100,7 @@ class Packed:
             UserError: it cannot be decoded; names shard and member.
         """
         with self._opened() as file:
-            return torch.from_numpy(decode(file).rgb_CHW)
+            return torch.from_numpy(decode_visible(file))
 
     def num_pixels(self) -> int:
         """Width times height, from the header; UserError as for `load`."""

@@ -20,6 +20,7 @@ from varestorer.evaluation.results import Evaluation, Pair, Row, Scores
 from varestorer.evaluation.samples import Sample, SampleReader, check_sizes
 from varestorer.evaluation.sources import Source
 from varestorer.utils.errors import UsageError
+from varestorer.utils.finite import check_finite
 from varestorer.utils.images import to_uint8
 from varestorer.utils.iqa import (
     METRIC_ERRORS,
@@ -285,8 +286,10 @@ def _link_pairs(pairs: Sequence[tuple[Path, Path]], folder: Path) -> tuple[Path,
 
 
 def _round_trip(images: Sequence[Tensor], device: torch.device) -> Tensor:
-    """(B, 3, H, W) float32 in [0, 1] as it would be read back from 8-bit PNGs."""
-    return (to_uint8(torch.stack(list(images))).to(torch.float32) / 255).to(device)
+    """(B, 3, H, W) float32 in [0, 1] as it would be read back from 8-bit PNGs; UserError where it is not finite."""
+    image_B3HW = torch.stack(list(images))
+    check_finite(image_B3HW, "an image to be scored")
+    return (to_uint8(image_B3HW).to(torch.float32) / 255).to(device)
 
 
 def _finite(value: float) -> float:

@@ -13,6 +13,7 @@ from varestorer.evaluation.results import Pair, Row
 from varestorer.evaluation.sources import Candidate, FolderSource, Source
 from varestorer.utils.ahead import make_ahead
 from varestorer.utils.errors import UserError
+from varestorer.utils.finite import check_finite
 from varestorer.utils.images import load_image, save_image
 
 log = logging.getLogger(__name__)
@@ -91,6 +92,7 @@ class SampleReader:
         name, lq = sample.row.name, sample.row.lq
         try:
             candidate = self._made_before(name, lq) or self.source(name, lq)
+            check_finite(candidate.image, f"the result for {lq}")
             path = self._write(candidate, name)
         except UserError as error:
             return sample.failed(error)

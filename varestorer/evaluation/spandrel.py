@@ -13,6 +13,7 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from varestorer.evaluation.sources import Candidate, timed
 from varestorer.utils.errors import UsageError
+from varestorer.utils.finite import check_weights
 from varestorer.utils.images import load_image
 from varestorer.utils.tiling import restore_tiled
 
@@ -31,6 +32,7 @@ class SpandrelSource:
         device: where it runs.
     Raises:
         UsageError: no such file, no model that spandrel knows, or one of another kind or scale.
+        UserError: its weights are not finite.
     """
 
     def __init__(self, model_path: str | Path, scale: int = 4, device: torch.device | str = "cpu") -> None:
@@ -93,4 +95,5 @@ def _load(path: Path, device: torch.device) -> Any:
         raise UsageError(f"model_path={path} cannot be read as a model: {reason}") from error
     if not isinstance(model, ImageModelDescriptor) or (model.input_channels, model.output_channels) != (3, 3):
         raise UsageError(f"{path.name} ({model.architecture.name}) does not turn an RGB image into another")
+    check_weights(dict(model.model.named_parameters()), f"model_path={path}")
     return model.to(device).float().eval()

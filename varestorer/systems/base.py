@@ -35,7 +35,8 @@ from varestorer.transformer import VARTransformer
 from varestorer.utils.color import match_color
 from varestorer.utils.device import to_device
 from varestorer.utils.errors import UserError
-from varestorer.utils.images import from_network, to_network
+from varestorer.utils.finite import check_finite
+from varestorer.utils.images import as_picture, from_network, is_grey, to_network
 from varestorer.utils.tiling import restore_tiled, scaled_size
 
 DEVICE_PIXELS = 2**25  # of a result that is put together on the device; larger ones are on the host
@@ -61,7 +62,7 @@ class RestoredBatch:
     """Restored squares.
 
     Attributes:
-        images_B3HW: in [0, 1].
+        images_B3HW: in [0, 1]; NaN where the networks' numbers were not finite.
         indices: of each scale, as maps.
         logits: of a one-step network, (B, L, ...); None for scale-by-scale generation.
     """
@@ -228,9 +229,11 @@ class System(
     ) -> Restoration:
         """Restore an image of any size; it is enlarged first, and padded or tiled, never squashed.
 
+        What is gray stays gray: where the three channels of the image are equal, those of the result are.
+
         Args:
-            image: (3, H, W) float in [0, 1].
-            scale: enlargement.
+            image: (3, H, W) float in [0, 1], see `as_picture`; 8-bit, NumPy, (H, W, 3) and other ranges are refused.
+            scale: enlargement, above 0.
             color: "adain" or "wavelet" gives each tile the colors of the input, see `utils.color`; "none" does not.
             tile: side of the squares, pixels, one of `tiles`; None for the one the model was trained on.
             overlap: pixels shared by neighboring tiles; None for a quarter of a tile.
@@ -239,8 +242,10 @@ class System(
             request: `prompt`, `seed`, `select` and `steps`, see `Request`.
 
         Raises:
-            UserError: unknown `select`, `steps`, `color` or `tile`, an impossible overlap.
+            ValueError: an image or a scale of another kind or range; says what was wanted and what came.
+            UserError: unknown `select`, `steps`, `color` or `tile`, an impossible overlap; a result that is not finite.
         """
+        image = as_picture(image)
         asked = self.accept(Request(**request), uncertainty)
         system = self if tile is None else self.at_tile(tile)
 
@@ -256,6 +261,9 @@ class System(
         overlap = system.tile // 4 if overlap is None else overlap
         place = self.device if size[0] * size[1] <= DEVICE_PIXELS else image.device
         tiled = restore_tiled(to_device(image, place), size, system.tile, overlap, batch, run)
+        check_finite(tiled, "the result")
+        if is_grey(image):
+            tiled[:3] = tiled[:3].mean(dim=0)
         channels = to_device(tiled.clamp_(0, 1), image.device)
         return Restoration(channels[:3], channels[3:] if uncertainty else None)
 
@@ -264,18 +272,25 @@ class System(
         """An image of any size after it passed the tokenizer: the ceiling of what restoring can reach.
 
         Args:
-            image: (3, H, W) float in [0, 1], at full size.
+            image: (3, H, W) float in [0, 1], at full size, see `as_picture`.
             batch: tiles per forward pass.
 
         Returns:
             (3, H, W) float32 in [0, 1].
+
+        Raises:
+            ValueError: an image of another kind or range.
+            UserError: a result that is not finite.
         """
+        image = as_picture(image)
 
         def run(tiles_B3tt: Tensor, numbers: list[int]) -> Tensor:
             return to_device(self.decode(self.encode(to_device(tiles_B3tt, self.device)).codes), tiles_B3tt.device)
 
         size = (image.shape[-2], image.shape[-1])
-        return restore_tiled(image, size, self.tile, self.tile // 4, batch, run).clamp_(0, 1)
+        tiled = restore_tiled(image, size, self.tile, self.tile // 4, batch, run)
+        check_finite(tiled, "the result")
+        return tiled.clamp_(0, 1)
 
     # ---- loading, saving, speed
 

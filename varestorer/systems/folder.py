@@ -23,7 +23,7 @@ from varestorer.utils.ahead import make_ahead
 from varestorer.utils.device import usable_cores
 from varestorer.utils.errors import UserError
 from varestorer.utils.files import atomic_write
-from varestorer.utils.images import Picture, heat_map, load_picture, natural_key, resize, save_image
+from varestorer.utils.images import Picture, heat_map, is_grey, load_picture, natural_key, resize, save_image
 from varestorer.utils.seeds import derive_seed
 
 logger = logging.getLogger(__name__)
@@ -90,7 +90,8 @@ def restore_files(
     """Restore the files of a plan and write `restore.json` beside the results.
 
     Each image's seed is derived from `seed` and its name, so its result depends neither on the other files
-    nor on their order. Transparency is resized and kept, and so is a colour profile. Results appear whole or not
+    nor on their order. Transparency is resized and kept, and so is a colour profile; grey is
+    written as one channel. Results appear whole or not
     at all. If the run is interrupted, what was restored by then is written, and so is the report; it keeps earlier
     entries whose results are still there. A result that is left in place, but was made with another seed or other
     settings, is named.
@@ -232,8 +233,9 @@ class _Runner:
         heat = self.output / job.heat_map
         if restored.uncertainty is not None:
             save_image(heat, heat_map(restored.uncertainty))
+        image = restored.image[:1] if picture.is_grey and is_grey(restored.image) else restored.image
         try:
-            save_image(self.output / job.target, restored.image, alpha, picture.icc_profile)
+            save_image(self.output / job.target, image, alpha, picture.icc_profile)
         except BaseException:
             if restored.uncertainty is not None:
                 heat.unlink(missing_ok=True)

@@ -14,7 +14,8 @@ from varestorer.conditioning.restorer import PUBLISHED_FILE
 from varestorer.utils.errors import UsageError, UserError
 from varestorer.utils.hub import first_line, is_hub_name
 from varestorer.weights.bundles import ADAPTERS, CONFIG, RESTORER, is_bundle, read_config, tensors_file
-from varestorer.weights.files import read_metadata, read_tensors
+from varestorer.weights.files import read_metadata
+from varestorer.weights.manifest import read_entries
 from varestorer.weights.published import STUDENT_FILE, TOKENIZER_FILE
 from varestorer.weights.runs import CONFIG as RUN_CONFIG
 from varestorer.weights.runs import is_run, latest_checkpoint, load_run_weights
@@ -198,10 +199,10 @@ def _from_published(
     """The released student, or a network of other sizes in its form."""
     tokenizer = _companion("tokenizer", student_file, tokenizer_file)
     restorer = _companion("restorer", student_file, restorer_file)
-    student = read_tensors(student_file)
+    student = read_entries(student_file)
     return system_class(
         schedule={"size": "0.25M"},
-        tokenizer=tokenizer_sizes(read_tensors(tokenizer, nested=("vae",))),
+        tokenizer=tokenizer_sizes(read_entries(tokenizer)),
         transformer=transformer_sizes(student),
         student={"lora_rank": adapter_rank(student)},
         restorer=str(restorer),

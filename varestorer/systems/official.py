@@ -26,7 +26,8 @@ from torch import Tensor
 from varestorer.systems.varestorer import VARestorer
 from varestorer.transformer import TextFeatures
 from varestorer.utils.errors import UserError
-from varestorer.utils.images import to_uint8
+from varestorer.utils.finite import check_finite, spread_nan
+from varestorer.utils.images import as_picture, to_uint8
 from varestorer.utils.tiling import gaussian_weights, scaled_size, tile_positions
 
 DROP_RATE = 0.1  # of the training, left on
@@ -53,10 +54,10 @@ def restore_official(
     Returns:
         (3, H', W') float32 in [0, 1], multiples of 1/255, on the image's device.
     Raises:
-        UserError: an image without pixels, or a prompt that does not fit the network.
+        ValueError: an image of another kind or range, see `as_picture`.
+        UserError: a prompt that does not fit the network, or a result that is not finite.
     """
-    if image_3HW.ndim != 3 or image_3HW.shape[0] != 3 or image_3HW.numel() == 0:
-        raise UserError(f"an image (3, H, W) with pixels is needed, got shape {tuple(image_3HW.shape)}")
+    image_3HW = as_picture(image_3HW)
     features_TE = _own_features(system, prompt)
     image_HW3 = rearrange(to_uint8(image_3HW.cpu()), "c h w -> h w c").numpy()
     enlarged_HW3 = _lanczos(image_HW3, scaled_size(image_3HW.shape[1], image_3HW.shape[2], scale))
@@ -112,13 +113,17 @@ def restore_square(system: VARestorer, square_3tt: Tensor, features_TE: Tensor) 
         features_TE: of the prompt; overwritten for good by the null text, one time in ten.
     Returns:
         (t, t, 3) uint8.
+    Raises:
+        UserError: the result is not finite.
     """
     # The released script always has a prompt; the null text is taken for one, so its number is drawn as well.
     if random.random() < DROP_RATE:
         features_TE.copy_(system.transformer.condition.null_features[: len(features_TE)])
     condition = system.condition(square_3tt[None].to(system.device))
     logits_1LZ2 = system.student_logits(condition, TextFeatures.from_list([features_TE]))
-    image_3tt = system.decode(system.codes(draw_bits(system, logits_1LZ2)))[0]
+    codes = spread_nan(system.codes(draw_bits(system, logits_1LZ2)), logits_1LZ2)
+    image_3tt = system.decode(codes)[0]
+    check_finite(image_3tt, "the result")
     return rearrange((image_3tt * 255).to(torch.uint8).cpu(), "c h w -> h w c").numpy()
 
 

@@ -41,6 +41,7 @@ from varestorer.transformer.generation import Generation, MultiStepGenerator, Pr
 from varestorer.transformer.heads import Noise, keyed_noise
 from varestorer.transformer.masks import MASKS, BlockCausal, prefix_causal_mask
 from varestorer.utils.errors import UserError
+from varestorer.utils.finite import spread_nan
 from varestorer.utils.images import from_network, to_network
 from varestorer.utils.seeds import torch_generator
 from varestorer.weights.bundles import ADAPTERS, RESTORER
@@ -244,7 +245,7 @@ class VARestorer(System):
         condition = self.condition(lq_B3HW)
         logits = self.student_logits(condition, text)
         bits = self._select(logits, uniforms)
-        codes = self.tokenizer.quantizer.indices_to_codes(bits, self.schedule)
+        codes = spread_nan(self.tokenizer.quantizer.indices_to_codes(bits, self.schedule), logits)
         images = from_network(self.student_image(codes, self.residual(condition)))
         return RestoredBatch(images, bits, logits)
 
@@ -322,7 +323,8 @@ class VARestorer(System):
             logits = self.student_logits(condition, text)
             uniforms = None if noise is None else self._noise_of_scales(noise, len(lq_B3HW))
             generation = self._continue(self._select(logits, uniforms)[:num_kept], text, noise)
-        images = from_network(self.student_image(generation.codes, residual))
+        codes = spread_nan(generation.codes, condition.pyramid.codes)
+        images = from_network(self.student_image(codes, residual))
         return RestoredBatch(images, generation.indices, logits)
 
     def _noise_of_scales(self, noise: Noise, batch_size: int) -> list[Tensor]:

@@ -212,11 +212,12 @@ class MultiScaleQuantizer(nn.Module):
             wanted, got = (", ".join(f"{h}x{w}" for h, w in some) for some in (schedule.targets, sizes))
             raise ValueError(f"features must have the size of the last scale {wanted}, got {got}")
         features = {size: features.float() for size, features in zip(sizes, maps, strict=True)}
-        total = self.running_sum(schedule, raw_last)
+        zeros = features[schedule.map_sizes[0]].detach() * 0  # what is not finite stays so, or the bits would hide it
+        total = RunningSum(self, schedule, raw_last, self.shrink, zeros)
         labels, bases, cumulative, residual = [], [], [], maps[-1]
         for k, (scale, size) in enumerate(zip(schedule.scales, schedule.map_sizes, strict=True)):
             base = total.at(size)
-            bases.append(torch.zeros_like(features[size]) if base is None else base)
+            bases.append(zeros if base is None else base)
             residual = features[size] - bases[-1]
             indices = self.codebook.indices(resize_area(residual, scale))
             labels.append(indices)
@@ -247,15 +248,23 @@ class RunningSum:
         raw_last: leave phi out at the last scale. It is a property of the call: VAR has phi everywhere, VARSR codes
             and restores without it there, with the same weights.
         shrink: kernel of `next_input`.
+        start: what the codes are added to; None for nothing.
     """
 
-    def __init__(self, quantizer: MultiScaleQuantizer, schedule: ScaleSchedule, raw_last: bool, shrink: Resize) -> None:
+    def __init__(
+        self,
+        quantizer: MultiScaleQuantizer,
+        schedule: ScaleSchedule,
+        raw_last: bool,
+        shrink: Resize,
+        start: Tensor | None = None,
+    ) -> None:
         self.quantizer = quantizer
         self.schedule = schedule
         self.raw_last = raw_last
         self.shrink = shrink
         self.indices: list[Tensor] = []
-        self._total: Tensor | None = None
+        self._total = start
 
     @property
     def codes(self) -> Tensor:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from varestorer.utils.finite import is_finite
 from varestorer.utils.images import to_uint8
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ class ImageScores:
         self._metrics: dict[tuple[str, torch.device], Metric] = {}
 
     def __call__(self, image_B3HW: Tensor, reference_B3HW: Tensor) -> dict[str, Tensor]:
-        """Means over the batch, in float32 under any autocast: scalars on the images' device.
+        """Means over the batch, in float32 under any autocast: scalars on the images' device; NaN for images with NaN.
 
         Args:
             image_B3HW: in [0, 1]; rounded to 8 bits first, as when saved.
@@ -34,6 +35,8 @@ class ImageScores:
         Raises:
             MetricUnavailableError: a metric cannot run here (one line: what is missing).
         """
+        if not is_finite(image_B3HW):  # 8 bits would show it as black
+            return {name: image_B3HW.new_full((), torch.nan, dtype=torch.float32) for name in self.names}
         image, reference = (to_uint8(images).float() / 255 for images in (image_B3HW, reference_B3HW))
         with torch.autocast(image.device.type, enabled=False):
             return {name: self._score(name, image, reference) for name in self.names}

@@ -19,6 +19,7 @@ from varestorer.transformer.heads import Noise
 from varestorer.transformer.layout import TokenLayout
 from varestorer.transformer.masks import BlockCausal, prefix_causal_mask
 from varestorer.transformer.model import PreparedCondition, VARTransformer
+from varestorer.utils.finite import spread_nan
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class Generation:
 
     Attributes:
         indices: of each scale that is known or was generated, as maps.
-        codes: their sum, of all scales the decoder's input (B, Z, h_K, w_K).
+        codes: their sum, of all scales the decoder's input (B, Z, h_K, w_K); NaN where logits were not finite.
         targets: the sum after the last scale of each of the schedule's targets; the last one is `codes`.
         logits: of each generated scale as the network gave them (before temperature and guidance), keyed by scale
             number: (B or 2B, l, ...).
@@ -165,6 +166,7 @@ class MultiStepGenerator:
         total = self.quantizer.running_sum(self.schedule, self.raw_last, self.shrink)
         inputs, targets = self._read(total, known)
         logits: dict[int, Tensor] = {}
+        mixtures: list[Tensor] = []
         hidden, end = None, 0
         for k in range(len(known), num_scales or len(self.schedule)):
             cfg, tau = settings[k]
@@ -178,13 +180,14 @@ class MultiStepGenerator:
             hidden = self.transformer.hidden(tokens, prepared, new, mask, cache, mix, asked, front)
             logits[k] = self.transformer.predict(hidden, prepared)
             mixed = _mix_logits(logits[k], cfg if 0 in options.insertion_layers else 1.0, batch_size) / tau
+            mixtures.append(mixed)
             uniform = None if noise is None else noise(k, (*mixed.shape[:2], *head.draw_shape()))
             chosen = head.select(mixed, uniform, options.top_k, options.top_p)
             codes = total.add(to_map(chosen, self.schedule.scales[k]))
             inputs = total.next_input()
             if self.schedule.ends_target(k):
-                targets.append(codes)
-        return Generation(total.indices, total.codes, targets, logits, hidden)
+                targets.append(spread_nan(codes, *mixtures))
+        return Generation(total.indices, spread_nan(total.codes, *mixtures), targets, logits, hidden)
 
     def _read(self, total: RunningSum, known: Sequence[Tensor]) -> tuple[Tensor | None, list[Tensor]]:
         """Add the known scales; inputs of the scales up to the first unknown one (None: just the start)."""

@@ -4,15 +4,19 @@ from dataclasses import dataclass
 from io import BytesIO
 
 import numpy as np
+import torch
 from einops import rearrange
 from PIL import Image, ImageCms, ImageFile, ImageOps
+from torch import Tensor
+from torch.nn.functional import interpolate, pad
 
 from varestorer.utils.image_files import BROKEN_IMAGE_ERRORS, RefusedImageError
+from varestorer.utils.tiff import check_tiff, is_negative, largest_sample, white_share
 
 # what turns the transparent key of a PNG into a value of the mode that Pillow decodes its samples to
 _KEY_SCALE = {"L;2": 85, "L;4": 17, "RGB;16B": 1 / 256}
 
-_PHOTOMETRIC = 262  # tag of a TIFF
+_SCALED_TO_16_BITS = ("PNG", "PPM", "JPEG2000")  # by the format itself, or by Pillow
 
 
 @dataclass(frozen=True)
@@ -24,33 +28,55 @@ class Decoded:
         alpha_HW: float32 in [0, 1]; None for a file without transparency.
         icc_profile: an RGB profile that belongs to these colours.
         notes: what was left out or changed, for the user to know.
+        is_grey: the file holds one channel of grey, or a palette of greys.
     """
 
     rgb_CHW: np.ndarray
     alpha_HW: np.ndarray | None
     icc_profile: bytes | None
     notes: list[str]
+    is_grey: bool
 
 
 def decode(file: ImageFile.ImageFile) -> Decoded:
     """Decode the first frame of a file that `open_image` gave.
 
-    Colours below transparent pixels are kept as they are; premultiplied ones are divided by their alpha.
+    Premultiplied colours are divided by their alpha. What is wholly transparent has no colour that anybody chose to
+    show: there the visible colours go on, see `_cover_hidden`.
 
     Raises:
         what Pillow raises for a damaged file (`open_image` turns it into one line).
     """
     notes = _note_frames(file)
+    if file.format == "TIFF":
+        check_tiff(file)
     _scale_key(file)
+    is_stored_grey = _is_stored_grey(file)
     file.load()
     notes += _turn_upright(file)
     image = _simplify(file)
-    bands = _positive(file, np.asarray(image))
+    bands = np.asarray(image)
     # Pillow itself converts LAB to sRGB
     profile = None if file.mode == "LAB" else file.info.get("icc_profile")
     alpha = _alpha(image.mode, bands, file.info.get("transparency"))
-    rgb, kept_profile, profile_notes = _colours(image, bands, profile)
-    return Decoded(rgb, alpha, kept_profile, notes + profile_notes)
+    rgb, kept_profile, profile_notes = _colours(file, image, bands, profile)
+    is_grey = kept_profile is None and (is_stored_grey or _is_palette_of_greys(file, rgb))
+    if _is_numeric(image.mode) and rgb.max() < 1 / 16:
+        notes.append("very dark: if its samples use fewer bits than they have, its MaxSampleValue must say so")
+    rgb = rgb if alpha is None else _cover_hidden(rgb, alpha)
+    return Decoded(rgb, alpha, kept_profile, notes + profile_notes, is_grey)
+
+
+def decode_visible(file: ImageFile.ImageFile) -> np.ndarray:
+    """RGB (3, H, W) as `decode` gives it, for those who have no use for transparency.
+
+    Raises:
+        RefusedImageError: nothing of the picture is visible.
+    """
+    decoded = decode(file)
+    if decoded.alpha_HW is not None and not decoded.alpha_HW.any():
+        raise RefusedImageError("it is wholly transparent; give it colours or remove it")
+    return decoded.rgb_CHW
 
 
 def _note_frames(file: ImageFile.ImageFile) -> list[str]:
@@ -87,12 +113,6 @@ def _simplify(image: Image.Image) -> Image.Image:
     return image.convert(mode)
 
 
-def _positive(file: ImageFile.ImageFile, bands: np.ndarray) -> np.ndarray:
-    """Turn 16-bit negatives round (TIFF: white is zero), which Pillow does for other depths only."""
-    is_negative = getattr(file, "tag_v2", {}).get(_PHOTOMETRIC) == 0
-    return 65535 - bands if is_negative and file.mode.startswith("I;16") else bands
-
-
 def _is_numeric(mode: str) -> bool:
     return mode == "F" or mode.startswith("I")
 
@@ -109,15 +129,50 @@ def _alpha(mode: str, bands: np.ndarray, key: object) -> np.ndarray | None:
     return (bands != key).astype(np.float32) if _is_numeric(mode) and isinstance(key, int) else None
 
 
+def _is_stored_grey(file: ImageFile.ImageFile) -> bool:
+    """Whether it holds one channel of grey; call before it is decoded. Pillow turns grey PNGs of 16 bits into RGBA."""
+    is_wide = file.format == "PNG" and bool(file.tile) and str(file.tile[0][3]).startswith("LA")
+    return is_wide or file.mode in ("1", "L", "LA", "La") or _is_numeric(file.mode)
+
+
+def _is_palette_of_greys(file: ImageFile.ImageFile, rgb_CHW: np.ndarray) -> bool:
+    return file.mode in ("P", "PA") and bool((rgb_CHW == rgb_CHW[:1]).all())
+
+
+def _cover_hidden(rgb_CHW: np.ndarray, alpha_HW: np.ndarray) -> np.ndarray:
+    """Colours, where nothing is visible those around it, smoothly; black if nothing is visible anywhere.
+
+    Whatever is stored there (often black) would else run into the edges when the picture is enlarged.
+    """
+    if alpha_HW.all():
+        return rgb_CHW
+    seen_1HW = torch.from_numpy(alpha_HW > 0)[None]
+    return _covered(torch.from_numpy(rgb_CHW).where(seen_1HW, 0), seen_1HW).numpy()
+
+
+def _covered(rgb_3HW: Tensor, seen_1HW: Tensor) -> Tensor:
+    """Colours that are not seen, which must be 0, from a picture of half the size, and so on down."""
+    height, width = rgb_3HW.shape[-2:]
+    if seen_1HW.all() or max(height, width) == 1:
+        return rgb_3HW
+    both = pad(torch.cat([rgb_3HW, seen_1HW.float()]), (0, width % 2, 0, height % 2))
+    sums_4hw = interpolate(both[None], scale_factor=0.5, mode="area")[0]
+    seen_1hw = sums_4hw[3:] > 0
+    half_3hw = _covered(torch.where(seen_1hw, sums_4hw[:3] / sums_4hw[3:].clamp(min=0.25), 0), seen_1hw)
+    large_3HW = interpolate(half_3hw[None], scale_factor=2.0, mode="bilinear")[0, :, :height, :width]
+    return torch.where(seen_1HW, rgb_3HW, large_3HW)
+
+
 def _colours(
-    image: Image.Image, bands: np.ndarray, profile: bytes | None
+    file: ImageFile.ImageFile, image: Image.Image, bands: np.ndarray, profile: bytes | None
 ) -> tuple[np.ndarray, bytes | None, list[str]]:
     """(3, H, W) float32 in [0, 1], the profile that belongs to them, and notes.
 
-    An RGB profile is kept with its colours. Grey and CMYK profiles cannot describe RGB: they are applied, which
-    gives sRGB. A profile that fits neither way is left out.
+    An RGB profile is kept with its colours. Those of CMYK, and any of grey, are applied, which gives sRGB: what is
+    written as grey cannot have an RGB profile. A profile that fits neither way is left out.
 
     Args:
+        file: for its tags.
         image: from `_simplify`.
         bands: its values, (H, W) or (H, W, C).
         profile: of the file.
@@ -125,13 +180,15 @@ def _colours(
     mode, space = image.mode, _space_of(profile)
     if mode in ("RGB", "RGBA"):
         rgb, is_applied = _of_255(rearrange(bands[..., :3], "h w c -> c h w")), False
+        rgb = _of_white(file, rgb) if file.mode == mode else rgb
     elif mode == "CMYK":
+        _of_white(file, _of_255(bands))
         rgb, is_applied = _from_cmyk(image, profile if space == "CMYK" else None)
     else:
-        rgb, is_applied = _from_grey(_grey(mode, bands), profile if space == "GRAY" else None)
+        rgb, is_applied = _from_grey(_grey(file, mode, bands), profile if space in ("GRAY", "RGB") else None)
     if is_applied:
         return rgb, None, [f"colours converted from its {space} profile to sRGB"]
-    if space == "RGB" and mode != "CMYK":
+    if space == "RGB" and mode in ("RGB", "RGBA"):
         return rgb, profile, []
     return rgb, None, [f"its colour profile ({space or 'damaged'}) does not fit and is left out"] if profile else []
 
@@ -145,22 +202,53 @@ def _from_cmyk(image: Image.Image, profile: bytes | None) -> tuple[np.ndarray, b
 
 def _from_grey(grey_HW: np.ndarray, profile: bytes | None) -> tuple[np.ndarray, bool]:
     """RGB (3, H, W), and whether the profile could be applied: to 256 levels, and between them linearly."""
-    converted = _to_srgb(Image.fromarray(np.arange(256, dtype=np.uint8)[None]), profile)
-    if converted is None:
-        return np.repeat(grey_HW[None], 3, axis=0), False
-    columns = np.asarray(converted)[0].T / 255
-    return np.stack([np.interp(grey_HW, np.linspace(0, 1, 256), column).astype(np.float32) for column in columns]), True
+    ramp = Image.fromarray(np.arange(256, dtype=np.uint8)[None])
+    converted = _to_srgb(ramp.convert("RGB") if _space_of(profile) == "RGB" else ramp, profile)
+    if converted is not None:
+        levels = np.asarray(converted)[0].mean(axis=1) / 255
+        grey_HW = np.interp(grey_HW, np.linspace(0, 1, 256), levels).astype(np.float32)
+    return np.repeat(grey_HW[None], 3, axis=0), converted is not None
 
 
-def _grey(mode: str, bands: np.ndarray) -> np.ndarray:
+def _grey(file: ImageFile.ImageFile, mode: str, bands: np.ndarray) -> np.ndarray:
     """(H, W) float32 in [0, 1] of a grey or numeric mode."""
-    if not _is_numeric(mode):
-        return _of_255(bands if mode == "L" else bands[..., 0])
-    peak = 1.0 if mode == "F" else 65535.0
-    grey = bands.astype(np.float32) / np.float32(peak)
-    if not np.isfinite(grey).all() or grey.min() < 0 or grey.max() > 1:
-        raise RefusedImageError(f"values of a {mode!r} picture must be in [0, {peak:g}]; scale them")
-    return grey
+    shares = _numbers(file, mode, bands) if _is_numeric(mode) else _of_255(bands if mode == "L" else bands[..., 0])
+    if file.format != "TIFF" or not is_negative(file):
+        return _of_white(file, shares)
+    if _is_numeric(mode):
+        return 1 - _of_white(file, shares)
+    # these Pillow turns round itself, as if white were the largest number
+    stored = 1 - shares
+    scaled = _of_white(file, stored)
+    return shares if scaled is stored else 1 - scaled
+
+
+def _numbers(file: ImageFile.ImageFile, mode: str, bands: np.ndarray) -> np.ndarray:
+    """(H, W) float32 of a numeric mode, as shares of what its samples can hold."""
+    if file.format == "TIFF":
+        largest = largest_sample(file)
+        bands = bands.view(np.uint32) if mode == "I" else bands
+    elif file.format in _SCALED_TO_16_BITS:
+        largest = 1.0 if mode == "F" else 65535.0
+    else:
+        raise RefusedImageError(f"its white is unknown ({file.format} of mode {mode}); convert it to PNG")
+    shares = bands.astype(np.float32) / np.float32(largest)
+    if not np.isfinite(shares).all() or shares.min() < 0:
+        raise RefusedImageError(f"values of a {mode!r} picture must be in [0, {largest:g}]; scale them")
+    return shares
+
+
+def _of_white(file: ImageFile.ImageFile, shares: np.ndarray) -> np.ndarray:
+    """Shares of what the samples of a TIFF can hold to shares of its white; other formats have no such difference."""
+    white = white_share(file, shares) if file.format == "TIFF" else 1.0
+    if shares.max() > white * (1 + 1e-6):
+        most = white * largest_sample(file)
+        raise RefusedImageError(f"values of a {file.mode!r} picture must be in [0, {most:g}]; scale them")
+    if white == 1:
+        return shares
+    if file.mode == "CMYK" or (file.mode in ("RGB", "RGBA") and largest_sample(file) > 255):
+        raise RefusedImageError("its samples use a part of their bits (MaxSampleValue), too few are left; scale them")
+    return np.minimum(shares / np.float32(white), 1)
 
 
 def _space_of(profile: bytes | None) -> str | None:

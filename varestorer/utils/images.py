@@ -10,6 +10,7 @@ import zlib
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,9 +19,10 @@ from PIL import Image, features
 from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
-from varestorer.utils.decoding import decode
+from varestorer.utils.decoding import decode, decode_visible
 from varestorer.utils.errors import UserError
 from varestorer.utils.files import atomic_write
+from varestorer.utils.finite import check_finite, is_finite
 from varestorer.utils.image_files import open_image
 
 
@@ -33,6 +35,7 @@ def _readable_extensions() -> frozenset[str]:
 
 
 IMAGE_EXTENSIONS = _readable_extensions()
+ROUNDING = 1e-3  # what a picture may lie beyond [0, 1]
 
 
 @dataclass(frozen=True)
@@ -44,12 +47,14 @@ class Picture:
         alpha: (1, H, W) float32 in [0, 1]; None for a file without transparency.
         icc_profile: an RGB profile that says what the colours mean; None: sRGB.
         note: what was left out or changed (other frames, a colour profile); None if nothing was.
+        is_grey: the file holds grey alone, so its three channels are equal.
     """
 
     image: Tensor
     alpha: Tensor | None
     icc_profile: bytes | None
     note: str | None
+    is_grey: bool = False
 
 
 def natural_key(text: str) -> list[tuple[int, int | str]]:
@@ -86,8 +91,9 @@ def list_images(folder: str | os.PathLike) -> list[Path]:
 def load_picture(path: str | os.PathLike, max_pixels: int | None = None) -> Picture:
     """Read a picture with its transparency and colour profile.
 
-    Any mode and depth that Pillow reads is taken; EXIF orientation is applied; of several frames the first is
-    read; grey and CMYK colours with a profile are converted to sRGB.
+    Any mode that Pillow reads is taken, and any depth whose white the file tells; EXIF orientation is applied; of
+    several frames the first is read; grey and CMYK colours with a profile are converted to sRGB. What is wholly
+    transparent has the colours around it, whatever the file holds there.
 
     Args:
         path: the file.
@@ -98,36 +104,140 @@ def load_picture(path: str | os.PathLike, max_pixels: int | None = None) -> Pict
     with open_image(path, max_pixels) as file:
         decoded = decode(file)
     alpha = None if decoded.alpha_HW is None else torch.from_numpy(decoded.alpha_HW)[None]
-    return Picture(torch.from_numpy(decoded.rgb_CHW), alpha, decoded.icc_profile, "; ".join(decoded.notes) or None)
+    note = "; ".join(decoded.notes) or None
+    return Picture(torch.from_numpy(decoded.rgb_CHW), alpha, decoded.icc_profile, note, decoded.is_grey)
 
 
 def load_image(path: str | os.PathLike) -> Tensor:
-    """(3, H, W) float32 in [0, 1]: the colours of `load_picture`."""
-    return load_picture(path).image
+    """(3, H, W) float32 in [0, 1]: the colours of `load_picture`; also refuses what is wholly transparent."""
+    with open_image(path) as file:
+        return torch.from_numpy(decode_visible(file))
+
+
+@dataclass(frozen=True)
+class _Format:
+    """How pictures are written in a format.
+
+    Attributes:
+        name: Pillow's.
+        options: of Pillow's writer.
+        holds_alpha: whether it can.
+        holds_profile: whether it can.
+    """
+
+    name: str
+    options: dict[str, Any]
+    holds_alpha: bool = True
+    holds_profile: bool = True
+
+
+# of photographs run lengths leave as little as zlib's search for repeats does, in a quarter of the time
+_PNG = _Format("PNG", {"compress_type": zlib.Z_RLE})
+_JPEG = _Format("JPEG", {"quality": 95, "subsampling": 0}, holds_alpha=False)
+_TIFF = _Format("TIFF", {"compression": "tiff_adobe_deflate"})
+_WRITTEN = {
+    ".png": _PNG,
+    ".jpg": _JPEG,
+    ".jpeg": _JPEG,
+    ".tif": _TIFF,
+    ".tiff": _TIFF,
+    ".webp": _Format("WEBP", {"lossless": True, "exact": True}),
+    ".bmp": _Format("BMP", {}, holds_alpha=False, holds_profile=False),
+}
 
 
 def save_image(
-    path: str | os.PathLike, img_3HW: Tensor, alpha_1HW: Tensor | None = None, icc_profile: bytes | None = None
+    path: str | os.PathLike, img_CHW: Tensor, alpha_1HW: Tensor | None = None, icc_profile: bytes | None = None
 ) -> None:
-    """Write a picture in [0, 1] as an 8-bit RGB or RGBA PNG (rounded, not truncated), whole or not at all.
+    """Write a picture in [0, 1] with 8 bits (rounded, not truncated), whole or not at all.
 
     Args:
-        path: the file.
-        img_3HW: colours.
+        path: the file; its extension says the format: PNG, TIFF, WebP (without loss), BMP or JPEG (quality 95).
+        img_CHW: RGB, or one channel of grey; as `as_picture` takes it.
         alpha_1HW: transparency of the same size.
         icc_profile: what the colours mean; None: sRGB.
     Raises:
-        UserError: the file cannot be written; names it.
+        ValueError: no picture in [0, 1], another extension, or what its format cannot hold; nothing is written.
+        UserError: values that are not finite, or the file cannot be written; names it.
     """
-    if img_3HW.ndim != 3 or img_3HW.shape[0] != 3:
-        raise ValueError(f"wanted one RGB picture (3, H, W), got shape {tuple(img_3HW.shape)}")
-    if alpha_1HW is not None and alpha_1HW.shape != (1, *img_3HW.shape[1:]):
-        raise ValueError(f"wanted alpha (1, H, W) of {tuple(img_3HW.shape[1:])}, got shape {tuple(alpha_1HW.shape)}")
-    bands = [to_uint8(band.detach()).cpu() for band in (img_3HW, alpha_1HW) if band is not None]
-    array = rearrange(torch.cat(bands), "c h w -> h w c").numpy()
+    format_ = _WRITTEN.get(Path(path).suffix.lower())
+    if format_ is None:
+        raise ValueError(f"cannot write {path}: wanted a name ending in {', '.join(_WRITTEN)}")
+    if not isinstance(img_CHW, Tensor) or img_CHW.ndim != 3 or img_CHW.shape[0] not in (1, 3):
+        got = f"shape {tuple(img_CHW.shape)}" if isinstance(img_CHW, Tensor) else type(img_CHW).__name__
+        raise ValueError(f"wanted a tensor, one RGB picture (3, H, W) or a grey one (1, H, W), got {got}")
+    if alpha_1HW is not None and alpha_1HW.shape != (1, *img_CHW.shape[1:]):
+        raise ValueError(f"wanted alpha (1, H, W) of {tuple(img_CHW.shape[1:])}, got shape {tuple(alpha_1HW.shape)}")
+    for holds, given, what in (
+        (format_.holds_alpha, alpha_1HW, "transparency"),
+        (format_.holds_profile, icc_profile, "colour profile"),
+    ):
+        if given is not None and not holds:
+            raise ValueError(f"cannot write {path}: {format_.name} holds no {what}; give a name ending in .png")
+    channels = torch.cat([band.detach() for band in (img_CHW, alpha_1HW) if band is not None])
+    check_finite(channels, f"the picture for {path}")
+    _check_values(channels, f"cannot write {path}: wanted floats in [0, 1]")
+    array = rearrange(to_uint8(channels).cpu(), "c h w -> h w c").numpy()
     with atomic_write(path) as temporary:
-        # of photographs run lengths leave as little as zlib's search for repeats does, in a quarter of the time
-        Image.fromarray(array).save(temporary, format="PNG", icc_profile=icc_profile, compress_type=zlib.Z_RLE)
+        image = Image.fromarray(array[..., 0] if array.shape[2] == 1 else array)
+        image.save(temporary, format=format_.name, icc_profile=icc_profile, **format_.options)
+
+
+def as_picture(image: Any) -> Tensor:
+    """Take what a caller gives as a picture, or say what it is instead: values are never guessed to be of a range.
+
+    Args:
+        image: (3, H, W) RGB in [0, 1], of any floating type; 0.001 beyond the range is taken for rounding.
+    Returns:
+        (3, H, W) float32 in [0, 1], on its device.
+    Raises:
+        ValueError: no such tensor; says what was wanted, what came and how to convert it.
+    """
+    wanted = "wanted one RGB picture: a torch tensor (3, H, W), float, in [0, 1]; got"
+    if not isinstance(image, Tensor):
+        hint = "use load_image for a file, torch.from_numpy(x).permute(2, 0, 1) / 255 for 8-bit (H, W, 3)"
+        raise ValueError(f"{wanted} {type(image).__module__}.{type(image).__qualname__}: {hint}")
+    if image.ndim != 3 or image.shape[0] != 3 or image.numel() == 0:
+        raise ValueError(f"{wanted} the shape {tuple(image.shape)}: {_shape_hint(image)}")
+    _check_values(image, wanted.removesuffix("; got"))
+    return image.float().clamp(0, 1)
+
+
+def _shape_hint(image: Tensor) -> str:
+    """How to make (3, H, W) of another shape."""
+    if image.numel() == 0:
+        return "it has no pixels"
+    if image.ndim == 4:
+        return "give the pictures of a batch one by one"
+    if image.ndim == 2 or (image.ndim == 3 and image.shape[0] == 1):
+        return "use x.expand(3, -1, -1) for grey"
+    if image.ndim == 3 and image.shape[0] == 4:
+        return "take x[:3], and save the transparency x[3:] with the result"
+    if image.ndim == 3 and image.shape[-1] in (1, 3, 4):
+        return "use x.permute(2, 0, 1), which gives (C, H, W)"
+    return "give its red, green and blue channel first"
+
+
+def _check_values(image: Tensor, what: str) -> None:
+    """Refuse whole numbers, and values beyond [0, 1] by more than rounding.
+
+    Raises:
+        ValueError: says the type or the range that came.
+    """
+    if not image.is_floating_point():
+        hint = "use x.float() / 255" if image.dtype == torch.uint8 else "use floats in [0, 1]"
+        raise ValueError(f"{what}; got {image.dtype}: {hint}")
+    if not is_finite(image):
+        raise ValueError(f"{what}; got NaN or infinite numbers: find where they come from")
+    low, high = (float(value) for value in image.float().aminmax())
+    if low < -ROUNDING or high > 1 + ROUNDING:
+        hint = "x / 255" if high > 2 else "(x + 1) / 2" if low < -0.1 else "x.clamp(0, 1)"
+        raise ValueError(f"{what}; got values from {low:.4g} to {high:.4g}: use {hint}")
+
+
+def is_grey(image_3HW: Tensor) -> bool:
+    """Whether the three channels are equal everywhere."""
+    return torch.equal(image_3HW[0], image_3HW[1]) and torch.equal(image_3HW[1], image_3HW[2])
 
 
 def heat_map(values_HW: Tensor) -> Tensor:
@@ -135,9 +245,12 @@ def heat_map(values_HW: Tensor) -> Tensor:
 
     Returns:
         (3, H, W) float32 in [0, 1].
+    Raises:
+        UserError: values that are not finite.
     """
     from matplotlib import colormaps
 
+    check_finite(values_HW, "the uncertainty")
     colours = torch.from_numpy(colormaps["inferno"](np.arange(256))[:, :3]).float()
     return rearrange(colours[to_uint8(values_HW.detach()).cpu().int()], "h w c -> c h w")
 
@@ -153,8 +266,9 @@ def to_network(img: Tensor) -> Tensor:
 
 
 def from_network(x: Tensor) -> Tensor:
-    """The networks' [-1, 1] to float32 [0, 1], clamped; any shape."""
-    return ((x.float() + 1) / 2).clamp(0, 1)
+    """The networks' [-1, 1] to float32 [0, 1], clamped, with NaN for what is not finite; any shape."""
+    x = x.float()
+    return ((x + 1) / 2).clamp(0, 1) + x * 0  # infinite numbers would become black or white
 
 
 def resize(img: Tensor, size: tuple[int, int], mode: str = "bicubic") -> Tensor:

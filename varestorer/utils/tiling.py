@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
-from math import ceil, floor
+from math import ceil, floor, inf
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -35,8 +36,11 @@ def scaled_size(height: int, width: int, scale: float) -> tuple[int, int]:
     """Size of an image enlarged `scale` times: rounded half to even, at least one pixel.
 
     Raises:
+        ValueError: a scale that is no number above 0.
         UserError: more than `MAX_RESULT_PIXELS`.
     """
+    if not isinstance(scale, Real) or isinstance(scale, bool) or not 0 < scale < inf:
+        raise ValueError(f"scale must be a number above 0, such as 4 (times larger), got {scale!r}")
     size = max(round(height * scale), 1), max(round(width * scale), 1)
     if size[0] * size[1] > MAX_RESULT_PIXELS:
         raise UserError(f"the result would have {size[1]} x {size[0]} pixels; lower scale, or cut the image")

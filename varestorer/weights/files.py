@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from varestorer.utils.errors import UserError
+from varestorer.utils.finite import check_weights
 
 Content = TypeVar("Content")
 
@@ -48,12 +49,15 @@ def read_tensors(path: str | Path, nested: tuple[str, ...] = ()) -> dict[str, Te
             prefix `module.` is taken off where every name has it.
 
     Raises:
-        UserError: the file is missing, damaged, holds more than tensors, or has no tensors.
+        UserError: the file is missing, damaged, holds more than tensors, has no tensors, or some that are not finite.
     """
     path = Path(path)
     if path.suffix.lower() == ".safetensors":
-        return open_safetensors(path, load_file)
-    return unwrap(load_torch_file(path, "cpu"), nested, path)
+        tensors = open_safetensors(path, load_file)
+    else:
+        tensors = unwrap(load_torch_file(path, "cpu"), nested, path)
+    check_weights(tensors, str(path))
+    return tensors
 
 
 def open_safetensors(path: Path, read: Callable[[Path], dict[str, Tensor]]) -> dict[str, Tensor]:

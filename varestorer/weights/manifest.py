@@ -73,7 +73,7 @@ def read_entries(path: str | Path) -> dict[str, Tensor]:
     path = Path(path)
     if not path.is_file():
         raise UsageError(f"weights not found: {path} is no file")
-    if path.suffix == ".safetensors":
+    if path.suffix.lower() == ".safetensors":
         return open_safetensors(path, _header)
     return unwrap(load_torch_file(path, "meta"), NESTED, path)
 

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from varestorer.utils.errors import UserError
+from varestorer.utils.finite import check_weights
 
 CHECKSUMS = "checksums.json"
 STATE = "state.json"
@@ -78,12 +79,14 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """Tensors of a safetensors file, on the CPU.
 
     Raises:
-        UserError: the file cannot be read, or is damaged.
+        UserError: the file cannot be read, is damaged, or holds numbers that are not finite.
     """
     try:
-        return load_file(path)
+        tensors = load_file(path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot read {path}: {error}; bring back a good copy of it") from error
+    check_weights(tensors, str(path))
+    return tensors
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -14,7 +14,7 @@ from varestorer.conditioning.restorer import PUBLISHED_FILE
 from varestorer.systems.student import StudentConfig
 from varestorer.tokenizer import ScaleSchedule, TokenizerConfig
 from varestorer.transformer import TransformerConfig
-from varestorer.utils.errors import UsageError, UserError
+from varestorer.utils.errors import UsageError, UserError, reason
 from varestorer.weights.bundles import ADAPTERS, CONFIG, RESTORER, is_bundle, read_config, tensors_file
 from varestorer.weights.files import read_metadata, read_tensors
 from varestorer.weights.published import STUDENT_FILE, TOKENIZER_FILE
@@ -126,7 +126,7 @@ def load_into(system: nn.Module, weights: Mapping[str, Tensor], source: str) -> 
     try:
         unexpected = system.load_state_dict(weights, strict=False).unexpected_keys
     except RuntimeError as error:  # torch's word for tensors of another shape
-        raise UserError(f"{source} was made with another model: {error}") from error
+        raise UserError(f"{source} was made with another model: {reason(error)}") from error
     if unexpected:
         raise UserError(f"{source} was made with another model: this one has no {unexpected[0]}")
 
@@ -137,7 +137,7 @@ def _from_run(system_class: type[VARestorer], path: Path) -> VARestorer:
     try:
         model = OmegaConf.to_container(OmegaConf.load(run_dir / RUN_CONFIG).model)
     except (OSError, AttributeError) as error:
-        raise UserError(f"the run {run_dir} has no model in its {RUN_CONFIG} ({error})") from error
+        raise UserError(f"the run {run_dir} has no model in its {RUN_CONFIG} ({reason(error)})") from error
     options = {key: value for key, value in dict(model).items() if not str(key).startswith("_")}  # type: ignore[arg-type]
     system = system_class(**options)
     load_into(system, load_run_weights(path), f"the run {run_dir}")

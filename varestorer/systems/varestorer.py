@@ -27,8 +27,8 @@ from varestorer.systems.restoring import PreparedTexts, RestoredBatch, Text, res
 from varestorer.transformer.sampling import Noise, keyed_noise
 from varestorer.utils.color import match_color
 from varestorer.utils.device import to_device
-from varestorer.utils.errors import UsageError, UserError
-from varestorer.utils.hub import first_line, is_hub_name
+from varestorer.utils.errors import UsageError, UserError, reason
+from varestorer.utils.hub import is_hub_name
 from varestorer.utils.tiling import restore_tiled, scaled_size
 from varestorer.weights.shipped import named_or_default
 
@@ -100,9 +100,7 @@ class VARestorer(
         try:
             system: VARestorer = super().from_pretrained(name, **options)
         except (OSError, ValueError) as error:
-            raise UsageError(
-                f"{name} is no path here, and the hub does not give it: {first_line(error)}; {HOW}"
-            ) from error
+            raise UsageError(f"{name} is no path here, and the hub does not give it: {reason(error)}; {HOW}") from error
         return system
 
     @classmethod

@@ -8,11 +8,16 @@ import torch
 def save_t5(folder: Path, width: int = 16, seed: int = 0) -> Path:
     """Save a T5 whose tokenizer knows the words `a dog on grass` and the letters a to j."""
     import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
     words = [f"▁{word}" for word in "a dog on grass".split()]
     pieces = ["<pad>", "</s>", "<unk>", "▁", *words, *"abcdefghij"]
     vocabulary = [(piece, 0.0 if index < 3 else -float(index)) for index, piece in enumerate(pieces)]
-    transformers.T5Tokenizer(vocab=vocabulary, extra_ids=0).save_pretrained(folder)
+    tokenizer = Tokenizer(models.Unigram(vocabulary, unk_id=2))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
     torch.manual_seed(seed)
     size = {"d_model": width, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
     config = transformers.T5Config(vocab_size=len(vocabulary), feed_forward_proj="gated-gelu", **size)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from spandrel import UnsupportedModelError
 from torch import Tensor
 
 from varestorer.conditioning.restorer import (
@@ -115,6 +116,25 @@ def test_the_lists_of_a_file_near_the_published_one_are_those_of_its_names(tmp_p
     changed = published | {"stranger": torch.zeros(1), "conv_hr.bias": torch.zeros(3)}
     with pytest.raises(UserError, match=r"1 unexpected: stranger; 1 misshapen: conv_hr\.bias \(wanted \(64,\), got"):
         restorer_from_state_dict(changed)
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (RuntimeError("upscale 8 needs\n another version"), r"\(upscale 8 needs another version\)"),
+        (RuntimeError(), r"\(RuntimeError\)"),
+        (UnsupportedModelError(), r"\(spandrel knows no such architecture\)"),
+    ],
+)
+def test_a_version_that_cannot_build_the_published_network_says_why(
+    error: Exception, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object) -> None:
+        raise error
+
+    monkeypatch.setattr("spandrel.ModelLoader.load_from_state_dict", fail)
+    with pytest.raises(UserError, match=told):  # no tensor is wrong, so none can be named
+        restorer_from_state_dict(published_restorer_tensors())
 
 
 def test_missing_unexpected_and_misshapen_tensors_of_other_sizes_are_listed(tensors: dict[str, Tensor]) -> None:

@@ -238,7 +238,7 @@ def test_a_hub_name_is_its_local_snapshot(
 
 def test_what_the_hub_says_becomes_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def snapshot(name: str, allow_patterns: list[str]) -> str:
-        raise FileNotFoundError("no snapshot of it is here\nand a long story")
+        raise FileNotFoundError("no snapshot of it\nis here")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
     monkeypatch.chdir(tmp_path)

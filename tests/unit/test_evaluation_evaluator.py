@@ -96,7 +96,7 @@ def test_metric_that_refuses_an_image_is_recorded_and_others_run() -> None:
     judge.metrics["liqe"] = Metric("liqe", picky, False, False)
     scores = judge.score(torch.rand(3, 48, 64), torch.rand(3, 48, 64))
     assert set(scores.values) == {"psnr"}
-    assert scores.errors == {"liqe": "AssertionError: Short side is less than 224, try upsampling"}
+    assert scores.errors == {"liqe": "Short side is less than 224, try upsampling"}
 
 
 def test_scores_without_reference_are_those_that_need_none() -> None:
@@ -108,7 +108,7 @@ def test_a_score_that_is_no_number_is_an_error() -> None:
     judge = evaluator("psnr")
     judge.metrics["psnr"] = Metric("psnr", lambda a, b: torch.tensor([torch.nan]), True, False)
     scores = judge.score(torch.rand(3, 8, 8), torch.rand(3, 8, 8))
-    assert scores.errors == {"psnr": "ValueError: the score is nan"} and not scores.values
+    assert scores.errors == {"psnr": "the score is nan"} and not scores.values
 
 
 def test_bicubic_evaluation_adds_up(pairs: list[Pair], tmp_path: Path) -> None:
@@ -203,7 +203,7 @@ def test_a_batch_that_fails_is_scored_one_by_one() -> None:
     dark, bright = torch.zeros(3, 8, 8), torch.ones(3, 8, 8)
     scores = judge.score_batch([dark, bright, bright], [dark] * 3)
     assert [one.values for one in scores] == [{"psnr": 0}, {}, {}]
-    assert scores[1].errors == {"psnr": "RuntimeError: too bright"}
+    assert scores[1].errors == {"psnr": "too bright"}
 
 
 def test_a_source_beside_the_scoring_gives_the_same_rows(pairs: list[Pair]) -> None:

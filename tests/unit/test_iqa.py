@@ -113,7 +113,7 @@ def test_a_download_that_fails_is_one_line(empty_hub: Path, monkeypatch: pytest.
     with pytest.raises(MetricUnavailableError) as caught:
         create_metric("niqe", offline=False)
     what = f"metric 'niqe' could not fetch niqe_modelparameters.mat in {empty_hub / 'pyiqa'}"
-    assert str(caught.value) == f"{what}: OSError: HTTP Error 403: Forbidden"
+    assert str(caught.value) == f"{what}: HTTP Error 403: Forbidden"
 
 
 def test_fid_needs_references_though_pyiqa_says_no() -> None:

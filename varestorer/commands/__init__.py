@@ -5,6 +5,7 @@ A command is imported only when it is asked for, so that the list of commands ap
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -27,6 +28,12 @@ COMMANDS = {
     "parity": ("varestorer.commands.parity", "compare the networks with recorded tensors"),
 }
 USAGE_ERROR = 2
+
+# Threads that wait for each other sleep: on a busy machine spinning takes the cores from those that are waited for.
+# OpenMP (GNU's, LLVM's and Intel's) reads this once, when torch is loaded. Every command passes here before that, and
+# what it starts inherits it. What the user has set wins: here and, as KMP_BLOCKTIME or GOMP_SPINCOUNT, inside OpenMP.
+# A program that only imports the package is left alone: its environment is not ours, and it may have loaded torch.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

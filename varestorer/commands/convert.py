@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, cast
 from omegaconf import DictConfig
 
 from varestorer.commands.entry import FAILED, OK, Command, say, typed
-from varestorer.utils.errors import UsageError, UserError
+from varestorer.utils.errors import UsageError, UserError, reason
 
 if TYPE_CHECKING:
     from varestorer.systems.varestorer import VARestorer
@@ -333,7 +333,9 @@ def save_aside(system: VARestorer, folder: Path, half: bool) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         aside.rename(folder)
     except OSError as error:
-        raise UserError(f"cannot write output={folder}: {error}; check the folder and its free space") from error
+        raise UserError(
+            f"cannot write output={folder}: {reason(error)}; check the folder and its free space"
+        ) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 

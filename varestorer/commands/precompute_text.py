@@ -35,7 +35,7 @@ from varestorer.data.text import (
     write_captions,
 )
 from varestorer.utils.device import pick_device
-from varestorer.utils.errors import UsageError, UserError
+from varestorer.utils.errors import UsageError, UserError, reason
 from varestorer.utils.images import load_image, resize
 from varestorer.utils.seeds import torch_generator
 from varestorer.utils.tiling import scaled_size
@@ -310,7 +310,7 @@ def _read_text(path: Path) -> str | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read the caption {path} ({error}); wanted a text file in UTF-8") from error
+        raise UserError(f"cannot read the caption {path} ({reason(error)}); wanted a text file in UTF-8") from error
 
 
 COMMAND = Command(name="precompute_text", config_name="precompute_text", function=precompute_text, help=HELP)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import MISSING, DictConfig
 
 from varestorer.commands.entry import OK, Command, say, typed
-from varestorer.utils.errors import UsageError
+from varestorer.utils.errors import UsageError, reason
 
 if TYPE_CHECKING:
     import torch
@@ -165,8 +165,7 @@ def _text_encoder(folder: str) -> nn.Module:
         with torch.device("meta"):
             return T5EncoderModel(config).eval()
     except (OSError, ValueError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UsageError(f"text_encoder={folder} has no config.json of a T5 ({reason})") from error
+        raise UsageError(f"text_encoder={folder} has no config.json of a T5 ({reason(error)})") from error
 
 
 def _is_timed(options: TablesOptions, num_parameters: int, device: torch.device) -> bool:

@@ -8,8 +8,8 @@ from typing import TypeVar
 
 import torch
 
-from varestorer.utils.errors import UserError
-from varestorer.utils.hub import first_line, is_hub_name
+from varestorer.utils.errors import UserError, reason
+from varestorer.utils.hub import is_hub_name
 
 Loaded = TypeVar("Loaded")
 
@@ -35,7 +35,7 @@ def load_pretrained(load: Callable[[str], Loaded], path: str, default: str, key:
     try:
         return load(path)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{key}={path} cannot be loaded as {default} ({first_line(error)}); {remedy}") from error
+        raise UserError(f"{key}={path} cannot be loaded as {default} ({reason(error)}); {remedy}") from error
 
 
 def local_folder(path: str, default: str, key: str) -> Path:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from varestorer.utils.errors import UserError
+from varestorer.utils.errors import UserError, reason
 from varestorer.utils.images import pad_reflect
 from varestorer.utils.seeds import derive_seed, isolated_rng
 from varestorer.weights.bundles import RESTORER, is_bundle, tensors_file
@@ -244,9 +244,13 @@ def _misfit(tensors: Mapping[str, Tensor], error: Exception) -> str:
     """
     published = published_restorer_tensors()
     same = sum(name in tensors and tensors[name].shape == tensor.shape for name, tensor in published.items())
-    if same > len(published) / 2:
-        return str(differences(published, tensors))
-    return str(_torch_differences(str(error)) or str(error).strip() or "spandrel knows no such architecture")
+    found = differences(published, tensors) if same > len(published) / 2 else _torch_differences(str(error))
+    if found:
+        return str(found)
+    from spandrel import UnsupportedModelError
+
+    # tensors without a fault can still be none that this version of spandrel knows or can build
+    return "spandrel knows no such architecture" if isinstance(error, UnsupportedModelError) else reason(error)
 
 
 def _torch_differences(message: str) -> Differences:

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from varestorer.utils.errors import UserError
+from varestorer.utils.errors import UserError, reason
 from varestorer.utils.files import atomic_write
 
 logger = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ class TextCache:
         except FileNotFoundError:
             return None
         except (OSError, SafetensorError) as error:
-            logger.warning("the cached text features %s cannot be read and are made again (%s)", path, error)
+            logger.warning("the cached text features %s cannot be read and are made again (%s)", path, reason(error))
             return None
         if checksum != _checksum(features_TE):
             logger.warning("the cached text features %s are damaged and are made again", path)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from varestorer.utils.cache import cache_folder
-from varestorer.utils.errors import UserError
+from varestorer.utils.errors import UserError, reason
 from varestorer.utils.files import atomic_write
 from varestorer.utils.images import list_images
 
@@ -64,7 +64,7 @@ def read_cache(path: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        log.warning("the cached list %s cannot be read and is made again (%s)", path, error)
+        log.warning("the cached list %s cannot be read and is made again (%s)", path, reason(error))
         return None
     return content if isinstance(content, dict) and content.get("format") == FORMAT else None
 
@@ -76,7 +76,7 @@ def write_cache(path: Path, content: dict[str, Any]) -> None:
             text = json.dumps({"format": FORMAT, **content}, ensure_ascii=False)
             temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
     except (UserError, UnicodeError) as error:
-        log.warning("the list is not remembered: %s (VARESTORER_CACHE names another folder)", error)
+        log.warning("the list is not remembered: %s (VARESTORER_CACHE names another folder)", reason(error))
 
 
 def stamp(path: str | os.PathLike) -> Stamp:

@@ -14,7 +14,7 @@ from typing import Any
 from einops import rearrange
 from torch import Tensor
 
-from varestorer.utils.errors import UserError
+from varestorer.utils.errors import UserError, reason
 from varestorer.utils.files import atomic_write
 
 MANIFEST = "manifest.json"
@@ -78,7 +78,7 @@ class Manifest:
             return cls(content["options"], content["versions"], content["skipped"], pairs)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
-                f"{path} is no manifest of a made set ({error}); copy it again from where the set was made"
+                f"{path} is no manifest of a made set ({reason(error)}); copy it again from where the set was made"
             ) from error
 
 

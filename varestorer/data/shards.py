@@ -29,7 +29,7 @@ from torch import Tensor
 from varestorer.data.folders import existing_folder
 from varestorer.data.listing import cache_path, read_cache, stamp, write_cache
 from varestorer.utils.decoding import decode_visible
-from varestorer.utils.errors import UserError
+from varestorer.utils.errors import UserError, reason
 from varestorer.utils.files import atomic_write
 from varestorer.utils.image_files import BROKEN_IMAGE_ERRORS
 from varestorer.utils.images import IMAGE_EXTENSIONS, natural_key
@@ -88,7 +88,7 @@ class Packed:
                 file.seek(member.offset)
                 content = file.read(member.size)
         except OSError as error:
-            raise UserError(f"cannot read the shard {self.shard}: {error.strerror or error}") from error
+            raise UserError(f"cannot read the shard {self.shard}: {error.strerror or reason(error)}") from error
         if len(content) < member.size:
             raise UserError(f"the shard {self.shard} ends inside {member.key}.{member.extension}; copy it again")
         return content
@@ -118,7 +118,9 @@ class Packed:
         try:
             return load(self.read(self.features))["features"].float()
         except (SafetensorError, KeyError) as error:
-            raise UserError(f"{self.shard}: the text features of {self.image.key} are damaged ({error})") from error
+            raise UserError(
+                f"{self.shard}: the text features of {self.image.key} are damaged ({reason(error)})"
+            ) from error
 
     @contextmanager
     def _opened(self) -> Iterator[ImageFile.ImageFile]:
@@ -128,8 +130,9 @@ class Packed:
             with warnings.catch_warnings(action="ignore"), Image.open(content) as file:
                 yield file
         except BROKEN_IMAGE_ERRORS as error:
-            detail = " ".join(str(error).split()) or type(error).__name__
-            raise UserError(f"cannot read the image {self}: {detail}; make the shard again without it") from error
+            raise UserError(
+                f"cannot read the image {self}: {reason(error)}; make the shard again without it"
+            ) from error
 
 
 def packed_photographs(root: str | Path) -> list[Packed]:
@@ -161,7 +164,9 @@ def scan(path: Path) -> list[Member]:
         with tarfile.open(path, "r:") as file:
             return [_member(info) for info in file if info.isreg()]
     except (tarfile.TarError, OSError) as error:
-        raise UserError(f"cannot read the shard {path}: {error}; it must be a whole, uncompressed tar file") from error
+        raise UserError(
+            f"cannot read the shard {path}: {reason(error)}; it must be a whole, uncompressed tar file"
+        ) from error
 
 
 def write_index(folder: Path, shards: dict[str, list[Member]]) -> None:

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from varestorer.data.folders import hq_folder
-from varestorer.utils.errors import UserError
+from varestorer.utils.errors import UserError, reason
 from varestorer.utils.files import atomic_write
 from varestorer.weights.storage import sync
 
@@ -159,8 +159,8 @@ class PhotoTexts:
             return self._open[shard].get_tensor(name).to(torch.float32, copy=True)
         except (OSError, SafetensorError) as error:
             raise UserError(
-                f"data.text: cannot read the features of {name} in {path} ({error}); remove that file and start "
-                "precompute_text again, it makes it"
+                f"data.text: cannot read the features of {name} in {path} ({reason(error)}); remove that file and "
+                "start precompute_text again, it makes it"
             ) from error
 
     def __getstate__(self) -> dict[str, Any]:
@@ -254,7 +254,7 @@ def _read_json(path: Path, wanted: str) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist; wanted {wanted}") from error
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path} ({error}); wanted {wanted}") from error
+        raise UserError(f"cannot read {path} ({reason(error)}); wanted {wanted}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: wanted {wanted}, got a JSON {type(content).__name__}")
     return content

@@ -19,7 +19,7 @@ from varestorer.evaluation.protocols import Protocol
 from varestorer.evaluation.results import Evaluation, Pair, Row, Scores
 from varestorer.evaluation.samples import Sample, SampleReader, check_sizes
 from varestorer.evaluation.sources import Source
-from varestorer.utils.errors import UsageError
+from varestorer.utils.errors import UsageError, reason
 from varestorer.utils.finite import check_finite
 from varestorer.utils.images import to_uint8
 from varestorer.utils.iqa import (
@@ -103,9 +103,9 @@ class Evaluator:
 
     def drop(self, unavailable: Mapping[str, str]) -> None:
         """Do without these metrics: they cannot run in another process of this evaluation, for the reason given."""
-        for name, reason in unavailable.items():
+        for name, why in unavailable.items():
             self.metrics.pop(name, None)
-            self.unavailable.setdefault(name, reason)
+            self.unavailable.setdefault(name, why)
 
     def score(self, image_3HW: Tensor, reference_3HW: Tensor | None = None) -> Scores:
         """Score one image, as `score_batch` does; UserError if its reference has another size."""
@@ -236,7 +236,7 @@ class Evaluator:
                     images, references = _link_pairs(pairs, Path(folder))
                     scores[name] = _finite(metric.score_folders(images, references))
             except METRIC_ERRORS as error:
-                refused[name] = f"{name} of {len(pairs)} saved images failed: {type(error).__name__}: {error}"
+                refused[name] = f"{name} of {len(pairs)} saved images failed: {reason(error)}"
         return scores, refused
 
 
@@ -251,14 +251,14 @@ def _score(
                 scores.values[name] = value
             return
     except METRIC_ERRORS as error:
-        log.debug("%s one by one, because a batch failed: %s", name, error)
+        log.debug("%s one by one, because a batch failed: %s", name, reason(error))
     for i, scores in enumerate(found):
         one = slice(i, i + 1)
         try:
             reference = None if reference_B3HW is None else reference_B3HW[one]
             scores.values[name] = _finite(metric(image_B3HW[one], reference).item())
         except METRIC_ERRORS as error:
-            scores.errors[name] = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            scores.errors[name] = reason(error)
 
 
 def _same_size(samples: Sequence[Sample]) -> Iterator[list[Sample]]:
@@ -271,7 +271,7 @@ def _same_size(samples: Sequence[Sample]) -> Iterator[list[Sample]]:
 
 
 def _with_scores(row: Row, scores: Scores) -> Row:
-    errors = tuple(f"{metric}: {reason}" for metric, reason in scores.errors.items())
+    errors = tuple(f"{metric}: {why}" for metric, why in scores.errors.items())
     return replace(row, scores=scores.values, errors=row.errors + errors)
 
 

@@ -18,7 +18,7 @@ from varestorer.systems.parts import load_tokenizer, load_transformer
 from varestorer.tokenizer import MultiScaleTokenizer, ScaleSchedule, TokenizerConfig
 from varestorer.transformer import TextFeatures, TransformerConfig, VARTransformer
 from varestorer.transformer.adapters import attach_adapters
-from varestorer.utils.errors import UsageError, UserError
+from varestorer.utils.errors import UsageError, UserError, reason
 
 
 class GoldenFolder:
@@ -46,7 +46,7 @@ class GoldenFolder:
         try:
             return json.loads((self.folder / name).read_text())
         except (OSError, ValueError) as error:
-            raise UsageError(f"fixtures={self.folder}: cannot read {name} ({error})") from error
+            raise UsageError(f"fixtures={self.folder}: cannot read {name} ({reason(error)})") from error
 
     def tensors(self, stem: str) -> dict[str, Tensor]:
         """Content of `<stem>.safetensors`."""
@@ -54,7 +54,7 @@ class GoldenFolder:
         try:
             return load_file(path)
         except (OSError, SafetensorError) as error:
-            raise UsageError(f"fixtures={self.folder}: cannot read {path.name} ({error})") from error
+            raise UsageError(f"fixtures={self.folder}: cannot read {path.name} ({reason(error)})") from error
 
     @staticmethod
     def state_dict(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

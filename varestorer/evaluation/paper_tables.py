@@ -14,7 +14,7 @@ from varestorer.evaluation.protocols import PROTOCOLS
 from varestorer.evaluation.records import SUMMARY
 from varestorer.evaluation.renderers import LEGEND
 from varestorer.evaluation.tables import Cell, Column, Table, TableRow
-from varestorer.utils.errors import UsageError
+from varestorer.utils.errors import UsageError, reason
 from varestorer.utils.iqa import metric_config
 
 ABLATION_METRICS = ("lpips", "musiq", "niqe", "clipiqa")
@@ -130,7 +130,7 @@ def _read_record(run: str) -> EvaluationRecord:
             raise ValueError("it lacks keys of a summary")
     except (OSError, ValueError, AttributeError) as error:
         raise UsageError(
-            f"runs: {folder} has no {SUMMARY} of scripts/eval.py ({error}); give its out= folder"
+            f"runs: {folder} has no {SUMMARY} of scripts/eval.py ({reason(error)}); give its out= folder"
         ) from error
     return EvaluationRecord(label or str(summary.get("method", folder.name)), folder, summary)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from varestorer.evaluation.results import Row
-from varestorer.utils.errors import UsageError, UserError
+from varestorer.utils.errors import UsageError, UserError, reason
 from varestorer.utils.files import atomic_write
 
 PER_IMAGE, SETTINGS, IMAGES = "per_image.csv", "settings.json", "images"
@@ -52,7 +52,7 @@ class Progress:
                 raise UsageError(f"out={self.folder} holds an evaluation without {SETTINGS}: {remedy}") from None
             return
         except (OSError, ValueError) as error:
-            raise UsageError(f"cannot read {self.folder / SETTINGS} ({error}); {remedy}") from error
+            raise UsageError(f"cannot read {self.folder / SETTINGS} ({reason(error)}); {remedy}") from error
         wanted = json.loads(json.dumps(self.settings))
         differing = [key for key in {**earlier, **wanted} if _differ(earlier.get(key), wanted.get(key))]
         if differing:
@@ -74,7 +74,7 @@ class Progress:
         except FileNotFoundError:
             return {}
         except (OSError, ValueError) as error:
-            raise UserError(f"cannot read {self.path} ({error}); give another out=, or remove it") from error
+            raise UserError(f"cannot read {self.path} ({reason(error)}); give another out=, or remove it") from error
         whole = text[: text.rfind("\n") + 1]  # a line that was being written when the machine stopped is no row
         rows = {}
         for cells in csv.DictReader(StringIO(whole, newline="")):
@@ -115,7 +115,9 @@ class Progress:
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            raise UserError(f"cannot write {self.path}: {error}; check the folder and its free space") from error
+            raise UserError(
+                f"cannot write {self.path}: {reason(error)}; check the folder and its free space"
+            ) from error
 
 
 def write_rows(target: Path, columns: Sequence[str], rows: Iterable[Row]) -> None:

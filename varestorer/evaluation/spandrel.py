@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from varestorer.evaluation.sources import Candidate, timed
-from varestorer.utils.errors import UsageError
+from varestorer.utils.errors import UsageError, reason
 from varestorer.utils.finite import check_weights
 from varestorer.utils.images import load_image
 from varestorer.utils.tiling import restore_tiled
@@ -91,8 +91,7 @@ def _load(path: Path, device: torch.device) -> Any:
     except UnsupportedModelError as error:
         raise UsageError(f"spandrel knows no model of the form of {path}; its page lists those it loads") from error
     except (OSError, ValueError, RuntimeError, LookupError, SafetensorError, pickle.UnpicklingError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UsageError(f"model_path={path} cannot be read as a model: {reason}") from error
+        raise UsageError(f"model_path={path} cannot be read as a model: {reason(error)}") from error
     if not isinstance(model, ImageModelDescriptor) or (model.input_channels, model.output_channels) != (3, 3):
         raise UsageError(f"{path.name} ({model.architecture.name}) does not turn an RGB image into another")
     check_weights(dict(model.model.named_parameters()), f"model_path={path}")

@@ -21,7 +21,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from varestorer.systems.plan import REPORT_NAME, Job, Plan
 from varestorer.utils.ahead import make_ahead
 from varestorer.utils.device import usable_cores
-from varestorer.utils.errors import UserError
+from varestorer.utils.errors import UserError, reason
 from varestorer.utils.files import atomic_write
 from varestorer.utils.images import Picture, heat_map, is_grey, load_picture, natural_key, resize, save_image
 from varestorer.utils.seeds import derive_seed
@@ -108,7 +108,7 @@ def restore_files(
     """
     path = plan.output / REPORT_NAME
     earlier = _earlier_entries(path)
-    entries: dict[str, Entry] = {name: {"error": reason} for name, reason in plan.rejected.items()}
+    entries: dict[str, Entry] = {name: {"error": why} for name, why in plan.rejected.items()}
     pending = plan.pending(overwrite)
     to_do = {job.name for job in pending}
     for job in plan.jobs:
@@ -118,8 +118,8 @@ def restore_files(
     runner = _Runner(plan.output, restore, seed, settings or {}, max_pixels, entries)
     try:
         with logging_redirect_tqdm():
-            for name, reason in plan.rejected.items():
-                logger.warning("%s: %s", name, reason)
+            for name, why in plan.rejected.items():
+                logger.warning("%s: %s", name, why)
             for target, difference in others.items():
                 logger.warning("%s was made with %s; overwrite=true makes it again", target, difference)
             for _ in tqdm(runner.run(pending), total=len(pending), unit=" images", bar_format=_BAR):
@@ -256,7 +256,7 @@ def _earlier_entries(path: Path) -> dict[str, Entry]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        logger.warning("%s is no report of ours and is replaced (%s)", path, error)
+        logger.warning("%s is no report of ours and is replaced (%s)", path, reason(error))
         return {}
 
 

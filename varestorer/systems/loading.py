@@ -11,8 +11,8 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from varestorer.conditioning.restorer import PUBLISHED_FILE
-from varestorer.utils.errors import UsageError, UserError
-from varestorer.utils.hub import first_line, is_hub_name
+from varestorer.utils.errors import UsageError, UserError, reason
+from varestorer.utils.hub import is_hub_name
 from varestorer.weights.bundles import ADAPTERS, CONFIG, RESTORER, is_bundle, read_config, tensors_file
 from varestorer.weights.files import read_metadata
 from varestorer.weights.manifest import read_entries
@@ -129,9 +129,7 @@ def locate(name: str | Path | None, options: Mapping[str, Any]) -> Path:
     try:
         return download(given, options)
     except (OSError, ValueError) as error:
-        raise UsageError(
-            f"{given} is no path here, and the hub does not give it: {first_line(error)}; {HOW}"
-        ) from error
+        raise UsageError(f"{given} is no path here, and the hub does not give it: {reason(error)}; {HOW}") from error
 
 
 def load_into(system: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
@@ -143,7 +141,7 @@ def load_into(system: nn.Module, weights: Mapping[str, Tensor], source: str) -> 
     try:
         unexpected = system.load_state_dict(weights, strict=False).unexpected_keys
     except RuntimeError as error:  # torch's word for tensors of another shape
-        raise UserError(f"{source} was made with another model: {error}") from error
+        raise UserError(f"{source} was made with another model: {reason(error)}") from error
     if unexpected:
         raise UserError(f"{source} was made with another model: this one has no {unexpected[0]}")
 
@@ -154,7 +152,7 @@ def _from_run(system_class: Any, path: Path) -> Any:
     try:
         model = OmegaConf.to_container(OmegaConf.load(run_dir / RUN_CONFIG).model)
     except (OSError, AttributeError) as error:
-        raise UserError(f"the run {run_dir} has no model in its {RUN_CONFIG} ({error})") from error
+        raise UserError(f"the run {run_dir} has no model in its {RUN_CONFIG} ({reason(error)})") from error
     options = {key: value for key, value in dict(model).items() if not str(key).startswith("_")}  # type: ignore[arg-type]
     system = system_class(**options)
     load_into(system, load_run_weights(path), f"the run {run_dir}")

@@ -184,7 +184,7 @@ class VARestorer(System):
                 attach_adapters(self.transformer, chosen.lora_rank, chosen.cross_value_bias, chosen.lora_targets)
         self._check_sizes()
         self._schedule_options = dict(schedule)
-        if torch.get_default_device().type != "meta":
+        if torch.empty(0).device.type != "meta":  # torch 2.6 tells no default device inside `with torch.device(...)`
             self._fill(seed, new_adapters)
             self.tokenizer.to(memory_format=torch.channels_last)  # convolutions run faster so, on CPU and GPU
         if isinstance(restorer, str):

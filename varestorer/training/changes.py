@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from varestorer.utils.errors import UsageError, UserError
+from varestorer.utils.errors import UsageError, UserError, reason
 
 LOG = logging.getLogger(__name__)
 NOTHING = "(nothing)"
@@ -78,9 +78,9 @@ def _read(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, yaml.YAMLError) as error:
         config = error
     if not isinstance(config, dict):
-        reason = str(config).splitlines()[0] if config else "empty"
+        why = reason(config) if isinstance(config, Exception) else "it holds no keys"
         raise UserError(
-            f"cannot read {path} ({reason}), so nobody knows whether this command fits the run; put it back, or remove "
+            f"cannot read {path} ({why}), so nobody knows whether this command fits the run; put it back, or remove "
             "it to go on without comparing"
         )
     return config

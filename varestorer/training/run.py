@@ -21,7 +21,7 @@ from torch import Tensor
 import varestorer
 from varestorer.training.loggers import Logger, NullLogger
 from varestorer.training.stopping import StopRequest
-from varestorer.utils.errors import UsageError, UserError
+from varestorer.utils.errors import UsageError, UserError, reason
 from varestorer.utils.files import atomic_write
 from varestorer.utils.images import save_image
 from varestorer.weights import storage
@@ -213,8 +213,8 @@ def _clear_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(
-            f"cannot write {path}: {error}; checkpoints are untouched: check the folder and its free space, then go on "
-            "with resume=auto"
+            f"cannot write {path}: {reason(error)}; checkpoints are untouched: check the folder and its free space, "
+            "then go on with resume=auto"
         ) from error
 
 
@@ -279,7 +279,7 @@ def git_commit() -> str | None:
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError) as error:
-        LOG.info("no git hash in config.yaml: %s", error)
+        LOG.info("no git hash in config.yaml: %s", reason(error))
         return None
     return answer.stdout.strip()
 

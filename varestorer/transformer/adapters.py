@@ -54,7 +54,9 @@ def attach_adapters(
     """
     # peft pulls in bitsandbytes where that is installed, which complains about kernels nobody asked it for
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    from peft import LoraConfig, inject_adapter_in_model
+    # callers build on the meta device, where what libraries make on import must not be, nor can be with torch 2.6
+    with torch.device("cpu"):
+        from peft import LoraConfig, inject_adapter_in_model
 
     pattern = target_pattern(targets)
     config = LoraConfig(r=rank, lora_alpha=rank, lora_dropout=0.0, target_modules=pattern, bias="none")

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from varestorer.utils.errors import UserError
+from varestorer.utils.errors import UserError, reason
 
 
 @contextmanager
@@ -28,7 +28,7 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
         _remove(temporary)
         # torch and safetensors report a full disk as errors of their own, with the system's words in them
         if isinstance(error, OSError) or "No space left on device" in str(error):
-            raise UserError(f"cannot write {target}: {error}; check the folder and its free space") from error
+            raise UserError(f"cannot write {target}: {reason(error)}; check the folder and its free space") from error
         raise
 
 

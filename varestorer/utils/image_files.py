@@ -12,7 +12,7 @@ from threading import RLock
 
 from PIL import Image, ImageFile, UnidentifiedImageError
 
-from varestorer.utils.errors import UserError
+from varestorer.utils.errors import UserError, reason
 
 # what Pillow raises for files that are not, or not wholly, pictures
 BROKEN_IMAGE_ERRORS = (
@@ -106,5 +106,4 @@ def _reason(error: Exception) -> str:
         return "no permission to read it; change that (chmod +r) or remove it"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    detail = " ".join(str(error).split()) or type(error).__name__
-    return f"it is truncated or damaged ({detail}); copy it again or remove it"
+    return f"it is truncated or damaged ({reason(error)}); copy it again or remove it"

@@ -18,7 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from varestorer.utils.errors import UsageError, UserError
+from varestorer.utils.errors import UsageError, UserError, reason
 from varestorer.utils.iqa_sandbox import (
     ask_network,
     network_reachable,
@@ -186,7 +186,7 @@ def create_metric(
             model = _pyiqa().create_metric(name, device=_as_device(device), **opts)
     except METRIC_ERRORS as error:
         what = f"could not fetch {'; '.join(missing)}" if missing else "cannot be built"
-        raise MetricUnavailableError(f"metric {name!r} {what}: {_one_line(error)}") from error
+        raise MetricUnavailableError(f"metric {name!r} {what}: {reason(error)}") from error
     return Metric(
         name=name,
         model=model,
@@ -265,8 +265,3 @@ def _as_device(device: torch.device | str) -> torch.device:
     import torch
 
     return torch.device(device)
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__

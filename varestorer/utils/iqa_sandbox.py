@@ -18,6 +18,8 @@ from typing import Any
 
 import torch.hub
 
+from varestorer.utils.errors import reason
+
 log = logging.getLogger(__name__)
 
 
@@ -114,7 +116,7 @@ def ask_network(url: str = "https://huggingface.co", seconds: float = 3) -> tupl
         except urllib.error.HTTPError:
             answered.set()
         except OSError as error:
-            log.debug("%s does not answer: %s", url, error)
+            log.debug("%s does not answer: %s", url, reason(error))
         else:
             answered.set()
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from varestorer.utils.errors import reason
 from varestorer.utils.files import atomic_write
 
 LOG = logging.getLogger(__name__)
@@ -46,7 +47,7 @@ def open_wandb_run(
             settings=wandb.Settings(silent=True, console="off"),
         )
     except Exception as error:  # noqa: BLE001  # whatever its reason, a logger must not end what it reports on
-        LOG.warning("wandb could not start (%s); going on without it (as logger=none)", error)
+        LOG.warning("wandb could not start (%s); going on without it (as logger=none)", reason(error))
         return None
 
 

@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from varestorer.utils.errors import UserError
+from varestorer.utils.errors import UserError, reason
 
 CONFIG = "config.json"
 FORMAT = 1
@@ -43,7 +43,7 @@ def read_config(bundle: Path) -> dict[str, Any]:
             raise UserError(f"{path} is of bundle format {got}, this version reads {FORMAT}; convert it again")
         missing = [part for part in PARTS if part not in config]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is no bundle's config ({error!r}); make one with scripts/convert.py") from error
+        raise UserError(f"{path} is no bundle's config ({reason(error)}); make one with scripts/convert.py") from error
     if missing:
         raise UserError(f"{path} is no bundle's config (no {missing[0]}); make one with scripts/convert.py")
     return config

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from varestorer.utils.errors import UserError
+from varestorer.utils.errors import UserError, reason
 from varestorer.utils.finite import check_weights
 
 Content = TypeVar("Content")
@@ -80,10 +80,10 @@ def load_torch_file(path: Path, device: str) -> Any:
         mmap = zipfile.is_zipfile(path)  # files older than torch 1.6 cannot be mapped
         return torch.load(path, map_location=device, weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
-        reason = "damaged, or it holds more than tensors, whose code is not run"
-        raise UserError(f"cannot read weights {path}: {reason}") from error
+        why = "damaged, or it holds more than tensors, whose code is not run"
+        raise UserError(f"cannot read weights {path}: {why}") from error
     except (RuntimeError, EOFError, ValueError, OSError, KeyError) as error:
-        raise UserError(f"cannot read weights {path}: damaged ({_reason(error)})") from error
+        raise UserError(f"cannot read weights {path}: damaged ({reason(error)})") from error
 
 
 def unwrap(content: Any, nested: tuple[str, ...], path: Path) -> dict[str, Tensor]:
@@ -134,7 +134,7 @@ def _read_safetensors(path: Path, read: Callable[[Path], Content]) -> Content:
     try:
         return read(path)
     except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"cannot read weights {path}: damaged ({_reason(error)})") from error
+        raise UserError(f"cannot read weights {path}: damaged ({reason(error)})") from error
 
 
 def _must_exist(path: Path) -> None:
@@ -146,10 +146,6 @@ def _some(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     if not tensors:
         raise UserError(f"no tensors in {path}: wanted a state dict")
     return tensors
-
-
-def _reason(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _of_another_kind(one: Tensor, other: Tensor) -> bool:

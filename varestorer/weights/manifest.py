@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from varestorer.utils.errors import UsageError, UserError
+from varestorer.utils.errors import UsageError, UserError, reason
 from varestorer.weights.files import Differences, differences, load_torch_file, open_safetensors, unwrap
 from varestorer.weights.published import add_infixes
 
@@ -91,10 +91,10 @@ def read_manifest(path: str | Path) -> dict[str, Tensor]:
     except FileNotFoundError as error:
         raise UsageError(f"manifest={path} is neither a file nor the name of a published one") from error
     except OSError as error:
-        raise UserError(f"cannot read manifest={path}: {error.strerror}") from error
+        raise UserError(f"cannot read manifest={path}: {error.strerror or reason(error)}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         wanted = 'wanted JSON such as {"head.bias": {"shape": [64], "dtype": "float32"}}'
-        raise UserError(f"manifest={path} is no manifest ({error!r}); {wanted}") from error
+        raise UserError(f"manifest={path} is no manifest ({reason(error)}); {wanted}") from error
 
 
 def compare(entries: Mapping[str, Tensor], manifest: Mapping[str, Tensor]) -> Comparison:

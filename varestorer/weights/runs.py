@@ -14,7 +14,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from varestorer.utils.errors import UserError
+from varestorer.utils.errors import UserError, reason
 from varestorer.weights import storage
 
 LOG = logging.getLogger(__name__)
@@ -125,7 +125,7 @@ def _best(path: Path) -> Path:
     try:
         return path.parent / str(storage.read_json(path)["checkpoint"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} names no checkpoint ({error}); give one of {path.parent}/step_*") from error
+        raise UserError(f"{path} names no checkpoint ({reason(error)}); give one of {path.parent}/step_*") from error
 
 
 def _stage_folders(folder: Path) -> list[Path]:

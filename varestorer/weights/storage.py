@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from varestorer.utils.errors import UserError
+from varestorer.utils.errors import UserError, reason
 from varestorer.utils.finite import check_weights
 
 CHECKSUMS = "checksums.json"
@@ -47,8 +47,8 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         # safetensors reports a full disk as an error of its own, with the system's words in it
         if isinstance(error, OSError) or "No space left on device" in str(error):
             raise UserError(
-                f"cannot write {target}: {error}; older checkpoints are untouched: check the folder and its free "
-                "space, then go on with resume=auto"
+                f"cannot write {target}: {reason(error)}; older checkpoints are untouched: check the folder and its "
+                "free space, then go on with resume=auto"
             ) from error
         raise
 
@@ -84,7 +84,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot read {path}: {error}; bring back a good copy of it") from error
+        raise UserError(f"cannot read {path}: {reason(error)}; bring back a good copy of it") from error
     check_weights(tensors, str(path))
     return tensors
 
@@ -105,7 +105,7 @@ def damage(folder: Path) -> str | None:
     try:
         expected = {name: (entry["size"], entry["sha256"]) for name, entry in read_json(folder / CHECKSUMS).items()}
     except (OSError, ValueError) as error:
-        return f"{CHECKSUMS}: {error}"
+        return f"{CHECKSUMS}: {reason(error)}"
     except (AttributeError, KeyError, TypeError):
         return f"{CHECKSUMS} does not list files"
     if STATE not in expected:
@@ -144,7 +144,7 @@ def _file_damage(path: Path, size: int, sha256: str) -> str | None:
             return f"{path.name} has {path.stat().st_size} bytes, should have {size}"
         return None if file_sha256(path) == sha256 else f"{path.name} does not match its checksum"
     except OSError as error:
-        return f"{path.name} cannot be read: {error.strerror}"
+        return f"{path.name} cannot be read: {error.strerror or reason(error)}"
 
 
 def _seal(folder: Path) -> None:

@@ -30,6 +30,7 @@ from varestorer.evaluation.speed.subjects import Subject
 from varestorer.systems.acceleration import tensors_of
 from varestorer.systems.varestorer import VARestorer
 from varestorer.utils.device import num_bytes
+from varestorer.utils.errors import reason
 from varestorer.utils.seeds import torch_generator
 from varestorer.utils.timing import Clock, Timing, in_turns
 
@@ -120,7 +121,7 @@ def measure_restoring(
         try:
             peaks[name] = _peak(work, of_name.system, text)
         except RuntimeError as error:  # out of memory, a kernel that cannot be compiled, a graph not recorded
-            LOG.warning("%s at batch %d is not measured: %s", name, batch, str(error).partition("\n")[0])
+            LOG.warning("%s at batch %d is not measured: %s", name, batch, reason(error))
             continue
         works[name] = work
         stages[name] = _stages(of_name.system, host_B3tt, text, folder, color)

@@ -14,7 +14,7 @@ from varestorer.evaluation.cost import TEXT
 from varestorer.evaluation.speed.operations import t5_flops
 from varestorer.evaluation.speed.restoring import StageSpeed
 from varestorer.evaluation.speed.stages import weight_bytes
-from varestorer.utils.errors import UsageError
+from varestorer.utils.errors import UsageError, reason
 from varestorer.utils.seeds import torch_generator
 from varestorer.utils.timing import in_turns
 
@@ -94,6 +94,5 @@ def _read_t5(folder: str) -> nn.Module:
     try:
         encoder: nn.Module = T5EncoderModel.from_pretrained(Path(folder).expanduser(), local_files_only=True)
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UsageError(f"text={folder} is neither t5 nor the folder of a T5 ({reason})") from error
+        raise UsageError(f"text={folder} is neither t5 nor the folder of a T5 ({reason(error)})") from error
     return encoder

@@ -151,11 +151,14 @@ class MultiStepGenerator:
         bits, logits, start = list(known_bits), {}, 0
         for k in range(len(bits), num_scales or len(self.schedule)):
             cfg, tau = settings[k]
-            new = layout[start : self.schedule.slices[k].stop]
+            new, first = layout[start : self.schedule.slices[k].stop], 0 if start == 0 else k
             tokens, whole, mask = view.first(inputs, new) if start == 0 else (inputs, new, view.later(new))
+            spans = [(settings[j][0], _moved(self.schedule.slices[j], -start)) for j in range(first, k + 1)]
+            if len(whole) > len(new):
+                spans.append((settings[0][0], slice(len(new), len(whole))))  # the prefix enters with the first scale
             start = self.schedule.slices[k].stop
             tokens = tokens.repeat(2, 1, 1) if guided and tokens is not None else tokens
-            mix = _mix_after_blocks(cfg, options.insertion_layers, len(cache), batch_size)
+            mix = _mix_after_blocks(spans, options.insertion_layers, len(cache), batch_size)
             raw = self.transformer(tokens, context, whole, mask, cache, mix, len(new))
             logits[k] = raw[:, len(new) - self.schedule.num_tokens_per_scale[k] :]
             mixed = _mix_logits(logits[k], cfg if 0 in options.insertion_layers else 1.0, batch_size) / tau
@@ -217,6 +220,10 @@ class _View:
         return ~(self.dropped_B[:, None, None, None] & self.is_prefix_L)
 
 
+def _moved(tokens: slice, by: int) -> slice:
+    return slice(tokens.start + by, tokens.stop + by)
+
+
 def _mix_logits(raw: Tensor, cfg: float, batch_size: int) -> Tensor:
     """Guidance on logits: cfg * conditional + (1 - cfg) * unconditional."""
     conditional = raw[:batch_size]
@@ -224,17 +231,26 @@ def _mix_logits(raw: Tensor, cfg: float, batch_size: int) -> Tensor:
 
 
 def _mix_after_blocks(
-    cfg: float, insertion_layers: tuple[int, ...], depth: int, batch_size: int
+    spans: Sequence[tuple[float, slice]], insertion_layers: tuple[int, ...], depth: int, batch_size: int
 ) -> Callable[[int, Tensor], Tensor] | None:
-    """Guidance on the outputs of the blocks that negative insertion layers name, written to both halves."""
+    """Guidance on the outputs of the blocks that negative insertion layers name, written to both halves.
+
+    Args:
+        spans: guidance of consecutive tokens: a pass may read several known scales, each with its own.
+        insertion_layers: see `SamplingOptions`.
+        depth: number of blocks.
+        batch_size: of one half.
+    """
     numbers = {depth + layer for layer in insertion_layers if layer < 0}
-    if cfg == 1 or not numbers:
+    if not numbers or all(cfg == 1 for cfg, _ in spans):
         return None
+
+    def mixed(x_BLC: Tensor, cfg: float) -> Tensor:
+        return x_BLC if cfg == 1 else (cfg * x_BLC[:batch_size] + (1 - cfg) * x_BLC[batch_size:]).repeat(2, 1, 1)
 
     def mix(number: int, x_BLC: Tensor) -> Tensor:
         if number not in numbers:
             return x_BLC
-        mixed = cfg * x_BLC[:batch_size] + (1 - cfg) * x_BLC[batch_size:]
-        return mixed.repeat(2, 1, 1)
+        return torch.cat([mixed(x_BLC[:, tokens], cfg) for cfg, tokens in spans], dim=1)
 
     return mix

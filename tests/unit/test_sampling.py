@@ -101,3 +101,27 @@ def test_a_bit_goes_when_its_probability_is_just_one_minus_top_p() -> None:
     unlikely = pair.softmax(dim=-1)[0, 0, 0, 0].item()
     assert drop_unlikely(pair, 1 - unlikely)[0, 0, 0].isinf().tolist() == [True, False]
     assert drop_unlikely(pair, 1 - unlikely + 1e-4)[0, 0, 0].isinf().tolist() == [False, False]
+
+
+def test_what_is_drawn_does_not_depend_on_how_many_tiles_go_together(tiny_system: VARestorer) -> None:
+    image = torch.rand(3, 20, 11, generator=torch_generator(2))
+
+    def drawn(seed: int, **options: Any) -> Tensor:
+        return tiny_system.restore(image, 4, select="sample", seed=seed, **options).image
+
+    alone = drawn(1, batch=1)
+    for batch in (2, 3, 8):
+        assert ((drawn(1, batch=batch) - alone).abs() > 1e-3).float().mean() < 0.01  # bits that are equally likely
+    assert ((drawn(2, batch=1) - alone).abs() > 1e-3).float().mean() > 0.5
+
+
+@pytest.mark.parametrize("steps", ["one", 2, "multi"])
+def test_every_scale_is_drawn_with_its_own_noise(tiny_system: VARestorer, steps: str | int) -> None:
+    squares = torch.rand(2, 3, 32, 32, generator=torch_generator(4))
+
+    def other_at_the_last(number: int, shape: tuple[int, ...]) -> Tensor:
+        return NOISE(number + (number == 2), shape)
+
+    one, other = (tiny_system.restore_batch(squares, noise, steps) for noise in (NOISE, other_at_the_last))
+    assert all(torch.equal(a, b) for a, b in zip(one.bits[:2], other.bits[:2], strict=True))
+    assert 0.02 < (one.bits[2] != other.bits[2]).float().mean() < 0.6

@@ -9,12 +9,15 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 import varestorer.training.config  # noqa: F401  # the schemas of training
+from varestorer.conditioning.restorer import new_restorer
 from varestorer.losses.tokens import bit_cross_entropy
 from varestorer.systems.varestorer import VARestorer
 from varestorer.tokenizer import TokenPyramid
 from varestorer.training.distillation import DistillationTask, DistillationWeights
+from varestorer.training.restorer import RestorerTask
 from varestorer.training.task import Batch
 from varestorer.training.teacher import TeacherTask
+from varestorer.training.text import prompts_of
 from varestorer.utils.seeds import torch_generator
 
 
@@ -89,3 +92,25 @@ def test_the_teacher_learns_the_bits_that_were_not_flipped(tiny_system: VARestor
     loss = task(batch_of(0, 1), 1)["loss"]
     assert loss.item() == pytest.approx(bit_cross_entropy(kept["logits"], kept["labels"]).mean().item(), rel=1e-5)
     assert torch.equal(kept["labels"][:, 0], tiny_system.encode(batch_of(0, 1)["hq"]).labels()[:, 0])
+
+
+@torch.no_grad()
+def test_the_restorers_loss_is_of_images_from_minus_one_to_one(tiny_system: VARestorer) -> None:
+    tiny_system.restorer = new_restorer(16, 1, 1)
+    batch, weights = batch_of(0, 1), {"l1": 2.0, "mse": 3.0}
+    losses = RestorerTask(tiny_system, weights)(batch, 1)
+    error = tiny_system.restorer(batch["lq"]) - batch["hq"]  # of images in [0, 1], half as large
+    assert losses["l1"].item() == pytest.approx(2 * error.abs().mean().item(), rel=1e-5)
+    assert losses["mse"].item() == pytest.approx(4 * error.square().mean().item(), rel=1e-5)
+    assert losses["loss"].item() == pytest.approx(2 * losses["l1"].item() + 3 * losses["mse"].item(), rel=1e-5)
+
+
+@torch.no_grad()
+def test_a_dropped_prompt_is_null_text_of_its_length(tiny_system: VARestorer) -> None:
+    texts = [torch.randn(length, 16, generator=torch_generator(length)) for length in (2, 3, 1)]
+    batch = batch_of(0, 1, 2) | {"text": [texts[0], None, texts[2]]}
+    null = tiny_system.transformer.text.null_features
+    dropped, kept = (prompts_of(batch, tiny_system, share, 0).to_list() for share in (1.0, 0.0))
+    assert [len(text) for text in dropped] == [2, len(null), 1]
+    assert all(torch.equal(text, null[: len(text)]) for text in dropped)
+    assert torch.equal(kept[0], texts[0]) and torch.equal(kept[1], null) and torch.equal(kept[2], texts[2])

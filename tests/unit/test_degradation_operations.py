@@ -113,3 +113,11 @@ def test_jpeg_takes_what_overshoots_and_tiny_pictures():
 def test_rounding():
     out = round_to_8bit(torch.tensor([-0.2, 0.3, 1.7]))
     assert out.tolist() == pytest.approx([0, round(0.3 * 255) / 255, 1])
+
+
+@pytest.mark.parametrize(("levels", "photons"), [(3, 4), (5, 8), (8, 8)])
+def test_photons_are_the_next_power_of_two_of_the_levels(levels, photons):
+    picture = torch.full((3, 200, 200), 0.5)
+    picture[:, 0, :levels] = torch.linspace(0.5, 0.9, levels)
+    noise = (add_poisson_noise(picture, 0.1, False, rng()) - picture)[:, 1:]
+    assert noise.std() == pytest.approx(0.1 * np.sqrt(0.5 / photons), rel=0.03)

@@ -216,3 +216,46 @@ def test_every_step_keeps_float64():
     for step in (RandomBlur(), RandomResize(), RandomNoise(gaussian_prob=1.0), RandomNoise(gaussian_prob=0.0)):
         assert step(hq, np.random.default_rng(0)).dtype == torch.float64
     assert compress_jpeg(hq, 80).dtype == torch.float64
+
+
+def test_a_seed_keeps_its_plan():
+    """What a sample's seed draws is frozen: it decides the training data of every run that goes on."""
+    plan = Degradation().draw((64, 48), rng(0))
+    assert (plan.resize1, plan.resize2) == (((60, 45), "area"), ((18, 14), "area"))
+    assert (plan.shrink, plan.enlarge) == (((16, 12), "bilinear"), ((64, 48), "bilinear"))
+    assert (plan.jpeg1, plan.jpeg2, plan.is_jpeg_last) == (69, 85, False)
+    assert plan.noise1[:3] == (False, pytest.approx(1.1100687), False)
+    assert plan.noise2[:3] == (True, pytest.approx(1.3115164), False)
+    kernels = (plan.blur1, plan.blur2, plan.sinc)
+    assert [len(kernel) for kernel in kernels] == [15, 19, 11]
+    centres = [float(kernel[len(kernel) // 2, len(kernel) // 2]) for kernel in kernels]
+    assert centres == pytest.approx([0.0363694, 0.1206476, 0.2489037], rel=1e-4)
+
+
+def test_cut_offs_of_small_kernels_are_higher(monkeypatch):
+    import varestorer.data.degradation.pipeline as pipeline
+
+    drawn = []
+    monkeypatch.setattr(pipeline, "sinc_kernel", lambda size, cutoff: drawn.append((size, cutoff)))
+    source = rng()
+    for _ in range(600):
+        RandomBlur(sinc_prob=1.0).draw_kernel(source)
+    lowest = {size: min(cutoff for other, cutoff in drawn if other == size) for size, _ in drawn}
+    assert lowest.keys() == set(range(7, 22, 2))
+    for size, cutoff in lowest.items():
+        wanted = np.pi / 3 if size < 13 else np.pi / 5
+        assert wanted <= cutoff < 1.25 * wanted
+
+
+def test_the_second_resize_is_of_the_small_picture():
+    sides = [Degradation().draw((64, 64), rng(seed)).resize2.size[0] for seed in range(200)]
+    assert min(sides) < 11 and max(sides) > 17 and all(9 <= side <= 19 for side in sides)  # 0.6 to 1.2 of 16
+
+
+def test_bicubic_rounds_the_small_picture_too():
+    def resized(picture, side):
+        size = {"size": (side, side), "mode": "bicubic", "align_corners": False, "antialias": True}
+        out = torch.nn.functional.interpolate(picture[None], **size)[0].clamp(0, 1)
+        return (out * 255).round() / 255
+
+    assert torch.equal(BicubicDegradation()(photo()), resized(resized(photo(), 16), 64))

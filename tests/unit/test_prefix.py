@@ -100,3 +100,16 @@ def test_the_stage_trains_adapters_and_restores(prefixed: VARestorer, tiny_syste
         PrefixTask(tiny_system)
     with pytest.raises(UserError, match="uncertainty is the one-step student's"):
         prefixed.restore(photo(6)[0], 2, uncertainty=True)
+
+
+@torch.no_grad()
+def test_guidance_compares_with_the_same_prompt_without_the_prefix(prefixed: VARestorer) -> None:
+    lq = prefixed.encode(photo(0))
+    text = prefixed.text_batch(torch.randn(3, 16, generator=torch.Generator().manual_seed(7)), 2)
+    generation = prefixed._generate_from_prefix(lq, text, None)
+    pyramid, dropped = _pyramid_of(prefixed, generation.indices), torch.tensor([True, True])
+    generated = torch.cat([generation.logits[k] for k in range(3)], dim=1)
+    assert torch.allclose(generated[:2], prefixed.prefix_logits(pyramid, lq, text), atol=1e-4)
+    assert torch.allclose(generated[2:], prefixed.prefix_logits(pyramid, lq, text, dropped), atol=1e-4)
+    no_prompt = prefixed.prefix_logits(pyramid, lq, prefixed.null_text(2), dropped)
+    assert not torch.allclose(generated[2:], no_prompt, atol=1e-2)

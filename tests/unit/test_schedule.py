@@ -24,6 +24,16 @@ def test_every_template_has_a_mirrored_one() -> None:
     assert all(len(scales) == 13 for scales in TEMPLATES.values())
 
 
+def test_the_templates_are_the_published_ones() -> None:
+    """Tokens of all 13 scales, frozen: a slip in one number shows."""
+    tall = {aspect: scales for aspect, scales in sorted(TEMPLATES.items()) if aspect >= 1}
+    tokens = {aspect: sum(h * w for h, w in scales) for aspect, scales in tall.items()}
+    assert list(tokens.values()) == [10521, 10774, 10973, 10997, 11252, 11269, 10805, 11123]
+    rows = {aspect: sum(h for h, _ in scales) for aspect, scales in tall.items()}
+    assert list(tall) == [1.0, 1.25, 1.333, 1.5, 1.75, 2.0, 2.5, 3.0]
+    assert list(rows.values()) == [277, 316, 331, 345, 374, 399, 443, 489]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+from varestorer.conditioning.restorer import new_restorer
+from varestorer.systems.adapters import adapter_tensors, put_adapters, save_adapters, student_of
 from varestorer.systems.official import restore_official
 from varestorer.systems.varestorer import VARestorer
 from varestorer.tokenizer.residual import to_tokens
@@ -366,3 +368,24 @@ def test_the_student_starts_from_the_codes_its_config_names(
     assert torch.equal(condition.tokens_BLZ[:, short.shape[1] :], to_tokens(pyramid.codes)[:, : 16 * is_long])
     with pytest.raises(UserError, match=r"model\.student\.inputs must be next_scale or own_scale, got both"):
         VARestorer(**(config | {"student": {"inputs": "both"}}))
+
+
+def test_tiles_overlap_by_a_quarter_unless_told_otherwise(tiny_system: VARestorer) -> None:
+    picture = image(20, 11)
+    restored = tiny_system.restore(picture, 4).image
+    assert torch.equal(restored, tiny_system.restore(picture, 4, overlap=8).image)
+    assert not torch.equal(restored, tiny_system.restore(picture, 4, overlap=4).image)
+
+
+def test_a_model_that_gets_other_adapters_keeps_the_rest(tiny_system: VARestorer, tmp_path: Path) -> None:
+    save_adapters(tiny_system, tmp_path / "adapters.safetensors")
+    base = copy.deepcopy(tiny_system)
+    base.restorer = new_restorer(16, 1, 1)
+    with torch.no_grad():
+        for tensor in adapter_tensors(base).values():
+            tensor.mul_(2)
+    given = put_adapters(base, tmp_path / "adapters.safetensors", student_of(tmp_path / "adapters.safetensors") or {})
+    tiny_system.restorer = base.restorer
+    square = image(32, 32)[None]
+    found, wanted, before = (system.restore_batch(square).logits for system in (given, tiny_system, base))
+    assert torch.equal(found, wanted) and not torch.allclose(before, wanted, atol=1e-3)

@@ -291,3 +291,15 @@ def test_feed_forward_is_four_times_as_wide_in_steps_of_256(width: int, hidden: 
 def test_head_sizes_that_cannot_turn_are_refused() -> None:
     with pytest.raises(ValueError, match="multiple of 4"):
         VARTransformer(TransformerConfig(width=30, num_heads=5))
+
+
+@torch.no_grad()
+def test_the_learned_scale_of_attention_stops_at_100(tiny_system: VARestorer) -> None:
+    condition, text = tiny_system.condition(pixels(tiny_system)), tiny_system.null_text(2)
+    logits = []
+    for scale in (50.0, 100.0, 1000.0):
+        for name, parameter in tiny_system.transformer.named_parameters():
+            if name.endswith("self_attention.log_scale"):
+                parameter.fill_(scale).log_()
+        logits.append(tiny_system.student_logits(condition, text))
+    assert torch.allclose(logits[1], logits[2], atol=1e-5) and not torch.allclose(logits[0], logits[1], atol=1e-3)

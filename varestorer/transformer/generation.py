@@ -175,7 +175,10 @@ class MultiStepGenerator:
             tokens = None if inputs is None else _for_both(inputs, guided)
             front = _for_both(prefix.tokens_BPC, guided) if prefix is not None and is_first else None
             mask = self._mask(new, num_prefix, dropped_B, is_first, end)
-            mix = _mix_after_blocks(cfg, options.insertion_layers, len(cache), batch_size)
+            first_scale = 0 if is_first else k
+            spans = [(settings[0][0], num_prefix)] if is_first else []  # a prefix enters with the first scale
+            spans += [(settings[j][0], self.schedule.num_tokens_per_scale[j]) for j in range(first_scale, k + 1)]
+            mix = _mix_after_blocks(spans, options.insertion_layers, len(cache), batch_size)
             asked = slice(len(new) - self.schedule.num_tokens_per_scale[k], None)
             hidden = self.transformer.hidden(tokens, prepared, new, mask, cache, mix, asked, front)
             logits[k] = self.transformer.predict(hidden, prepared)
@@ -234,17 +237,29 @@ def _mix_logits(raw: Tensor, cfg: float, batch_size: int) -> Tensor:
 
 
 def _mix_after_blocks(
-    cfg: float, insertion_layers: tuple[int, ...], depth: int, batch_size: int
+    spans: Sequence[tuple[float, int]], insertion_layers: tuple[int, ...], depth: int, batch_size: int
 ) -> Callable[[int, Tensor], Tensor] | None:
-    """Guidance on the outputs of the blocks that negative insertion layers name, written to both halves."""
+    """Guidance on the outputs of the blocks that negative insertion layers name, written to both halves.
+
+    Args:
+        spans: guidance and number of consecutive tokens: a pass may read several known scales, each with its own.
+        insertion_layers: see `SamplingOptions`.
+        depth: number of blocks.
+        batch_size: of one half.
+    """
     numbers = {depth + layer for layer in insertion_layers if layer < 0}
-    if cfg == 1 or not numbers:
+    if not numbers or all(cfg == 1 for cfg, _ in spans):
         return None
+
+    def mixed(x_BLC: Tensor, cfg: float) -> Tensor:
+        return x_BLC if cfg == 1 else (cfg * x_BLC[:batch_size] + (1 - cfg) * x_BLC[batch_size:]).repeat(2, 1, 1)
 
     def mix(number: int, x_BLC: Tensor) -> Tensor:
         if number not in numbers:
             return x_BLC
-        mixed = cfg * x_BLC[:batch_size] + (1 - cfg) * x_BLC[batch_size:]
-        return mixed.repeat(2, 1, 1)
+        if number == depth - 1:  # hands on the tokens of the last scale alone
+            return mixed(x_BLC, spans[-1][0])
+        parts = x_BLC.split([count for _, count in spans], dim=1)
+        return torch.cat([mixed(part, cfg) for part, (cfg, _) in zip(parts, spans, strict=True)], dim=1)
 
     return mix

@@ -218,15 +218,40 @@ def test_every_step_keeps_float64():
     assert compress_jpeg(hq, 80).dtype == torch.float64
 
 
-def test_a_seed_keeps_its_plan():
+@pytest.fixture
+def steps(monkeypatch) -> list:
+    """What the pipeline does, step by step: the name of the operation and its settings."""
+    import varestorer.data.degradation.pipeline as pipeline
+
+    taken = []
+    names = ("blur", "resample", "compress_jpeg", "add_gaussian_noise", "add_poisson_noise")
+    for name in names:
+
+        def noted(img, *args, name=name, real=getattr(pipeline, name)):
+            taken.append((name, *args))
+            return real(img, *args)
+
+        monkeypatch.setattr(pipeline, name, noted)
+    return taken
+
+
+def test_a_seed_keeps_its_plan(steps):
     """What a sample's seed draws is frozen: it decides the training data of every run that goes on."""
-    plan = Degradation().draw((64, 48), rng(0))
-    assert (plan.resize1, plan.resize2) == (((60, 45), "area"), ((18, 14), "area"))
-    assert (plan.shrink, plan.enlarge) == (((16, 12), "bilinear"), ((64, 48), "bilinear"))
-    assert (plan.jpeg1, plan.jpeg2, plan.is_jpeg_last) == (69, 85, False)
-    assert plan.noise1[:3] == (False, pytest.approx(1.1100687), False)
-    assert plan.noise2[:3] == (True, pytest.approx(1.3115164), False)
-    kernels = (plan.blur1, plan.blur2, plan.sinc)
+    Degradation()(torch.rand(3, 64, 48, generator=torch.Generator().manual_seed(0)), rng(0))
+    assert [step[0] for step in steps] == [
+        *("blur", "resample", "add_poisson_noise", "compress_jpeg"),
+        *("blur", "resample", "add_gaussian_noise"),
+        *("compress_jpeg", "resample", "blur", "resample"),
+    ]
+    resizes = [step[1:] for step in steps if step[0] == "resample"]
+    assert resizes[:2] == [((60, 45), "area"), ((18, 14), "area")]
+    assert resizes[2:] == [((16, 12), "bilinear"), ((64, 48), "bilinear")]
+    assert [step[1] for step in steps if step[0] == "compress_jpeg"] == [69, 85]
+    assert [step[1:3] for step in steps if "noise" in step[0]] == [
+        (pytest.approx(1.1100687), False),
+        (pytest.approx(1.3115164), False),
+    ]
+    kernels = [step[1] for step in steps if step[0] == "blur"]
     assert [len(kernel) for kernel in kernels] == [15, 19, 11]
     centres = [float(kernel[len(kernel) // 2, len(kernel) // 2]) for kernel in kernels]
     assert centres == pytest.approx([0.0363694, 0.1206476, 0.2489037], rel=1e-4)
@@ -247,8 +272,12 @@ def test_cut_offs_of_small_kernels_are_higher(monkeypatch):
         assert wanted <= cutoff < 1.25 * wanted
 
 
-def test_the_second_resize_is_of_the_small_picture():
-    sides = [Degradation().draw((64, 64), rng(seed)).resize2.size[0] for seed in range(200)]
+def test_the_second_resize_is_of_the_small_picture(steps):
+    picture, sides = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(0)), []
+    for seed in range(100):
+        steps.clear()
+        Degradation()(picture, rng(seed))
+        sides.append([step[1][0] for step in steps if step[0] == "resample"][1])
     assert min(sides) < 11 and max(sides) > 17 and all(9 <= side <= 19 for side in sides)  # 0.6 to 1.2 of 16
 
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from varestorer.systems.restoring import RestoredBatch
 
 from varestorer.conditioning.restorer import load_restorer
 from varestorer.evaluation.evaluator import Evaluator
 from varestorer.evaluation.protocols import load_protocol
 from varestorer.evaluation.sources import Candidate
+from varestorer.systems.base import RestoredBatch
 from varestorer.systems.folder import Restored, restore_files
 from varestorer.systems.official import restore_official
 from varestorer.systems.plan import plan_restoration
@@ -111,7 +111,7 @@ def test_one_bad_square_of_many_is_enough(tiny_system: VARestorer, monkeypatch: 
         if len(calls) == 2 and part == "image":
             restored.images_B3HW[0, 0, 0, 0] = NAN
         elif len(calls) == 2:
-            restored.logits_BLZ2[0, 0, 0, 0] = NAN
+            restored.logits[0, 0, 0, 0] = NAN
         return restored
 
     monkeypatch.setattr(tiny_system, "restore_batch", second_is_bad)

@@ -69,19 +69,19 @@ decoder.conv_out.conv decoder.conv_out
 # published name, our name; of tensors
 OUTSIDE_OF_BLOCKS = """
 pos_start start
-cfg_uncond text.null_features
-text_norm.weight text.norm.weight
-text_proj_for_sos.ca.mat_q text.pool.query
-text_proj_for_sos.ca.v_bias text.pool.v_bias
-text_proj_for_sos.ca.mat_kv.weight text.pool.kv.weight
-text_proj_for_sos.ca.proj.weight text.pool.proj.weight
-text_proj_for_sos.ca.proj.bias text.pool.proj.bias
-text_proj_for_ca.0.weight text.memory.0.weight
-text_proj_for_ca.0.bias text.memory.0.bias
-text_proj_for_ca.2.weight text.memory.2.weight
-text_proj_for_ca.2.bias text.memory.2.bias
-shared_ada_lin.1.weight text.modulation.weight
-shared_ada_lin.1.bias text.modulation.bias
+cfg_uncond condition.null_features
+text_norm.weight condition.norm.weight
+text_proj_for_sos.ca.mat_q condition.pool.query
+text_proj_for_sos.ca.v_bias condition.pool.v_bias
+text_proj_for_sos.ca.mat_kv.weight condition.pool.kv.weight
+text_proj_for_sos.ca.proj.weight condition.pool.proj.weight
+text_proj_for_sos.ca.proj.bias condition.pool.proj.bias
+text_proj_for_ca.0.weight condition.memory.0.weight
+text_proj_for_ca.0.bias condition.memory.0.bias
+text_proj_for_ca.2.weight condition.memory.2.weight
+text_proj_for_ca.2.bias condition.memory.2.bias
+shared_ada_lin.1.weight condition.modulation.weight
+shared_ada_lin.1.bias condition.modulation.bias
 word_embed.weight word_embed.weight
 word_embed.bias word_embed.bias
 lvl_embed.weight level_embed.weight

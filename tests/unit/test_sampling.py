@@ -39,7 +39,7 @@ def test_near_temperature_zero_a_sample_is_the_likelier_bit(tiny_system: VAResto
     assert not any(same(greedy, generate(tiny_system, SamplingOptions(tau=1.0)))[1:])
     hot = generate(tiny_system, SamplingOptions(tau=1e6))  # a coin toss, whatever the logits
     other_logits = generate(tiny_system, SamplingOptions(tau=1e6), known=[~greedy.indices[0]])
-    assert torch.equal(hot.bits[2], other_logits.bits[2])
+    assert torch.equal(hot.indices[2], other_logits.indices[2])
 
 
 @pytest.mark.parametrize("layers", [(0,), (-1,), (0, -2)])

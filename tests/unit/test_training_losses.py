@@ -28,7 +28,7 @@ def batch_of(*keys: int) -> Batch:
 
 def test_distillation_minimises_the_papers_sum(tiny_system: VARestorer) -> None:
     """L = 0.1 L_KL + 0.25 L_perc + 0.5 L_MSE, L_KL = sum over scales of KL(teacher || student)."""
-    losses = DistillationTask(tiny_system, perceptual="features").eval()(batch_of(0, 1), 1)
+    losses = DistillationTask(tiny_system, perceptual="ms_ssim").eval()(batch_of(0, 1), 1)
     parts = {name: losses[name].item() for name in ("kl", "perceptual", "mse")}
     expected = 0.1 * parts["kl"] + 0.25 * parts["perceptual"] + 0.5 * parts["mse"]
     assert losses["loss"].item() == pytest.approx(expected, rel=1e-5)
@@ -52,7 +52,7 @@ def test_the_papers_experiments_keep_its_weights(compose: Callable[..., DictConf
 @pytest.mark.parametrize("part", ["mse", "perceptual", "kl"])
 def test_every_part_of_distillation_reaches_the_adapters(tiny_system: VARestorer, part: str) -> None:
     weights = {"kl": 0.0, "perceptual": 0.0, "mse": 0.0, part: 1.0}
-    task = DistillationTask(tiny_system, weights, perceptual="features")
+    task = DistillationTask(tiny_system, weights, perceptual="ms_ssim")
     task(batch_of(0, 1), 1)["loss"].backward()
     lengths = {name: 0.0 if p.grad is None else p.grad.norm().item() for name, p in task.trainable_parameters().items()}
     assert any(length > 1e-7 for length in lengths.values())

@@ -28,7 +28,6 @@ from varestorer.data.text import (
     CAPTIONS,
     EncoderRecord,
     TextWriter,
-    first_names,
     photograph_names,
     plain_text,
     read_captions,
@@ -37,6 +36,7 @@ from varestorer.data.text import (
 from varestorer.utils.device import pick_device
 from varestorer.utils.errors import UsageError, UserError
 from varestorer.utils.images import load_image, resize
+from varestorer.utils.scanning import report_unused, scan_folder
 from varestorer.utils.seeds import torch_generator
 from varestorer.utils.tiling import scaled_size
 
@@ -177,19 +177,29 @@ def given_captions(source: Path, names: Sequence[str]) -> dict[str, str]:
     if source.is_dir():
         found = {name: _read_text(source / f"{bare[name]}.txt") for name in names}
         captions = {name: text for name, text in found.items() if text is not None}
+        unused = sorted(text_files(source) - {f"{stem}.txt" for stem in bare.values()})
     else:
         given = read_captions(source)
         keys = {name: name if name in given else bare[name] for name in names}
         captions = {name: given[key] for name, key in keys.items() if key in given}
         unused = sorted(given.keys() - set(keys.values()))
-        if captions and unused:
-            LOG.warning(
-                "%s: %d of %d texts belong to no photograph (%s)", source, len(unused), len(given), first_names(unused)
-            )
-    if not captions:
+    if captions:
+        report_unused(source, "texts belong to no photograph", unused)
+    else:
         wanted = f"{bare[names[0]]}.txt" if source.is_dir() else f'{{"{names[0]}": "text", ...}}'
         raise UserError(f"captions={source} has no text for any of {len(names)} photographs; wanted {wanted}")
     return captions
+
+
+def text_files(folder: Path) -> set[str]:
+    """Paths of the text files inside a folder of captions.
+
+    Raises:
+        UserError: a folder in it cannot be read.
+    """
+    scan = scan_folder(folder)
+    scan.check_readable()
+    return {path.relative_to(folder).as_posix() for path in scan.files if path.suffix == ".txt"}
 
 
 def describe(

@@ -25,13 +25,13 @@ from torch import Tensor
 from varestorer.data.folders import hq_folder
 from varestorer.utils.errors import UserError
 from varestorer.utils.files import atomic_write
+from varestorer.utils.scanning import first_names
 from varestorer.weights.storage import sync
 
 log = logging.getLogger(__name__)
 
 CAPTIONS = "captions.json"
 INDEX = "index.json"
-NAMES_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -200,11 +200,6 @@ def photograph_names(root: str | os.PathLike, paths: Sequence[Path]) -> list[str
     """Names of good images: their paths inside the folder that holds them, which may be `hr` and the like in `root`."""
     folder = hq_folder(root)
     return [path.relative_to(folder).as_posix() for path in paths]
-
-
-def first_names(names: Sequence[str]) -> str:
-    """A few names, for messages."""
-    return ", ".join(names[:NAMES_SHOWN]) + (", ..." if len(names) > NAMES_SHOWN else "")
 
 
 def read_captions(path: Path) -> dict[str, str]:

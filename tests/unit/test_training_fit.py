@@ -14,9 +14,11 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from torch.utils.data import get_worker_info
 from toy_training import KilledError, ToyPairs, ToySystem, ToyTask
 
 from varestorer.data import PhotoCrops
+from varestorer.data import workers as data_workers
 from varestorer.data.loader import collate
 from varestorer.training import meter
 from varestorer.training.config import Precision, TrainerConfig
@@ -237,6 +239,39 @@ def test_a_signal_saves_after_the_step_and_the_resume_is_exact(tmp_path: Path, c
     assert len(metrics(stopped)) == 5
     train(stopped, config())
     assert metrics(stopped) == metrics(whole)
+
+
+class SleepyPairs(ToyPairs):
+    """Pairs whose worker does nothing any more from sample 12 on."""
+
+    def __getitem__(self, n: int) -> dict:
+        if n >= 12 and get_worker_info():
+            time.sleep(600)
+        return super().__getitem__(n)
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_signal_is_heeded_while_the_data_workers_give_nothing(tmp_path: Path, monkeypatch, resumed: bool):
+    def signal_after_three_steps(self) -> bool:
+        if (tmp_path / "metrics.jsonl").exists() and len(metrics(tmp_path)) == 3:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return False
+
+    monkeypatch.setattr(data_workers, "POLL", 0.2)
+    monkeypatch.setattr(data_workers._Patience, "is_over", signal_after_three_steps)
+    cfg = config(num_workers=1, checkpoint_every=100)
+    for _ in range(1 + resumed):
+        run = Run(tmp_path, make_accelerator("cpu"), seed=1)
+        torch.manual_seed(5)
+        task = ToyTask(ToySystem())
+        task.name = "toy"
+        with run.stop.listening(), pytest.raises(StoppedError, match="by SIGUSR1 after step 3 of stage toy") as stopped:
+            fit(task, SleepyPairs(), cfg, ADAMW, run)
+        assert "step_000003" in str(stopped.value) or resumed
+    assert ("nothing new to save" in str(stopped.value)) == resumed
+    train(tmp_path, config())
+    train(tmp_path / "whole", config())
+    assert metrics(tmp_path) == metrics(tmp_path / "whole")
 
 
 def test_the_same_signal_a_second_time_ends_the_process_at_once():

@@ -33,6 +33,7 @@ from varestorer.data.text import (
     read_captions,
     write_captions,
 )
+from varestorer.data.workers import deaths_explained, watched, worker_options
 from varestorer.utils.device import pick_device
 from varestorer.utils.errors import UsageError, UserError
 from varestorer.utils.images import load_image, resize
@@ -44,6 +45,7 @@ LOG = logging.getLogger(__name__)
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 CAPTION_SIDE = 512  # pixels: restoring with caption=auto shows the captioner no more than this either
 SAVE_EVERY = 200  # captions
+WORKERS_KEY = "num_workers"
 SHARD_SIZE = 256  # photographs
 FAILURES_SHOWN = 20
 
@@ -219,7 +221,10 @@ def describe(
     todo = [name for name in photographs if name not in captions]
     failed: dict[str, str] = {}
     try:
-        with _progress("captions", len(photographs) - len(todo), len(photographs)) as bar:
+        with (
+            deaths_explained(WORKERS_KEY),
+            _progress("captions", len(photographs) - len(todo), len(photographs)) as bar,
+        ):
             pictures = read_pictures([photographs[name] for name in todo], num_workers)
             for number, (name, picture) in enumerate(zip(todo, pictures, strict=True), 1):
                 if isinstance(picture, UserError):
@@ -241,7 +246,8 @@ def read_pictures(paths: Sequence[Path], num_workers: int) -> Iterator[Tensor | 
     """Whole photographs, in turn, as `_Previews` gives them."""
     generator = torch_generator(0, "captions")  # without one torch draws from the global generator
     useful = min(num_workers, len(paths), os.cpu_count() or 1)
-    yield from DataLoader(_Previews(paths), batch_size=None, num_workers=useful, generator=generator)
+    loader = DataLoader(_Previews(paths), batch_size=None, generator=generator, **worker_options(useful))
+    yield from watched(loader.__iter__, WORKERS_KEY)
 
 
 class _Previews(Dataset[Tensor | UserError]):

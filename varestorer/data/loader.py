@@ -10,10 +10,12 @@ from torch.utils.data import DataLoader, Dataset
 from varestorer.data.datasets import Sample
 from varestorer.data.degradation import Plan
 from varestorer.data.degradation.batched import degrade
+from varestorer.data.workers import watched, worker_options
 from varestorer.utils.errors import UserError
 from varestorer.utils.seeds import torch_generator
 
 DEGRADING_DEVICES = ("cpu", "cuda")
+WORKERS_KEY = "trainer.num_workers"
 
 
 class Batch(TypedDict):
@@ -64,14 +66,21 @@ class _ErrorsAsValues(Dataset[Any]):
 class PairLoader(DataLoader[Any]):
     """A DataLoader that raises, here, the UserErrors its workers met, and does what they left to the device.
 
+    Its workers start with `iter`, not with the first batch, and are `workers.watched`.
+
     Attributes:
         device: where batches are degraded that have plans; their tensors are on it then.
+        wants_stop: see `workers.watched`.
     """
 
     device: torch.device | str = "cpu"
+    wants_stop: Callable[[], bool] = staticmethod(lambda: False)
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        for batch in super().__iter__():
+        return self._finished(watched(super().__iter__, WORKERS_KEY, self.wants_stop))
+
+    def _finished(self, batches: Iterator[Any]) -> Iterator[Batch]:
+        for batch in batches:
             if isinstance(batch, UserError):
                 raise batch
             yield carry_out_plans(batch, self.device)
@@ -120,6 +129,7 @@ def build_loader(
     rank: int = 0,
     world: int = 1,
     device: torch.device | str | None = None,
+    prepare_worker: Callable[[int], None] | None = None,
 ) -> PairLoader:
     """Build an endless loader whose batches are a function of the position alone.
 
@@ -132,6 +142,7 @@ def build_loader(
         world: number of processes.
         device: where to degrade batches of data sets with `degrade_on=device`; their workers do it if this is None, or
             of a kind that cannot (Apple's has no Poisson noise).
+        prepare_worker: called in each worker, with its number, before it makes anything.
     Returns:
         Iterable of `Batch`.
     """
@@ -148,7 +159,7 @@ def build_loader(
         _ErrorsAsValues(planned or dataset.__getitem__),
         batch_sampler=ShardedNumbers(batch_size, start_sample, rank, world),  # type: ignore[arg-type]
         collate_fn=collate,
-        num_workers=num_workers,
+        **worker_options(num_workers, prepare_worker),
         # without one torch draws the workers' seed from the global generator
         generator=torch_generator(0, "loader"),
     )

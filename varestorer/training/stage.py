@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -184,15 +184,16 @@ class Stage:
         if self.cfg.sharding is Sharding.none and self.cfg.keeps_base_in_bf16(self.run.accelerator.device):
             keep_base_in(self.task, torch.float32)
 
-    def stop(self, folder: Path) -> None:
-        """End the run after a signal.
+    def stop(self, folder: Path | None) -> NoReturn:
+        """End the run after a signal; `folder` is the checkpoint that was saved, if there was something to save.
 
         Raises:
             StoppedError: always.
         """
         names = " and ".join(dict.fromkeys(number.name for number in self.run.stop.received)) or "another process"
         place = f"step {self.trained.step} of stage {self.task.name}"
-        raise StoppedError(f"stopped by {names} after {place}: saved {folder}")
+        saved = "nothing new to save" if folder is None else f"saved {folder}"
+        raise StoppedError(f"stopped by {names} after {place}: {saved}")
 
     def _check_keep_best(self, known: list[str]) -> None:
         wanted = self.cfg.keep_best

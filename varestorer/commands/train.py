@@ -42,6 +42,7 @@ usage: varestorer train +experiment=NAME [key=value ...]      (or: python script
 options
   run_dir=FOLDER             where to write; default outputs/<experiment>/<time>
   resume=none|auto           auto goes on with run_dir, else with the newest unfinished run of the experiment
+  resume_other_data=false    true: go on though photographs, shards or texts are not those of the checkpoint
   device=auto|cpu|cuda|mps   where to compute
   seed=0                     of weights, data and everything else that is drawn
   data.root=FOLDER           photographs to train on
@@ -65,7 +66,8 @@ The folder gets config.yaml, metrics.jsonl, samples/*.png and checkpoints/; ckpt
 `varestorer eval` and `varestorer restore`, ckpt=FOLDER/checkpoints/STAGE/best the best ones.
 
 A run that was killed goes on with resume=auto as if nothing had happened. The model, the stages' tasks, their data and
-batch size, and the seed must be the run's own; a change of anything else is logged. SIGTERM, SIGUSR1 and SIGUSR2 (a
+batch size, and the seed must be the run's own, and so must the files (their names, order and sizes) unless
+resume_other_data=true; a change of anything else is logged. SIGTERM, SIGUSR1 and SIGUSR2 (a
 time limit or preemption of Slurm) save a checkpoint after the step that is being taken; the same signal a second time,
 a second or more later, ends the run at once.
 
@@ -136,7 +138,7 @@ def open_run(cfg: DictConfig, stages: Mapping[str, DictConfig]) -> Run:
         folder = [str(choose_run_dir(experiment_name(cfg), cfg.run_dir or job_dir, resume))]
     broadcast_object_list(folder)
     run = Run(Path(folder[0]), accelerator, cfg.seed)
-    run.stages = list(stages)
+    run.stages, run.accept_other_data = list(stages), cfg.resume_other_data
     if run.is_main:
         config = {**whole_config(cfg, stages), "run_dir": folder[0], "environment": environment()}
         check_resumable(run.run_dir / CONFIG, config)

@@ -194,6 +194,7 @@ class TrainConfig:
     device: Device = Device.auto
     run_dir: str | None = None
     resume: Resume = Resume.none
+    resume_other_data: bool = False
     model: Any = None
     data: Any = None
     heldout: Any = None

@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from varestorer.data import build_loader
+from varestorer.data.contents import contents_of
 from varestorer.data.loader import WORKERS_KEY
 from varestorer.data.workers import StopWaitingError, deaths_explained
 from varestorer.training.config import TrainerConfig
@@ -55,7 +56,7 @@ def fit(
             `cfg.keep_best` names no metric.
         StoppedError: a signal came (`run.stop`) and a checkpoint was saved.
     """
-    stage = Stage.start(task, cfg, optimizer, run)
+    stage = Stage.start(task, cfg, optimizer, run, contents_of(dataset) if run.is_main else None)
     trained = stage.trained
     if trained.step < cfg.max_steps:
         bar = _progress(task.name, trained.step, cfg.max_steps, run.is_main)

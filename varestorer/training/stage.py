@@ -69,8 +69,15 @@ class Stage:
     meter: Meter
 
     @classmethod
-    def start(cls, task: Task, cfg: TrainerConfig, factory: OptimizerFactory, run: Run) -> Stage:
-        """Prepare a task and, if the run has a checkpoint of its stage, go on from that."""
+    def start(
+        cls,
+        task: Task,
+        cfg: TrainerConfig,
+        factory: OptimizerFactory,
+        run: Run,
+        data: Mapping[str, str] | None = None,
+    ) -> Stage:
+        """Prepare a task and, if the run has a checkpoint of its stage, go on from that; `data`: see `Checkpointer`."""
         accelerator = run.accelerator
         seed_everything(run.seed, "stage", task.name, accelerator.process_index)
         frozen = storage.tensors_sha256(task.frozen_state())
@@ -87,7 +94,9 @@ class Stage:
         parameters = task.trainable_parameters()
         trained = Trained(parameters, optimizer, Ema(task.averaged_parameters(), cfg.ema_decay))
         index = run.stage_index(task.name)
-        checkpointer = Checkpointer(run.run_dir, task.name, index, accelerator, frozen, cfg.keep_last)
+        checkpointer = Checkpointer(
+            run.run_dir, task.name, index, accelerator, frozen, cfg.keep_last, data, run.accept_other_data
+        )
         checkpointer.restore(trained)
         run.rewind(task.name, trained.step)
         meter = Meter(accelerator.device, cfg.batch_size, cfg.accumulate)

@@ -136,7 +136,7 @@ def test_captions_may_be_given_and_changed(
     file = tmp_path / "my captions.json"
     file.write_text(json.dumps({"0.png": "a dog", "1": "dog  on\ngrass", "2.png": "", "sub/0.png": "a", "x.png": "a"}))
     assert COMMAND.main([*words, f"captions={file}"]) == 0
-    assert "1 of 5 texts belong to no photograph (x.png)" in capsys.readouterr().err
+    assert "1 texts belong to no photograph: x.png" in capsys.readouterr().err
     first = features_in(tmp_path / "text")
     assert first[2] is None and sum(features is not None for features in first) == 3
     assert json.loads((tmp_path / "text" / "captions.json").read_text())["1.png"] == "dog on grass"
@@ -151,8 +151,11 @@ def test_text_files_beside_the_photographs_are_captions(
     words: list[str], photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (photos / "sub" / "0.txt").write_text("a dog\non grass\n")
+    (photos / "sub" / "zebra.txt").write_text("a zebra")
     assert COMMAND.main([*words, f"captions={photos}"]) == 1
-    assert f"failed: 0.png: no text in {photos}" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert f"failed: 0.png: no text in {photos}" in said.out
+    assert f"{photos}: 1 texts belong to no photograph: sub/zebra.txt" in said.err
     assert json.loads((tmp_path / "text" / "captions.json").read_text()) == {"sub/0.png": "a dog on grass"}
 
 

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from varestorer.commands.train import COMMAND as TRAIN
+from varestorer.utils.images import save_image
 from varestorer.weights import storage
 from varestorer.weights.runs import latest_checkpoint
 
@@ -239,6 +240,25 @@ def test_a_resume_with_another_model_or_other_data_is_refused(whole: Path, capsy
     assert all(f"\n  {line}\n" in refused for line, _ in changes.values())
     assert "max_steps" not in refused and "Traceback" not in refused
     assert (whole / "config.yaml").read_text() == before
+
+
+def test_other_photographs_are_refused_and_accepted_by_the_key(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in range(3):
+        save_image(tmp_path / "in" / f"{number}.png", torch.rand(3, 40, 40 + number))
+    run = tmp_path / "run"
+    words = ["+experiment=smoke", "data=folder", f"data.root={tmp_path / 'in'}", "data.crop=32", f"run_dir={run}"]
+    assert TRAIN.main([*words, "trainer.max_steps=1"]) == 0
+    save_image(tmp_path / "in" / "a.png", torch.rand(3, 40, 40))
+    more = [*words, "resume=auto", "trainer.max_steps=2"]
+    assert TRAIN.main(more) == 1
+    refused = capsys.readouterr().err
+    assert "error: the data of stage student changed" in refused and "1 added (a.png)" in refused
+    assert len(metrics(run)) == 1
+    assert TRAIN.main([*more, "resume_other_data=true"]) == 0
+    assert TRAIN.main([*more, "trainer.max_steps=3"]) == 0
+    assert len(metrics(run)) == 3
 
 
 def test_harmless_changes_are_allowed_and_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,9 @@ import pytest
 from varestorer.data import listing
 from varestorer.data.folders import hq_images
 from varestorer.data.listing import indexed_images
+from varestorer.utils import scanning
 from varestorer.utils.cache import cache_folder
+from varestorer.utils.images import list_images
 
 
 @pytest.fixture
@@ -26,8 +28,8 @@ def photos(tmp_path, monkeypatch):
 def walks(monkeypatch):
     """How often a folder was searched."""
     seen = []
-    search = listing.list_images
-    monkeypatch.setattr(listing, "list_images", lambda root: seen.append(root) or search(root))
+    search = listing.scan_folder
+    monkeypatch.setattr(listing, "scan_folder", lambda root: seen.append(root) or search(root))
     return seen
 
 
@@ -35,8 +37,11 @@ def relative(root):
     return [path.relative_to(root).as_posix() for path in indexed_images(root)]
 
 
-def test_a_second_look_does_not_search(photos, walks):
+def test_a_second_look_does_not_search(photos, walks, caplog, monkeypatch):
     assert relative(photos) == relative(photos) == ["a2.png", "a10.png", "sub/deep/b.jpg"]
+    monkeypatch.setattr(scanning, "_REPORTED", set())  # as in another process
+    indexed_images(photos)
+    assert caplog.messages == [f"{photos}: 1 files are not used as images, by their extension: notes.txt"] * 2
     assert len(walks) == 1
     assert hq_images(photos) == indexed_images(photos) and len(walks) == 1
 
@@ -57,7 +62,7 @@ def test_a_second_look_does_not_search(photos, walks):
 def test_changes_are_noticed(photos, walks, change):
     indexed_images(photos)
     change(photos)
-    assert indexed_images(photos) == listing.list_images(photos)
+    assert indexed_images(photos) == list_images(photos)
     assert len(walks) >= 2
 
 

@@ -236,6 +236,46 @@ def test_what_is_no_folder_of_shards(tmp_path):
         packed_photographs(tmp_path)
 
 
+def test_what_a_shard_holds_and_is_not_used_is_named(tmp_path, caplog):
+    dotted = {f"IMG.{n:04}.png": png(n) for n in range(7)}
+    tar(tmp_path / "x.tar", **dotted, b__png=png(), b__jpg=png(), b__txt=b"used", b__json=b"{}", c__cls=b"0")
+    assert names(tmp_path) == ["b.png"]
+    (images,) = [line for line in caplog.messages if "images of the shards are not used" in line]
+    assert images.startswith(f"{tmp_path}: 8 images") and "x.tar:IMG.0000.png" in images and images.endswith(", ...")
+    (others,) = [line for line in caplog.messages if "members of the shards" in line]
+    assert others == f"{tmp_path}: 2 members of the shards are not used: x.tar:b.json, x.tar:c.cls"
+    tar(tmp_path / "x.tar", **dotted)
+    with pytest.raises(UserError, match=r"hold no image that is used: x.tar:IMG.0000.png.*rename them"):
+        packed_photographs(tmp_path)
+
+
+def test_what_systems_leave_in_shards_and_beside_them_is_skipped(tmp_path, caplog):
+    rubbish = ("._a.png", "__MACOSX/b.png", "x/@eaDir/c.png", ".DS_Store", "x/Thumbs.db")
+    tar(tmp_path / "x.tar", **{"./../p/a.png": png()}, **dict.fromkeys(rubbish, png()))
+    (tmp_path / "._x.tar").write_bytes(b"Mac OS X")
+    assert names(tmp_path) == ["../p/a.png"] and not caplog.messages
+    (tmp_path / "y.tar.gz").write_bytes(b"")
+    (tmp_path / "more").mkdir()
+    tar(tmp_path / "more" / "z.tar", a__png=png())
+    assert len(names(tmp_path)) == 1
+    assert caplog.messages == [f"{tmp_path}: 2 files are not used, as no .tar or in a subfolder: more/z.tar, y.tar.gz"]
+
+
+def test_links_inside_a_shard_are_what_they_lead_to(tmp_path, caplog):
+    with tarfile.open(tmp_path / "x.tar", "w") as file:
+        for name, kind, target in (
+            ("p/soft.png", tarfile.SYMTYPE, "../q/a.png"),
+            ("q/a.png", tarfile.REGTYPE, ""),
+            ("hard.png", tarfile.LNKTYPE, "q/a.png"),
+        ):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname, info.size = kind, target, 0 if target else len(png(7))
+            file.addfile(info, None if target else io.BytesIO(png(7)))
+    found = packed_photographs(tmp_path)
+    assert [sample.name for sample in found] == ["p/soft.png", "q/a.png", "hard.png"]
+    assert {int(sample.load()[0, 0, 0] * 255) for sample in found} == {7}
+
+
 def test_a_shard_that_got_shorter_is_named(photos, tmp_path):
     pack(tmp_path / "out", photos, 10**9)
     sample = packed_photographs(tmp_path / "out")[-1]

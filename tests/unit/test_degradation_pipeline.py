@@ -225,13 +225,18 @@ def steps(monkeypatch) -> list:
 
     taken = []
     names = ("blur", "resample", "compress_jpeg", "add_gaussian_noise", "add_poisson_noise")
-    for name in names:
 
-        def noted(img, *args, name=name, real=getattr(pipeline, name)):
+    def noting(name):
+        real = getattr(pipeline, name)
+
+        def noted(img, *args):
             taken.append((name, *args))
             return real(img, *args)
 
-        monkeypatch.setattr(pipeline, name, noted)
+        return noted
+
+    for name in names:
+        monkeypatch.setattr(pipeline, name, noting(name))
     return taken
 
 

@@ -110,6 +110,25 @@ def test_bad_files_are_named_and_the_rest_goes_on(tmp_path: Path, caplog: pytest
         assert name in caplog.text
 
 
+def test_a_folder_that_cannot_be_read_fails_and_what_systems_leave_is_skipped(tmp_path: Path, monkeypatch) -> None:
+    source = tmp_path / "in"
+    for name in ("a.png", "locked/b.png", "@eaDir/a.png", "#recycle/c.png"):
+        write_image(source / name)
+    (source / "Thumbs.db").write_bytes(b"")
+    (source / "link").symlink_to(source / "nowhere")
+    scandir = os.scandir
+
+    def refuse(path):
+        if Path(path) == source / "locked":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    report, entries = run(source, tmp_path / "out")
+    assert report.num_restored == 1 and set(report.failed) == {"locked", "link"}
+    assert "cannot be read (Permission denied)" in entries["locked"]["error"]
+
+
 def test_the_result_depends_on_seed_and_name_only(tmp_path: Path) -> None:
     for name in ("a.png", "b.png", "c.png"):
         write_image(tmp_path / "in" / name)

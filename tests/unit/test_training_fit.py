@@ -1,5 +1,6 @@
 """The training loop: resume, averages, accumulation, errors, files."""
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -14,9 +15,11 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from torch.utils.data import get_worker_info
 from toy_training import KilledError, ToyPairs, ToySystem, ToyTask
 
 from varestorer.data import PhotoCrops
+from varestorer.data import workers as data_workers
 from varestorer.data.loader import collate
 from varestorer.training import meter
 from varestorer.training.config import Precision, TrainerConfig
@@ -88,6 +91,61 @@ def test_accumulation_does_not_change_the_result(tmp_path: Path):
     for one, other in zip(metrics(tmp_path / "a"), metrics(tmp_path / "b"), strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
         assert one["l1"] == pytest.approx(other["l1"], rel=1e-5)
+
+
+class KeepsKeys(ToyTask):
+    """Keeps the sample numbers it was given."""
+
+    def forward(self, batch, step):
+        self.keys = [*getattr(self, "keys", []), *batch["key"].tolist()]
+        return super().forward(batch, step)
+
+
+def test_a_resume_goes_on_with_the_next_sample_also_with_accumulation(tmp_path: Path):
+    seen = []
+    for fail_at in (6, 0):
+        torch.manual_seed(5)
+        task = KeepsKeys(ToySystem(), fail_at=fail_at)
+        task.name = "toy"
+        run = Run(tmp_path, make_accelerator("cpu"), seed=1)
+        with pytest.raises(KilledError) if fail_at else contextlib.nullcontext():
+            fit(task, ToyPairs(), config(batch_size=6, accumulate=3), ADAMW, run)
+        seen.append(task.keys)
+    assert seen == [list(range(5 * 6 + 2)), list(range(3 * 6, 8 * 6))]
+    states = [json.loads((tmp_path / f"checkpoints/toy/step_{n:06d}/state.json").read_text()) for n in (6, 8)]
+    assert [state["samples"] for state in states] == [36, 48]
+
+
+def test_a_resume_with_other_data_is_refused_unless_it_is_wanted(tmp_path: Path, caplog):
+    for number in range(6):
+        save_image(tmp_path / "photos" / f"{number}.png", torch.rand(3, 8, 8 + number))
+
+    def go_on(max_steps: int, accept: bool = False) -> None:
+        run = Run(tmp_path / "run", make_accelerator("cpu"))
+        run.accept_other_data = accept
+        torch.manual_seed(5)
+        task = ToyTask(ToySystem())
+        task.name = "toy"
+        fit(task, PhotoCrops(str(tmp_path / "photos"), 4, None, seed=0), config(max_steps=max_steps), ADAMW, run)
+
+    go_on(2)
+    go_on(3)
+    (tmp_path / "photos/2.png").unlink()
+    (tmp_path / "photos/3.png").rename(tmp_path / "photos/x.png")
+    before = (tmp_path / "run/metrics.jsonl").read_bytes()
+    wanted = r"stage toy changed since .*step_000003 was saved: 1 removed \(2.png\); 1 renamed \(3.png -> x.png\)\."
+    with pytest.raises(UserError, match=f"{wanted} .* in another order .*: resume_other_data=true$"):
+        go_on(4)
+    assert (tmp_path / "run/metrics.jsonl").read_bytes() == before
+    go_on(4, accept=True)
+    assert "1 removed (2.png); 1 renamed (3.png -> x.png); going on" in caplog.text
+    go_on(5)
+    assert len(metrics(tmp_path / "run")) == 5
+    (tmp_path / "run/checkpoints/toy/step_000005/data.json").unlink()
+    sums = tmp_path / "run/checkpoints/toy/step_000005/checksums.json"
+    sums.write_text(json.dumps({k: v for k, v in json.loads(sums.read_text()).items() if k != "data.json"}))
+    (tmp_path / "photos/0.png").unlink()
+    go_on(6)  # of a program that did not note the data yet
 
 
 def test_workers_do_not_change_the_result(tmp_path: Path):
@@ -237,6 +295,39 @@ def test_a_signal_saves_after_the_step_and_the_resume_is_exact(tmp_path: Path, c
     assert len(metrics(stopped)) == 5
     train(stopped, config())
     assert metrics(stopped) == metrics(whole)
+
+
+class SleepyPairs(ToyPairs):
+    """Pairs whose worker does nothing any more from sample 12 on."""
+
+    def __getitem__(self, n: int) -> dict:
+        if n >= 12 and get_worker_info():
+            time.sleep(600)
+        return super().__getitem__(n)
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_signal_is_heeded_while_the_data_workers_give_nothing(tmp_path: Path, monkeypatch, resumed: bool):
+    def signal_after_three_steps(self) -> bool:
+        if (tmp_path / "metrics.jsonl").exists() and len(metrics(tmp_path)) == 3:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return False
+
+    monkeypatch.setattr(data_workers, "POLL", 0.2)
+    monkeypatch.setattr(data_workers._Patience, "is_over", signal_after_three_steps)
+    cfg = config(num_workers=1, checkpoint_every=100)
+    for _ in range(1 + resumed):
+        run = Run(tmp_path, make_accelerator("cpu"), seed=1)
+        torch.manual_seed(5)
+        task = ToyTask(ToySystem())
+        task.name = "toy"
+        with run.stop.listening(), pytest.raises(StoppedError, match="by SIGUSR1 after step 3 of stage toy") as stopped:
+            fit(task, SleepyPairs(), cfg, ADAMW, run)
+        assert "step_000003" in str(stopped.value) or resumed
+    assert ("nothing new to save" in str(stopped.value)) == resumed
+    train(tmp_path, config())
+    train(tmp_path / "whole", config())
+    assert metrics(tmp_path) == metrics(tmp_path / "whole")
 
 
 def test_the_same_signal_a_second_time_ends_the_process_at_once():

@@ -1,3 +1,6 @@
+import errno
+import os
+
 import pytest
 import torch
 
@@ -36,6 +39,18 @@ def test_heat_maps_run_from_dark_to_bright_over_a_fixed_range():
     assert torch.equal(heat_map(torch.tensor([[-1.0, 2.0]])), heat_map(torch.tensor([[0.0, 1.0]])))
 
 
+def lock(monkeypatch, folder):
+    """Nobody may read a folder, not even root."""
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path) == str(folder):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+
+
 def test_listing_is_recursive_natural_and_quiet(tmp_path):
     for name in ("b/10.png", "b/2.PNG", "a.jpg", "notes.txt", ".hidden.png", "__MACOSX/c.png", ".git/d.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -51,6 +66,43 @@ def test_linked_folders_are_followed(tmp_path):
     (tmp_path / "root").mkdir()
     (tmp_path / "root" / "link").symlink_to(tmp_path / "real")
     assert [path.name for path in list_images(tmp_path / "root")] == ["a.png"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["@eaDir", "#recycle", "$RECYCLE.BIN", "$Recycle.Bin", ".Trash-1000", ".Trashes", "__MACOSX", "lost+found", ".git"],
+)
+def test_folders_of_systems_are_skipped(tmp_path, caplog, name):
+    for path in (tmp_path / name / "a.png", tmp_path / "sub" / name / "b.png", tmp_path / "sub" / "c.png"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"")
+    assert list_images(tmp_path) == [tmp_path / "sub" / "c.png"] and not caplog.messages
+
+
+def test_files_that_are_not_used_are_named_once(tmp_path, caplog):
+    for name in ("._a.png", "Thumbs.db", "desktop.ini", ".DS_Store", "a.png", "b.heic", "sub/notes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "zlink").symlink_to(tmp_path / "sub")
+    for _ in range(2):
+        assert list_images(tmp_path) == [tmp_path / "a.png"]
+    named = "b.heic, sub/notes.txt, zlink"
+    assert caplog.messages == [f"{tmp_path}: 3 files are not used as images, by their extension: {named}"]
+
+
+def test_a_folder_is_listed_under_its_own_name_before_a_link(tmp_path):
+    (tmp_path / "z").mkdir()
+    (tmp_path / "z" / "a.png").write_bytes(b"")
+    (tmp_path / "link").symlink_to(tmp_path / "z")
+    assert list_images(tmp_path) == [tmp_path / "z" / "a.png"]
+
+
+def test_a_folder_that_cannot_be_read_is_an_error(tmp_path, monkeypatch):
+    (tmp_path / "locked").mkdir()
+    (tmp_path / "a.png").write_bytes(b"")
+    lock(monkeypatch, tmp_path / "locked")
+    with pytest.raises(UserError, match=r"1 folders in .* cannot be read \(Permission denied\): .*locked; make them"):
+        list_images(tmp_path)
 
 
 def test_listing_what_is_no_folder(tmp_path):

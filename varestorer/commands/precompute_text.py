@@ -28,15 +28,16 @@ from varestorer.data.text import (
     CAPTIONS,
     EncoderRecord,
     TextWriter,
-    first_names,
     photograph_names,
     plain_text,
     read_captions,
     write_captions,
 )
+from varestorer.data.workers import deaths_explained, watched, worker_options
 from varestorer.utils.device import pick_device
 from varestorer.utils.errors import UsageError, UserError, reason
 from varestorer.utils.images import load_image, resize
+from varestorer.utils.scanning import report_unused, scan_folder
 from varestorer.utils.seeds import torch_generator
 from varestorer.utils.tiling import scaled_size
 
@@ -44,6 +45,7 @@ LOG = logging.getLogger(__name__)
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 CAPTION_SIDE = 512  # pixels: restoring with caption=auto shows the captioner no more than this either
 SAVE_EVERY = 200  # captions
+WORKERS_KEY = "num_workers"
 SHARD_SIZE = 256  # photographs
 FAILURES_SHOWN = 20
 
@@ -177,19 +179,29 @@ def given_captions(source: Path, names: Sequence[str]) -> dict[str, str]:
     if source.is_dir():
         found = {name: _read_text(source / f"{bare[name]}.txt") for name in names}
         captions = {name: text for name, text in found.items() if text is not None}
+        unused = sorted(text_files(source) - {f"{stem}.txt" for stem in bare.values()})
     else:
         given = read_captions(source)
         keys = {name: name if name in given else bare[name] for name in names}
         captions = {name: given[key] for name, key in keys.items() if key in given}
         unused = sorted(given.keys() - set(keys.values()))
-        if captions and unused:
-            LOG.warning(
-                "%s: %d of %d texts belong to no photograph (%s)", source, len(unused), len(given), first_names(unused)
-            )
-    if not captions:
+    if captions:
+        report_unused(source, "texts belong to no photograph", unused)
+    else:
         wanted = f"{bare[names[0]]}.txt" if source.is_dir() else f'{{"{names[0]}": "text", ...}}'
         raise UserError(f"captions={source} has no text for any of {len(names)} photographs; wanted {wanted}")
     return captions
+
+
+def text_files(folder: Path) -> set[str]:
+    """Paths of the text files inside a folder of captions.
+
+    Raises:
+        UserError: a folder in it cannot be read.
+    """
+    scan = scan_folder(folder)
+    scan.check_readable()
+    return {path.relative_to(folder).as_posix() for path in scan.files if path.suffix == ".txt"}
 
 
 def describe(
@@ -209,7 +221,10 @@ def describe(
     todo = [name for name in photographs if name not in captions]
     failed: dict[str, str] = {}
     try:
-        with _progress("captions", len(photographs) - len(todo), len(photographs)) as bar:
+        with (
+            deaths_explained(WORKERS_KEY),
+            _progress("captions", len(photographs) - len(todo), len(photographs)) as bar,
+        ):
             pictures = read_pictures([photographs[name] for name in todo], num_workers)
             for number, (name, picture) in enumerate(zip(todo, pictures, strict=True), 1):
                 if isinstance(picture, UserError):
@@ -231,7 +246,8 @@ def read_pictures(paths: Sequence[Path], num_workers: int) -> Iterator[Tensor | 
     """Whole photographs, in turn, as `_Previews` gives them."""
     generator = torch_generator(0, "captions")  # without one torch draws from the global generator
     useful = min(num_workers, len(paths), os.cpu_count() or 1)
-    yield from DataLoader(_Previews(paths), batch_size=None, num_workers=useful, generator=generator)
+    loader = DataLoader(_Previews(paths), batch_size=None, generator=generator, **worker_options(useful))
+    yield from watched(loader.__iter__, WORKERS_KEY)
 
 
 class _Previews(Dataset[Tensor | UserError]):

@@ -13,6 +13,7 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from varestorer.data.contents import Contents, contents_of, file_contents
 from varestorer.data.crops import cut, draw_box, fill_square, random_square
 from varestorer.data.degradation import Degrade, round_to_8bit
 from varestorer.data.embedded import embedded_paths
@@ -99,6 +100,7 @@ class PhotoCrops(Dataset[Sample]):
             raise UserError(f"data.downscale must be [low, high], 1 <= low <= high, got {list(downscale)}")
         files, self.texts = _photographs(root, packed, text)
         self.crop, self.degradation, self.seed, self.use_flip = crop, degradation, seed, use_flip
+        self.root = root
         self.downscale = None if downscale is None else (float(downscale[0]), float(downscale[1]))
         self.store = ImageStore([(file,) for file in files], root or "the embedded photographs")
         self.order = EpochOrder(len(files), seed)
@@ -110,6 +112,10 @@ class PhotoCrops(Dataset[Sample]):
     def read_ahead(self) -> None:
         """Before workers start: see `ImageStore.read_ahead`."""
         self.store.read_ahead()
+
+    def contents(self) -> Contents:
+        """Which files, and which texts, the samples are of."""
+        return file_contents(self.store.items, self.root) | (contents_of(self.texts) or {})
 
     def __getitem__(self, n: int) -> Sample:
         """Make sample n, any number >= 0."""
@@ -147,7 +153,7 @@ class PairedCrops(Dataset[Sample]):
             raise UserError(f"data.crop must be a positive multiple of scale {scale}, got {crop}")
         pairs = find_pairs(root)
         self.crop, self.seed, self.scale, self.use_flip = crop, seed, scale, use_flip
-        self.names = [name for name, _, _ in pairs]
+        self.names, self.root = [name for name, _, _ in pairs], root
         self.store = ImageStore([(low, high) for _, low, high in pairs], str(root))
         self.order = EpochOrder(len(pairs), seed)
         self.texts = open_texts(text, root, [high for _, _, high in pairs])
@@ -159,6 +165,10 @@ class PairedCrops(Dataset[Sample]):
     def read_ahead(self) -> None:
         """Before workers start: see `ImageStore.read_ahead`."""
         self.store.read_ahead()
+
+    def contents(self) -> Contents:
+        """Which files, and which texts, the samples are of."""
+        return file_contents(self.store.items, self.root) | (contents_of(self.texts) or {})
 
     def __getitem__(self, n: int) -> Sample:
         """Make sample n, any number >= 0."""

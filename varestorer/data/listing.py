@@ -20,34 +20,38 @@ from typing import Any
 from varestorer.utils.cache import cache_folder
 from varestorer.utils.errors import UserError, reason
 from varestorer.utils.files import atomic_write
-from varestorer.utils.images import list_images
+from varestorer.utils.images import report_no_images, split_images
+from varestorer.utils.scanning import Stamp, scan_folder, stamp
 
 log = logging.getLogger(__name__)
 
 MIN_FILES = 1000
 # a folder that changed this recently (seconds) may change again without its time of change showing it
 SETTLED = 2.0
-FORMAT = 1
-
-Stamp = list[int]
+FORMAT = 2
 
 
 def indexed_images(folder: str | os.PathLike) -> list[Path]:
     """`list_images(folder)`, from the cache if nothing changed since.
 
     Raises:
-        UserError: the folder does not exist.
+        UserError: the folder does not exist, or a folder in it cannot be read.
     """
     root = Path(folder)
     path = cache_path("folders", root)
     kept = read_cache(path)
     if kept is not None and _is_unchanged(root, kept["folders"]):
+        report_no_images(root, kept["unused"])
         return [root / name for name in kept["files"]]
-    stamps = _folder_stamps(root)  # before the files: what changes in between is then noticed
-    images = list_images(root)
+    scan = scan_folder(root)
+    scan.check_readable()
+    images, others = split_images(scan)
+    unused = [path.relative_to(root).as_posix() for path in others]
+    report_no_images(root, unused)
+    stamps = {os.path.relpath(folder, root): times for folder, times in scan.folders.items()}
     if len(images) >= MIN_FILES and _is_settled(stamps):
         names = [path.relative_to(root).as_posix() for path in images]
-        write_cache(path, {"root": str(root.absolute()), "folders": stamps, "files": names})
+        write_cache(path, {"root": str(root.absolute()), "folders": stamps, "files": names, "unused": unused})
     return images
 
 
@@ -77,24 +81,6 @@ def write_cache(path: Path, content: dict[str, Any]) -> None:
             temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
     except (UserError, UnicodeError) as error:
         log.warning("the list is not remembered: %s (VARESTORER_CACHE names another folder)", reason(error))
-
-
-def stamp(path: str | os.PathLike) -> Stamp:
-    """Times of change of a file or folder: of its content and, which copying tools cannot set, of its entry."""
-    status = os.stat(path)
-    return [status.st_mtime_ns, status.st_ctime_ns]
-
-
-def _folder_stamps(root: Path) -> dict[str, Stamp]:
-    """Stamps of all folders that `list_images` looks into, by their path inside `root`."""
-    stamps: dict[str, Stamp] = {}
-    visited: set[str] = set()
-    for parent, subfolders, _ in os.walk(root, followlinks=True):
-        real = os.path.realpath(parent)
-        subfolders[:] = [] if real in visited else [name for name in subfolders if name[0] != "."]
-        visited.add(real)
-        stamps[os.path.relpath(parent, root)] = stamp(parent)
-    return stamps
 
 
 def _is_unchanged(root: Path, stamps: dict[str, Stamp]) -> bool:

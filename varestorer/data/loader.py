@@ -1,6 +1,6 @@
 """From a dataset to batches, for any number of workers and processes."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NotRequired, TypedDict
 
 import torch
@@ -8,8 +8,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from varestorer.data.datasets import Sample
+from varestorer.data.workers import watched, worker_options
 from varestorer.utils.errors import UserError
 from varestorer.utils.seeds import torch_generator
+
+WORKERS_KEY = "trainer.num_workers"
 
 
 class Batch(TypedDict):
@@ -56,10 +59,21 @@ class _ErrorsAsValues(Dataset[Any]):
 
 
 class PairLoader(DataLoader[Any]):
-    """A DataLoader that raises, here, the UserErrors its workers met."""
+    """A DataLoader that raises, here, the UserErrors its workers met.
+
+    Its workers start with `iter`, not with the first batch, and are `workers.watched`.
+
+    Attributes:
+        wants_stop: see `workers.watched`.
+    """
+
+    wants_stop: Callable[[], bool] = staticmethod(lambda: False)
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        for batch in super().__iter__():
+        return self._finished(watched(super().__iter__, WORKERS_KEY, self.wants_stop))
+
+    def _finished(self, batches: Iterator[Any]) -> Iterator[Batch]:
+        for batch in batches:
             if isinstance(batch, UserError):
                 raise batch
             yield batch
@@ -91,6 +105,7 @@ def build_loader(
     num_workers: int = 0,
     rank: int = 0,
     world: int = 1,
+    prepare_worker: Callable[[int], None] | None = None,
 ) -> PairLoader:
     """Build an endless loader whose batches are a function of the position alone.
 
@@ -101,6 +116,7 @@ def build_loader(
         num_workers: worker processes; the batches are the same for any number.
         rank: number of this process.
         world: number of processes.
+        prepare_worker: called in each worker, with its number, before it makes anything.
     Returns:
         Iterable of `Batch`.
     """
@@ -115,7 +131,7 @@ def build_loader(
         _ErrorsAsValues(dataset),
         batch_sampler=ShardedNumbers(batch_size, start_sample, rank, world),  # type: ignore[arg-type]
         collate_fn=collate,
-        num_workers=num_workers,
+        **worker_options(num_workers, prepare_worker),
         # without one torch draws the workers' seed from the global generator
         generator=torch_generator(0, "loader"),
     )

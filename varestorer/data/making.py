@@ -30,12 +30,14 @@ from varestorer.data.crops import cut
 from varestorer.data.degradation import Degradation
 from varestorer.data.folders import HQ_HELP, hq_folder
 from varestorer.data.manifest import MANIFEST, MadePair, Manifest, pixel_hash
+from varestorer.data.workers import deaths_explained, watched, worker_options
 from varestorer.utils.errors import UserError
 from varestorer.utils.images import list_images, load_image, save_image, to_uint8
 from varestorer.utils.seeds import derive_seed, numpy_generator, torch_generator
 
 PACKAGES = ("torch", "torchvision", "numpy", "scipy", "pillow")
 SAVE_EVERY = 32  # chunks between two states of the manifest
+WORKERS_KEY = "workers"
 CHUNK = 16  # pairs of one photograph that are made in a row
 
 
@@ -124,7 +126,7 @@ def make_test_set(
         raise UserError(f"source={source}: none of {len(paths)} photographs can be used: {reasons}")
     _check_plan(root, manifest, cut_outs)
     maker = _PairMaker(root, recipe, paths, cut_outs, manifest.pairs)
-    with tqdm(total=len(cut_outs), desc="making", unit=" pairs") as bar:
+    with deaths_explained(WORKERS_KEY), tqdm(total=len(cut_outs), desc="making", unit=" pairs") as bar:
         try:
             for number, made in enumerate(_make_all(maker, num_workers), start=1):
                 manifest.pairs |= made
@@ -279,7 +281,8 @@ def _make_all(maker: _PairMaker, num_workers: int) -> Iterator[dict[str, MadePai
     try:
         # without a generator torch draws the workers' seed from the global one
         generator = torch_generator(0, "making")
-        for made in DataLoader(maker, batch_size=None, num_workers=num_workers, generator=generator):
+        loader = DataLoader(maker, batch_size=None, generator=generator, **worker_options(num_workers))
+        for made in watched(loader.__iter__, WORKERS_KEY):
             if isinstance(made, UserError):
                 raise made
             yield made

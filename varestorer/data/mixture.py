@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
+from varestorer.data.contents import Contents, contents_of
 from varestorer.data.datasets import Sample
 from varestorer.utils.errors import UserError
 from varestorer.utils.seeds import numpy_generator
@@ -39,6 +40,7 @@ class Mixture(Dataset[Sample]):
             if source.crop != crop:
                 raise UserError(f"data.sources.{name}.crop is {source.crop}, but data.crop is {crop}: set them alike")
         self.sources, self.seed, self.crop = list(sources.values()), seed, crop
+        self.names = list(sources)
         self.shares = _shares([weights[name] for name in sources])
         self.has_text = any(getattr(source, "texts", None) is not None for source in self.sources)
         self._starts = [0, *accumulate(self.shares)][:-1]
@@ -52,6 +54,14 @@ class Mixture(Dataset[Sample]):
         """Before workers start: see `ImageStore.read_ahead`."""
         for source in self.sources:
             getattr(source, "read_ahead", lambda: None)()
+
+    def contents(self) -> Contents:
+        """The share of each source, and which files and texts its samples are of."""
+        contents: Contents = {}
+        for name, share, source in zip(self.names, self.shares, self.sources, strict=True):
+            contents[f"share of {name}"] = f"{share} of {BLOCK}"
+            contents |= {f"{name}: {what}": mark for what, mark in (contents_of(source) or {}).items()}
+        return contents
 
     def __getitem__(self, n: int) -> Sample:
         """Make sample n, any number >= 0."""

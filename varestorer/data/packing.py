@@ -17,7 +17,7 @@ from safetensors.torch import save
 from tqdm.auto import tqdm
 
 from varestorer.data.folders import hq_images
-from varestorer.data.shards import CAPTION, FEATURES, INDEX, Member, scan, write_index
+from varestorer.data.shards import CAPTION, FEATURES, INDEX, Member, scan, tar_files, write_index
 from varestorer.data.text import CAPTIONS, PhotoTexts, open_texts, photograph_names, read_captions
 from varestorer.utils.errors import UserError
 from varestorer.utils.files import atomic_write
@@ -70,7 +70,7 @@ def pack(out: Path, source: Path, shard_bytes: int, text: str | None = None) -> 
     if not samples:
         raise UserError(f"none of the images of source={source} can be opened: {packing.skipped[0]}")
     plan = {f"shard-{number:06}.tar": group for number, group in enumerate(_groups(samples, shard_bytes))}
-    others = sorted(path.name for path in out.glob("*.tar") if path.name not in plan)
+    others = [path.name for path in (tar_files(out) if out.is_dir() else []) if path.name not in plan]
     if others:
         raise UserError(f"shard={out} holds other tar files ({others[0]}, ...); give a folder of its own")
     (out / INDEX).unlink(missing_ok=True)

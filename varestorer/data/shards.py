@@ -11,6 +11,7 @@ use, and what was found is remembered in `cache_folder()/shards` until a file ch
 
 import io
 import json
+import posixpath
 import tarfile
 import warnings
 from collections.abc import Iterator
@@ -27,17 +28,19 @@ from safetensors.torch import load
 from torch import Tensor
 
 from varestorer.data.folders import existing_folder
-from varestorer.data.listing import cache_path, read_cache, stamp, write_cache
+from varestorer.data.listing import cache_path, read_cache, write_cache
 from varestorer.utils.decoding import decode_visible
 from varestorer.utils.errors import UserError, reason
 from varestorer.utils.files import atomic_write
 from varestorer.utils.image_files import BROKEN_IMAGE_ERRORS
 from varestorer.utils.images import IMAGE_EXTENSIONS, natural_key
+from varestorer.utils.scanning import first_names, is_skipped, report_unused, scan_folder, stamp
 
 INDEX = "index.json"
 FORMAT = "varestorer shards 1"
 SHARDS_HELP = "a folder of webdataset shards (.tar), such as scripts/prepare_data.py shard=FOLDER makes"
 CAPTION, FEATURES = "txt", "text.safetensors"
+WHY_UNUSED = "a key ends at the first dot, and has one image: rename them, or pack their folder with shard=FOLDER"
 
 
 class Member(NamedTuple):
@@ -47,6 +50,11 @@ class Member(NamedTuple):
     extension: str
     offset: int
     size: int
+
+    @property
+    def name(self) -> str:
+        """As in the tar file."""
+        return f"{self.key}.{self.extension}" if self.extension else self.key
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +75,7 @@ class Packed:
     @property
     def name(self) -> str:
         """Of the photograph, as in the folder it came from."""
-        return f"{self.image.key}.{self.image.extension}"
+        return self.image.name
 
     @property
     def stem(self) -> str:
@@ -90,7 +98,7 @@ class Packed:
         except OSError as error:
             raise UserError(f"cannot read the shard {self.shard}: {error.strerror or reason(error)}") from error
         if len(content) < member.size:
-            raise UserError(f"the shard {self.shard} ends inside {member.key}.{member.extension}; copy it again")
+            raise UserError(f"the shard {self.shard} ends inside {member.name}; copy it again")
         return content
 
     def load(self) -> Tensor:
@@ -144,29 +152,58 @@ def packed_photographs(root: str | Path) -> list[Packed]:
         UserError: no folder, no tar file, one that is damaged or not what the index says, or no image.
     """
     folder = existing_folder(root, SHARDS_HELP)
-    paths = sorted(folder.glob("*.tar"), key=lambda path: natural_key(path.name))
+    paths = tar_files(folder)
     if not paths:
         raise UserError(f"data.root={folder} holds no .tar file (compressed ones must be unpacked); give {SHARDS_HELP}")
     members = _own_index(folder, paths) or _cached_index(folder, paths)
-    photographs = [sample for path in paths for sample in _samples(path, members[path.name])]
+    photographs: list[Packed] = []
+    unused: list[str] = []
+    for path in paths:
+        samples, others = _samples(path, members[path.name])
+        photographs += samples
+        unused += (f"{path.name}:{member.name}" for member in others)
+    images = [name for name in unused if PurePosixPath(name).suffix.lower() in IMAGE_EXTENSIONS]
+    others_than_images = [name for name in unused if PurePosixPath(name).suffix.lower() not in IMAGE_EXTENSIONS]
+    report_unused(folder, f"images of the shards are not used ({WHY_UNUSED})", images)
+    report_unused(folder, "members of the shards are not used", others_than_images)
     if not photographs:
-        raise UserError(f"the shards of data.root={folder} hold no image; give {SHARDS_HELP}")
+        problem = f" that is used: {first_names(images)} ({WHY_UNUSED})" if images else ""
+        raise UserError(f"the shards of data.root={folder} hold no image{problem}; give {SHARDS_HELP}")
     return photographs
+
+
+def tar_files(folder: Path) -> list[Path]:
+    """The tar files that lie in a folder, in natural order; what else it holds is named in the log.
+
+    Raises:
+        UserError: a folder in it cannot be read.
+    """
+    found = scan_folder(folder)
+    found.check_readable()
+    tars = [path for path in found.files if path.suffix.lower() == ".tar" and path.parent == folder]
+    known = {*tars, folder / INDEX}
+    others = [path.relative_to(folder).as_posix() for path in found.files + found.unused if path not in known]
+    report_unused(folder, "files are not used, as no .tar or in a subfolder", others)
+    return sorted(tars, key=lambda path: natural_key(path.name))
 
 
 def scan(path: Path) -> list[Member]:
     """The files inside a tar file, as they lie; only headers are read.
+
+    A link has the place of the file that it leads to; one that leads to none in this tar file is empty.
 
     Raises:
         UserError: it is damaged, compressed or no tar file.
     """
     try:
         with tarfile.open(path, "r:") as file:
-            return [_member(info) for info in file if info.isreg()]
+            infos = [info for info in file if info.isreg() or info.islnk() or info.issym()]
     except (tarfile.TarError, OSError) as error:
         raise UserError(
             f"cannot read the shard {path}: {reason(error)}; it must be a whole, uncompressed tar file"
         ) from error
+    files = {posixpath.normpath(info.name): info for info in infos if info.isreg()}
+    return [_member(info, files.get(_target(info))) for info in infos]
 
 
 def write_index(folder: Path, shards: dict[str, list[Member]]) -> None:
@@ -181,11 +218,19 @@ def write_index(folder: Path, shards: dict[str, list[Member]]) -> None:
         temporary.write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _member(info: tarfile.TarInfo) -> Member:
-    """The key of a member ends at the first dot of the last part of its name."""
+def _member(info: tarfile.TarInfo, content: tarfile.TarInfo | None) -> Member:
+    """The key of a member ends at the first dot of the last part of its name; `content` is where its bytes are."""
     folder, slash, base = info.name.removeprefix("./").rpartition("/")
     stem, _, extension = base.partition(".")
-    return Member(folder + slash + stem, extension, info.offset_data, info.size)
+    place = (content.offset_data, content.size) if content else (0, 0)
+    return Member(folder + slash + stem, extension, *place)
+
+
+def _target(info: tarfile.TarInfo) -> str:
+    """Name of the file that a member is, or leads to."""
+    if info.issym():
+        return posixpath.normpath(posixpath.join(posixpath.dirname(info.name), info.linkname))
+    return posixpath.normpath(info.linkname if info.islnk() else info.name)
 
 
 def _own_index(folder: Path, paths: list[Path]) -> dict[str, list[Member]] | None:
@@ -230,11 +275,23 @@ def _cached_index(folder: Path, paths: list[Path]) -> dict[str, list[Member]]:
     return found
 
 
-def _samples(shard: Path, members: list[Member]) -> Iterator[Packed]:
-    """Members in a row that have the same key, if an image is among them (the first one is taken)."""
-    for _, group in groupby(members, key=lambda member: member.key):
-        beside = {member.extension.lower(): member for member in reversed(list(group))}
+def _samples(shard: Path, members: list[Member]) -> tuple[list[Packed], list[Member]]:
+    """Members in a row that have the same key, if an image is among them (the first one is taken).
+
+    Returns:
+        the samples, and the members that belong to none but for what `scanning.is_skipped`.
+    """
+    samples: list[Packed] = []
+    unused: list[Member] = []
+    visible = (member for member in members if not any(map(is_skipped, member.name.split("/"))))
+    for _, group in groupby(visible, key=lambda member: member.key):
+        alike = list(group)
+        beside = {member.extension.lower(): member for member in reversed(alike)}
         images = [member for extension, member in beside.items() if f".{extension}" in IMAGE_EXTENSIONS]
+        used: list[Member | None] = []
         if images:
             image = min(images, key=lambda member: member.offset)
-            yield Packed(shard, image, beside.get(CAPTION), beside.get(FEATURES))
+            used = [image, beside.get(CAPTION), beside.get(FEATURES)]
+            samples.append(Packed(shard, image, used[1], used[2]))
+        unused += (member for member in alike if not any(member is one for one in used))
+    return samples, unused

@@ -9,6 +9,7 @@ Letters: `T` tokens of the prompt, `E` width of the text encoder.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -25,13 +26,13 @@ from torch import Tensor
 from varestorer.data.folders import hq_folder
 from varestorer.utils.errors import UserError, reason
 from varestorer.utils.files import atomic_write
+from varestorer.utils.scanning import first_names
 from varestorer.weights.storage import sync
 
 log = logging.getLogger(__name__)
 
 CAPTIONS = "captions.json"
 INDEX = "index.json"
-NAMES_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -133,14 +134,23 @@ class PhotoTexts:
 
     def __init__(self, folder: Path, names: Sequence[str]) -> None:
         self.folder, self.names = folder, list(names)
-        _, images = _read_index(folder)
+        encoder, images = _read_index(folder)
         missing = [name for name in self.names if name not in images]
         self._report_missing(missing)
         self.shards = [images[name].shard if name in images else None for name in self.names]
         for shard in sorted({shard for shard in self.shards if shard is not None}):
             if not (folder / shard).is_file():
                 raise UserError(f"data.text={folder}: {shard} is missing; start precompute_text again, it makes it")
+        made = {key: encoder.get(key) for key in ("fingerprint", "max_length", "dtype")}
+        self._contents = {"text encoder": json.dumps(made)}
+        for name in self.names:
+            prompt = images[name].prompt if name in images else None
+            self._contents[f"text of {name}"] = hashlib.sha256(json.dumps(prompt).encode()).hexdigest()
         self._open: dict[str, Any] = {}
+
+    def contents(self) -> dict[str, str]:
+        """What tells these texts from others."""
+        return self._contents
 
     def __getitem__(self, index: int) -> Tensor | None:
         """Features (T, E) float32 of a photograph; None where the null text stands for it.
@@ -200,11 +210,6 @@ def photograph_names(root: str | os.PathLike, paths: Sequence[Path]) -> list[str
     """Names of good images: their paths inside the folder that holds them, which may be `hr` and the like in `root`."""
     folder = hq_folder(root)
     return [path.relative_to(folder).as_posix() for path in paths]
-
-
-def first_names(names: Sequence[str]) -> str:
-    """A few names, for messages."""
-    return ", ".join(names[:NAMES_SHOWN]) + (", ..." if len(names) > NAMES_SHOWN else "")
 
 
 def read_captions(path: Path) -> dict[str, str]:

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from varestorer.utils.errors import UsageError
-from varestorer.utils.images import IMAGE_EXTENSIONS, list_images
+from varestorer.utils.images import IMAGE_EXTENSIONS, split_images
+from varestorer.utils.scanning import REPORT_NAME, report_unused, scan_folder
 
-REPORT_NAME = "restore.json"
-_SYSTEM_FILES = {"thumbs.db", "desktop.ini", REPORT_NAME}
+__all__ = ["REPORT_NAME", "Job", "Plan", "plan_restoration"]
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Plan:
     Attributes:
         output: folder of the results.
         jobs: the images, in natural order.
-        rejected: name -> reason, for files of the input folder that are no images.
+        rejected: name -> reason, for files of the input folder that are no images, and folders that cannot be read.
     """
 
     output: Path
@@ -57,8 +57,9 @@ def plan_restoration(source: str | os.PathLike, output: str | os.PathLike) -> Pl
 
     Results are PNG files called after the stem of their input, in the same subfolders; inputs that differ in
     nothing but their extension keep it (`a.jpg` and `a.png` become `a.jpg.png` and `a.png.png`). The heat map of
-    `a.png` is `a.uncertainty.png`, and no result gets that name. Hidden files, an earlier report and results that
-    lie inside the input folder are no inputs; other files that are no images are rejected.
+    `a.png` is `a.uncertainty.png`, and no result gets that name. What `scanning.is_skipped`, and
+    results that lie inside the input folder, are no inputs; other files that are no images are rejected, and so are
+    folders that cannot be read.
 
     Args:
         source: an image or a folder; `~` is the user's.
@@ -96,17 +97,16 @@ def _files_of(folder: Path, output: Path) -> tuple[dict[str, Path], dict[str, st
         is_result = is_inside and results in path.resolve().parents
         return None if is_result else path.relative_to(folder).as_posix()
 
-    images = {name: path for path in list_images(folder) if (name := name_of(path))}
-    others = (path for path in sorted(folder.rglob("*")) if path.is_file() and not _is_ignored(path, folder))
+    scan = scan_folder(folder)
+    found, others = split_images(scan)
+    images = {name: path for path in found if (name := name_of(path))}
     reason = "not an image (its extension is none that is read); convert it to PNG or remove it"
-    rejected = {name: reason for path in others if (name := name_of(path)) and name not in images}
+    rejected = {name: reason for path in others if path not in scan.unused and (name := name_of(path))}
+    for path, problem in scan.unreadable.items():
+        rejected[path.relative_to(folder).as_posix()] = f"this folder cannot be read ({problem}); make it readable"
+    unused = [path.relative_to(folder).as_posix() for path in scan.unused]
+    report_unused(folder, "entries are not used, as no files or as folders with another name", unused)
     return images, rejected
-
-
-def _is_ignored(path: Path, folder: Path) -> bool:
-    """Hidden, a file of the operating system, or a report of ours."""
-    parts = path.relative_to(folder).parts
-    return path.name.lower() in _SYSTEM_FILES or any(part[0] == "." or part == "__MACOSX" for part in parts)
 
 
 def target_names(names: Iterable[str]) -> dict[str, str]:

@@ -16,7 +16,7 @@ LOG = logging.getLogger(__name__)
 NOTHING = "(nothing)"
 # these count as each stage sees them, so `stages` has them all
 SHARED = ("trainer", "optimizer", "data", "degradation")
-PASSING = ("run_dir", "resume")
+PASSING = ("run_dir", "resume", "resume_other_data")
 FIXED = re.compile(
     r"seed|order of stages|model\..+|stages\.[^.]+\.(task\..+|data\..+|data|trainer\.batch_size|optimizer\._target_)",
     re.DOTALL,

@@ -2,7 +2,8 @@
 
 `<run>/checkpoints/` holds `initial.safetensors` (a start that was drawn at random), a folder per stage with
 `step_000100/` in it, and `latest`, a line of text naming the newest whole checkpoint as `<stage>/<step>`.
-A checkpoint holds `model`, `ema`, `optimizer` and `rng` as safetensors, and `state.json`. With `trainer.keep_best` each
+A checkpoint holds `model`, `ema`, `optimizer` and `rng` as safetensors, `state.json`, and `data.json` with what decides
+which picture a sample number shows. With `trainer.keep_best` each
 has a score, and the stage's folder a file `best`: `{"checkpoint": "step_000100", "metric": ..., "mode": "min",
 "value": ...}`.
 """
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from varestorer.data.contents import changes
 from varestorer.training.ema import Ema
 from varestorer.training.optimisers import load_optimizer_tensors, optimizer_tensors
 from varestorer.training.parallel import like, whole_tensors
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 LOG = logging.getLogger(__name__)
+DATA = "data.json"
+OTHER_DATA = "resume_other_data"  # the key of the config
 
 
 @dataclass
@@ -80,6 +84,8 @@ class Checkpointer:
         accelerator: of this process; every process calls `save`, the first one writes.
         frozen_sha256: of the tensors that do not train, which a checkpoint relies on without holding them.
         keep_last: newest checkpoints of the stage to keep.
+        data: what decides which picture a sample number shows, see `data.contents`; None: nobody knows.
+        accept_other_data: go on though it is not what the checkpoint was made with.
     """
 
     run_dir: Path
@@ -88,6 +94,8 @@ class Checkpointer:
     accelerator: Accelerator
     frozen_sha256: str
     keep_last: int = 2
+    data: Mapping[str, str] | None = None
+    accept_other_data: bool = False
 
     def save(self, trained: Trained, schedule: Mapping[str, Any], score: Score | None = None) -> Path:
         """Write a checkpoint of the present state, then point `latest` (and `best`) to it and drop old ones.
@@ -110,6 +118,8 @@ class Checkpointer:
             with storage.atomic_folder(folder) as temporary:
                 for name, content in tensors.items():
                     storage.write_tensors(temporary / f"{name}.safetensors", content)
+                if self.data is not None:
+                    storage.write_json(temporary / DATA, self.data)
                 self._write(
                     temporary, trained, {"schedule": dict(schedule), "score": score and vars(score)}, generators
                 )
@@ -121,7 +131,7 @@ class Checkpointer:
         """Put the newest whole checkpoint of this stage into `trained` and the generators, if there is one.
 
         Raises:
-            UserError: the checkpoint was made on another frozen base, or holds other parameters.
+            UserError: the checkpoint was made on another frozen base or of other data, or holds other parameters.
         """
         folder = newest_checkpoint(self.run_dir, self.stage)
         if folder is None:
@@ -132,6 +142,7 @@ class Checkpointer:
                 f"{folder} was trained on other frozen weights (sha256 {state['frozen_sha256'][:12]}, now "
                 f"{self.frozen_sha256[:12]}); give the weights and model options it was started with"
             )
+        self._check_data(folder)
         model = storage.read_tensors(folder / "model.safetensors")
         _load_parameters(trained.parameters, model, folder)
         trained.ema.load(storage.read_tensors(folder / "ema.safetensors"))
@@ -142,6 +153,24 @@ class Checkpointer:
         if self.accelerator.is_main_process:
             self._settle(folder, _score(folder))  # a kill may have come between saving and this
         LOG.info("%s: going on from %s", self.stage, folder)
+
+    def _check_data(self, folder: Path) -> None:
+        """Refuse a checkpoint of other data: from here on each sample number would show another picture."""
+        if self.data is None:
+            return
+        if not (folder / DATA).is_file():
+            LOG.info("%s does not say of which data it is: not compared", folder)
+            return
+        told = changes(storage.read_json(folder / DATA), self.data)
+        if told is None:
+            return
+        message = f"the data of stage {self.stage} changed since {folder} was saved: {told}"
+        if not self.accept_other_data:
+            raise UserError(
+                f"{message}. All samples would come in another order than in the run so far; bring the files back, "
+                f"start a new run, or go on with other data on purpose: {OTHER_DATA}=true"
+            )
+        LOG.warning("%s; going on, as %s=true", message, OTHER_DATA)
 
     def _tensors(self, trained: Trained) -> dict[str, dict[str, Tensor]]:
         """What goes into each file, whole; empty in all processes but the first. All have to ask."""

@@ -12,6 +12,9 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from varestorer.data import build_loader
+from varestorer.data.contents import contents_of
+from varestorer.data.loader import WORKERS_KEY
+from varestorer.data.workers import StopWaitingError, deaths_explained
 from varestorer.training.config import TrainerConfig
 from varestorer.training.optimisers import OptimizerFactory, set_learning_rate
 from varestorer.training.run import Run
@@ -53,14 +56,18 @@ def fit(
             `cfg.keep_best` names no metric.
         StoppedError: a signal came (`run.stop`) and a checkpoint was saved.
     """
-    stage = Stage.start(task, cfg, optimizer, run)
+    stage = Stage.start(task, cfg, optimizer, run, contents_of(dataset) if run.is_main else None)
     trained = stage.trained
     if trained.step < cfg.max_steps:
         bar = _progress(task.name, trained.step, cfg.max_steps, run.is_main)
-        with bar, closing(_batches(dataset, cfg, trained.samples, run.accelerator)) as batches:
-            for step in range(trained.step + 1, cfg.max_steps + 1):
+        first = trained.step
+        with deaths_explained(WORKERS_KEY), bar, closing(_batches(dataset, cfg, trained.samples, run)) as batches:
+            for step in range(first + 1, cfg.max_steps + 1):
                 lr = set_learning_rate(trained.optimizer, cfg.learning_rate_factor(step))
-                gradients = stage.backward(batches, step)
+                try:
+                    gradients = stage.backward(batches, step)
+                except StopWaitingError:
+                    stage.stop(stage.save() if trained.step > first else None)
                 stage.update(gradients, step)
                 stage.log(gradients, lr, validation)
                 bar.set_postfix(loss=f"{gradients.losses['loss']:.4g}", refresh=False)
@@ -92,30 +99,31 @@ def make_accelerator(device: str = "auto") -> Accelerator:
     return Accelerator(cpu=pick_device(device).type == "cpu", mixed_precision="no")
 
 
-def _batches(
-    dataset: Dataset, cfg: TrainerConfig, start: int, accelerator: Accelerator
-) -> Generator[Mapping[str, Any], None, None]:
-    """Micro-batches of this process, from global sample `start` on; closing it ends the data workers."""
-    parts = accelerator.num_processes * cfg.accumulate
-    if cfg.batch_size % parts:
-        raise UsageError(
-            f"trainer.batch_size={cfg.batch_size} has to be a multiple of processes x accumulate = "
-            f"{accelerator.num_processes} x {cfg.accumulate}"
-        )
+def _batches(dataset: Dataset, cfg: TrainerConfig, start: int, run: Run) -> Generator[Mapping[str, Any], None, None]:
+    """Micro-batches of this process, from global sample `start` on; closing it ends the data workers.
+
+    Raises:
+        StopWaitingError: a signal came, and no batch comes; between two steps, where a checkpoint can be saved.
+    """
+    accelerator = run.accelerator
     loader = build_loader(
         dataset,
-        cfg.batch_size // parts,
+        cfg.micro_batch(accelerator.num_processes),
         start_sample=start,
         num_workers=cfg.num_workers,
         rank=accelerator.process_index,
         world=accelerator.num_processes,
+        prepare_worker=leave_signals_to_parent,
     )
-    loader.worker_init_fn = leave_signals_to_parent
-    batches = iter(loader)
+    given = 0
+    # the other processes of a run would wait for this one; and a step that was begun has drawn numbers already
+    is_alone = accelerator.num_processes == 1
+    loader.wants_stop = lambda: bool(run.stop.received) and is_alone and given % cfg.accumulate == 0
     with held_back():
-        first = next(batches)  # starts the workers
-    yield first
-    yield from batches
+        batches = iter(loader)  # starts the workers
+    for batch in batches:
+        given += 1
+        yield batch
 
 
 def _progress(stage: str, done: int, total: int, shown: bool) -> tqdm:

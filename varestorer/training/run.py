@@ -48,6 +48,7 @@ class Run:
         stages: names of its stages in order.
         logger: gets the same numbers and pictures.
         stop: whether a signal asked the run to stop.
+        accept_other_data: a resume may go on with other data than those of its checkpoints.
     """
 
     def __init__(self, run_dir: Path, accelerator: Accelerator, seed: int = 0, logger: Logger | None = None) -> None:
@@ -65,6 +66,7 @@ class Run:
         self.logger: Logger = logger or NullLogger()
         self.stop = StopRequest()
         self.stages: list[str] = []
+        self.accept_other_data = False
         self._start = time.monotonic()
         run_dir.mkdir(parents=True, exist_ok=True)
         if self.is_main:

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -69,8 +69,15 @@ class Stage:
     meter: Meter
 
     @classmethod
-    def start(cls, task: Task, cfg: TrainerConfig, factory: OptimizerFactory, run: Run) -> Stage:
-        """Prepare a task and, if the run has a checkpoint of its stage, go on from that."""
+    def start(
+        cls,
+        task: Task,
+        cfg: TrainerConfig,
+        factory: OptimizerFactory,
+        run: Run,
+        data: Mapping[str, str] | None = None,
+    ) -> Stage:
+        """Prepare a task and, if the run has a checkpoint of its stage, go on from that; `data`: see `Checkpointer`."""
         accelerator = run.accelerator
         seed_everything(run.seed, "stage", task.name, accelerator.process_index)
         frozen = storage.tensors_sha256(task.frozen_state())
@@ -87,7 +94,9 @@ class Stage:
         parameters = task.trainable_parameters()
         trained = Trained(parameters, optimizer, Ema(task.averaged_parameters(), cfg.ema_decay))
         index = run.stage_index(task.name)
-        checkpointer = Checkpointer(run.run_dir, task.name, index, accelerator, frozen, cfg.keep_last)
+        checkpointer = Checkpointer(
+            run.run_dir, task.name, index, accelerator, frozen, cfg.keep_last, data, run.accept_other_data
+        )
         checkpointer.restore(trained)
         run.rewind(task.name, trained.step)
         meter = Meter(accelerator.device, cfg.batch_size, cfg.accumulate)
@@ -184,15 +193,16 @@ class Stage:
         if self.cfg.sharding is Sharding.none and self.cfg.keeps_base_in_bf16(self.run.accelerator.device):
             keep_base_in(self.task, torch.float32)
 
-    def stop(self, folder: Path) -> None:
-        """End the run after a signal.
+    def stop(self, folder: Path | None) -> NoReturn:
+        """End the run after a signal; `folder` is the checkpoint that was saved, if there was something to save.
 
         Raises:
             StoppedError: always.
         """
         names = " and ".join(dict.fromkeys(number.name for number in self.run.stop.received)) or "another process"
         place = f"step {self.trained.step} of stage {self.task.name}"
-        raise StoppedError(f"stopped by {names} after {place}: saved {folder}")
+        saved = "nothing new to save" if folder is None else f"saved {folder}"
+        raise StoppedError(f"stopped by {names} after {place}: {saved}")
 
     def _check_keep_best(self, known: list[str]) -> None:
         wanted = self.cfg.keep_best

@@ -20,10 +20,10 @@ from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
 from varestorer.utils.decoding import decode, decode_visible
-from varestorer.utils.errors import UserError
 from varestorer.utils.files import atomic_write
 from varestorer.utils.finite import check_finite, is_finite
 from varestorer.utils.image_files import open_image
+from varestorer.utils.scanning import Scan, report_unused, scan_folder
 
 
 def _readable_extensions() -> frozenset[str]:
@@ -64,28 +64,32 @@ def natural_key(text: str) -> list[tuple[int, int | str]]:
 
 
 def list_images(folder: str | os.PathLike) -> list[Path]:
-    """Find pictures in a folder and its subfolders, linked ones included, hidden ones not.
+    """Find pictures in a folder and its subfolders, linked ones included; files that are none are named in the log.
 
     Returns:
-        Paths with an extension in `IMAGE_EXTENSIONS`, in natural order of their path inside the folder.
+        Paths with an extension in `IMAGE_EXTENSIONS`, in natural order of their path inside the folder, but for what
+        `scanning.is_skipped`.
     Raises:
-        UserError: the folder does not exist.
+        UserError: it is no folder, or a folder in it cannot be read.
     """
-    root = Path(folder)
-    if not root.is_dir():
-        problem = "is a file" if root.exists() else "does not exist"
-        raise UserError(f"wanted a folder of images, but {root} {problem}")
-    found: list[Path] = []
-    visited: set[str] = set()
-    for parent, subfolders, names in os.walk(root, followlinks=True):
-        real = os.path.realpath(parent)
-        # a link that leads back up would otherwise be followed for ever
-        subfolders[:] = [] if real in visited else [n for n in subfolders if n[0] != "." and n != "__MACOSX"]
-        if real not in visited:
-            visible = [name for name in names if name[0] != "."]
-            found += [Path(parent, n) for n in visible if Path(n).suffix.lower() in IMAGE_EXTENSIONS]
-        visited.add(real)
-    return sorted(found, key=lambda path: (natural_key(path.relative_to(root).as_posix()), path))
+    scan = scan_folder(folder)
+    scan.check_readable()
+    images, others = split_images(scan)
+    report_no_images(scan.root, [path.relative_to(scan.root).as_posix() for path in others])
+    return images
+
+
+def split_images(scan: Scan) -> tuple[list[Path], list[Path]]:
+    """What is a picture by its extension, in natural order, and what else there is."""
+    images = [path for path in scan.files if path.suffix.lower() in IMAGE_EXTENSIONS]
+    others = [path for path in scan.files if path.suffix.lower() not in IMAGE_EXTENSIONS]
+    images.sort(key=lambda path: natural_key(path.relative_to(scan.root).as_posix()))
+    return images, others + scan.unused
+
+
+def report_no_images(root: Path, names: list[str]) -> None:
+    """Name the files of a folder that are no pictures, see `scanning.report_unused`."""
+    report_unused(root, "files are not used as images, by their extension", names)
 
 
 def load_picture(path: str | os.PathLike, max_pixels: int | None = None) -> Picture:

@@ -20,6 +20,7 @@ from varestorer.utils.finite import check_weights
 Content = TypeVar("Content")
 
 MAX_NAMES = 12
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 WRAPPER = "module."  # before every name where a network was saved inside DataParallel
 
 
@@ -49,13 +50,15 @@ def read_tensors(path: str | Path, nested: tuple[str, ...] = ()) -> dict[str, Te
             prefix `module.` is taken off where every name has it.
 
     Raises:
-        UserError: the file is missing, damaged, holds more than tensors, has no tensors, or some that are not finite.
+        UserError: the file is missing, damaged, holds more than tensors, has no tensors, some that are not finite, or
+            some of a kind that nothing here computes with.
     """
     path = Path(path)
     if path.suffix.lower() == ".safetensors":
         tensors = open_safetensors(path, load_file)
     else:
         tensors = unwrap(load_torch_file(path, "cpu"), nested, path)
+    _check_kinds(tensors, path)
     check_weights(tensors, str(path))
     return tensors
 
@@ -146,6 +149,17 @@ def _some(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     if not tensors:
         raise UserError(f"no tensors in {path}: wanted a state dict")
     return tensors
+
+
+def _check_kinds(tensors: dict[str, Tensor], path: Path) -> None:
+    """Refuse numbers of a kind that nothing here computes with, such as float8."""
+    wrong = {name: t.dtype for name, t in tensors.items() if t.is_floating_point() and t.dtype not in FLOATS}
+    if wrong:
+        name, dtype = next(iter(wrong.items()))
+        raise UserError(
+            f"{path} holds {len(wrong)} tensors of a kind that cannot be computed with, such as {name} "
+            f"({str(dtype).removeprefix('torch.')}); give the weights in float32, bfloat16 or float16"
+        )
 
 
 def _of_another_kind(one: Tensor, other: Tensor) -> bool:

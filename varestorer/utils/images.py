@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from einops import rearrange
-from PIL import Image, features
+from PIL import Image, PngImagePlugin, features
 from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
@@ -33,6 +33,9 @@ def _readable_extensions() -> frozenset[str]:
 
 
 IMAGE_EXTENSIONS = _readable_extensions()
+
+SOURCE = "Source-SHA256"
+"""Text of a PNG that was made from another picture: the `file_sha256` of that one."""
 
 
 @dataclass(frozen=True)
@@ -106,8 +109,27 @@ def load_image(path: str | os.PathLike) -> Tensor:
     return load_picture(path).image
 
 
+def made_from(path: str | os.PathLike) -> str | None:
+    """The `source` that `save_image` wrote into a picture.
+
+    It is inside the file, so that it is there as soon as the picture is, and goes where the picture goes.
+
+    Returns:
+        None: the picture does not say, or cannot be read.
+    """
+    try:
+        with open_image(path) as file:
+            return file.info.get(SOURCE)
+    except UserError:
+        return None
+
+
 def save_image(
-    path: str | os.PathLike, img_3HW: Tensor, alpha_1HW: Tensor | None = None, icc_profile: bytes | None = None
+    path: str | os.PathLike,
+    img_3HW: Tensor,
+    alpha_1HW: Tensor | None = None,
+    icc_profile: bytes | None = None,
+    source: str | None = None,
 ) -> None:
     """Write a picture in [0, 1] as an 8-bit RGB or RGBA PNG (rounded, not truncated), whole or not at all.
 
@@ -116,6 +138,7 @@ def save_image(
         img_3HW: colours.
         alpha_1HW: transparency of the same size.
         icc_profile: what the colours mean; None: sRGB.
+        source: `file_sha256` of what it was made from, for `made_from`.
     Raises:
         UserError: the file cannot be written; names it.
     """
@@ -125,9 +148,13 @@ def save_image(
         raise ValueError(f"wanted alpha (1, H, W) of {tuple(img_3HW.shape[1:])}, got shape {tuple(alpha_1HW.shape)}")
     bands = [to_uint8(band.detach()).cpu() for band in (img_3HW, alpha_1HW) if band is not None]
     array = rearrange(torch.cat(bands), "c h w -> h w c").numpy()
+    about = PngImagePlugin.PngInfo()
+    if source is not None:
+        about.add_text(SOURCE, source)
     with atomic_write(path) as temporary:
         # of photographs run lengths leave as little as zlib's search for repeats does, in a quarter of the time
-        Image.fromarray(array).save(temporary, format="PNG", icc_profile=icc_profile, compress_type=zlib.Z_RLE)
+        options = {"icc_profile": icc_profile, "pnginfo": about, "compress_type": zlib.Z_RLE}
+        Image.fromarray(array).save(temporary, format="PNG", **options)
 
 
 def heat_map(values_HW: Tensor) -> Tensor:

@@ -140,7 +140,7 @@ def list_test_set(root: str | os.PathLike, need_pairs: bool, split: Split = "tes
     folder = existing_folder(root, wanted)
     lows, highs = _sides(folder)
     if lows and highs:
-        low, high = (_inside(side) for side in _matching_sides(folder, lows, highs, split))
+        low, high = (_inside(folder, side) for side in _matching_sides(folder, lows, highs, split))
         _log_taken(folder, [low, high])
         return _match(low, high)
     if not need_pairs and (lows or highs) and not _are_certain(folder, lows or highs):
@@ -151,7 +151,7 @@ def list_test_set(root: str | os.PathLike, need_pairs: bool, split: Split = "tes
         raise UserError(f"{folder} holds no {'pairs' if need_pairs else 'bad images'}: wanted {wanted}, found {there}")
     low = folder
     if lows:
-        low = _inside(_only(folder, _of_split(lows, {side.split for side in lows}, split)))
+        low = _inside(folder, _only(folder, _of_split(lows, {side.split for side in lows}, split)))
         _log_taken(folder, [low])
     by_name, doubles = _by_name(low)
     return Listing(low, None, [(name, path, None) for name, path in by_name.items()], [], doubles)
@@ -238,12 +238,12 @@ def _only(folder: Path, candidates: list[_Side]) -> _Side:
     return candidates[0]
 
 
-def _inside(side: _Side) -> Path:
+def _inside(root: Path, side: _Side) -> Path:
     """The folder of a side's images: sets like DIV2K have one more, for the scale (`X4`)."""
     folders = _subfolders(side.folder)
     if not folders or not all(_SCALE.fullmatch(child.name) for child in folders) or _loose_images(side.folder):
         return side.folder
-    return _only(side.folder, [_Side(child, side.split) for child in folders]).folder
+    return _only(root, [_Side(child, side.split) for child in folders]).folder
 
 
 def _log_taken(root: Path, taken: Sequence[Path]) -> None:

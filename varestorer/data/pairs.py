@@ -8,12 +8,14 @@ stays `box1`; where two images could be meant, neither is taken.
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from varestorer.utils.images import natural_key
 
+_SCALE = r"x(?:[2-9]|1[0-6])(?:[mwdb]\d?)?"  # DIV2K calls its mild, wild and difficult ones 0801x4m, 0801x4w1, 0801x4d
 _LOW_ENDINGS = (
-    r"[ _-]?x\d{1,2}(?:[mwdb]\d?)?",  # DIV2K calls its mild, wild and difficult ones 0801x4m, 0801x4w1, 0801x4d
+    rf"(?:[ _-]|(?<=\d)){_SCALE}",
     r"[ _-](?:bic(?:ubic)?[ _-]?)?(?:lr|lq)(?:bi|bd|dn)?(?:[ _-]?x?\d{1,2})?",
     r"[ _-]bic(?:ubic)?(?:[ _-]?x?\d{1,2})?",
 )
@@ -44,6 +46,8 @@ class Matching:
 def match_names(low: Images, high: Images) -> Matching:
     """Pair the images of two sides: equal names first, then those that are equal without their endings."""
     lows, highs = set(low), set(high)
+    low_forms = partial(_forms, endings=_LOW_ENDINGS + _shared_scale(low))
+    high_forms = partial(_forms, endings=_HIGH_ENDINGS)
     found: dict[str, list[tuple[str, str]]] = {}
     unclear: dict[tuple[Path, ...], None] = {}
     for forms in ((_whole, _whole), (low_forms, _whole), (_whole, high_forms), (low_forms, high_forms)):
@@ -67,14 +71,10 @@ def match_names(low: Images, high: Images) -> Matching:
     )
 
 
-def low_forms(name: str) -> set[str]:
-    """A bad image's name, and what is left of it without an ending."""
-    return _forms(name, _LOW_ENDINGS)
-
-
-def high_forms(name: str) -> set[str]:
-    """A good image's name, and what is left of it without an ending."""
-    return _forms(name, _HIGH_ENDINGS)
+def _shared_scale(names: Iterable[str]) -> tuple[str, ...]:
+    """After a letter a scale is an ending (`babyx4`) only where all names have it: `matrix2` is a name."""
+    found = {match[0].lower() if (match := re.search(rf"(?i){_SCALE}$", name)) else "" for name in names}
+    return (re.escape(found.pop()),) if len(found) == 1 and "" not in found else ()
 
 
 def _whole(name: str) -> set[str]:

@@ -60,6 +60,13 @@ def test_several_good_sides_are_trained_on_together(tmp_path):
     assert hq_folder(tmp_path) == tmp_path
 
 
+def test_train_and_test_folders_in_the_sides(tmp_path):
+    touch(tmp_path, *(f"{side}/{split}/{split}.png" for split in ("train", "test") for side in ("LR", "HR")))
+    assert relative(hq_images(tmp_path), tmp_path) == ["HR/train/train.png"]
+    assert [name for name, _, _ in find_pairs(tmp_path, split="train")] == ["train"]
+    assert [name for name, _, _ in find_pairs(tmp_path)] == ["test"]
+
+
 def test_sides_in_train_and_test_folders(tmp_path):
     touch(tmp_path, *(f"{split}/{side}/{split}.png" for split in ("train", "test") for side in ("lq", "gt")))
     assert relative(hq_images(tmp_path), tmp_path) == ["train/gt/train.png"]
@@ -80,7 +87,7 @@ DIV2K = "DIV2K_train_HR DIV2K_valid_HR DIV2K_train_LR_bicubic DIV2K_valid_LR_bic
         ("LRbicx4 GTmod12", "LRbicx4", "GTmod12"),
         ("test_LR hr", "test_LR", "hr"),
         ("val_lq test_lq val_gt test_gt", "test_lq", "test_gt"),
-        ("lr hr test_HR", "lr", "hr"),
+        ("lr/train lr/test hr/train hr/test", "lr/test", "hr/test"),
     ],
 )
 def test_evaluation_takes_the_test_side(tmp_path, sides, low, high):
@@ -93,9 +100,12 @@ def test_evaluation_takes_the_test_side(tmp_path, sides, low, high):
     [
         ("lr hr gt", "gt, hr"),
         ("lr lq hr", "lq, lr"),
+        ("lr hr test_HR", "hr, test_HR"),
+        ("train_HR valid_HR train_LR", "train_LR, train_HR, valid_HR"),
         ("lr hr test_LR test_HR", "lr, test_LR"),
         ("train_HR train_LR hr lr", "lr, train_LR"),
         ("test_LR train_HR", "test_LR, train_HR"),
+        ("lr train_HR test_HR", "train_HR, test_HR|test_HR, train_HR"),
         ("A_test_LR B_test_LR A_test_HR B_test_HR", "A_test_LR, B_test_LR"),
         ("valid_HR valid_LR_bicubic valid_LR_unknown", "valid_LR_bicubic, valid_LR_unknown"),
         ("hr lr/X2 lr/X4", "lr/X2, lr/X4"),
@@ -104,7 +114,7 @@ def test_evaluation_takes_the_test_side(tmp_path, sides, low, high):
 def test_where_the_side_is_not_certain_the_candidates_are_named(tmp_path, sides, named):
     touch(tmp_path, *(f"{side}/a.png" for side in sides.split()))
     for find in (find_pairs, find_images_or_pairs):
-        with pytest.raises(UserError, match=f"which of {named} is meant is not certain; give a folder"):
+        with pytest.raises(UserError, match=f"which of ({named}) is meant is not certain; give a folder"):
             find(tmp_path)
 
 

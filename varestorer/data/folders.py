@@ -65,7 +65,7 @@ class _Side:
 
 
 def hq_images(root: str | os.PathLike, split: Split = "train") -> list[Path]:
-    """List the good images of a data set, however it is laid out, and log what is taken and what is not.
+    """List the good images of a data set, however it is laid out.
 
     Args:
         root: a folder of images (subfolders included), or a folder that holds one of `hr`, `hq`, `gt`,
@@ -75,16 +75,21 @@ def hq_images(root: str | os.PathLike, split: Split = "train") -> list[Path]:
     Raises:
         UserError: no such folder, or no image in it; says what belongs there.
     """
+    images = [path for side in hq_folders(root, split) for path in indexed_images(side)]
+    if not images:
+        raise UserError(f"data.root={Path(root).expanduser()} holds no image; put there {HQ_HELP}")
+    return images
+
+
+def hq_folders(root: str | os.PathLike, split: Split = "train") -> list[Path]:
+    """The folders whose images `hq_images` lists; logs what is taken and what is not. UserError if `root` is none."""
     folder = existing_folder(root, HQ_HELP)
     sides = _good_folders(folder, split)
-    images = [path for side in sides for path in indexed_images(side)]
-    if not images:
-        raise UserError(f"data.root={folder} holds no image; put there {HQ_HELP}")
     if sides != [folder]:
         _log_taken(folder, sides)
     elif named := _sides(folder)[1]:
         _log_all_taken(folder, named)
-    return images
+    return sides
 
 
 def hq_folder(root: str | os.PathLike, split: Split = "train") -> Path:
@@ -151,7 +156,7 @@ def list_test_set(root: str | os.PathLike, need_pairs: bool, split: Split = "tes
         raise UserError(f"{folder} holds no {'pairs' if need_pairs else 'bad images'}: wanted {wanted}, found {there}")
     low = folder
     if lows:
-        low = _inside(folder, _only(folder, _of_split(lows, {side.split for side in lows}, split)))
+        low = _inside(folder, _only(folder, _of_split(lows, lows, split), lows))
         _log_taken(folder, [low])
     by_name, doubles = _by_name(low)
     return Listing(low, None, [(name, path, None) for name, path in by_name.items()], [], doubles)
@@ -166,7 +171,7 @@ def existing_folder(root: str | os.PathLike | None, wanted: str) -> Path:
 
 
 def _sides(root: Path) -> tuple[list[_Side], list[_Side]]:
-    """The bad and the good sides in a folder, or in its `train`, `test` and the like."""
+    """The bad and the good sides in a folder, or in its `train`, `test` and the like; or these inside the sides."""
     lows: list[_Side] = []
     highs: list[_Side] = []
     seen: set[str] = set()  # a link called gt beside the hr that it leads to is no other side
@@ -177,7 +182,12 @@ def _sides(root: Path) -> tuple[list[_Side], list[_Side]]:
             if found and real not in seen:
                 seen.add(real)
                 split = _split_of(candidate) or (_split_of(child) if candidate is not child else None)
-                (highs if found["high"] else lows).append(_Side(candidate, split))
+                parts = _subfolders(candidate)
+                if not parts or any(part.name.lower() not in _SPLITS for part in parts) or _loose_images(candidate):
+                    sides = [_Side(candidate, split)]
+                else:
+                    sides = [_Side(part, _split_of(part)) for part in parts]
+                (highs if found["high"] else lows).extend(sides)
     return lows, highs
 
 
@@ -212,25 +222,25 @@ def _matching_sides(folder: Path, lows: list[_Side], highs: list[_Side], split: 
     Raises:
         UserError: it is not certain which; names the candidates.
     """
-    common = {side.split for side in lows} & {side.split for side in highs}
-    if len(lows) == len(highs) == 1 and None in (lows[0].split, highs[0].split):
+    both = [*lows, *highs]
+    if len(both) == 2 and None in (lows[0].split, highs[0].split):
         return lows[0], highs[0]
-    if not common:
-        return _only(folder, [*lows, *highs]), highs[0]
-    low, high = (_only(folder, _of_split(sides, common, split)) for sides in (lows, highs))
+    low, high = (_only(folder, _of_split(sides, both, split), both) for sides in (lows, highs))
     return low, high
 
 
-def _of_split(sides: list[_Side], splits: set[str | None], split: Split) -> list[_Side]:
-    """The sides of the wanted split; all of `splits` if that is not certain."""
+def _of_split(sides: list[_Side], all_sides: list[_Side], split: Split) -> list[_Side]:
+    """Those of `sides` that are of the wanted split; all of them if it is not certain which that is."""
+    splits = {side.split for side in all_sides}
     order = ("test", "valid") if split == "test" else ("train",)
-    certain = next(({name} for name in order if name in splits and None not in splits), splits)
-    return [side for side in sides if side.split in certain]
+    wanted = next(({name} for name in order if name in splits and None not in splits), splits)
+    return [side for side in sides if side.split in wanted]
 
 
-def _only(folder: Path, candidates: list[_Side]) -> _Side:
+def _only(folder: Path, candidates: list[_Side], all_sides: list[_Side]) -> _Side:
+    """The one candidate; UserError if there are several, or none among all."""
     if len(candidates) != 1:
-        shown = _listed(side.folder.relative_to(folder) for side in candidates)
+        shown = _listed(side.folder.relative_to(folder) for side in candidates or all_sides)
         raise UserError(
             f"data.root={folder}: which of {shown} is meant is not certain; "
             "give a folder that holds one of them beside its partner, or move the others away"
@@ -243,7 +253,8 @@ def _inside(root: Path, side: _Side) -> Path:
     folders = _subfolders(side.folder)
     if not folders or not all(_SCALE.fullmatch(child.name) for child in folders) or _loose_images(side.folder):
         return side.folder
-    return _only(root, [_Side(child, side.split) for child in folders]).folder
+    scales = [_Side(child, side.split) for child in folders]
+    return _only(root, scales, scales).folder
 
 
 def _log_taken(root: Path, taken: Sequence[Path]) -> None:

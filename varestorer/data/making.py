@@ -28,10 +28,10 @@ from tqdm.auto import tqdm
 from varestorer import __version__
 from varestorer.data.crops import cut
 from varestorer.data.degradation import Degradation
-from varestorer.data.folders import HQ_HELP, hq_folder, hq_images
+from varestorer.data.folders import HQ_HELP, hq_folder, hq_folders
 from varestorer.data.manifest import MANIFEST, MadePair, Manifest, pixel_hash
 from varestorer.utils.errors import UserError
-from varestorer.utils.images import load_image, save_image, to_uint8
+from varestorer.utils.images import list_images, load_image, save_image, to_uint8
 from varestorer.utils.seeds import derive_seed, numpy_generator, torch_generator
 
 PACKAGES = ("torch", "torchvision", "numpy", "scipy", "pillow")
@@ -117,7 +117,8 @@ def make_test_set(
         raise UserError(f"count must be at least 1 pair, got {count}")
     manifest = _begin(root, options)
     folder = hq_folder(source, split="test")
-    paths = {_key(path, folder): path for path in hq_images(source, split="test")}
+    sides = hq_folders(source, split="test")
+    paths = {_key(path, folder): path for side in sides for path in list_images(side)}
     cut_outs, manifest.skipped = plan_cut_outs(paths, recipe, count)
     if not cut_outs:
         reasons = "; ".join(list(manifest.skipped.values())[:5]) or f"give {HQ_HELP}"

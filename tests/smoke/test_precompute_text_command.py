@@ -2,6 +2,7 @@
 
 import gc
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -94,6 +95,31 @@ def test_broken_photographs_are_named_and_left_out(
     assert f"failed: 1.png: cannot read the image {photos / '1.png'}" in out
     assert f"3 of 4 photographs have text in {tmp_path / 'text'}" in out
     assert [features is None for features in features_in(tmp_path / "text")] == [False, True, False, False]
+
+
+def test_a_photograph_that_was_replaced_is_described_again(
+    words: list[str], models: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    monkeypatch.setattr(Captioner, "caption", lambda self, images: seen.append(1) or [f"text {len(seen)}"])
+    words = [*words, f"captioner={models / 'blip'}"]
+    assert COMMAND.main(words) == 0
+    save_image(photos / NAMES[1], torch.zeros(3, 40, 48))
+    for name in NAMES:
+        os.utime(photos / name, (1.5e9, 1.5e9))
+    assert COMMAND.main(words) == 0
+    captions = json.loads((tmp_path / "text" / "captions.json").read_text())
+    assert captions == {name: f"text {number}" for name, number in zip(NAMES, (1, 5, 3, 4), strict=True)}
+    assert COMMAND.main(words) == 0 and len(seen) == 5
+
+
+def test_a_text_that_may_be_that_of_two_photographs_is_refused(
+    words: list[str], photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_image(photos / "1.jpg", torch.rand(3, 40, 48))
+    (tmp_path / "given.json").write_text(json.dumps({"1": "a dog"}))
+    assert COMMAND.main([*words, f"captions={tmp_path / 'given.json'}"]) == 1
+    assert "the text of 1 may be that of 1.jpg, 1.png" in capsys.readouterr().err
 
 
 def test_an_interrupted_run_goes_on(

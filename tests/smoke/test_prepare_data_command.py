@@ -1,6 +1,7 @@
 """`prepare_data` as a whole: what it explains, checks and makes, and its exit statuses."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from varestorer.commands.entry import compose
 from varestorer.commands.prepare_data import COMMAND
 from varestorer.data.benchmarks import BENCHMARKS
-from varestorer.utils.images import resize, save_image
+from varestorer.utils.images import load_image, resize, save_image
 
 pytestmark = pytest.mark.smoke
 
@@ -73,6 +74,15 @@ def test_a_set_is_made_checked_and_found_out_when_it_changes(
     assert "lr/00001.png: has other pixels than the manifest says" in bad
     assert "lr/00002.png: has no partner" in bad and "problem: 00002 is in the manifest" in bad
     assert bad.splitlines()[-1] == "verdict: NOT usable as folder; problems named above: 1 of the folder, 2 of files"
+
+
+def test_a_photograph_that_was_replaced_is_found_out(tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[str]):
+    assert make(tmp_path / "set", photos) == 0
+    replaced = photos / "1.png"
+    save_image(replaced, 0.5 * load_image(replaced))
+    os.utime(replaced, (1.5e9, 1.5e9))
+    assert make(tmp_path / "set", photos, "count=4") == 1
+    assert f"the photographs changed since make={tmp_path / 'set'} was begun: {replaced}" in capsys.readouterr().err
 
 
 def test_two_machines_can_compare_by_a_manifest(tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[str]):

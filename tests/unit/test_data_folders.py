@@ -2,7 +2,7 @@ import pytest
 
 from varestorer.data import embedded_photographs, find_pairs, hq_images
 from varestorer.data.embedded import embedded_paths
-from varestorer.data.folders import find_images_or_pairs, list_test_set
+from varestorer.data.folders import find_images_or_pairs, hq_folder, list_test_set
 from varestorer.utils.errors import UserError
 
 
@@ -30,6 +30,109 @@ def test_only_the_good_side_is_taken(tmp_path, side):
 def test_training_side_before_validation_side(tmp_path):
     touch(tmp_path, "DIV2K_valid_HR/a.png", "DIV2K_train_HR/b.png")
     assert relative(hq_images(tmp_path), tmp_path) == ["DIV2K_train_HR/b.png"]
+
+
+def test_held_out_pictures_are_of_the_validation_side(tmp_path):
+    touch(tmp_path, "DIV2K_valid_HR/a.png", "DIV2K_train_HR/b.png")
+    assert relative(hq_images(tmp_path, split="test"), tmp_path) == ["DIV2K_valid_HR/a.png"]
+
+
+def test_what_is_taken_and_what_is_not_is_said(tmp_path, caplog):
+    caplog.set_level("INFO")
+    touch(tmp_path, "DIV2K_valid_HR/a.png", "DIV2K_train_HR/b.png", "masks/c.png", "d.png")
+    assert hq_images(tmp_path)
+    assert "taken are the images in DIV2K_train_HR; not taken: DIV2K_valid_HR, masks, 1 images beside" in caplog.text
+    caplog.clear()
+    touch(tmp_path, "one/hr/a.png", "one/hr/sub/b.png")
+    assert len(hq_images(tmp_path / "one")) == 2 and not caplog.text
+
+
+def test_a_country_is_no_side(tmp_path, caplog):
+    touch(tmp_path, *(f"{country}/1.png" for country in ("at", "de", "gt", "hr", "it")))
+    assert len(hq_images(tmp_path)) == 5 and hq_folder(tmp_path) == tmp_path
+    assert "all of its images are taken, those in gt, hr as well" in caplog.text
+    assert len(find_images_or_pairs(tmp_path)) == 5
+
+
+def test_several_good_sides_are_trained_on_together(tmp_path):
+    touch(tmp_path, "DIV2K_train_HR/a.png", "Flickr2K_HR/b.png", "DIV2K_valid_HR/c.png", "lr/a.png")
+    assert relative(hq_images(tmp_path), tmp_path) == ["DIV2K_train_HR/a.png", "Flickr2K_HR/b.png"]
+    assert hq_folder(tmp_path) == tmp_path
+
+
+def test_train_and_test_folders_in_the_sides(tmp_path):
+    touch(tmp_path, *(f"{side}/{split}/{split}.png" for split in ("train", "test") for side in ("LR", "HR")))
+    assert relative(hq_images(tmp_path), tmp_path) == ["HR/train/train.png"]
+    assert [name for name, _, _ in find_pairs(tmp_path, split="train")] == ["train"]
+    assert [name for name, _, _ in find_pairs(tmp_path)] == ["test"]
+
+
+def test_sides_in_train_and_test_folders(tmp_path):
+    touch(tmp_path, *(f"{split}/{side}/{split}.png" for split in ("train", "test") for side in ("lq", "gt")))
+    assert relative(hq_images(tmp_path), tmp_path) == ["train/gt/train.png"]
+    assert [name for name, _, _ in find_pairs(tmp_path)] == ["test"]
+    assert [name for name, _, _ in find_pairs(tmp_path, split="train")] == ["train"]
+
+
+DIV2K = "DIV2K_train_HR DIV2K_valid_HR DIV2K_train_LR_bicubic DIV2K_valid_LR_bicubic"
+
+
+@pytest.mark.parametrize(
+    ("sides", "low", "high"),
+    [
+        ("train_LR train_HR test_LR test_HR", "test_LR", "test_HR"),
+        (DIV2K, "DIV2K_valid_LR_bicubic", "DIV2K_valid_HR"),
+        ("DIV2K_train_HR DIV2K_valid_HR DIV2K_valid_LR_wild", "DIV2K_valid_LR_wild", "DIV2K_valid_HR"),
+        ("input target", "input", "target"),
+        ("LRbicx4 GTmod12", "LRbicx4", "GTmod12"),
+        ("test_LR hr", "test_LR", "hr"),
+        ("val_lq test_lq val_gt test_gt", "test_lq", "test_gt"),
+        ("lr/train lr/test hr/train hr/test", "lr/test", "hr/test"),
+    ],
+)
+def test_evaluation_takes_the_test_side(tmp_path, sides, low, high):
+    touch(tmp_path, *(f"{side}/a.png" for side in sides.split()))
+    assert find_pairs(tmp_path) == [("a", tmp_path / low / "a.png", tmp_path / high / "a.png")]
+
+
+@pytest.mark.parametrize(
+    ("sides", "named"),
+    [
+        ("lr hr gt", "gt, hr"),
+        ("lr lq hr", "lq, lr"),
+        ("lr hr test_HR", "hr, test_HR"),
+        ("train_HR valid_HR train_LR", "train_LR, train_HR, valid_HR"),
+        ("lr hr test_LR test_HR", "lr, test_LR"),
+        ("train_HR train_LR hr lr", "lr, train_LR"),
+        ("test_LR train_HR", "test_LR, train_HR"),
+        ("lr train_HR test_HR", "train_HR, test_HR|test_HR, train_HR"),
+        ("A_test_LR B_test_LR A_test_HR B_test_HR", "A_test_LR, B_test_LR"),
+        ("valid_HR valid_LR_bicubic valid_LR_unknown", "valid_LR_bicubic, valid_LR_unknown"),
+        ("hr lr/X2 lr/X4", "lr/X2, lr/X4"),
+    ],
+)
+def test_where_the_side_is_not_certain_the_candidates_are_named(tmp_path, sides, named):
+    touch(tmp_path, *(f"{side}/a.png" for side in sides.split()))
+    for find in (find_pairs, find_images_or_pairs):
+        with pytest.raises(UserError, match=f"which of ({named}) is meant is not certain; give a folder"):
+            find(tmp_path)
+
+
+def test_a_link_to_a_side_is_no_other_side(tmp_path):
+    touch(tmp_path, "lr/a.png", "hr/a.png")
+    (tmp_path / "gt").symlink_to(tmp_path / "hr")
+    assert [name for name, _, _ in find_pairs(tmp_path)] == ["a"]
+
+
+def test_the_folder_of_the_scale_is_no_part_of_the_names(tmp_path):
+    touch(tmp_path, "DIV2K_valid_LR_bicubic/X4/0801x4.png", "DIV2K_valid_HR/0801.PNG")
+    assert [name for name, _, _ in find_pairs(tmp_path)] == ["0801"]
+
+
+def test_pairs_in_doubt_are_named(tmp_path):
+    touch(tmp_path, "lr/0801x2.png", "lr/0801x4.png", "hr/0801.png")
+    with pytest.raises(UserError, match="not certain which of these belong together: .*0801x2.png, .*0801x4.png"):
+        find_pairs(tmp_path)
 
 
 def test_names_that_only_look_like_a_side(tmp_path):

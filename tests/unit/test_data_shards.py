@@ -107,6 +107,14 @@ def test_packing_goes_on_after_an_interruption(photos, tmp_path, monkeypatch):
     assert written == [last.name] and bytes_of(out) == whole
 
 
+def test_another_photograph_of_the_same_name_and_size_is_packed(photos, texts, tmp_path):
+    for number, level in enumerate((10, 200)):
+        Image.new("RGB", (40, 48), (level, 0, 0)).save(photos / "a3.bmp")
+        for folder in ("kept", f"fresh{number}"):
+            pack(tmp_path / folder, photos, 12_000, str(texts))
+        assert bytes_of(tmp_path / "kept") == bytes_of(tmp_path / f"fresh{number}")
+
+
 def test_other_tar_files_are_left_alone(photos, tmp_path):
     out = tmp_path / "out"
     out.mkdir()

@@ -4,13 +4,17 @@ import csv
 import json
 import statistics
 import threading
+import unicodedata
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from pyiqa.utils.img_util import scandir_images
 from torch import Tensor
 
 from varestorer.evaluation.evaluator import Evaluator
@@ -19,7 +23,7 @@ from varestorer.evaluation.records import write_records
 from varestorer.evaluation.results import Evaluation, Pair
 from varestorer.evaluation.sources import BicubicSource, Candidate, FolderSource, SystemSource
 from varestorer.utils.errors import UsageError, UserError
-from varestorer.utils.images import load_image, resize, save_image
+from varestorer.utils.images import load_image, resize, save_image, to_uint8
 from varestorer.utils.iqa import Metric
 
 
@@ -150,6 +154,43 @@ def test_predictions_are_matched_by_name_and_failures_named(pairs: list[Pair], t
         source("a", pairs[0][1])
 
 
+def test_a_prediction_serves_one_pair(tmp_path: Path) -> None:
+    pairs: list[Pair] = [(name, tmp_path / f"lr/{name}x4.png", None) for name in ("Canon/001", "Nikon/001", "Nikon/2")]
+    made = tmp_path / "made"
+    for name in ("001", "2"):
+        save_image(made / f"{name}.png", torch.rand(3, 8, 8))
+
+    def found() -> list[str]:
+        source, names = FolderSource(made, pairs), []
+        for name, lq, _ in pairs:
+            try:
+                names.append(source.find(name, lq).relative_to(made).as_posix())
+            except UserError as error:
+                names.append(str(error))
+        return names
+
+    for said in found()[:2]:
+        assert said.startswith(f"{made / '001.png'} could be the prediction for Canon/001, Nikon/001: put")
+    assert found()[2] == "2.png"
+    save_image(made / "Canon/001.png", torch.rand(3, 8, 8))
+    assert found()[0] == "Canon/001.png" and "could be" in found()[1]  # not the one that is left over
+    save_image(made / "Nikon/001x4.png", torch.rand(3, 8, 8))  # named like the LQ image
+    assert found() == ["Canon/001.png", "Nikon/001x4.png", "2.png"]
+
+
+def test_a_prediction_of_the_set_is_not_taken_by_a_part_of_it(tmp_path: Path) -> None:
+    pairs: list[Pair] = [("001", tmp_path / "lr/001.png", None), ("x/001", tmp_path / "lr/x/001.png", None)]
+    save_image(tmp_path / "made/x/001.png", torch.rand(3, 8, 8))
+    with pytest.raises(UserError, match="found none"):
+        FolderSource(tmp_path / "made", pairs).find(*pairs[0][:2])
+
+
+def test_predictions_from_a_mac_are_found(tmp_path: Path) -> None:
+    name = "caf\u00e9"
+    save_image(tmp_path / "made" / f"{unicodedata.normalize('NFD', name)}.png", torch.rand(3, 8, 8))
+    assert FolderSource(tmp_path / "made").find(name, tmp_path / "lr.png").is_file()
+
+
 def test_predictions_must_be_a_folder_with_images(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="is not a folder"):
         FolderSource(tmp_path / "none")
@@ -261,6 +302,35 @@ def test_metric_of_the_whole_set_sees_just_the_scored_images(pairs: list[Pair], 
     judge.metrics["fid"] = Metric("fid", broken, False, True)
     result = judge.evaluate(pairs, FolderSource(made))
     assert "too few images" in result.summary()["unavailable"]["fid"]
+
+
+def test_metric_of_the_whole_set_sees_the_pixels_that_the_others_see(tmp_path: Path) -> None:
+    """Turned by EXIF, 16 bit, floating, palette with a key, a format that pyiqa does not list."""
+    colours = torch.rand(3, 24, 32, generator=torch.Generator().manual_seed(0))
+    image = Image.fromarray(to_uint8(colours).permute(1, 2, 0).numpy())
+    grey = np.asarray(image.convert("L"))
+    exif = Image.Exif()
+    exif[0x112] = 6
+    image.save(tmp_path / "turned.jpg", exif=exif)
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    Image.fromarray((grey / 255).astype(np.float32)).save(tmp_path / "float.tif")
+    image.quantize(16).save(tmp_path / "palette.gif")
+    image.save(tmp_path / "plain.png")
+    files = [tmp_path / name for name in ("turned.jpg", "deep.png", "float.tif", "palette.gif", "plain.png")]
+    pairs: list[Pair] = [(path.stem, path, path) for path in files]
+    judge = evaluator("psnr")
+    seen: list[list[np.ndarray]] = []
+
+    def fid(*folders: str, **kwargs: object) -> float:
+        for folder in folders:
+            seen.append([np.asarray(Image.open(path).convert("RGB")) for path in scandir_images(folder)])
+        return 0.0
+
+    judge.metrics["fid"] = Metric("fid", fid, False, True)
+    judge.evaluate(pairs, lambda name, lq: Candidate(load_image(lq), path=lq))
+    for side in seen:
+        for pixels, path in zip(side, files, strict=True):
+            assert np.array_equal(pixels, to_uint8(load_image(path)).permute(1, 2, 0).numpy()), path
 
 
 def small_evaluation(pairs: list[Pair]) -> Evaluation:

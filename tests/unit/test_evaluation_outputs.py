@@ -9,17 +9,18 @@ from urllib.parse import unquote
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 from varestorer.evaluation.gallery import MAX_PICTURES, spread, write_gallery
 from varestorer.evaluation.outputs import comparison_table, figures_table, write_report
 from varestorer.evaluation.pictures import detailed_crops
 from varestorer.evaluation.results import Evaluation, Row
-from varestorer.evaluation.scatter import plane
+from varestorer.evaluation.scatter import plane, write_scatter
 from varestorer.evaluation.tables import TableRow
 from varestorer.evaluation.wandb_log import log_to_wandb
 from varestorer.utils.images import resize, save_image
-from varestorer.utils.iqa import Metric
+from varestorer.utils.iqa import Metric, metric_config
 
 LOWER = {"psnr": False, "lpips": True, "niqe": True, "musiq": False}
 
@@ -152,6 +153,28 @@ def test_plane_needs_ours_and_another_method() -> None:
     assert plane([row(lpips=1.0, musiq=1.0), row(True, psnr=2.0, lpips=1.0, musiq=2.0)]) == ("lpips", "musiq")
     assert plane([row(psnr=1.0), row(True, psnr=2.0, niqe=2.0)]) is None
     assert plane([row(psnr=1.0, niqe=1.0), row(psnr=2.0, niqe=2.0), row(True, psnr=1.0)]) is None
+
+
+@pytest.mark.parametrize(
+    ("across", "up", "inverted"),
+    [
+        ("psnr", "niqe", (False, True)),
+        ("psnr", "musiq", (False, False)),
+        ("lpips", "niqe", (True, True)),
+        ("lpips", "clipiqa", (True, False)),
+    ],
+)
+def test_better_is_right_and_up(
+    across: str, up: str, inverted: tuple[bool, bool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, path: drawn.append(self) or path.touch())
+    rows = [row(**{across: 1.0, up: 1.0}), row(True, **{across: 2.0, up: 3.0})]
+    lower = {name: bool(metric_config(name).get("lower_better", False)) for name in (across, up)}
+    assert write_scatter(tmp_path / "scatter.png", rows, lower, "title") == (across, up)
+    (axes,) = drawn[0].axes
+    assert (axes.xaxis_inverted(), axes.yaxis_inverted()) == inverted
+    assert axes.get_xlabel().startswith(across) and axes.get_ylabel().startswith(up)
 
 
 def test_report_writes_all_files(scored: tuple[Row, ...], tmp_path: Path) -> None:

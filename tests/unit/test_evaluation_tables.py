@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from varestorer.evaluation import baselines
 from varestorer.evaluation.baselines import measured_rows, published_rows, read_published
 from varestorer.evaluation.renderers import to_html, to_latex, to_markdown, write_tables
 from varestorer.evaluation.tables import BEST, SECOND, Column, Table, TableRow, figure
+from varestorer.utils.files import file_sha256
 
 PUBLISHED = {
     "varestorer_table1": 24,
@@ -35,6 +37,20 @@ def test_published_tables_equal_the_shared_ones(shared: Path) -> None:
     for name in PUBLISHED:
         lines = [line for line in (folder / f"{name}.csv").read_text().splitlines() if line[0] != "#"]
         assert read_published(name) == list(csv.DictReader(lines))
+
+
+@pytest.mark.parametrize(
+    ("name", "digest"),
+    [
+        ("measured_baselines_realsr", "ddc9016dd0066d65dcaa3bc2d3a715265d3a0db54b7edf01ec54d05c81942b21"),
+        ("varestorer_table1", "bbcad33480276dfde7cf7e6d71c11a954979a38cba3dd4b6a14a7731a19b4376"),
+        ("varestorer_table2", "2a70c6f438f1e4e1fb35d5797ec53f0c06f6abe63eb2f15247a64efd55031079"),
+        ("varestorer_table3_ablation_div2k", "5e3c5a98003af58abab1835c9534fde96c68d7f1a0316f3e807a4c4c70068d01"),
+    ],
+)
+def test_no_digit_of_the_published_figures_changes(name: str, digest: str) -> None:
+    files = {path.stem: path for path in Path(baselines.__file__).with_name("published").iterdir()}
+    assert files.keys() == PUBLISHED.keys() and file_sha256(files[name]) == digest
 
 
 def test_rows_of_another_protocol_or_set_never_mix() -> None:

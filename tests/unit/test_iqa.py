@@ -120,6 +120,15 @@ def test_fid_needs_references_though_pyiqa_says_no() -> None:
     assert needs_reference("fid") and needs_reference("psnr") and not needs_reference("inception_score")
 
 
+def test_all_metrics_of_folders_are_known() -> None:
+    from pyiqa.archs import fid_arch, inceptionscore_arch
+    from pyiqa.default_model_configs import DEFAULT_CONFIGS
+
+    of_folders = {name for module in (fid_arch, inceptionscore_arch) for name in vars(module)}
+    found = {name for name, config in DEFAULT_CONFIGS.items() if config["metric_opts"]["type"] in of_folders}
+    assert found == iqa.DATASET_METRICS
+
+
 def test_metric_outside_the_table_fails_at_its_first_download(empty_hub: Path) -> None:
     assert "arniqa" not in iqa_weights.WEIGHT_FILES
     with pytest.raises(MetricUnavailableError, match="arniqa.*is not on this machine and was not fetched"):

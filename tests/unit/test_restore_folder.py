@@ -169,6 +169,39 @@ def test_results_of_other_settings_are_named_as_far_as_they_are_known(
     assert run(tmp_path / "in", tmp_path / "out", seed=2, overwrite=True)[0].num_differing == 0
 
 
+def test_an_older_file_in_the_place_of_an_input_is_restored(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("a.png", "b.png"):
+        write_image(tmp_path / "in" / name, value=200)
+    run(tmp_path / "in", tmp_path / "out")
+    os.utime(tmp_path / "in/a.png")  # a newer time does not make it another file
+    os.utime(write_image(tmp_path / "in/b.png", value=10), (1.5e9, 1.5e9))
+    (tmp_path / "out/restore.json").unlink()  # as if the machine had stopped before it was written
+    with caplog.at_level(logging.INFO):
+        report, _ = run(tmp_path / "in", tmp_path / "out")
+    assert (report.num_restored, report.num_skipped) == (1, 1) and "b.png was made from another file" in caplog.text
+    assert load_image(tmp_path / "out/b.png")[0, 5, 5] < 0.1
+    assert run(tmp_path / "in", tmp_path / "out")[0].num_skipped == 2
+
+
+def test_a_result_of_a_removed_input_is_not_taken_for_that_of_its_namesake(tmp_path: Path) -> None:
+    write_image(tmp_path / "in/a.jpg", value=200)
+    run(tmp_path / "in", tmp_path / "out")
+    (tmp_path / "in/a.jpg").unlink()
+    write_image(tmp_path / "in/a.png", value=10)
+    run(tmp_path / "in", tmp_path / "out")
+    assert load_image(tmp_path / "out/a.png")[0, 5, 5] < 0.1
+
+
+def test_a_picture_that_does_not_say_what_it_was_made_from_is_left_alone_and_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_image(tmp_path / "in/a.jpg")
+    somebodys = write_image(tmp_path / "out/a.png", value=77).read_bytes()
+    report, _ = run(tmp_path / "in", tmp_path / "out")
+    assert report.num_skipped == 1 and (tmp_path / "out/a.png").read_bytes() == somebodys
+    assert "a.png does not say what it was made from; overwrite=true makes it again" in caplog.text
+
+
 def test_an_earlier_report_is_kept_for_results_that_exist(tmp_path: Path) -> None:
     for name in ("a.png", "b.png", "c.png"):
         write_image(tmp_path / "in" / name)

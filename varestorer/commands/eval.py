@@ -45,7 +45,8 @@ usage: python scripts/eval.py dataset=NAME data.root=FOLDER [ckpt=... | predicti
 what is scored
   ckpt=MODEL             restore the data set with this network and score it: a run's folder, a bundle's folder or
                          hub name, or the published varestorer.pth (default: the shipped model)
-  predictions=FOLDER     score images that somebody else made, matched by file stem
+  predictions=FOLDER     score images that somebody else made, matched by their path in the folder, or by a file stem
+                         that no other image of the data set has
   method=bicubic         score bicubic upsampling, the baseline below all others
   method=spandrel model_path=FILE
                          score any super-resolution model that spandrel loads, in float32; large images in tiles
@@ -147,9 +148,10 @@ def check_options(options: EvalOptions) -> None:
 
 
 def _run(options: EvalOptions, processes: Processes) -> int:
-    pairs = _pairs(options)
+    whole = _pairs(options)
+    pairs = whole[: options.limit]
     asked = _metrics(options)
-    source = _source(options, processes)
+    source = _source(options, whole, processes)
     evaluator = _evaluator(options, asked, processes, has_references=any(hq for _, _, hq in pairs))
     # the default has the time in it, which each process reads for itself
     out = processes.of_main(Path(options.out).expanduser())
@@ -209,14 +211,14 @@ def _pairs(options: EvalOptions) -> list[Pair]:
         log.warning(
             "data.root=%s has %d images, %s %d", options.data.root, len(pairs), options.dataset["name"], expected
         )
-    return pairs[: options.limit]
+    return pairs
 
 
-def _source(options: EvalOptions, processes: Processes) -> KnownSource:
-    """What gives the images."""
+def _source(options: EvalOptions, pairs: list[Pair], processes: Processes) -> KnownSource:
+    """What gives the images of the whole data set."""
     _check_source(options)
     if options.predictions is not None:
-        return FolderSource(options.predictions)
+        return FolderSource(options.predictions, pairs)
     if options.method == "bicubic":
         return BicubicSource(options.scale)
     if options.method == "spandrel":

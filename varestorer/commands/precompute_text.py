@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -36,8 +37,9 @@ from varestorer.data.text import (
 from varestorer.data.workers import deaths_explained, watched, worker_options
 from varestorer.utils.device import pick_device
 from varestorer.utils.errors import UsageError, UserError, reason
+from varestorer.utils.files import file_sha256
 from varestorer.utils.images import load_image, resize
-from varestorer.utils.scanning import report_unused, scan_folder
+from varestorer.utils.scanning import first_names, report_unused, scan_folder
 from varestorer.utils.seeds import torch_generator
 from varestorer.utils.tiling import scaled_size
 
@@ -46,6 +48,7 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 CAPTION_SIDE = 512  # pixels: restoring with caption=auto shows the captioner no more than this either
 SAVE_EVERY = 200  # captions
 WORKERS_KEY = "num_workers"
+DESCRIBED = "described.json"  # the digest of each photograph that the captioner described
 SHARD_SIZE = 256  # photographs
 FAILURES_SHOWN = 20
 
@@ -176,6 +179,7 @@ def given_captions(source: Path, names: Sequence[str]) -> dict[str, str]:
         UserError: nothing there, nothing readable, or nothing for any of the photographs.
     """
     bare = {name: Path(name).with_suffix("").as_posix() for name in names}
+    keys = bare
     if source.is_dir():
         found = {name: _read_text(source / f"{bare[name]}.txt") for name in names}
         captions = {name: text for name, text in found.items() if text is not None}
@@ -185,9 +189,15 @@ def given_captions(source: Path, names: Sequence[str]) -> dict[str, str]:
         keys = {name: name if name in given else bare[name] for name in names}
         captions = {name: given[key] for name, key in keys.items() if key in given}
         unused = sorted(given.keys() - set(keys.values()))
-    if captions:
-        report_unused(source, "texts belong to no photograph", unused)
-    else:
+    report_unused(source, "texts belong to no photograph", unused if captions else [])
+    users = Counter(keys[name] for name in captions)
+    shared = [name for name in captions if users[keys[name]] > 1]
+    if shared:
+        raise UserError(
+            f"captions={source}: the text of {bare[shared[0]]} may be that of {first_names(shared)}; give a JSON file "
+            "with the extension in the names"
+        )
+    if not captions:
         wanted = f"{bare[names[0]]}.txt" if source.is_dir() else f'{{"{names[0]}": "text", ...}}'
         raise UserError(f"captions={source} has no text for any of {len(names)} photographs; wanted {wanted}")
     return captions
@@ -209,6 +219,8 @@ def describe(
 ) -> dict[str, str]:
     """Describe the photographs that have no caption yet, and let go of the captioner.
 
+    So are those that are other files now than the ones that it described; captions from elsewhere stay.
+
     Args:
         photographs: name -> file.
         captions: name -> caption; grows.
@@ -218,7 +230,13 @@ def describe(
     Returns:
         name -> reason, for those that cannot be read.
     """
-    todo = [name for name in photographs if name not in captions]
+    notes = file.with_name(DESCRIBED)
+    described = read_captions(notes) if notes.exists() else {}
+    todo = [
+        name
+        for name, path in photographs.items()
+        if name not in captions or (name in described and _digest(path) != described[name])
+    ]
     failed: dict[str, str] = {}
     try:
         with (
@@ -231,15 +249,26 @@ def describe(
                     failed[name] = str(picture)
                     LOG.warning("%s", picture)
                 else:
+                    described[name] = _digest(photographs[name])
                     captions[name] = captioner.caption(picture[None].to(captioner.device))[0]
                 if number % SAVE_EVERY == 0:
                     write_captions(file, captions)
+                    write_captions(notes, described)
                 bar.update()
     finally:
         if todo:
             write_captions(file, captions)
+            write_captions(notes, described)
     captioner.release()
     return failed
+
+
+def _digest(path: Path) -> str:
+    """`file_sha256`; empty if it cannot be read."""
+    try:
+        return file_sha256(path)
+    except UserError:
+        return ""
 
 
 def read_pictures(paths: Sequence[Path], num_workers: int) -> Iterator[Tensor | UserError]:

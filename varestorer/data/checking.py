@@ -113,6 +113,10 @@ class _Checker:
             self._blame(path, "has no partner of the same name")
         for path, earlier in self.listing.doubles:
             self._blame(path, f"has the same name as {self._show(earlier)}")
+        for images in self.listing.unclear:
+            for path in images:
+                others = ", ".join(self._show(other) for other in images if other != path)
+                self._blame(path, f"may belong to any of {others}")
         count, wanted = len(self.listing.images), self.benchmark.pairs
         what = "pairs" if self.benchmark.reference else "images"
         if wanted is not None and count != wanted:

@@ -151,7 +151,7 @@ class PairedCrops(Dataset[Sample]):
     ) -> None:
         if crop < 1 or crop % scale:
             raise UserError(f"data.crop must be a positive multiple of scale {scale}, got {crop}")
-        pairs = find_pairs(root)
+        pairs = find_pairs(root, split="train")
         self.crop, self.seed, self.scale, self.use_flip = crop, seed, scale, use_flip
         self.names, self.root = [name for name, _, _ in pairs], root
         self.store = ImageStore([(low, high) for _, low, high in pairs], str(root))

@@ -1,21 +1,36 @@
 """What is where in a folder of training or test pictures."""
 
+import logging
 import os
 import re
-from dataclasses import dataclass
+import unicodedata
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from varestorer.data.listing import indexed_images
+from varestorer.data.pairs import match_names
 from varestorer.utils.errors import UserError
-from varestorer.utils.images import natural_key
+from varestorer.utils.images import IMAGE_EXTENSIONS
 
-HQ_NAMES = ("hr", "hq", "gt")
-LQ_NAMES = ("lr", "lq")
+log = logging.getLogger(__name__)
+
 HQ_HELP = "a folder of images, or one that holds them in hr, hq, gt, test_HR or NAME_train_HR"
 PAIRS_HELP = "hr, hq, gt or test_HR with the good images beside lr, lq or test_LR with the bad ones"
 IMAGES_HELP = f"a folder of images, or {PAIRS_HELP}"
 
+_HIGH, _LOW = "hr|hq|gt|targets?|ground_?truth", "lr|lq|inputs?"
+_KIND = "bicubic|bic|bi|bd|dn|unknown|mild|wild|difficult|mod[0-9]+|x[0-9]+|train|valid|val|test"
+_SIDE = re.compile(rf"(?i)(?:.*[ ._-])?(?:(?P<high>{_HIGH})|(?P<low>{_LOW}))(?:[ ._-]?(?:{_KIND}))*")
+_SCALE = re.compile(r"(?i)x[0-9]+")
+_SPLITS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation"), "valid"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
 
+Split = Literal["train", "test"]
 Listed = tuple[str, Path, Path | None]
 """(name, bad image, good image if there is one)."""
 
@@ -30,6 +45,7 @@ class Listing:
         images: in natural order of the names.
         lonely: images without a partner, likewise.
         doubles: (image, the one whose name it has too); such an image is left out.
+        unclear: images that could belong together in several ways; they are left out.
     """
 
     low_folder: Path
@@ -37,43 +53,67 @@ class Listing:
     images: list[Listed]
     lonely: list[Path]
     doubles: list[tuple[Path, Path]]
+    unclear: list[tuple[Path, ...]] = field(default_factory=list)
 
 
-def hq_images(root: str | os.PathLike) -> list[Path]:
+@dataclass(frozen=True)
+class _Side:
+    """A folder that its name calls the good or the bad side, and of what: `train`, `valid`, `test` or None."""
+
+    folder: Path
+    split: str | None
+
+
+def hq_images(root: str | os.PathLike, split: Split = "train") -> list[Path]:
     """List the good images of a data set, however it is laid out.
 
     Args:
         root: a folder of images (subfolders included), or a folder that holds one of `hr`, `hq`, `gt`,
-            `test_HR`, `DIV2K_train_HR` and the like, whose images alone are then taken.
+            `test_HR`, `DIV2K_train_HR` and the like, whose images alone are then taken. A folder called `hr` alone,
+            without bad images beside it but with others, is one of them: it may as well hold Croatia.
+        split: which side is taken where there is more than one.
     Raises:
         UserError: no such folder, or no image in it; says what belongs there.
     """
-    images = indexed_images(hq_folder(root))
+    images = [path for side in hq_folders(root, split) for path in indexed_images(side)]
     if not images:
         raise UserError(f"data.root={Path(root).expanduser()} holds no image; put there {HQ_HELP}")
     return images
 
 
-def hq_folder(root: str | os.PathLike) -> Path:
-    """The folder whose images `hq_images` lists; UserError if `root` is none."""
+def hq_folders(root: str | os.PathLike, split: Split = "train") -> list[Path]:
+    """The folders whose images `hq_images` lists; logs what is taken and what is not. UserError if `root` is none."""
     folder = existing_folder(root, HQ_HELP)
-    return _named_subfolder(folder, HQ_NAMES) or folder
+    sides = _good_folders(folder, split)
+    if sides != [folder]:
+        _log_taken(folder, sides)
+    elif named := _sides(folder)[1]:
+        _log_all_taken(folder, named)
+    return sides
 
 
-def find_pairs(root: str | os.PathLike) -> list[tuple[str, Path, Path]]:
+def hq_folder(root: str | os.PathLike, split: Split = "train") -> Path:
+    """The folder that holds all images of `hq_images`; UserError if `root` is none."""
+    folder = existing_folder(root, HQ_HELP)
+    sides = _good_folders(folder, split)
+    return sides[0] if len(sides) == 1 else folder
+
+
+def find_pairs(root: str | os.PathLike, split: Split = "test") -> list[tuple[str, Path, Path]]:
     """Match the bad and good images of a paired data set by name, without opening them.
 
-    A pair has the same path inside its folder, extension aside. Sets that write the side into the name
-    (`a_LR4.png`, `a_HR.png`, `ax4.png`) are matched without those endings when no plain name matches.
+    A pair has the same path inside its folder, extension aside, or one that is the same without the endings that
+    tell the side (`a_LR4.png`, `a_HR.png`, `ax4.png`), see `pairs`.
 
     Args:
         root: folder with `hr`, `hq`, `gt` or `test_HR` beside `lr`, `lq` or `test_LR`.
+        split: which sides are taken where there are more than one of each.
     Returns:
         (name, bad image, good image), in natural order of the names.
     Raises:
-        UserError: folders missing, or images without a partner; lists them.
+        UserError: folders missing or in doubt, or images without a partner or with several; lists them.
     """
-    images = _without_fault(list_test_set(root, need_pairs=True))
+    images = _without_fault(list_test_set(root, need_pairs=True, split=split))
     return [(name, low, high) for name, low, high in images if high]
 
 
@@ -91,25 +131,35 @@ def find_images_or_pairs(root: str | os.PathLike) -> list[Listed]:
     return _without_fault(list_test_set(root, need_pairs=False))
 
 
-def list_test_set(root: str | os.PathLike, need_pairs: bool) -> Listing:
+def list_test_set(root: str | os.PathLike, need_pairs: bool, split: Split = "test") -> Listing:
     """List a test set as `find_pairs` or `find_images_or_pairs` do, with all that is wrong with its names.
 
     Args:
         root: as for these two.
         need_pairs: whether bad images alone will not do.
+        split: as for `find_pairs`.
     Raises:
-        UserError: a side is missing.
+        UserError: a side is missing, or which folder is one is in doubt.
     """
     wanted = PAIRS_HELP if need_pairs else IMAGES_HELP
     folder = existing_folder(root, wanted)
-    low, high = _named_subfolder(folder, LQ_NAMES), _named_subfolder(folder, HQ_NAMES)
-    if low and high:
+    lows, highs = _sides(folder)
+    if lows and highs:
+        low, high = (_inside(folder, side) for side in _matching_sides(folder, lows, highs, split))
+        _log_taken(folder, [low, high])
         return _match(low, high)
-    if need_pairs or high:
+    if not need_pairs and (lows or highs) and not _are_certain(folder, lows or highs):
+        _log_all_taken(folder, lows or highs)
+        lows, highs = [], []
+    if need_pairs or highs:
         there = ", ".join(sorted(child.name for child in folder.iterdir())[:8]) or "nothing"
         raise UserError(f"{folder} holds no {'pairs' if need_pairs else 'bad images'}: wanted {wanted}, found {there}")
-    by_name, doubles = _by_name(low or folder, keep_endings=True)
-    return Listing(low or folder, None, [(name, path, None) for name, path in by_name.items()], [], doubles)
+    low = folder
+    if lows:
+        low = _inside(folder, _only(folder, _of_split(lows, lows, split), lows))
+        _log_taken(folder, [low])
+    by_name, doubles = _by_name(low)
+    return Listing(low, None, [(name, path, None) for name, path in by_name.items()], [], doubles)
 
 
 def existing_folder(root: str | os.PathLike | None, wanted: str) -> Path:
@@ -120,15 +170,136 @@ def existing_folder(root: str | os.PathLike | None, wanted: str) -> Path:
     return folder
 
 
+def _sides(root: Path) -> tuple[list[_Side], list[_Side]]:
+    """The bad and the good sides in a folder, or in its `train`, `test` and the like; or these inside the sides."""
+    lows: list[_Side] = []
+    highs: list[_Side] = []
+    seen: set[str] = set()  # a link called gt beside the hr that it leads to is no other side
+    for child in _subfolders(root):
+        candidates = [child] if _SIDE.fullmatch(child.name) or not _split_of(child) else _subfolders(child)
+        for candidate in candidates:
+            found, real = _SIDE.fullmatch(candidate.name), os.path.realpath(candidate)
+            if found and real not in seen:
+                seen.add(real)
+                split = _split_of(candidate) or (_split_of(child) if candidate is not child else None)
+                parts = _subfolders(candidate)
+                if not parts or any(part.name.lower() not in _SPLITS for part in parts) or _loose_images(candidate):
+                    sides = [_Side(candidate, split)]
+                else:
+                    sides = [_Side(part, _split_of(part)) for part in parts]
+                (highs if found["high"] else lows).extend(sides)
+    return lows, highs
+
+
+def _split_of(folder: Path) -> str | None:
+    words = re.split(r"[ ._-]", folder.name.lower())
+    return next((_SPLITS[word] for word in words if word in _SPLITS), None)
+
+
+def _are_certain(folder: Path, sides: Sequence[_Side]) -> bool:
+    """Whether folders without partners are sides: one that is just called `hr` is not, if it is one of many."""
+    named = {side.folder for side in sides}
+    if any(_split_of(side) for side in named):
+        return True
+    return all(not named.isdisjoint(path.parents) for path in indexed_images(folder))
+
+
+def _good_folders(folder: Path, split: Split) -> list[Path]:
+    """What `hq_images` takes: sides, or all of the folder."""
+    lows, highs = _sides(folder)
+    if not highs or not (lows or _are_certain(folder, highs)):
+        return [folder]
+    order: tuple[tuple[str | None, ...], ...] = (("train", None), ("valid",), ("test",))
+    if split == "test":
+        order = (("test",), ("valid",), (None,), ("train",))
+    groups = ([side.folder for side in highs if side.split in wanted] for wanted in order)
+    return next(filter(None, groups))
+
+
+def _matching_sides(folder: Path, lows: list[_Side], highs: list[_Side], split: Split) -> tuple[_Side, _Side]:
+    """The one bad and the one good side that are meant.
+
+    Raises:
+        UserError: it is not certain which; names the candidates.
+    """
+    both = [*lows, *highs]
+    if len(both) == 2 and None in (lows[0].split, highs[0].split):
+        return lows[0], highs[0]
+    low, high = (_only(folder, _of_split(sides, both, split), both) for sides in (lows, highs))
+    return low, high
+
+
+def _of_split(sides: list[_Side], all_sides: list[_Side], split: Split) -> list[_Side]:
+    """Those of `sides` that are of the wanted split; all of them if it is not certain which that is."""
+    splits = {side.split for side in all_sides}
+    order = ("test", "valid") if split == "test" else ("train",)
+    wanted = next(({name} for name in order if name in splits and None not in splits), splits)
+    return [side for side in sides if side.split in wanted]
+
+
+def _only(folder: Path, candidates: list[_Side], all_sides: list[_Side]) -> _Side:
+    """The one candidate; UserError if there are several, or none among all."""
+    if len(candidates) != 1:
+        shown = _listed(side.folder.relative_to(folder) for side in candidates or all_sides)
+        raise UserError(
+            f"data.root={folder}: which of {shown} is meant is not certain; "
+            "give a folder that holds one of them beside its partner, or move the others away"
+        )
+    return candidates[0]
+
+
+def _inside(root: Path, side: _Side) -> Path:
+    """The folder of a side's images: sets like DIV2K have one more, for the scale (`X4`)."""
+    folders = _subfolders(side.folder)
+    if not folders or not all(_SCALE.fullmatch(child.name) for child in folders) or _loose_images(side.folder):
+        return side.folder
+    scales = [_Side(child, side.split) for child in folders]
+    return _only(root, scales, scales).folder
+
+
+def _log_taken(root: Path, taken: Sequence[Path]) -> None:
+    """Say which subfolders are taken, if others are not."""
+    above = {parent for folder in taken for parent in folder.parents}
+    places = [root, *(child for child in _subfolders(root) if child in above)]
+    left = [child for place in places for child in _subfolders(place) if child not in above and child not in taken]
+    rest = [child.relative_to(root).as_posix() for child in left]
+    if loose := _loose_images(root):
+        rest.append(f"{len(loose)} images beside them")
+    if rest:
+        shown = _listed(folder.relative_to(root) for folder in taken)
+        log.info("data.root=%s: taken are the images in %s; not taken: %s", root, shown, ", ".join(rest))
+
+
+def _log_all_taken(root: Path, named: Sequence[_Side]) -> None:
+    """Say that folders called like a side are taken for ones like the others."""
+    shown, first = _listed(side.folder.relative_to(root) for side in named), named[0].folder
+    text = "data.root=%s: all of its images are taken, those in %s as well; give data.root=%s for that folder alone"
+    log.warning(text, root, shown, first)
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    """In order of their names, hidden ones not; a folder can hold 85,000 files, of which none is asked anything."""
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(Path(entry.path) for entry in entries if entry.name[0] != "." and entry.is_dir())
+    except OSError as error:
+        raise UserError(f"cannot read the folder {folder}: {error.strerror}; make it readable or move it") from error
+
+
+def _loose_images(folder: Path) -> list[str]:
+    return [name for name in os.listdir(folder) if name[0] != "." and Path(name).suffix.lower() in IMAGE_EXTENSIONS]
+
+
+def _listed(paths: Iterable[Path]) -> str:
+    return ", ".join(path.as_posix() for path in paths)
+
+
 def _match(low_folder: Path, high_folder: Path) -> Listing:
-    sides = [_by_name(side, keep_endings=True) for side in (low_folder, high_folder)]
-    if not sides[0][0].keys() & sides[1][0].keys():
-        sides = [_by_name(side, keep_endings=False) for side in (low_folder, high_folder)]
-    (low, low_doubles), (high, high_doubles) = sides
-    names = sorted(low.keys() | high.keys(), key=natural_key)
-    pairs: list[Listed] = [(name, low[name], high[name]) for name in names if name in low and name in high]
-    lonely = [low.get(name) or high[name] for name in names if (name in low) != (name in high)]
-    return Listing(low_folder, high_folder, pairs, lonely, low_doubles + high_doubles)
+    (low, low_doubles), (high, high_doubles) = (_by_name(side) for side in (low_folder, high_folder))
+    matching = match_names(low, high)
+    images: list[Listed] = list(matching.pairs)
+    doubles = low_doubles + high_doubles
+    return Listing(low_folder, high_folder, images, matching.lonely, doubles, matching.unclear)
 
 
 def _without_fault(listing: Listing) -> list[Listed]:
@@ -139,6 +310,9 @@ def _without_fault(listing: Listing) -> list[Listed]:
     where = str(listing.low_folder)
     if listing.high_folder:
         where = f"{listing.low_folder.parent} ({listing.low_folder.name} beside {listing.high_folder.name})"
+    if listing.unclear:
+        files = ", ".join(map(str, listing.unclear[0][:5]))
+        raise UserError(f"{where}: it is not certain which of these belong together: {files}; rename or remove some")
     if listing.lonely:
         files = ", ".join(map(str, listing.lonely[:5]))
         raise UserError(f"{where}: {len(listing.lonely)} images have no partner of the same name: {files}")
@@ -147,30 +321,16 @@ def _without_fault(listing: Listing) -> list[Listed]:
     return listing.images
 
 
-def _named_subfolder(folder: Path, names: tuple[str, ...]) -> Path | None:
-    """The subfolder called one of `names`, or ending in `_NAME`; training sides come first."""
-    # names before kinds: a folder can hold 85,000 files
-    named = [folder / name for name in os.listdir(folder) if name.lower().rpartition("_")[2] in names]
-    found = [child for child in named if child.is_dir()]
-    is_plain = {child: child.name.lower() in names for child in found}
-    found.sort(key=lambda child: (not is_plain[child], "train" not in child.name.lower(), child.name))
-    return found[0] if found else None
+def _by_name(folder: Path) -> tuple[dict[str, Path], list[tuple[Path, Path]]]:
+    """Name the images of a folder by their path inside it, without extension; accents as one letter (NFC).
 
-
-def _by_name(folder: Path, keep_endings: bool) -> tuple[dict[str, Path], list[tuple[Path, Path]]]:
-    """Name the images of a folder by their path inside it, without extension.
-
-    Args:
-        folder: searched with its subfolders.
-        keep_endings: whether `_LR4`, `x4` and the like stay in the name.
     Returns:
         images by name; (image, earlier image of the same name) of those left out.
     """
     found: dict[str, Path] = {}
     doubles: list[tuple[Path, Path]] = []
     for path in indexed_images(folder):
-        name = path.relative_to(folder).with_suffix("").as_posix()
-        name = name if keep_endings else re.sub(r"(?i)([_-]?x\d|[_-](lr|lq|hr|hq|gt)\d?)$", "", name)
+        name = unicodedata.normalize("NFC", path.relative_to(folder).with_suffix("").as_posix())
         if found.setdefault(name, path) is not path:
             doubles.append((path, found[name]))
     return found, doubles

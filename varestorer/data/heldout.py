@@ -24,7 +24,8 @@ def heldout_pairs(
     """Make validation pairs; picture i gets the same degradation for the same seed, whatever the limit.
 
     Args:
-        root: a folder of images or of pairs; None: the held-out embedded photographs (china, coffee).
+        root: a folder of images or of pairs, of which the test or validation side is taken; None: the held-out
+            embedded photographs (china, coffee).
         crop: side of the central square to take; None: the whole picture, cut to multiples of `scale`.
         degradation: makes the bad pictures; None: `root` holds real pairs.
         seed: seed of the degradation.
@@ -47,7 +48,7 @@ def heldout_pairs(
 def _degraded_pairs(
     root: str | None, crop: int | None, degradation: Degrade, seed: int, limit: int | None, scale: int
 ) -> list[Sample]:
-    paths = embedded_paths("heldout") if root is None else hq_images(root)
+    paths = embedded_paths("heldout") if root is None else hq_images(root, split="test")
     keys = _spread(len(paths), limit)
     store = ImageStore([(paths[key],) for key in keys], root or "the embedded photographs")
     samples: list[Sample] = []

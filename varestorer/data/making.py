@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 from varestorer import __version__
 from varestorer.data.crops import cut
 from varestorer.data.degradation import Degradation
-from varestorer.data.folders import HQ_HELP, hq_folder
+from varestorer.data.folders import HQ_HELP, hq_folder, hq_folders
 from varestorer.data.manifest import MANIFEST, MadePair, Manifest, pixel_hash
 from varestorer.data.workers import deaths_explained, watched, worker_options
 from varestorer.utils.errors import UserError
@@ -101,12 +101,12 @@ def make_test_set(
     """Make pairs in `root`: `hr` and `lr` with PNG files, and `manifest.json`.
 
     An interrupted run goes on where it stopped. Pairs that are there are read and kept if their pixels are those
-    noted down. The number of pairs may be raised later: the first ones stay.
+    noted down, and those of their photograph. The number of pairs may be raised later: the first ones stay.
 
     Args:
         root: new folder, or one that an earlier run with the same options made.
-        source: good photographs, as `hq_images` finds them. Unreadable ones and those smaller than a crop are
-            left out and noted.
+        source: good photographs, as `hq_images` finds them (of several sides the test side). Unreadable ones and
+            those smaller than a crop are left out and noted.
         recipe: how pairs are made.
         options: what to note of how; an earlier run's have to be equal.
         count: number of pairs; every photograph gives equally many, up to one.
@@ -118,8 +118,9 @@ def make_test_set(
     if count < 1:
         raise UserError(f"count must be at least 1 pair, got {count}")
     manifest = _begin(root, options)
-    folder = hq_folder(source)
-    paths = {_key(path, folder): path for path in list_images(folder)}
+    folder = hq_folder(source, split="test")
+    sides = hq_folders(source, split="test")
+    paths = {_key(path, folder): path for side in sides for path in list_images(side)}
     cut_outs, manifest.skipped = plan_cut_outs(paths, recipe, count)
     if not cut_outs:
         reasons = "; ".join(list(manifest.skipped.values())[:5]) or f"give {HQ_HELP}"
@@ -243,15 +244,28 @@ class _PairMaker(Dataset[Any]):
     def __getitem__(self, number: int) -> dict[str, MadePair] | UserError:
         chunk = self.chunks[number]
         try:
+            photo_3HW = load_image(self.paths[chunk[0].source])
+            for cut_out in chunk:
+                self._check_photograph(photo_3HW, cut_out)
             made = {cut_out.name: self.known[cut_out.name] for cut_out in chunk if self._is_there(cut_out.name)}
-            missing = [cut_out for cut_out in chunk if cut_out.name not in made]
-            photo_3HW = load_image(self.paths[chunk[0].source]) if missing else None
-            return made | {cut_out.name: self._make(photo_3HW, cut_out) for cut_out in missing if photo_3HW is not None}
+            return made | {
+                cut_out.name: self._make(photo_3HW, cut_out) for cut_out in chunk if cut_out.name not in made
+            }
         except UserError as error:
             return error
 
     def _place(self, side: str, name: str) -> Path:
         return self.root / side / f"{name}.png"
+
+    def _check_photograph(self, photo_3HW: Tensor, cut_out: CutOut) -> None:
+        """Refuse a photograph that does not show what the pair that was made of it does."""
+        known = self.known.get(cut_out.name)
+        box = (cut_out.top, cut_out.left, self.recipe.crop, self.recipe.crop)
+        if known is not None and pixel_hash(to_uint8(cut(photo_3HW, box))) != known.hr:
+            raise UserError(
+                f"the photographs changed since make={self.root} was begun: {self.paths[cut_out.source]} does not show "
+                f"what pair {cut_out.name} was made of; bring it back, or give a new folder"
+            )
 
     def _is_there(self, name: str) -> bool:
         """Whether both files hold the pixels that were noted down."""

@@ -55,7 +55,7 @@ class _Sample:
 def pack(out: Path, source: Path, shard_bytes: int, text: str | None = None) -> Packing:
     """Write `shard-000000.tar`, `shard-000001.tar`, ... and their index.
 
-    A shard that is there already, from an interrupted run, is kept if it holds photographs of these names and sizes.
+    A shard that is there already, from an interrupted run, is kept if it holds these very bytes.
 
     Args:
         out: folder of the shards, made if it is not there.
@@ -144,7 +144,7 @@ def _groups(samples: list[_Sample], shard_bytes: int) -> Iterator[list[_Sample]]
 
 
 def _kept(path: Path, group: list[_Sample]) -> list[Member] | None:
-    """The members of a shard that is there and holds these photographs; None otherwise."""
+    """The members of a shard that is there and holds these photographs and texts, byte by byte; None otherwise."""
     if not path.is_file():
         return None
     try:
@@ -153,9 +153,15 @@ def _kept(path: Path, group: list[_Sample]) -> list[Member] | None:
         log.warning("making it again: %s", error)
         return None
     wanted = [(sample.key, extension) for sample in group for extension, _ in sample.contents]
-    sizes = {member.key: member.size for member in reversed(members)}  # the photograph is a sample's first member
-    is_same = wanted == [(member.key, member.extension) for member in members]
-    return members if is_same and all(sizes[sample.key] == sample.size for sample in group) else None
+    if wanted != [(member.key, member.extension) for member in members]:
+        return None
+    contents = (read for sample in group for _, read in sample.contents)
+    with path.open("rb") as file:
+        for member, read in zip(members, contents, strict=True):
+            file.seek(member.offset)
+            if file.read(member.size) != read():
+                return None
+    return members
 
 
 def _write(path: Path, group: list[_Sample]) -> list[Member]:

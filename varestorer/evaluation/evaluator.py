@@ -18,10 +18,11 @@ from varestorer.evaluation.progress import Progress
 from varestorer.evaluation.protocols import Protocol
 from varestorer.evaluation.results import Evaluation, Pair, Row, Scores
 from varestorer.evaluation.samples import Sample, SampleReader, check_sizes
-from varestorer.evaluation.sources import Source
-from varestorer.utils.errors import UsageError, reason
+from varestorer.evaluation.sources import FolderSource, Source
+from varestorer.utils.errors import UsageError, UserError, reason
+from varestorer.utils.files import file_sha256
 from varestorer.utils.finite import check_finite
-from varestorer.utils.images import to_uint8
+from varestorer.utils.images import load_image, save_image, to_uint8
 from varestorer.utils.iqa import (
     METRIC_ERRORS,
     Metric,
@@ -30,6 +31,7 @@ from varestorer.utils.iqa import (
     metric_config,
     metric_id,
     needs_reference,
+    reads_plainly,
 )
 from varestorer.utils.iqa_sandbox import quiet
 
@@ -161,6 +163,8 @@ class Evaluator:
 
         if not pairs:
             raise UsageError(f"data set {dataset!r} has no images to score")
+        if isinstance(source, FolderSource) and not source.pairs:
+            source.match(pairs)
         reader = SampleReader(source, keep, reuse=progress is not None)
         rows = self._kept(pairs, reader, progress) if progress else {}
         # all have read what there is before the first writes
@@ -190,7 +194,7 @@ class Evaluator:
         )
 
     def _kept(self, pairs: Sequence[Pair], reader: SampleReader, progress: Progress) -> dict[str, Row]:
-        """Rows of an earlier run whose files are there and have not changed since.
+        """Rows of an earlier run whose files are there and are the same as then.
 
         Raises:
             UsageError: that run has scored images that are not asked for now, and going on would drop their scores.
@@ -204,8 +208,7 @@ class Evaluator:
         rows = {}
         for name, lq, hq in pairs:
             image = reader.file((name, lq, hq))
-            files = [file for file in (image, lq, hq) if file is not None]
-            if name in done and progress.is_current(files):
+            if name in done and done[name].digests and done[name].digests == _digests(lq, hq, image):
                 rows[name] = replace(done[name], image=image, reference=hq, lq=lq)
         return rows
 
@@ -235,7 +238,7 @@ class Evaluator:
                 with tempfile.TemporaryDirectory(prefix="varestorer-eval-") as folder:
                     images, references = _link_pairs(pairs, Path(folder))
                     scores[name] = _finite(metric.score_folders(images, references))
-            except METRIC_ERRORS as error:
+            except (UserError, *METRIC_ERRORS) as error:
                 refused[name] = f"{name} of {len(pairs)} saved images failed: {reason(error)}"
         return scores, refused
 
@@ -261,6 +264,14 @@ def _score(
             scores.errors[name] = reason(error)
 
 
+def _digests(*files: Path | None) -> str | None:
+    """As a row holds them; None if one cannot be read."""
+    try:
+        return " ".join(file_sha256(file) for file in files if file is not None)
+    except UserError:
+        return None
+
+
 def _same_size(samples: Sequence[Sample]) -> Iterator[list[Sample]]:
     """The samples that have an image, in groups of one size, with or without references."""
     groups: dict[tuple[object, ...], list[Sample]] = {}
@@ -276,12 +287,20 @@ def _with_scores(row: Row, scores: Scores) -> Row:
 
 
 def _link_pairs(pairs: Sequence[tuple[Path, Path]], folder: Path) -> tuple[Path, Path]:
-    """Two folders that hold links to just these images, and to just their references."""
+    """Two folders with just these images, and just their references, as the other metrics see them.
+
+    Metrics of folders read files by themselves, and make something else of all but plain 8-bit RGB. A file that they
+    read right is linked, any other is written as such a PNG.
+    """
     folders = folder / "images", folder / "references"
     for side, subfolder in enumerate(folders):
         subfolder.mkdir()
         for number, pair in enumerate(pairs):
-            (subfolder / f"{number:06d}{pair[side].suffix}").symlink_to(pair[side].resolve())
+            path, image_3HW = subfolder / f"{number:06d}.png", load_image(pair[side])
+            if reads_plainly(pair[side], to_uint8(image_3HW)):
+                path.symlink_to(pair[side].resolve())
+            else:
+                save_image(path, image_3HW)
     return folders
 
 

@@ -1,7 +1,8 @@
 """An evaluation that can be stopped and taken up again: what is done is in its folder.
 
 `settings.json` says what the figures belong to; images that are made go to `images/`, and a line for every scored
-image to `per_image.csv` as soon as it is scored. An evaluation with other settings is refused the folder.
+image to `per_image.csv` as soon as it is scored; `files.csv` says by digests which files it was scored from. An
+evaluation with other settings is refused the folder.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from varestorer.evaluation.results import Row
 from varestorer.utils.errors import UsageError, UserError, reason
 from varestorer.utils.files import atomic_write
 
-PER_IMAGE, SETTINGS, IMAGES = "per_image.csv", "settings.json", "images"
+PER_IMAGE, FILES, SETTINGS, IMAGES = "per_image.csv", "files.csv", "settings.json", "images"
 
 
 class Progress:
@@ -64,33 +65,23 @@ class Progress:
     def kept(self, columns: Sequence[str]) -> dict[str, Row]:
         """Rows of an earlier run by name: those without errors that have all columns.
 
-        A row whose image has changed since is for the evaluator to find out, see `is_current`.
+        A row whose files are others now is for the evaluator to find out, by its digests.
 
         Args:
             columns: metrics that a row must have.
         """
-        try:
-            text = self.path.read_text(encoding="utf-8")
-        except FileNotFoundError:
-            return {}
-        except (OSError, ValueError) as error:
-            raise UserError(f"cannot read {self.path} ({reason(error)}); give another out=, or remove it") from error
-        whole = text[: text.rfind("\n") + 1]  # a line that was being written when the machine stopped is no row
+        digests = {cells["image"]: cells["digests"] or "" for cells in _read(self.folder / FILES)}
         rows = {}
-        for cells in csv.DictReader(StringIO(whole, newline="")):
+        for cells in _read(self.path):
             try:
                 scores = {name: float(cells[name]) for name in columns}
                 seconds = float(cells["seconds"]) if cells["seconds"] else None
             except (KeyError, ValueError, TypeError):
                 continue
             if not cells["error"]:
-                rows[cells["image"]] = Row(cells["image"], scores, seconds)
+                name = cells["image"]
+                rows[name] = Row(name, scores, seconds, digests=digests.get(name, ""))
         return rows
-
-    def is_current(self, files: Iterable[Path]) -> bool:
-        """Whether none of the files that a row was scored from is missing, or newer than the rows."""
-        written = self.path.stat().st_mtime_ns
-        return all(file.is_file() and file.stat().st_mtime_ns <= written for file in files)
 
     def begin(self, columns: Sequence[str], rows: Iterable[Row]) -> None:
         """Note the settings, and the rows to go on from.
@@ -101,6 +92,8 @@ class Progress:
         self.columns = list(columns)
         with atomic_write(self.folder / SETTINGS) as path:
             path.write_text(json.dumps(self.settings, indent=2) + "\n", encoding="utf-8")
+        rows = list(rows)
+        _write(self.folder / FILES, [["image", "digests"], *_digests(rows)])
         write_rows(self.path, self.columns, rows)
 
     def append(self, rows: Iterable[Row]) -> None:
@@ -109,15 +102,9 @@ class Progress:
         Raises:
             UserError: the file cannot be written; names it.
         """
-        try:
-            with self.path.open("a", newline="", encoding="utf-8") as file:
-                csv.writer(file).writerows(_cells(row, self.columns) for row in rows)
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise UserError(
-                f"cannot write {self.path}: {reason(error)}; check the folder and its free space"
-            ) from error
+        rows = list(rows)
+        _append(self.folder / FILES, _digests(rows))  # first: a row without digests is scored again
+        _append(self.path, [_cells(row, self.columns) for row in rows])
 
 
 def write_rows(target: Path, columns: Sequence[str], rows: Iterable[Row]) -> None:
@@ -125,10 +112,38 @@ def write_rows(target: Path, columns: Sequence[str], rows: Iterable[Row]) -> Non
 
     Scores have all their digits, so that they are the same when they are read again.
     """
+    _write(target, [["image", *columns, "seconds", "error"], *(_cells(row, columns) for row in rows)])
+
+
+def _write(target: Path, lines: Iterable[Sequence[str]]) -> None:
     with atomic_write(target) as path, path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["image", *columns, "seconds", "error"])
-        writer.writerows(_cells(row, columns) for row in rows)
+        csv.writer(file).writerows(lines)
+
+
+def _append(path: Path, lines: Iterable[Sequence[str]]) -> None:
+    try:
+        with path.open("a", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows(lines)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {reason(error)}; check the folder and its free space") from error
+
+
+def _read(path: Path) -> list[dict[str, str]]:
+    """The lines of a table; none if there is none."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path} ({reason(error)}); give another out=, or remove it") from error
+    whole = text[: text.rfind("\n") + 1]  # a line that was being written when the machine stopped is no row
+    return list(csv.DictReader(StringIO(whole, newline="")))
+
+
+def _digests(rows: Iterable[Row]) -> list[list[str]]:
+    return [[row.name, row.digests] for row in rows]
 
 
 def _cells(row: Row, columns: Sequence[str]) -> list[str]:

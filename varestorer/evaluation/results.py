@@ -33,6 +33,7 @@ class Row:
         image: the file that was scored, where there is one.
         reference: the high-quality file, where there is one.
         lq: the low-quality file.
+        digests: `file_sha256` of LQ, HQ and scored file, as far as there are any, in a row with spaces between.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Row:
     image: Path | None = None
     reference: Path | None = None
     lq: Path | None = None
+    digests: str = ""
 
 
 @dataclass(frozen=True)

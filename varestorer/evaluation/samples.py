@@ -13,8 +13,9 @@ from varestorer.evaluation.results import Pair, Row
 from varestorer.evaluation.sources import Candidate, FolderSource, Source
 from varestorer.utils.ahead import make_ahead
 from varestorer.utils.errors import UserError
+from varestorer.utils.files import file_sha256
 from varestorer.utils.finite import check_finite
-from varestorer.utils.images import load_image, save_image
+from varestorer.utils.images import load_image, made_from, save_image
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ class SampleReader:
     Args:
         source: gives the image to be scored.
         keep: folder for the images that the source makes, `<name>.png`; None: they are not kept.
-        reuse: take an image that is in `keep` already, if it is not older than the one it was made from.
+        reuse: take an image that is in `keep` already, if the one it was made from is still the same file.
     """
 
     def __init__(self, source: Source, keep: Path | None = None, reuse: bool = False) -> None:
@@ -81,6 +82,9 @@ class SampleReader:
         name, lq, hq = pair
         sample = Sample(Row(name, reference=hq, lq=lq))
         try:
+            # before they are read: if one changes now, the image is scored again next time
+            digests = " ".join(file_sha256(file) for file in (lq, hq) if file is not None)
+            sample = replace(sample, row=replace(sample.row, digests=digests))
             return sample if hq is None else replace(sample, reference=load_image(hq))
         except UserError as error:
             return sample.failed(error)
@@ -89,34 +93,35 @@ class SampleReader:
         """Read or make the image; write it if it was made."""
         if sample.row.errors or sample.row.lq is None:
             return sample
-        name, lq = sample.row.name, sample.row.lq
+        name, lq, digests = sample.row.name, sample.row.lq, sample.row.digests
+        lq_digest = digests.partition(" ")[0]
         try:
-            candidate = self._made_before(name, lq) or self.source(name, lq)
+            candidate = self._made_before(name, lq_digest) or self.source(name, lq)
             check_finite(candidate.image, f"the result for {lq}")
-            path = self._write(candidate, name)
+            path = self._write(candidate, name, lq_digest)
+            digests = f"{digests} {file_sha256(path)}" if path else digests
         except UserError as error:
             return sample.failed(error)
-        made = replace(sample, row=replace(sample.row, seconds=candidate.seconds, image=path), image=candidate.image)
+        row = replace(sample.row, seconds=candidate.seconds, image=path, digests=digests)
+        made = replace(sample, row=row, image=candidate.image)
         try:
             check_sizes(candidate.image, sample.reference)
         except UserError as error:
             return made.failed(error)
         return made
 
-    def _made_before(self, name: str, lq: Path) -> Candidate | None:
+    def _made_before(self, name: str, lq_digest: str) -> Candidate | None:
         if self.keep is None or not self.reuse:
             return None
         path = self.keep / f"{name}.png"
-        if not path.is_file() or path.stat().st_mtime_ns < lq.stat().st_mtime_ns:
-            return None
-        return Candidate(load_image(path), path=path)
+        return Candidate(load_image(path), path=path) if made_from(path) == lq_digest else None
 
-    def _write(self, candidate: Candidate, name: str) -> Path | None:
+    def _write(self, candidate: Candidate, name: str, lq_digest: str) -> Path | None:
         """Write an image that was made here; return the file that holds the image, if any."""
         if candidate.path is not None or self.keep is None:
             return candidate.path
         path = self.keep / f"{name}.png"
-        save_image(path, candidate.image)
+        save_image(path, candidate.image, source=lq_digest)
         return path
 
 

@@ -6,7 +6,8 @@ A source is a callable `(name, lq_path) -> Candidate`; it raises UserError for a
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+import unicodedata
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from varestorer.evaluation.results import Pair
 from varestorer.utils.errors import UsageError, UserError
 from varestorer.utils.images import list_images, load_image, resize
 from varestorer.utils.seeds import derive_seed
@@ -86,15 +88,18 @@ class Restorer(Protocol):
 class FolderSource:
     """Images that somebody else made, matched to the data set by name: path inside the folder, or file stem.
 
+    A stem counts only if no other image of the data set has it too: an image is the prediction of one pair.
+
     Args:
         folder: searched with its subfolders.
+        pairs: the whole data set, also where only a part is asked for; `match` gives it later.
     Raises:
         UsageError: not a folder, or no images in it.
     """
 
     runs_ahead = True
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, pairs: Sequence[Pair] = ()) -> None:
         self.folder = Path(folder).expanduser()
         self.method = self.folder.name
         self.settings = {"predictions": str(self.folder.resolve())}
@@ -102,24 +107,59 @@ class FolderSource:
             raise UsageError(f"predictions must be a folder of images, and {self.folder} is not a folder")
         self.paths: dict[str, list[Path]] = {}
         for path in list_images(self.folder):
-            for key in {path.relative_to(self.folder).with_suffix("").as_posix(), path.stem}:
+            for key in {self._own_key(path), _key(path.stem)}:
                 self.paths.setdefault(key, []).append(path)
         if not self.paths:
             raise UsageError(f"predictions must be a folder of images, and {self.folder} holds none")
+        self.match(pairs)
+
+    def match(self, pairs: Sequence[Pair]) -> None:
+        """Note the data set, whose images contend for the predictions."""
+        self.pairs = pairs
+        self.own = {key: name for name, lq, _ in pairs for key in _keys(name, lq)[:2]}
+        self.sharing: dict[str, list[str]] = {}
+        for name, lq, _ in pairs:
+            for key in _keys(name, lq)[2:]:
+                self.sharing.setdefault(key, []).append(name)
 
     def find(self, name: str, lq_path: Path) -> Path:
-        """The file of the prediction for `name`; UserError when there is none, or more than one."""
-        keys = (name, name.rpartition("/")[2], lq_path.stem)
-        found = next((self.paths[key] for key in keys if key in self.paths), [])
+        """The prediction for `name`; UserError when there is none, or more than one, or it may be that of another."""
+        found: list[Path] = []
+        for number, key in enumerate(_keys(name, lq_path)):
+            found = [path for path in self.paths.get(key, []) if self.own.get(self._own_key(path), name) == name]
+            rivals = self.sharing.get(key, [])
+            is_own = number < 2 and all(self._own_key(path) == key for path in found)
+            if found and not is_own and len(rivals) > 1:
+                raise UserError(
+                    f"{found[0]} could be the prediction for {', '.join(rivals[:5])}: "
+                    "put predictions into the same subfolders as the images they belong to"
+                )
+            if found:
+                break
         if len(found) != 1:
             problem = ", ".join(path.name for path in found) if found else "none"
             raise UserError(f"wanted one prediction {name}.* in {self.folder}, found {problem}")
         return found[0]
 
+    def _own_key(self, path: Path) -> str:
+        return _key(path.relative_to(self.folder).with_suffix("").as_posix())
+
     def __call__(self, name: str, lq_path: Path) -> Candidate:
         """Read the prediction for `name`; UserError when there is none, more than one, or a broken one."""
         path = self.find(name, lq_path)
         return Candidate(load_image(path), path=path)
+
+
+def _key(name: str) -> str:
+    """macOS writes accents as letters of their own."""
+    return unicodedata.normalize("NFC", name)
+
+
+def _keys(name: str, lq_path: Path) -> list[str]:
+    """What the prediction of a pair may be called: two paths that are its own, then stems that others may share."""
+    folder, slash, stem = _key(name).rpartition("/")
+    lq_stem = _key(lq_path.stem)
+    return [_key(name), f"{folder}{slash}{lq_stem}", *dict.fromkeys([stem, lq_stem])]
 
 
 class BicubicSource:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import pickle
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from varestorer.evaluation.sources import Candidate, timed
 from varestorer.utils.errors import UsageError, reason
+from varestorer.utils.files import file_sha256
 from varestorer.utils.finite import check_weights
 from varestorer.utils.images import load_image
 from varestorer.utils.tiling import restore_tiled
@@ -44,11 +44,9 @@ class SpandrelSource:
             raise UsageError(f"{known}, and scale={scale} was asked for; use scale={self.model.scale}")
         self.scale = scale
         self.method = f"{self.path.stem} ({self.model.architecture.name})"
-        with self.path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
         self.settings: dict[str, Any] = {
             "method": "spandrel",
-            "model_path": f"{self.path.name} (SHA-256 {digest[:16]})",
+            "model_path": f"{self.path.name} (SHA-256 {file_sha256(self.path)[:16]})",
         }
         self.runs_ahead = self.device.type != "cpu"
 

@@ -12,11 +12,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from varestorer.utils.errors import UserError
-from varestorer.utils.files import atomic_write
+from varestorer.utils.files import atomic_write, file_sha256
 from varestorer.weights.bundles import ADAPTERS, CONFIG, FORMAT, RESTORER, is_bundle, read_config, tensors_file
 from varestorer.weights.card import model_card
 from varestorer.weights.runs import is_run, latest_checkpoint
-from varestorer.weights.storage import file_sha256
 
 CARD = "README.md"
 

@@ -22,8 +22,8 @@ from varestorer.systems.plan import REPORT_NAME, Job, Plan
 from varestorer.utils.ahead import make_ahead
 from varestorer.utils.device import usable_cores
 from varestorer.utils.errors import UserError, reason
-from varestorer.utils.files import atomic_write
-from varestorer.utils.images import Picture, heat_map, is_grey, load_picture, natural_key, resize, save_image
+from varestorer.utils.files import atomic_write, file_sha256
+from varestorer.utils.images import Picture, heat_map, is_grey, load_picture, made_from, natural_key, resize, save_image
 from varestorer.utils.seeds import derive_seed
 
 logger = logging.getLogger(__name__)
@@ -93,8 +93,9 @@ def restore_files(
     nor on their order. Transparency is resized and kept, and so is a colour profile; grey is
     written as one channel. Results appear whole or not
     at all. If the run is interrupted, what was restored by then is written, and so is the report; it keeps earlier
-    entries whose results are still there. A result that is left in place, but was made with another seed or other
-    settings, is named.
+    entries whose results are still there. A result that was made from another file than the one that is there now is
+    made again. One that is left in place, but was made with another seed or other settings or does not say from what,
+    is named.
 
     Args:
         plan: from `plan_restoration`.
@@ -114,6 +115,10 @@ def restore_files(
     for job in plan.jobs:
         if job.name not in to_do:
             entries[job.name] = earlier.get(job.name, {}) | {"output": job.target, "skipped": True}
+            if made_from(plan.output / job.target) is None:
+                logger.warning("%s does not say what it was made from; overwrite=true makes it again", job.target)
+        elif not overwrite and (plan.output / job.target).exists():
+            logger.info("%s was made from another file than %s, and is made again", job.target, job.source)
     others = _other_settings(entries, {"seed": seed, **(settings or {})})
     runner = _Runner(plan.output, restore, seed, settings or {}, max_pixels, entries)
     try:
@@ -155,6 +160,7 @@ class _Work:
     """A file on its way through the stages, and why it fell out of it."""
 
     job: Job
+    source: str = ""
     picture: Picture | None = None
     restored: Restored | None = None
     seconds: float = 0.0
@@ -196,6 +202,7 @@ class _Runner:
     def _read(self, job: Job) -> _Work:
         work = _Work(job)
         with work.failing():
+            work.source = file_sha256(job.source)  # before it is read: if it changes now, its result is made again
             work.picture = load_picture(job.source, self.max_pixels)
         return work
 
@@ -210,7 +217,7 @@ class _Runner:
     def _write(self, work: _Work) -> None:
         if work.picture is not None and work.restored is not None:
             with work.failing():
-                self._save(work.job, work.picture, work.restored)
+                self._save(work.job, work.source, work.picture, work.restored)
                 self.entries[work.job.name] = self._entry(work, work.picture, work.restored)
         if work.failure is not None:
             logger.warning("%s: %s", work.job.name, work.failure)
@@ -226,7 +233,7 @@ class _Runner:
             entry["note"] = picture.note
         return entry
 
-    def _save(self, job: Job, picture: Picture, restored: Restored) -> None:
+    def _save(self, job: Job, source: str, picture: Picture, restored: Restored) -> None:
         """Write the heat map and the image; neither if one of them cannot be written."""
         size = (restored.image.shape[1], restored.image.shape[2])
         alpha = None if picture.alpha is None else resize(picture.alpha, size)
@@ -235,7 +242,7 @@ class _Runner:
             save_image(heat, heat_map(restored.uncertainty))
         image = restored.image[:1] if picture.is_grey and is_grey(restored.image) else restored.image
         try:
-            save_image(self.output / job.target, image, alpha, picture.icc_profile)
+            save_image(self.output / job.target, image, alpha, picture.icc_profile, source)
         except BaseException:
             if restored.uncertainty is not None:
                 heat.unlink(missing_ok=True)

@@ -6,8 +6,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from varestorer.utils.errors import UsageError
-from varestorer.utils.images import IMAGE_EXTENSIONS, split_images
+from varestorer.utils.errors import UsageError, UserError
+from varestorer.utils.files import file_sha256
+from varestorer.utils.images import IMAGE_EXTENSIONS, made_from, split_images
 from varestorer.utils.scanning import REPORT_NAME, report_unused, scan_folder
 
 __all__ = ["REPORT_NAME", "Job", "Plan", "plan_restoration"]
@@ -48,8 +49,21 @@ class Plan:
     rejected: dict[str, str] = field(default_factory=dict)
 
     def pending(self, overwrite: bool) -> list[Job]:
-        """Jobs whose result is not there yet; all of them if results are to be overwritten."""
-        return [job for job in self.jobs if overwrite or not (self.output / job.target).exists()]
+        """Jobs whose result is not there yet, or was made from another file; all of them with `overwrite`.
+
+        A picture that does not say what it was made from may be anybody's, and is left alone.
+        """
+        return [job for job in self.jobs if overwrite or self._is_to_do(job)]
+
+    def _is_to_do(self, job: Job) -> bool:
+        result = self.output / job.target
+        if not result.exists():
+            return True
+        source = made_from(result)
+        try:
+            return source is not None and source != file_sha256(job.source)
+        except UserError:
+            return True  # reading it says what is wrong
 
 
 def plan_restoration(source: str | os.PathLike, output: str | os.PathLike) -> Plan:

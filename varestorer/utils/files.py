@@ -1,11 +1,32 @@
-"""Writing files so that a reader never meets half of one."""
+"""Files: what tells one from another, and writing them so that a reader never meets half of one."""
 
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from varestorer.utils.errors import UserError, reason
+
+
+def file_sha256(path: str | os.PathLike) -> str:
+    """SHA-256 of a file's bytes: what identifies it wherever something is reused because it was done before.
+
+    Times do not: unzip, `cp -p` and `rsync -a` put an older file in the place of another, and a backup by hard links
+    changes the time of an entry whose content stays.
+
+    Raises:
+        UserError: it cannot be read, or is no regular file; names it.
+    """
+    path = Path(path)
+    try:
+        if not path.is_file():  # reading from a pipe would wait for ever
+            problem = "it is no regular file" if path.exists() else "no such file"
+            raise UserError(f"cannot read {path}: {problem}; give a file")
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}; make it readable or remove it") from error
 
 
 @contextmanager

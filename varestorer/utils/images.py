@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 from einops import rearrange
-from PIL import Image, features
+from PIL import Image, PngImagePlugin, features
 from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
 from varestorer.utils.decoding import decode, decode_visible
+from varestorer.utils.errors import UserError
 from varestorer.utils.files import atomic_write
 from varestorer.utils.finite import check_finite, is_finite
 from varestorer.utils.image_files import open_image
@@ -36,6 +37,9 @@ def _readable_extensions() -> frozenset[str]:
 
 IMAGE_EXTENSIONS = _readable_extensions()
 ROUNDING = 1e-3  # what a picture may lie beyond [0, 1]
+
+SOURCE = "Source-SHA256"
+"""Text of a PNG that was made from another picture: the `file_sha256` of that one."""
 
 
 @dataclass(frozen=True)
@@ -150,8 +154,27 @@ _WRITTEN = {
 }
 
 
+def made_from(path: str | os.PathLike) -> str | None:
+    """The `source` that `save_image` wrote into a picture.
+
+    It is inside the file, so that it is there as soon as the picture is, and goes where the picture goes.
+
+    Returns:
+        None: the picture does not say, or cannot be read.
+    """
+    try:
+        with open_image(path) as file:
+            return file.info.get(SOURCE)
+    except UserError:
+        return None
+
+
 def save_image(
-    path: str | os.PathLike, img_CHW: Tensor, alpha_1HW: Tensor | None = None, icc_profile: bytes | None = None
+    path: str | os.PathLike,
+    img_CHW: Tensor,
+    alpha_1HW: Tensor | None = None,
+    icc_profile: bytes | None = None,
+    source: str | None = None,
 ) -> None:
     """Write a picture in [0, 1] with 8 bits (rounded, not truncated), whole or not at all.
 
@@ -160,6 +183,7 @@ def save_image(
         img_CHW: RGB, or one channel of grey; as `as_picture` takes it.
         alpha_1HW: transparency of the same size.
         icc_profile: what the colours mean; None: sRGB.
+        source: `file_sha256` of what it was made from, for `made_from`.
     Raises:
         ValueError: no picture in [0, 1], another extension, or what its format cannot hold; nothing is written.
         UserError: values that are not finite, or the file cannot be written; names it.
@@ -182,9 +206,13 @@ def save_image(
     check_finite(channels, f"the picture for {path}")
     _check_values(channels, f"cannot write {path}: wanted floats in [0, 1]")
     array = rearrange(to_uint8(channels).cpu(), "c h w -> h w c").numpy()
+    options = dict(format_.options)
+    if source is not None and format_ is _PNG:
+        options["pnginfo"] = PngImagePlugin.PngInfo()
+        options["pnginfo"].add_text(SOURCE, source)
     with atomic_write(path) as temporary:
         image = Image.fromarray(array[..., 0] if array.shape[2] == 1 else array)
-        image.save(temporary, format=format_.name, icc_profile=icc_profile, **format_.options)
+        image.save(temporary, format=format_.name, icc_profile=icc_profile, **options)
 
 
 def as_picture(image: Any) -> Tensor:

@@ -220,6 +220,26 @@ def metric_id(name: str, options: Mapping[str, Any]) -> str:
     return f"{name}[{listed}]" if listed else name
 
 
+def reads_plainly(path: str | Path, image_3HW: Tensor) -> bool:
+    """Whether pyiqa's metrics of folders see these pixels in a file, of which they know nothing but `convert("RGB")`.
+
+    They miss orientation, depth, ranges and colour profiles.
+
+    Args:
+        path: the file.
+        image_3HW: uint8, what the file shows.
+    """
+    import numpy as np
+    from PIL import Image
+
+    try:
+        with Image.open(path) as file:
+            seen_HW3 = np.asarray(file.convert("RGB"))
+    except METRIC_ERRORS:
+        return False
+    return np.array_equal(seen_HW3, image_3HW.permute(1, 2, 0).numpy())
+
+
 def needs_reference(name: str) -> bool:
     """Whether a metric compares with references; pyiqa counts FID among those that need none.
 

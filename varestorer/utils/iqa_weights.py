@@ -13,6 +13,8 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
+from varestorer.utils.files import file_sha256
+
 _ALEXNET = "checkpoints/alexnet-owt-7be5be79.pth"
 _VGG16 = "checkpoints/vgg16-397923af.pth"
 _INCEPTION = "pyiqa/pt_inception-2015-12-05-6726825d.pth"
@@ -188,5 +190,4 @@ def _sha256(path: str) -> str:
     if os.path.isdir(path):
         listing = [f"{p.name} {p.stat().st_size}\n" for p in sorted(Path(path).iterdir())]
         return hashlib.sha256("".join(listing).encode()).hexdigest()
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return file_sha256(path)

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from varestorer.utils.errors import UserError, reason
+from varestorer.utils.files import file_sha256
 from varestorer.utils.finite import check_weights
 
 CHECKSUMS = "checksums.json"
@@ -113,12 +114,6 @@ def damage(folder: Path) -> str | None:
     return next(filter(None, (_file_damage(folder / name, *entry) for name, entry in expected.items())), None)
 
 
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 over names, types, shapes and bytes of tensors, in the order of their names."""
     digest = hashlib.sha256()
@@ -145,6 +140,8 @@ def _file_damage(path: Path, size: int, sha256: str) -> str | None:
         return None if file_sha256(path) == sha256 else f"{path.name} does not match its checksum"
     except OSError as error:
         return f"{path.name} cannot be read: {error.strerror or reason(error)}"
+    except UserError as error:
+        return str(error)
 
 
 def _seal(folder: Path) -> None:

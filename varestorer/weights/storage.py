@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from varestorer.utils.errors import UserError
+from varestorer.utils.files import temporary_path
 
 CHECKSUMS = "checksums.json"
 STATE = "state.json"
@@ -33,7 +34,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     Raises:
         UserError: it cannot be written (disk full, no permission); names the folder. Older ones stay.
     """
-    temporary = target.with_name(f".{target.name}.tmp")
+    temporary = temporary_path(target)
     try:
         temporary.mkdir(parents=True)
         yield temporary

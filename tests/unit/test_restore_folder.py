@@ -2,7 +2,7 @@
 
 import json
 import logging
-import os
+import re
 import threading
 import time
 from pathlib import Path
@@ -349,7 +349,7 @@ def test_what_the_disk_refuses_is_reported_and_the_rest_is_tried(
 
     def save_half(image: Image.Image, path: Path, **options) -> None:
         save(image, path, **options)
-        if path.name.startswith(f".{full}.{os.getpid()}."):
+        if re.match(rf"\.{full}\.[0-9a-f]+\.tmp", path.name):
             path.write_bytes(path.read_bytes()[:20])
             raise OSError(28, "No space left on device")
 

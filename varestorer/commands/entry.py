@@ -8,6 +8,7 @@ were raised.
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import os
 import re
@@ -71,6 +72,9 @@ class Command:
             the exit status.
         """
         words = list(sys.argv[1:] if argv is None else argv)
+        for stream in (sys.stdout, sys.stderr):  # a name that the terminal cannot show must not end the command
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
         try:
             folder = (configs or config_dir()).resolve()
             if "--help" in words or "-h" in words:
@@ -102,6 +106,14 @@ class Command:
         """Keys that the command's own config names."""
         file = folder / f"{self.config_name}.yaml"
         return [str(key) for key in OmegaConf.load(file)] if file.is_file() else []
+
+
+class PlainFormatter(logging.Formatter):
+    """Log lines in which file names cannot steer the terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line, control characters as `visible` shows them."""
+        return visible(super().format(record))
 
 
 class _Job:
@@ -169,9 +181,14 @@ def report(error: BaseException, groups: Sequence[str] = ()) -> int:
 def say(text: str) -> None:
     """Print a result of a command: the one place of the package that writes to stdout."""
     try:
-        print(text, flush=True)  # noqa: T201
+        print(visible(text), flush=True)  # noqa: T201
     except BrokenPipeError:  # the reader, such as `head`, has seen enough; nor may Python flush again at its end
         sys.stdout = Path(os.devnull).open("w", encoding="utf-8")
+
+
+def visible(text: str) -> str:
+    """A text with its control characters, but for tabs and line ends, as escapes: names may hold any of them."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
 def config_dir() -> Path:
@@ -278,7 +295,7 @@ def _is_usage(error: BaseException) -> bool:
 
 
 def _complain(text: str) -> None:
-    sys.stderr.write(f"error: {text.strip()}\n")
+    sys.stderr.write(f"error: {visible(text.strip())}\n")
 
 
 def _first_comment(path: Path) -> str:

@@ -36,7 +36,7 @@ from varestorer.data.text import (
 )
 from varestorer.utils.device import pick_device
 from varestorer.utils.errors import UsageError, UserError
-from varestorer.utils.files import expand_user
+from varestorer.utils.files import expand_user, read_text
 from varestorer.utils.images import load_image, resize
 from varestorer.utils.locks import locked
 from varestorer.utils.seeds import torch_generator
@@ -321,7 +321,7 @@ def _read_text(path: Path) -> str | None:
         UserError: it cannot be read.
     """
     try:
-        return plain_text(path.read_text(encoding="utf-8"))
+        return plain_text(read_text(path))
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:

@@ -12,9 +12,9 @@ import re
 from collections.abc import Sequence
 from contextlib import suppress
 from enum import Enum
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from omegaconf import DictConfig, ListConfig, OmegaConf, StringNode, open_dict, read_write
 from omegaconf.base import Node
@@ -57,7 +57,6 @@ class Keys:
     ) -> None:
         self.config_name, self.folder, self.schema, self.more = config_name, folder, schema, more
         self.choices = [word for word in words if self._is_group(word)]
-        self._config: DictConfig | None = None
 
     def kind(self, key: str) -> Kind:
         """What a key holds; a stage's own `data.root` is what `data.root` is."""
@@ -75,17 +74,16 @@ class Keys:
         places = [self.folder, *([Path(self.more)] if self.more else [])]
         return name is not None and any((place / name[1]).is_dir() for place in places)
 
-    @property
+    @cached_property
     def config(self) -> DictConfig:
         """The config of the chosen groups; empty if they cannot be composed, which Hydra will tell."""
-        if self._config is None:
-            self._config = OmegaConf.create()
+        config: Any = OmegaConf.create()
+        with suppress(Exception):
+            config = _composed(self.config_name, self.folder, tuple(self.choices), self.more)
+        if self.schema is not None:
             with suppress(Exception):
-                self._config = _composed(self.config_name, self.folder, tuple(self.choices), self.more)
-            if self.schema is not None:
-                with suppress(Exception):
-                    self._config = OmegaConf.merge(OmegaConf.structured(self.schema), self._config)  # type: ignore[assignment]
-        return self._config
+                config = OmegaConf.merge(OmegaConf.structured(self.schema), config)
+        return cast(DictConfig, config)
 
     def _kind_of(self, parts: Sequence[str]) -> Kind:
         """What the key at this place of the config holds: by its value, its type, or who is given it."""
@@ -94,9 +92,8 @@ class Keys:
         for depth, part in enumerate(parts):
             if isinstance(node, ListConfig) or not isinstance(node, DictConfig) or node._is_none():
                 break
-            if isinstance(name := node._get_node("_target_", validate_access=False), Node) and isinstance(
-                name._value(), str
-            ):
+            name = node._get_node("_target_", validate_access=False)
+            if isinstance(name, Node) and isinstance(name._value(), str):
                 target = name._value(), parts[depth:]
             node = node._get_node(part, validate_access=False)
         kind = Kind.unknown if node is None else _kind_of_node(node)
@@ -116,13 +113,9 @@ def _kind_of_node(node: Any) -> Kind:
     if isinstance(node, StringNode):
         return Kind.text
     if isinstance(node, ListConfig):
-        values = [] if node._is_none() or node._is_missing() else list(node._content)
-        return (
-            Kind.texts
-            if node._metadata.element_type is str
-            or (values and all(isinstance(value._value(), str) for value in values))
-            else Kind.other
-        )
+        items = node._content if isinstance(node._content, list) else []
+        are_texts = bool(items) and all(isinstance(item._value(), str) for item in items)
+        return Kind.texts if are_texts or node._metadata.element_type is str else Kind.other
     if isinstance(node, DictConfig):
         return Kind.unknown if node._is_none() or node._is_missing() else Kind.other
     value = node._value()
@@ -203,10 +196,9 @@ def _is_readable(value: str, kind: Kind, is_sweep: bool) -> bool:
     sweep = override.value()
     if not is_sweep:  # Hydra says what to do about `key=a,b`, but nobody means that by a path
         return kind is Kind.unknown and not re.search(r"[/\s]", value)
-    is_simple = isinstance(sweep, ChoiceSweep) and sweep.simple_form
-    return not is_simple or all(
-        isinstance(item, QuotedString) or re.fullmatch(r"[\w.+-]+", str(item)) for item in sweep.list
-    )
+    if not isinstance(sweep, ChoiceSweep) or not sweep.simple_form:
+        return True
+    return all(isinstance(item, QuotedString) or re.fullmatch(r"[\w.+-]+", str(item)) for item in sweep.list)
 
 
 def _quote_items(value: str) -> str:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from varestorer.data.folders import hq_folder
 from varestorer.utils.errors import UserError
-from varestorer.utils.files import atomic_write, expand_user, printable, read_text, write_json
+from varestorer.utils.files import atomic_write, expand_user, printable, read_text, utf8_path, write_json
 from varestorer.weights.storage import sync
 
 log = logging.getLogger(__name__)
@@ -153,7 +153,8 @@ class PhotoTexts:
         path = self.folder / shard
         try:
             if shard not in self._open:
-                self._open[shard] = safe_open(path, "pt")
+                with utf8_path(path) as plain:
+                    self._open[shard] = safe_open(plain, "pt")
             # a copy: a worker that hands over a view would hand over the whole shard
             return self._open[shard].get_tensor(printable(name)).to(torch.float32, copy=True)
         except (OSError, SafetensorError) as error:

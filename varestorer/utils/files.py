@@ -12,12 +12,14 @@ import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from varestorer.utils.errors import UsageError, UserError
 
 NAME_BYTES = 255  # of a file's name on all common file systems
 MAX_SUFFIX = 16  # letters; a longer one chooses no format
+SHOWN = 40  # letters of a name in that of its temporary file, at most four bytes each
 
 
 @contextmanager
@@ -47,10 +49,10 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
 def temporary_path(target: Path) -> Path:
     """A name beside `target` that no other process has, on this machine or another one that shares the disk.
 
-    It is short, however long the target's name is, and keeps its suffix.
+    It begins like the target's name and keeps its suffix, but is never too long.
     """
     suffix = target.suffix if len(target.suffix) <= MAX_SUFFIX else ""
-    return target.with_name(f".{secrets.token_hex(8)}.tmp{suffix}")
+    return target.with_name(f".{target.stem[:SHOWN]}.{secrets.token_hex(8)}.tmp{suffix}")
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
@@ -75,6 +77,18 @@ def write_json(path: str | os.PathLike, content: Any, indent: int | None = None)
 def read_text(path: str | os.PathLike) -> str:
     """A text in UTF-8, without the mark (BOM) that some editors put in front of it."""
     return Path(path).read_text(encoding="utf-8-sig")
+
+
+@contextmanager
+def utf8_path(path: Path) -> Iterator[Path]:
+    """A path for libraries that take no other names (safetensors, torch's mapped files): itself, or a link to it."""
+    if printable(str(path)) == str(path):
+        yield path
+        return
+    with TemporaryDirectory(prefix="varestorer-") as folder:
+        link = Path(folder, f"file{path.suffix}")
+        link.symlink_to(path.absolute())
+        yield link
 
 
 def printable(text: str) -> str:

@@ -190,8 +190,14 @@ def given_captions(source: Path, names: Sequence[str]) -> dict[str, str]:
     """
     bare = {name: Path(name).with_suffix("").as_posix() for name in names}
     if source.is_dir():
-        found = {name: _read_text(source / f"{bare[name]}.txt") for name in names}
-        captions = {name: text for name, text in found.items() if text is not None}
+        captions = {}
+        for name in names:
+            try:
+                text = _read_text(source / f"{bare[name]}.txt")
+            except UserError as error:  # the others have theirs
+                LOG.warning("%s", error)
+                continue
+            captions |= {} if text is None else {name: text}
     else:
         given = read_captions(source)
         keys = {name: name if name in given else bare[name] for name in names}

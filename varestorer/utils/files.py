@@ -153,7 +153,8 @@ def check_writable(folder: Path, key: str) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise UserError(f"cannot write {key}={folder}: {error}; give another folder") from error
+        reason = f"{error.strerror or error} ({place})"
+        raise UserError(f"cannot write {key}={folder}: {reason}; give another folder") from error
 
 
 def _remove(path: Path) -> None:

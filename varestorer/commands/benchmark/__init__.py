@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 
 from varestorer.commands.entry import Command, typed
 from varestorer.utils.errors import UsageError
+from varestorer.utils.files import check_writable, expand_user
 
 WHAT = {
     "restore": "varestorer.commands.benchmark.restore",
@@ -126,10 +127,13 @@ def benchmark(cfg: DictConfig) -> int:
 
     Raises:
         UsageError: an unknown one.
+        UserError: the folder of the results cannot be written.
     """
     typed(BenchmarkOptions, cfg)
     if cfg.what not in WHAT:
         raise UsageError(f"what must be one of {', '.join(WHAT)}, got {cfg.what}")
+    if cfg.out is not None or cfg.what not in ("memory", "loader"):
+        check_writable(expand_user(cfg.out or "outputs"), "out")
     return int(import_module(WHAT[cfg.what]).run(cfg))
 
 

@@ -32,9 +32,6 @@ def run(cfg: DictConfig) -> int:
     from varestorer.training.memory import measured_peak, memory_report
     from varestorer.utils.device import pick_device
 
-    folder = None if cfg.out is None else files.expand_user(cfg.out)
-    if folder is not None:
-        files.check_writable(folder, "out")
     stage = experiment_stage(str(cfg.train), list(cfg.overrides))
     factory = instantiate(stage.optimizer, _convert_="all")
     side, columns, peaks = int(stage.data.crop), {}, {}
@@ -46,8 +43,8 @@ def run(cfg: DictConfig) -> int:
             del task
             torch.cuda.empty_cache()
     say(table(columns, peaks))
-    if folder is not None:
-        path = folder / "memory.json"
+    if cfg.out is not None:
+        path = files.expand_user(cfg.out) / "memory.json"
         write_json(path, columns, peaks, str(cfg.train))
         say(f"written: {path}")
     return OK

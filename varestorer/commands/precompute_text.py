@@ -190,7 +190,7 @@ def given_captions(source: Path, names: Sequence[str]) -> dict[str, str]:
     """
     bare = {name: Path(name).with_suffix("").as_posix() for name in names}
     if source.is_dir():
-        captions = {}
+        captions: dict[str, str] = {}
         for name in names:
             try:
                 text = _read_text(source / f"{bare[name]}.txt")

@@ -17,7 +17,7 @@ from typing import Any
 
 from varestorer.evaluation.results import Row
 from varestorer.utils.errors import UsageError, UserError, reason
-from varestorer.utils.files import atomic_write
+from varestorer.utils.files import atomic_write, original_name, printable, read_text, write_json
 
 PER_IMAGE, FILES, SETTINGS, IMAGES = "per_image.csv", "files.csv", "settings.json", "images"
 
@@ -47,7 +47,7 @@ class Progress:
     def _refuse_others(self) -> None:
         remedy = "give another out=, or remove that folder"
         try:
-            earlier = json.loads((self.folder / SETTINGS).read_text(encoding="utf-8"))
+            earlier = json.loads(read_text(self.folder / SETTINGS))
         except FileNotFoundError:
             if self.path.exists() or self.images.exists():
                 raise UsageError(f"out={self.folder} holds an evaluation without {SETTINGS}: {remedy}") from None
@@ -70,7 +70,7 @@ class Progress:
         Args:
             columns: metrics that a row must have.
         """
-        digests = {cells["image"]: cells["digests"] or "" for cells in _read(self.folder / FILES)}
+        digests = {original_name(cells["image"]): cells["digests"] or "" for cells in _read(self.folder / FILES)}
         rows = {}
         for cells in _read(self.path):
             try:
@@ -79,7 +79,7 @@ class Progress:
             except (KeyError, ValueError, TypeError):
                 continue
             if not cells["error"]:
-                name = cells["image"]
+                name = original_name(cells["image"])
                 rows[name] = Row(name, scores, seconds, digests=digests.get(name, ""))
         return rows
 
@@ -90,8 +90,7 @@ class Progress:
             UserError: a file cannot be written; names it.
         """
         self.columns = list(columns)
-        with atomic_write(self.folder / SETTINGS) as path:
-            path.write_text(json.dumps(self.settings, indent=2) + "\n", encoding="utf-8")
+        write_json(self.folder / SETTINGS, self.settings, indent=2)
         rows = list(rows)
         _write(self.folder / FILES, [["image", "digests"], *_digests(rows)])
         write_rows(self.path, self.columns, rows)
@@ -133,7 +132,7 @@ def _append(path: Path, lines: Iterable[Sequence[str]]) -> None:
 def _read(path: Path) -> list[dict[str, str]]:
     """The lines of a table; none if there is none."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
     except FileNotFoundError:
         return []
     except (OSError, ValueError) as error:
@@ -143,12 +142,13 @@ def _read(path: Path) -> list[dict[str, str]]:
 
 
 def _digests(rows: Iterable[Row]) -> list[list[str]]:
-    return [[row.name, row.digests] for row in rows]
+    return [[printable(row.name), row.digests] for row in rows]
 
 
 def _cells(row: Row, columns: Sequence[str]) -> list[str]:
     numbers = [*(row.scores.get(name) for name in columns), row.seconds]
-    return [row.name, *("" if number is None else repr(number) for number in numbers), "; ".join(row.errors)]
+    texts = printable(row.name), printable("; ".join(row.errors))
+    return [texts[0], *("" if number is None else repr(number) for number in numbers), texts[1]]
 
 
 def _differ(one: Any, other: Any) -> bool:

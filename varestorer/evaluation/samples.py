@@ -13,7 +13,7 @@ from varestorer.evaluation.results import Pair, Row
 from varestorer.evaluation.sources import Candidate, FolderSource, Source
 from varestorer.utils.ahead import make_ahead
 from varestorer.utils.errors import UserError
-from varestorer.utils.files import file_sha256
+from varestorer.utils.files import file_sha256, fitting_name
 from varestorer.utils.finite import check_finite
 from varestorer.utils.images import load_image, made_from, save_image
 
@@ -69,7 +69,7 @@ class SampleReader:
         """Where the image that is scored lies, or will lie; None if nowhere."""
         name, lq, _ = pair
         if self.keep is not None:
-            return self.keep / f"{name}.png"
+            return self.keep / fitting_name(name, ".png")
         if not isinstance(self.source, FolderSource):
             return None
         try:
@@ -113,14 +113,14 @@ class SampleReader:
     def _made_before(self, name: str, lq_digest: str) -> Candidate | None:
         if self.keep is None or not self.reuse:
             return None
-        path = self.keep / f"{name}.png"
+        path = self.keep / fitting_name(name, ".png")
         return Candidate(load_image(path), path=path) if made_from(path) == lq_digest else None
 
     def _write(self, candidate: Candidate, name: str, lq_digest: str) -> Path | None:
         """Write an image that was made here; return the file that holds the image, if any."""
         if candidate.path is not None or self.keep is None:
             return candidate.path
-        path = self.keep / f"{name}.png"
+        path = self.keep / fitting_name(name, ".png")
         save_image(path, candidate.image, source=lq_digest)
         return path
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from varestorer.evaluation.results import Pair
 from varestorer.utils.errors import UsageError, UserError
+from varestorer.utils.files import expand_user
 from varestorer.utils.images import list_images, load_image, resize
 from varestorer.utils.seeds import derive_seed
 
@@ -100,7 +101,7 @@ class FolderSource:
     runs_ahead = True
 
     def __init__(self, folder: str | Path, pairs: Sequence[Pair] = ()) -> None:
-        self.folder = Path(folder).expanduser()
+        self.folder = expand_user(folder)
         self.method = self.folder.name
         self.settings = {"predictions": str(self.folder.resolve())}
         if not self.folder.is_dir():

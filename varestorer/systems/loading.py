@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from varestorer.conditioning.restorer import PUBLISHED_FILE
 from varestorer.utils.errors import UsageError, UserError, reason
+from varestorer.utils.files import expand_user
 from varestorer.utils.hub import is_hub_name
 from varestorer.weights.bundles import ADAPTERS, CONFIG, RESTORER, is_bundle, read_config, tensors_file
 from varestorer.weights.files import read_metadata
@@ -74,7 +75,7 @@ def check_is_student(system: Any, path: str | Path) -> None:
     Raises:
         UsageError: the path is a published file without adapters.
     """
-    if system.student_config.lora_rank == 0 and _is_published(Path(path).expanduser()):
+    if system.student_config.lora_rank == 0 and _is_published(expand_user(path)):
         raise UsageError(f"ckpt={path} is a teacher without adapters; use steps=multi, or give {STUDENT_FILE}")
 
 
@@ -123,7 +124,7 @@ def locate(name: str | Path | None, options: Mapping[str, Any]) -> Path:
     Raises:
         UsageError: neither a path nor a name that the hub knows.
     """
-    given = str(named_or_default(name if name is None else Path(name).expanduser()))
+    given = str(named_or_default(name if name is None else expand_user(name)))
     if Path(given).exists() or not is_hub_name(given):
         return Path(given)
     try:
@@ -217,7 +218,7 @@ def _companion(part: str, student_file: Path, given: str | None) -> Path:
     """
     name, place = COMPANIONS[part]
     if given is not None:
-        path = Path(given).expanduser()
+        path = expand_user(given)
         if not path.exists():
             raise UsageError(f"{part}={given} does not exist; give {name} ({place})")
         return path

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from varestorer.utils.errors import UserError, reason
+from varestorer.utils.files import utf8_path
 from varestorer.utils.finite import check_weights
 
 Content = TypeVar("Content")
@@ -81,7 +82,8 @@ def load_torch_file(path: Path, device: str) -> Any:
     _must_exist(path)
     try:
         mmap = zipfile.is_zipfile(path)  # files older than torch 1.6 cannot be mapped
-        return torch.load(path, map_location=device, weights_only=True, mmap=mmap)
+        with utf8_path(path) as plain:
+            return torch.load(plain, map_location=device, weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         why = "damaged, or it holds more than tensors, whose code is not run"
         raise UserError(f"cannot read weights {path}: {why}") from error
@@ -135,7 +137,8 @@ def read_metadata(path: Path) -> dict[str, str]:
 def _read_safetensors(path: Path, read: Callable[[Path], Content]) -> Content:
     _must_exist(path)
     try:
-        return read(path)
+        with utf8_path(path) as plain:
+            return read(plain)
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"cannot read weights {path}: damaged ({reason(error)})") from error
 

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from varestorer.utils.errors import UserError, reason
-from varestorer.utils.files import file_sha256
+from varestorer.utils.files import file_sha256, temporary_path, utf8_path
 from varestorer.utils.finite import check_weights
 
 CHECKSUMS = "checksums.json"
@@ -35,7 +35,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     Raises:
         UserError: it cannot be written (disk full, no permission); names the folder. Older ones stay.
     """
-    temporary = target.with_name(f".{target.name}.tmp")
+    temporary = temporary_path(target)
     try:
         temporary.mkdir(parents=True)
         yield temporary
@@ -83,7 +83,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         UserError: the file cannot be read, is damaged, or holds numbers that are not finite.
     """
     try:
-        tensors = load_file(path)
+        with utf8_path(path) as plain:
+            tensors = load_file(plain)
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot read {path}: {reason(error)}; bring back a good copy of it") from error
     check_weights(tensors, str(path))

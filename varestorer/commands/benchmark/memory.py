@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import logging
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from varestorer.commands.benchmark.shared import write_json
-from varestorer.commands.entry import OK, quote_value, say
+from varestorer.commands.entry import OK, config_dir, say
+from varestorer.commands.quoting import Keys, quote_value
 from varestorer.commands.train import stage_config
+from varestorer.utils import files
 from varestorer.utils.errors import UsageError
 
 if TYPE_CHECKING:
@@ -43,8 +44,9 @@ def run(cfg: DictConfig) -> int:
             torch.cuda.empty_cache()
     say(table(columns, peaks))
     if cfg.out is not None:
-        write_json(Path(cfg.out), as_json(columns, peaks, str(cfg.train)), "memory.json")
-        say(f"written: {Path(cfg.out) / 'memory.json'}")
+        folder = files.expand_user(cfg.out)
+        write_json(folder, as_json(columns, peaks, str(cfg.train)), "memory.json")
+        say(f"written: {folder / 'memory.json'}")
     return OK
 
 
@@ -53,7 +55,9 @@ def experiment_stage(experiment: str, overrides: list[str]) -> DictConfig:
     from hydra import compose
 
     files = ["++data.root=none", "model.weights.tokenizer=null", "model.weights.transformer=null"]
-    cfg = compose("train", [f"+experiment={experiment}", *map(quote_value, [*files, *overrides])])
+    words = [f"+experiment={experiment}", *files, *overrides]
+    keys = Keys("train", config_dir(), words=words)
+    cfg = compose("train", [quote_value(word, keys) for word in words])
     if not cfg.stages:
         raise UsageError(f"the experiment {experiment} has no stages")
     name = list(cfg.stages)[-1]

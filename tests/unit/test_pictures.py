@@ -750,7 +750,7 @@ def test_a_picture_of_which_nothing_is_visible(tmp_path: Path, key: int | None) 
     image.save(tmp_path / "a.png", **({"transparency": key} if key else {}))
     read = load_picture(tmp_path / "a.png")
     assert read.alpha is not None and not read.alpha.any() and not read.image.any()
-    with pytest.raises(UserError, match=r"a\.png: it is wholly transparent; give it colours or remove it$"):
+    with pytest.raises(UserError, match=r"a\.png: it is wholly transparent; give it colors or remove it$"):
         load_image(tmp_path / "a.png")
 
 
@@ -831,7 +831,7 @@ def test_a_name_that_says_no_format_is_refused(tmp_path: Path, name: str) -> Non
 
 
 def test_a_profile_is_not_lost_in_a_format_without(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="BMP holds no colour profile"):
+    with pytest.raises(ValueError, match="BMP holds no color profile"):
         save_image(tmp_path / "a.bmp", torch.zeros(3, 4, 4), None, SRGB)
     save_image(tmp_path / "a.jpg", torch.zeros(3, 4, 4), None, SRGB)
     assert load_picture(tmp_path / "a.jpg").icc_profile == SRGB

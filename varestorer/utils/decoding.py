@@ -75,7 +75,7 @@ def decode_visible(file: ImageFile.ImageFile) -> np.ndarray:
     """
     decoded = decode(file)
     if decoded.alpha_HW is not None and not decoded.alpha_HW.any():
-        raise RefusedImageError("it is wholly transparent; give it colours or remove it")
+        raise RefusedImageError("it is wholly transparent; give it colors or remove it")
     return decoded.rgb_CHW
 
 

@@ -198,7 +198,7 @@ def save_image(
         raise ValueError(f"wanted alpha (1, H, W) of {tuple(img_CHW.shape[1:])}, got shape {tuple(alpha_1HW.shape)}")
     for holds, given, what in (
         (format_.holds_alpha, alpha_1HW, "transparency"),
-        (format_.holds_profile, icc_profile, "colour profile"),
+        (format_.holds_profile, icc_profile, "color profile"),
     ):
         if given is not None and not holds:
             raise ValueError(f"cannot write {path}: {format_.name} holds no {what}; give a name ending in .png")

@@ -4,6 +4,7 @@ A share is a sample over the largest that its bits can hold (of floating samples
 a share of 1: cameras and scanners store 12 bits in 16.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from varestorer.utils.image_files import RefusedImageError
 
 BITS, COMPRESSION, PHOTOMETRIC, SAMPLES, PLANAR = 258, 259, 262, 277, 284
 LEAST, MOST = (280, 340), (281, 341)  # unsigned integers have tags of their own, beside those for any format
-COLOUR_MAP, EXTRA_SAMPLES, SAMPLE_FORMAT = 320, 338, 339
+COLOR_MAP, EXTRA_SAMPLES, SAMPLE_FORMAT = 320, 338, 339
 SIGNED = 2
 SEPARATE = 2
 MULTIPLIED = 1
@@ -34,8 +35,8 @@ def check_tiff(file: ImageFile.ImageFile) -> None:
         raise RefusedImageError("it does not say whether 0 is black (PhotometricInterpretation); convert it to PNG")
     if tags.get(PLANAR) == SEPARATE and not _reads_planes(file, tags):
         raise RefusedImageError("its planes are stored apart, in a form that cannot be read; interleave its samples")
-    if file.mode in ("P", "PA") and max(colours := tags[COLOUR_MAP]) < 256:
-        file.palette = ImagePalette.raw("RGB;L", colours)  # some writers fill 8 of the 16 bits; Pillow drops those 8
+    if file.mode in ("P", "PA") and max(colors := tags[COLOR_MAP]) < 256:
+        file.palette = ImagePalette.raw("RGB;L", colors)  # some writers fill 8 of the 16 bits; Pillow drops those 8
 
 
 def is_negative(file: ImageFile.ImageFile) -> bool:
@@ -62,7 +63,7 @@ def white_share(file: ImageFile.ImageFile, shares: np.ndarray) -> float:
         RefusedImageError: white or black cannot be known.
     """
     tags, largest = _tags(file), largest_sample(file)
-    # of colours Pillow keeps 8 bits
+    # of colors Pillow keeps 8 bits
     is_reduced = file.mode not in ("F", "I") and not file.mode.startswith("I;") and largest > 255
     tolerance = largest / 255 if is_reduced else largest * 1e-6
     least, most = (_number(tags, LEAST, min), _number(tags, MOST, max))
@@ -82,11 +83,12 @@ def white_share(file: ImageFile.ImageFile, shares: np.ndarray) -> float:
     )
 
 
-def _tags(file: ImageFile.ImageFile) -> dict[int, Any]:
-    return dict(getattr(file, "tag_v2", {}))
+def _tags(file: ImageFile.ImageFile) -> Mapping[int, Any]:
+    tags: Mapping[int, Any] = getattr(file, "tag_v2", {})
+    return tags
 
 
-def _reads_planes(file: ImageFile.ImageFile, tags: dict[int, Any]) -> bool:
+def _reads_planes(file: ImageFile.ImageFile, tags: Mapping[int, Any]) -> bool:
     """Whether Pillow decodes planes that are stored apart to the right numbers (found out by trying them all)."""
     is_raw, is_8_bit = tags.get(COMPRESSION, 1) == UNCOMPRESSED, largest_sample(file) == 255
     if tags.get(SAMPLES, 1) == 1:
@@ -95,7 +97,7 @@ def _reads_planes(file: ImageFile.ImageFile, tags: dict[int, Any]) -> bool:
     return file.mode in ("RGB", "RGBA", "CMYK") and not is_multiplied and (is_8_bit or not is_raw)
 
 
-def _number(tags: dict[int, Any], names: tuple[int, ...], choose: Any) -> float | None:
+def _number(tags: Mapping[int, Any], names: tuple[int, ...], choose: Any) -> float | None:
     """The first of the tags that is there; of several bands the least or the most."""
     found = [tags[name] for name in names if name in tags]
     return float(choose(np.atleast_1d(found[0]))) if found else None

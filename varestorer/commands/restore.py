@@ -35,7 +35,7 @@ what, where, by what
                      varestorer.pth with its companions beside it, or a bundle's name on the Hugging Face hub;
                      default: nano, a small model that comes with the package
   scale=4            how many times larger the result is; 1 keeps the size
-  overwrite=false    restore again what has a result already
+  overwrite=false    restore again what has a result already; what was made from another file than the input is anyway
   max_pixels=N       read images of up to N pixels (otherwise Pillow's limit holds)
   device=auto        auto | cpu | cuda | cuda:N | mps
 

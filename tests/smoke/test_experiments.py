@@ -101,7 +101,8 @@ def test_ablations_change_what_they_say(compose: Callable[..., DictConfig]) -> N
 def test_a_missing_weight_file_is_one_clear_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_image(tmp_path / "photos" / "a.png", torch.rand(3, 40, 40))
     words = [f"data.root={tmp_path / 'photos'}", f"run_dir={tmp_path / 'run'}", f"weights_dir={tmp_path}"]
-    assert TRAIN.main(["+experiment=teacher_512", *words, "logger=none"]) == 1
+    assert TRAIN.main(["+experiment=teacher_512", *words, "logger=none"]) == 2
+    assert not (tmp_path / "run").exists()
     message = capsys.readouterr().err.strip().splitlines()[-1]
     assert "infinity_vae_d32reg.pth" in message
     assert "hub FoundationVision/Infinity" in message

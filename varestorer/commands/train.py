@@ -19,6 +19,7 @@ from varestorer.utils.errors import UsageError, UserError
 from varestorer.weights.runs import CONFIG
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
     from torch import nn
 
     from varestorer.training.run import Run
@@ -67,9 +68,9 @@ The folder gets config.yaml, metrics.jsonl, samples/*.png and checkpoints/; ckpt
 
 A run that was killed goes on with resume=auto as if nothing had happened. The model, the stages' tasks, their data and
 batch size, and the seed must be the run's own, and so must the files (their names, order and sizes) unless
-resume_other_data=true; a change of anything else is logged. SIGTERM, SIGUSR1 and SIGUSR2 (a
-time limit or preemption of Slurm) save a checkpoint after the step that is being taken; the same signal a second time,
-a second or more later, ends the run at once.
+resume_other_data=true; a change of anything else is logged. SIGTERM, SIGUSR1 and SIGUSR2 (a time limit or preemption
+of Slurm) save a checkpoint after the step that is being taken, or before it where no data come; the same signal a
+second time, a second or more later, ends the run at once.
 
 Exit status: 0 well, 1 failed, 2 wrong command, 143, 138 or 140 after SIGTERM, SIGUSR1 or SIGUSR2 (128 + the signal):
 start the same command again with resume=auto. (torchrun and accelerate launch pass the signal on and end with 1.)
@@ -84,11 +85,14 @@ def train(cfg: DictConfig) -> int:
     Raises:
         UserError: see `fit`; UsageError: the config asks for nothing, or for something impossible.
     """
+    from varestorer.training.checks import check_stages
+
     stages = stage_configs(cfg, command_line())
-    run = open_run(cfg, stages)
+    accelerator = start_processes(cfg)
+    check_stages(stages, accelerator.num_processes, accelerator.device)
+    run = open_run(cfg, stages, accelerator)
     with run.stop.listening():
         try:
-            check_losses(stages)
             system = build_system(cfg, run)
             for name, stage in stages.items():
                 train_stage(name, stage, system, run)
@@ -115,7 +119,16 @@ def end_early(stopped: StoppedError, run: Run) -> NoReturn:
     raise SystemExit(run.stop.exit_status)
 
 
-def open_run(cfg: DictConfig, stages: Mapping[str, DictConfig]) -> Run:
+def start_processes(cfg: DictConfig) -> Accelerator:
+    """This process among those of the run."""
+    from varestorer.training.fit import make_accelerator
+    from varestorer.training.parallel import join_cluster_job
+
+    join_cluster_job()
+    return make_accelerator(str(cfg.device))
+
+
+def open_run(cfg: DictConfig, stages: Mapping[str, DictConfig], accelerator: Accelerator) -> Run:
     """Choose the folder (in the first process, for all), write the config and start the logger.
 
     Raises:
@@ -125,12 +138,8 @@ def open_run(cfg: DictConfig, stages: Mapping[str, DictConfig]) -> Run:
     from hydra.utils import instantiate
 
     from varestorer.training.changes import check_resumable
-    from varestorer.training.fit import make_accelerator
-    from varestorer.training.parallel import join_cluster_job
     from varestorer.training.run import Run, choose_run_dir, environment
 
-    join_cluster_job()
-    accelerator = make_accelerator(str(cfg.device))
     folder = [""]
     if accelerator.is_main_process:
         job_dir = cluster_job_dir()
@@ -172,21 +181,6 @@ def build_system(cfg: DictConfig, run: Run) -> nn.Module:
     return system
 
 
-def check_losses(stages: Mapping[str, DictConfig]) -> None:
-    """Refuse at once what a later stage would miss hours later: weights of its perceptual loss.
-
-    Raises:
-        UserError: names the file, and where it belongs.
-    """
-    from varestorer.losses.build import WITH_WEIGHTS, perceptual_loss
-
-    later = [cfg.stages[name].task for name, cfg in stages.items()][1:]
-    asked = [task for task in later if OmegaConf.select(task, "weights.perceptual") != 0]
-    names = {name for task in asked for name in str(task.get("perceptual", "")).split("+")}
-    for name in sorted(names.intersection(WITH_WEIGHTS)):
-        perceptual_loss(name)
-
-
 def train_stage(name: str, cfg: DictConfig, system: nn.Module, run: Run) -> None:
     """Train one stage; a stage that is finished already only gives its weights to the system."""
     from hydra.utils import instantiate
@@ -209,16 +203,11 @@ def heldout_batches(cfg: DictConfig, dataset: Any, trainer: TrainerConfig) -> li
     """Batches of `heldout`: the first for pictures, all of them for validation.
 
     Without a held-out set the pictures show training data.
-
-    Raises:
-        UsageError: validation was asked for, and there is no held-out set.
     """
     from hydra.utils import instantiate
 
     from varestorer.data.loader import collate
 
-    if cfg.heldout is None and trainer.validate_every:
-        raise UsageError("trainer.validate_every needs held-out pairs: set heldout, or validate_every=0")
     source = dataset if cfg.heldout is None else instantiate(cfg.heldout, _convert_="all")
     count = len(source) if trainer.validate_every else min(HELDOUT_BATCH, len(source))
     batches: list[Batch] = []

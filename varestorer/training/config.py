@@ -132,6 +132,20 @@ class TrainerConfig:
         multiple = f"a multiple of trainer.accumulate={self.accumulate}"
         _require(self.batch_size % self.accumulate == 0, "batch_size", multiple, self.batch_size)
 
+    def micro_batch(self, num_processes: int) -> int:
+        """Samples that one process sends through the networks at once.
+
+        Raises:
+            UsageError: `batch_size` is no multiple of processes times `accumulate`.
+        """
+        parts = num_processes * self.accumulate
+        if self.batch_size % parts:
+            raise UsageError(
+                f"trainer.batch_size={self.batch_size} has to be a multiple of processes x accumulate = "
+                f"{num_processes} x {self.accumulate}"
+            )
+        return self.batch_size // parts
+
     def uses_bf16(self, device: torch.device) -> bool:
         """Whether forward and backward passes on this device run in bfloat16 (autocast)."""
         auto = self.precision is Precision.auto and device.type == "cuda"

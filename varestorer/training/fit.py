@@ -106,15 +106,9 @@ def _batches(dataset: Dataset, cfg: TrainerConfig, start: int, run: Run) -> Gene
         StopWaitingError: a signal came, and no batch comes; between two steps, where a checkpoint can be saved.
     """
     accelerator = run.accelerator
-    parts = accelerator.num_processes * cfg.accumulate
-    if cfg.batch_size % parts:
-        raise UsageError(
-            f"trainer.batch_size={cfg.batch_size} has to be a multiple of processes x accumulate = "
-            f"{accelerator.num_processes} x {cfg.accumulate}"
-        )
     loader = build_loader(
         dataset,
-        cfg.batch_size // parts,
+        cfg.micro_batch(accelerator.num_processes),
         start_sample=start,
         num_workers=cfg.num_workers,
         rank=accelerator.process_index,
@@ -124,7 +118,8 @@ def _batches(dataset: Dataset, cfg: TrainerConfig, start: int, run: Run) -> Gene
     )
     given = 0
     # the other processes of a run would wait for this one; and a step that was begun has drawn numbers already
-    loader.wants_stop = lambda: bool(run.stop.received) and parts == cfg.accumulate and given % cfg.accumulate == 0
+    is_alone = accelerator.num_processes == 1
+    loader.wants_stop = lambda: bool(run.stop.received) and is_alone and given % cfg.accumulate == 0
     with held_back():
         batches = iter(loader)  # starts the workers
     for batch in batches:

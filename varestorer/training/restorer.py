@@ -36,6 +36,8 @@ class RestorerTask(Task):
         UserError: the system has no restorer.
     """
 
+    takes_any_size = True
+
     def __init__(self, system: VARestorer, weights: dict[str, float] | None = None, perceptual: str = "lpips") -> None:
         super().__init__()
         if system.restorer is None:

@@ -42,10 +42,12 @@ class Task(nn.Module, ABC):
 
     Attributes:
         name: of the stage; the run's config sets it (`stages: {name: ...}`).
+        takes_any_size: whether images need not have the system's `tile`.
         watch: opened around each part of `forward`; it does nothing unless somebody measures.
     """
 
     name: str = "task"
+    takes_any_size = False
     watch: Watch = nullcontext
 
     @abstractmethod

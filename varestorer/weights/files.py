@@ -19,6 +19,7 @@ from varestorer.utils.errors import UserError
 Content = TypeVar("Content")
 
 MAX_NAMES = 12
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 WRAPPER = "module."  # before every name where a network was saved inside DataParallel
 
 
@@ -48,12 +49,13 @@ def read_tensors(path: str | Path, nested: tuple[str, ...] = ()) -> dict[str, Te
             prefix `module.` is taken off where every name has it.
 
     Raises:
-        UserError: the file is missing, damaged, holds more than tensors, or has no tensors.
+        UserError: the file is missing, damaged, holds more than tensors, has no tensors, or some of a kind that nothing
+            here computes with.
     """
     path = Path(path)
     if path.suffix.lower() == ".safetensors":
-        return open_safetensors(path, load_file)
-    return unwrap(load_torch_file(path, "cpu"), nested, path)
+        return _usable(open_safetensors(path, load_file), path)
+    return _usable(unwrap(load_torch_file(path, "cpu"), nested, path), path)
 
 
 def open_safetensors(path: Path, read: Callable[[Path], dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -141,6 +143,17 @@ def _must_exist(path: Path) -> None:
 def _some(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     if not tensors:
         raise UserError(f"no tensors in {path}: wanted a state dict")
+    return tensors
+
+
+def _usable(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    wrong = {name: t.dtype for name, t in tensors.items() if t.is_floating_point() and t.dtype not in FLOATS}
+    if wrong:
+        name, dtype = next(iter(wrong.items()))
+        raise UserError(
+            f"{path} holds {len(wrong)} tensors of a kind that cannot be computed with, such as {name} "
+            f"({str(dtype).removeprefix('torch.')}); give the weights in float32, bfloat16 or float16"
+        )
     return tensors
 
 

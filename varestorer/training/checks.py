@@ -1,0 +1,149 @@
+"""What can be known before a run begins: refused then, in one line and with status 2, and not hours later."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from varestorer.data.datasets import INSIDE
+from varestorer.losses.build import WITH_WEIGHTS, perceptual_loss
+from varestorer.systems.parts import WHERE, check_part
+from varestorer.training.config import trainer_config
+from varestorer.utils.errors import UsageError, UserError
+from varestorer.weights.files import read_tensors
+from varestorer.weights.shipped import shipped
+
+
+def check_stages(stages: Mapping[str, DictConfig], num_processes: int, device: torch.device) -> None:
+    """Check all stages of a run against its model, its files and its processes.
+
+    Args:
+        stages: the whole config as each stage sees it.
+        num_processes: of the run.
+        device: of this process.
+    Raises:
+        UsageError: names the stage, the key, what it was and what it has to be.
+    """
+    model = next(iter(stages.values())).model
+    with _refused("the model"):
+        _check_weights(model)
+    side = _side(model)
+    for name, cfg in stages.items():
+        with _refused(f"stage {name}"):
+            trainer = trainer_config(cfg.trainer)
+            trainer.micro_batch(num_processes)
+            trainer.keeps_base_in_bf16(device)
+            if trainer.validate_every and cfg.heldout is None:
+                raise UsageError("trainer.validate_every needs held-out pairs: set heldout, or validate_every=0")
+            _check_call(cfg.stages[name].task, "task", system=None)
+            _check_optimizer(cfg.optimizer)
+            if side is not None:
+                _check_crops(cfg, cfg.stages[name].task, side)
+            _check_folders(cfg)
+            _check_task_files(cfg.stages[name].task)
+
+
+@contextmanager
+def _refused(where: str) -> Iterator[None]:
+    """Whatever is wrong is wrong with the command: nothing has begun."""
+    try:
+        yield
+    except UserError as error:
+        raise UsageError(f"{where}: {error}") from error
+
+
+def _check_weights(model: DictConfig) -> None:
+    """Files of the model are there, and hold numbers of a kind that networks compute with."""
+    files = {f"weights.{part}": file for part, file in (model.get("weights") or {}).items()}
+    for key, file in {**files, "restorer": model.get("restorer")}.items():
+        if not isinstance(file, str):
+            continue
+        path = shipped(file)
+        if not path.exists():
+            if (part := key.removeprefix("weights.")) in WHERE:
+                check_part(part, path)
+            raise UsageError(f"weights not found: {path}; set model.{key} to a file, a run or a bundle")
+        for one in [path] if path.is_file() else sorted(path.glob("*.safetensors")):
+            read_tensors(one, nested=("vae", "state_dict"))
+
+
+def _side(model: DictConfig) -> int | None:
+    """Side of the squares that a model of this config takes, pixels; None for one that takes any."""
+    from hydra.utils import instantiate
+
+    sizes = OmegaConf.merge(model, {key: None for key in ("weights", "restorer") if key in model})
+    with torch.device("meta"):
+        system = instantiate(sizes, _convert_="all")
+    side: int | None = getattr(system, "tile", None)
+    return side
+
+
+def _check_crops(cfg: DictConfig, task: DictConfig, side: int) -> None:
+    """Crops of training and of the pictures that are shown have the size that the model takes."""
+    from hydra.utils import get_object
+
+    if getattr(get_object(task._target_), "takes_any_size", False):
+        return
+    side = max([side, *(task.get("tiles") or [])])
+    for key in ("data", "heldout"):
+        node = cfg[key]
+        if node is not None and "crop" in node and node.crop != side:
+            raise UsageError(
+                f"{key}.crop={node.crop}, but this model takes squares of {side} pixels (model.schedule and "
+                f"model.tokenizer): set data.crop={side}"
+            )
+
+
+def _check_folders(cfg: DictConfig) -> None:
+    """Folders of photographs and texts are there."""
+    for section in ("data", "heldout"):
+        for key, value in _leaves(cfg[section], section):
+            is_place = key.endswith(".root") or (key.endswith(".text") and value != INSIDE)
+            if isinstance(value, str) and is_place and not Path(value).expanduser().is_dir():
+                raise UsageError(f"{key}={value} is no folder that can be read; give one that exists")
+
+
+def _leaves(node: Any, key: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(node, DictConfig):
+        for name in node:
+            yield from _leaves(node[name], ".".join((key, str(name))))
+    else:
+        yield key, node
+
+
+def _check_task_files(task: DictConfig) -> None:
+    """A separate teacher is there, and so are the weights of a perceptual loss."""
+    teacher = task.get("teacher")
+    if isinstance(teacher, str) and teacher != "start":
+        check_part("transformer", shipped(teacher))
+    if OmegaConf.select(task, "weights.perceptual") != 0:
+        for name in sorted({*str(task.get("perceptual", "")).split("+")} & {*WITH_WEIGHTS}):
+            perceptual_loss(name)
+
+
+def _check_optimizer(node: DictConfig) -> None:
+    """The optimiser takes its options."""
+    from hydra.utils import instantiate
+
+    make = instantiate(node, _convert_="all")
+    try:
+        make([torch.nn.Parameter(torch.zeros(1))])
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"optimizer: {error}") from error
+
+
+def _check_call(node: DictConfig, key: str, **given: Any) -> None:
+    """What a config names takes its options, as far as their names say."""
+    from hydra.utils import get_object
+
+    options = {str(name): None for name in node if not str(name).startswith("_")}
+    try:
+        inspect.signature(get_object(node._target_)).bind(**options, **given)
+    except TypeError as error:
+        raise UsageError(f"{key}: {error} of {node._target_}") from error

@@ -87,6 +87,15 @@ def test_features_own_their_memory_whatever_their_type(tmp_path: Path) -> None:
     assert features is not None and features.untyped_storage().nbytes() == 2 * 16 * 4
 
 
+def test_names_that_are_not_utf8_have_text_too(tmp_path: Path) -> None:
+    name = "Mu\udcf1oz.png"
+    TextWriter(tmp_path, ENCODER).add({name: "a man"}, {name: torch.full((2, 16), 3.0)})
+    write_captions(tmp_path / "captions.json", {name: "a man"})
+    assert TextWriter(tmp_path, ENCODER).pending(read_captions(tmp_path / "captions.json")) == []
+    features_TE = PhotoTexts(tmp_path, [name])[0]
+    assert features_TE is not None and features_TE.mean() == 3
+
+
 def test_a_writer_opened_again_asks_only_for_what_is_new_changed_or_lost(tmp_path: Path) -> None:
     write_folder(tmp_path)
     captions = {name: f"text of {name}" for name in NAMES}

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import threading
 import time
 from pathlib import Path
@@ -120,6 +121,73 @@ def test_the_result_depends_on_seed_and_name_only(tmp_path: Path) -> None:
     assert (tmp_path / "all/b.png").read_bytes() != (tmp_path / "other/b.png").read_bytes()
     first = round(load_image(tmp_path / "all/b.png")[0, 0, 0].item() * 255)
     assert first == derive_seed(3, "b.png") % 256
+
+
+def test_two_pictures_of_one_name_in_two_folders_get_two_seeds(tmp_path: Path) -> None:
+    seeds: dict[str, int] = {}
+
+    def note(image_3HW: Tensor, job: Job, seed: int) -> Restored:
+        seeds[job.name] = seed
+        return double(image_3HW, job, seed)
+
+    for name in ("a/x.png", "b/x.png"):
+        write_image(tmp_path / "in" / name)
+    run(tmp_path / "in", tmp_path / "out", note, seed=3)
+    assert seeds == {name: derive_seed(3, name) for name in ("a/x.png", "b/x.png")}
+    assert len(set(seeds.values())) == 2
+
+
+def test_two_runs_into_one_folder_both_stay_in_the_report(tmp_path: Path) -> None:
+    """One begins and ends while the other is at work, and each also fails at a file."""
+    for name in ("one/a.png", "one/both.png", "two/b.png", "two/both.png"):
+        write_image(tmp_path / name)
+    (tmp_path / "one/bad1.png").write_text("no picture")
+    (tmp_path / "two/bad2.png").write_text("no picture")
+
+    def other(image_3HW: Tensor, job: Job, seed: int) -> Restored:
+        if job.name == "a.png":
+            run(tmp_path / "two", tmp_path / "out", settings={"ckpt": "two"})
+        return double(image_3HW, job, seed)
+
+    _, entries = run(tmp_path / "one", tmp_path / "out", other, settings={"ckpt": "one"})
+    assert list(entries) == ["a.png", "b.png", "bad1.png", "bad2.png", "both.png"]
+    assert entries["b.png"]["ckpt"] == "two" and "error" in entries["bad2.png"]
+    # errors of before are not kept: the next run may be about them
+    (tmp_path / "two/bad2.png").unlink()
+    _, entries = run(tmp_path / "two", tmp_path / "out")
+    assert list(entries) == ["a.png", "b.png", "both.png"]
+
+
+def test_what_another_run_made_meanwhile_keeps_its_entry(tmp_path: Path) -> None:
+    for name in ("in/a.png", "in/b.png", "out/b.png"):  # the result of b is there, its entry is not yet
+        write_image(tmp_path / name)
+    made = {"output": "b.png", "seconds": 2.0, "seed": 1}
+
+    def late(image_3HW: Tensor, job: Job, seed: int) -> Restored:
+        (tmp_path / "out/restore.json").write_text(json.dumps({"b.png": made}))
+        return double(image_3HW, job, seed)
+
+    _, entries = run(tmp_path / "in", tmp_path / "out", late)
+    assert entries["b.png"] == {**made, "skipped": True} and entries["a.png"]["output"] == "a.png"
+
+
+def test_any_name_is_restored_and_recorded(tmp_path: Path) -> None:
+    names = [
+        os.fsdecode(b"Mu\xf1oz.png"),
+        "x" * 251 + ".png",
+        "é" * 125 + ".jpg",
+        "a\nb.png",
+        "\x1b[31mc.png",
+        "d,\"'.png",
+    ]
+    for name in names:
+        (tmp_path / "in").mkdir(exist_ok=True)
+        write_image(tmp_path / "plain.png").rename(tmp_path / "in" / name)
+    report, entries = run(tmp_path / "in", tmp_path / "out", doubt)
+    assert report.failed == {} and set(entries) == set(names)
+    for entry in entries.values():
+        assert {entry["output"], entry["uncertainty"]} < files_in(tmp_path / "out")
+    assert run(tmp_path / "in", tmp_path / "out", doubt)[0].num_skipped == len(names)
 
 
 def test_results_are_skipped_unless_overwritten_and_keep_their_record(tmp_path: Path) -> None:
@@ -349,7 +417,7 @@ def test_what_the_disk_refuses_is_reported_and_the_rest_is_tried(
 
     def save_half(image: Image.Image, path: Path, **options) -> None:
         save(image, path, **options)
-        if path.name.startswith(f".{full}.{os.getpid()}."):
+        if re.match(rf"\.{full}\.[0-9a-f]+\.tmp", path.name):
             path.write_bytes(path.read_bytes()[:20])
             raise OSError(28, "No space left on device")
 

@@ -201,6 +201,19 @@ def test_a_disk_that_is_really_full_leaves_the_last_good_checkpoint(tmp_path: Pa
         assert metrics(run) == metrics(whole)
 
 
+def test_checksums_are_there_at_the_moment_of_the_rename(tmp_path: Path, monkeypatch):
+    rename, seen = Path.rename, []
+
+    def look_first(path: Path, target: Path) -> Path:
+        seen.append(target.name)
+        assert not target.exists() and storage.damage(path) is None
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", look_first)
+    train(tmp_path, config(max_steps=2))
+    assert "step_000002" in seen
+
+
 def test_what_a_killed_process_left_half_written_is_removed(tmp_path: Path):
     train(tmp_path, config(max_steps=3))
     before = sorted(tmp_path.rglob("*"))

@@ -17,6 +17,10 @@ def test_every_key_and_its_type_count():
     assert all(0 <= derive_seed(*keys) < 2**63 for keys in seeds)
 
 
+def test_a_name_that_is_not_utf8_has_a_seed_of_its_own():
+    assert len({derive_seed(0, name) for name in ("Mu\udcf1oz", "Muñoz", "Mu\udcf2oz")}) == 3
+
+
 def test_numpy_integers_are_integers():
     assert derive_seed(3, np.int64(5)) == derive_seed(3, 5)
 

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from varestorer.utils.errors import UserError
-from varestorer.utils.files import atomic_write
+from varestorer.utils.files import atomic_write, utf8_path
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ class TextCache:
         """Features (T, E) of a key; None if they are not there, or damaged."""
         path = self.path(key)
         try:
-            with safe_open(path, "pt") as file:
+            with utf8_path(path) as plain, safe_open(plain, "pt") as file:
                 features_TE = file.get_tensor(_NAME)
                 checksum = (file.metadata() or {}).get("sha256")
         except FileNotFoundError:

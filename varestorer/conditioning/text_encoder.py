@@ -55,8 +55,9 @@ class TextEncoder:
         self.device = torch.device(device)
         self.dtype = dtype or (torch.float16 if self.device.type == "cuda" else torch.float32)
         self.max_length = max_length
-        folder = cache_folder() / "text" if cache == "default" else cache
-        self._cache = None if folder is None else TextCache(Path(folder))
+        remembered = cache_folder() if cache == "default" else None
+        folder = cache if remembered is None else remembered / "text"
+        self._cache = None if folder in (None, "default") else TextCache(Path(folder))
         self._loaded: tuple[Any, Any] | None = None
 
     def encode(self, prompts: list[str], use_positive_prompt: bool = False) -> list[Tensor]:

@@ -21,6 +21,7 @@ from varestorer.data.shards import Packed, packed_photographs
 from varestorer.data.store import ImageStore
 from varestorer.data.text import PhotoTexts, open_texts
 from varestorer.utils.errors import UserError
+from varestorer.utils.files import expand_user
 from varestorer.utils.images import resize
 from varestorer.utils.seeds import numpy_generator
 
@@ -223,7 +224,7 @@ def _photographs(
             raise UserError(f"data.text={INSIDE}: the shards of {root} hold no text; pack them with text=FOLDER")
         return samples, PackedTexts(samples)
     names = [sample.name for sample in samples]
-    return samples, None if text is None else PhotoTexts(Path(text).expanduser(), names)
+    return samples, None if text is None else PhotoTexts(expand_user(text), names)
 
 
 def with_text(sample: Sample, texts: Texts | None, index: int) -> Sample:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from varestorer.data.listing import indexed_images
 from varestorer.utils.errors import UserError
+from varestorer.utils.files import expand_user
 from varestorer.utils.images import natural_key
 
 HQ_NAMES = ("hr", "hq", "gt")
@@ -50,7 +51,7 @@ def hq_images(root: str | os.PathLike) -> list[Path]:
     """
     images = indexed_images(hq_folder(root))
     if not images:
-        raise UserError(f"data.root={Path(root).expanduser()} holds no image; put there {HQ_HELP}")
+        raise UserError(f"data.root={expand_user(root)} holds no image; put there {HQ_HELP}")
     return images
 
 
@@ -114,7 +115,7 @@ def list_test_set(root: str | os.PathLike, need_pairs: bool) -> Listing:
 
 def existing_folder(root: str | os.PathLike | None, wanted: str) -> Path:
     """`root` as a path; UserError naming `data.root` and what is wanted there if it is no readable folder."""
-    folder = Path(root or "").expanduser()
+    folder = expand_user(root or "")
     if not root or not folder.is_dir() or not os.access(folder, os.R_OK | os.X_OK):
         raise UserError(f"data.root={str(root or '')!r} is no folder that can be read; give {wanted}")
     return folder

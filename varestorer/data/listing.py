@@ -19,7 +19,7 @@ from typing import Any
 
 from varestorer.utils.cache import cache_folder
 from varestorer.utils.errors import UserError
-from varestorer.utils.files import atomic_write
+from varestorer.utils.files import expand_user, name_bytes, read_text, write_json
 from varestorer.utils.images import list_images
 
 log = logging.getLogger(__name__)
@@ -51,16 +51,19 @@ def indexed_images(folder: str | os.PathLike) -> list[Path]:
     return images
 
 
-def cache_path(kind: str, root: Path) -> Path:
-    """The file of what is remembered about a folder."""
-    name = hashlib.sha256(str(root.expanduser().absolute()).encode()).hexdigest()[:32]
-    return cache_folder() / kind / f"{name}.json"
+def cache_path(kind: str, root: Path) -> Path | None:
+    """The file of what is remembered about a folder; None where there is no cache."""
+    cache = cache_folder()
+    name = hashlib.sha256(name_bytes(str(expand_user(root).absolute()))).hexdigest()[:32]
+    return None if cache is None else cache / kind / f"{name}.json"
 
 
-def read_cache(path: Path) -> dict[str, Any] | None:
+def read_cache(path: Path | None) -> dict[str, Any] | None:
     """What `write_cache` kept; None if there is nothing, or nothing of use."""
+    if path is None:
+        return None
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_text(path))
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
@@ -69,13 +72,13 @@ def read_cache(path: Path) -> dict[str, Any] | None:
     return content if isinstance(content, dict) and content.get("format") == FORMAT else None
 
 
-def write_cache(path: Path, content: dict[str, Any]) -> None:
+def write_cache(path: Path | None, content: dict[str, Any]) -> None:
     """Keep a JSON object; trouble with the disk is a warning, since it can be made again."""
+    if path is None:
+        return
     try:
-        with atomic_write(path) as temporary:
-            text = json.dumps({"format": FORMAT, **content}, ensure_ascii=False)
-            temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
-    except (UserError, UnicodeError) as error:
+        write_json(path, {"format": FORMAT, **content})
+    except UserError as error:
         log.warning("the list is not remembered: %s (VARESTORER_CACHE names another folder)", error)
 
 

@@ -32,6 +32,7 @@ from varestorer.data.folders import HQ_HELP, hq_folder
 from varestorer.data.manifest import MANIFEST, MadePair, Manifest, pixel_hash
 from varestorer.utils.errors import UserError
 from varestorer.utils.images import list_images, load_image, save_image, to_uint8
+from varestorer.utils.locks import LOCK
 from varestorer.utils.seeds import derive_seed, numpy_generator, torch_generator
 
 PACKAGES = ("torch", "torchvision", "numpy", "scipy", "pillow")
@@ -188,7 +189,7 @@ def _begin(root: Path, options: Mapping[str, Any]) -> Manifest:
     """The manifest of an earlier run with the same options and versions, or a new one in a new folder."""
     new = Manifest(dict(options), versions())
     if not (root / MANIFEST).exists():
-        if root.exists() and (not root.is_dir() or any(root.iterdir())):
+        if root.exists() and (not root.is_dir() or any(path.name != LOCK for path in root.iterdir())):
             raise UserError(f"make={root} is no new folder, nor one that this command made; give another")
         new.save(root / MANIFEST)
         return new

@@ -15,7 +15,7 @@ from einops import rearrange
 from torch import Tensor
 
 from varestorer.utils.errors import UserError
-from varestorer.utils.files import atomic_write
+from varestorer.utils.files import name_bytes, read_text, write_json
 
 MANIFEST = "manifest.json"
 
@@ -62,8 +62,7 @@ class Manifest:
         """Write the file, whole or not at all."""
         content = {"digests": self.digests(), **asdict(self)}
         content["pairs"] = dict(sorted(content["pairs"].items()))
-        with atomic_write(path) as temporary:
-            temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(path, content, indent=1)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Manifest":
@@ -73,7 +72,7 @@ class Manifest:
             UserError: it cannot be read, or is something else.
         """
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            content = json.loads(read_text(path))
             pairs = {name: MadePair(**pair) for name, pair in content["pairs"].items()}
             return cls(content["options"], content["versions"], content["skipped"], pairs)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -93,4 +92,4 @@ def pixel_hash(img_3HW: Tensor) -> str:
 def joint_hash(hashes: Mapping[str, str]) -> str:
     """Hash the hashes of many pictures with their names, in any order."""
     lines = "".join(f"{name} {value}\n" for name, value in sorted(hashes.items()))
-    return hashlib.sha256(lines.encode()).hexdigest()
+    return hashlib.sha256(name_bytes(lines)).hexdigest()

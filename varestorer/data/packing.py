@@ -20,7 +20,7 @@ from varestorer.data.folders import hq_images
 from varestorer.data.shards import CAPTION, FEATURES, INDEX, Member, scan, write_index
 from varestorer.data.text import CAPTIONS, PhotoTexts, open_texts, photograph_names, read_captions
 from varestorer.utils.errors import UserError
-from varestorer.utils.files import atomic_write
+from varestorer.utils.files import atomic_write, expand_user
 from varestorer.utils.image_files import open_image
 
 log = logging.getLogger(__name__)
@@ -86,7 +86,7 @@ def _samples(source: Path, text: str | None, packing: Packing) -> list[_Sample]:
     paths = hq_images(source)
     names = photograph_names(source, paths)
     texts = open_texts(text, source, paths)
-    captions = {} if text is None else _captions(Path(text).expanduser())
+    captions = {} if text is None else _captions(expand_user(text))
     keys: set[str] = set()
     samples = []
     for number, (name, path) in enumerate(zip(names, paths, strict=True)):

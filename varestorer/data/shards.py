@@ -30,7 +30,7 @@ from varestorer.data.folders import existing_folder
 from varestorer.data.listing import cache_path, read_cache, stamp, write_cache
 from varestorer.utils.decoding import decode
 from varestorer.utils.errors import UserError
-from varestorer.utils.files import atomic_write
+from varestorer.utils.files import read_text, write_json
 from varestorer.utils.image_files import BROKEN_IMAGE_ERRORS
 from varestorer.utils.images import IMAGE_EXTENSIONS, natural_key
 
@@ -172,8 +172,7 @@ def write_index(folder: Path, shards: dict[str, list[Member]]) -> None:
         "columns": ["shard", "key", "extension", "offset", "size"],
         "members": [[name, *member] for name, members in shards.items() for member in members],
     }
-    with atomic_write(folder / INDEX) as temporary:
-        temporary.write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(folder / INDEX, content)
 
 
 def _member(info: tarfile.TarInfo) -> Member:
@@ -190,7 +189,7 @@ def _own_index(folder: Path, paths: list[Path]) -> dict[str, list[Member]] | Non
         UserError: it does not belong to these tar files.
     """
     try:
-        content = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        content = json.loads(read_text(folder / INDEX))
         if content["format"] != FORMAT:
             return None
         sizes = dict(content["shards"])

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from varestorer.data.folders import hq_folder
 from varestorer.utils.errors import UserError
-from varestorer.utils.files import atomic_write
+from varestorer.utils.files import atomic_write, expand_user, printable, read_text, utf8_path, write_json
 from varestorer.weights.storage import sync
 
 log = logging.getLogger(__name__)
@@ -94,15 +94,14 @@ class TextWriter:
         shard = self._next_shard() if features else None
         if shard is not None:
             with atomic_write(self.folder / shard) as temporary:
-                save_file({name: tensor.contiguous() for name, tensor in features.items()}, temporary)
+                save_file({printable(name): tensor.contiguous() for name, tensor in features.items()}, temporary)
                 sync(temporary)  # the index must not outlive its shards when the power fails
         self.images |= {name: Entry(prompt, shard if name in features else None) for name, prompt in prompts.items()}
         content = {
             "encoder": asdict(self.encoder),
             "images": {name: entry._asdict() for name, entry in self.images.items()},
         }
-        with atomic_write(self.folder / INDEX) as temporary:
-            temporary.write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(self.folder / INDEX, content)
 
     def _next_shard(self) -> str:
         """The first number above all that the index names; a file of it is left over from an interruption."""
@@ -154,9 +153,10 @@ class PhotoTexts:
         path = self.folder / shard
         try:
             if shard not in self._open:
-                self._open[shard] = safe_open(path, "pt")
+                with utf8_path(path) as plain:
+                    self._open[shard] = safe_open(plain, "pt")
             # a copy: a worker that hands over a view would hand over the whole shard
-            return self._open[shard].get_tensor(name).to(torch.float32, copy=True)
+            return self._open[shard].get_tensor(printable(name)).to(torch.float32, copy=True)
         except (OSError, SafetensorError) as error:
             raise UserError(
                 f"data.text: cannot read the features of {name} in {path} ({error}); remove that file and start "
@@ -193,7 +193,7 @@ def open_texts(folder: str | None, root: str | os.PathLike | None, paths: Sequen
         return None
     if root is None:
         raise UserError(f"data.text={folder} needs data.root: the embedded photographs have no text")
-    return PhotoTexts(Path(folder).expanduser(), photograph_names(root, paths))
+    return PhotoTexts(expand_user(folder), photograph_names(root, paths))
 
 
 def photograph_names(root: str | os.PathLike, paths: Sequence[Path]) -> list[str]:
@@ -228,8 +228,7 @@ def plain_text(text: str) -> str:
 
 def write_captions(path: Path, captions: Mapping[str, str]) -> None:
     """Write captions, one a line."""
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(captions, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(path, captions, indent=1)
 
 
 def _read_index(folder: Path) -> tuple[dict[str, Any], dict[str, Entry]]:
@@ -250,7 +249,7 @@ def _read_index(folder: Path) -> tuple[dict[str, Any], dict[str, Entry]]:
 def _read_json(path: Path, wanted: str) -> dict[str, Any]:
     """A JSON object; UserError that says what is `wanted` if it is none."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_text(path))
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist; wanted {wanted}") from error
     except (OSError, ValueError) as error:

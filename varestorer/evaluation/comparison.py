@@ -18,6 +18,7 @@ from varestorer.evaluation.protocols import load_protocol
 from varestorer.evaluation.report import write_run_report
 from varestorer.systems.varestorer import VARestorer
 from varestorer.transformer.adapters import init_adapters
+from varestorer.utils.files import write_json
 from varestorer.utils.images import resize
 
 SCALE = 4
@@ -139,7 +140,7 @@ def write_comparison(
     }
     path = run_dir / "report.html"
     write_run_report(path, title, curves, rows, pictures, facts)
-    (run_dir / "report.json").write_text(json.dumps({"rows": rows, "facts": facts}, indent=1), encoding="utf-8")
+    write_json(run_dir / "report.json", {"rows": rows, "facts": facts}, indent=1)
     return path
 
 

@@ -10,7 +10,7 @@ from varestorer.evaluation.pictures import HINT, PictureColumn, detailed_crops, 
 from varestorer.evaluation.results import Evaluation, Row
 from varestorer.evaluation.tables import figure
 from varestorer.evaluation.templates import render
-from varestorer.utils.files import atomic_write
+from varestorer.utils.files import atomic_write, fitting_name, name_bytes, write_text
 from varestorer.utils.images import load_image, save_image
 
 GALLERY, COPIES = "gallery.html", "gallery"
@@ -37,10 +37,9 @@ def write_gallery(evaluation: Evaluation, out: Path, method: str, scale: int = 4
         return None
     pictures = [_picture(row, out, method, scale) for row in rows]
     introduction = f"{len(rows)} of {len(evaluation.rows)} images, evenly spread."
-    with atomic_write(out / GALLERY) as path:
-        title = f"{evaluation.dataset}: {method}"
-        page = render("gallery.html", title=title, introduction=introduction, hint=HINT, pictures=pictures)
-        path.write_text(page, encoding="utf-8")
+    title = f"{evaluation.dataset}: {method}"
+    page = render("gallery.html", title=title, introduction=introduction, hint=HINT, pictures=pictures)
+    write_text(out / GALLERY, page)
     return out / GALLERY
 
 
@@ -60,7 +59,7 @@ def _picture(row: Row, out: Path, method: str, scale: int) -> str:
     for role, (label, path) in zip(("lq", "restored", "hq"), files.items(), strict=True):
         if path is not None:
             image = images[label]
-            source = _link(path, out, f"{row.name}_{role}.png")
+            source = _link(path, out, fitting_name(row.name, f"_{role}.png"))
             columns.append(PictureColumn(label, source, enlarge(image, height, width), image.shape[-1] < width))
     crops = sorted(detailed_crops(columns[-1].image, NUM_CROPS, scale), key=lambda crop: crop.left)
     scores = ", ".join(f"{name} {figure(value)}" for name, value in row.scores.items())
@@ -80,4 +79,4 @@ def _link(path: Path, out: Path, name: str) -> str:
                 shutil.copyfile(path, temporary)
         else:
             save_image(target, load_image(path))
-    return quote(target.relative_to(out.resolve()).as_posix())
+    return quote(name_bytes(target.relative_to(out.resolve()).as_posix()))

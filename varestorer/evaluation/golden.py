@@ -19,6 +19,7 @@ from varestorer.tokenizer import MultiScaleTokenizer, ScaleSchedule, TokenizerCo
 from varestorer.transformer import TextFeatures, TransformerConfig, VARTransformer
 from varestorer.transformer.adapters import attach_adapters
 from varestorer.utils.errors import UsageError, UserError
+from varestorer.utils.files import utf8_path
 
 
 class GoldenFolder:
@@ -52,7 +53,8 @@ class GoldenFolder:
         """Content of `<stem>.safetensors`."""
         path = self.folder / f"{stem}.safetensors"
         try:
-            return load_file(path)
+            with utf8_path(path) as plain:
+                return load_file(plain)
         except (OSError, SafetensorError) as error:
             raise UsageError(f"fixtures={self.folder}: cannot read {path.name} ({error})") from error
 

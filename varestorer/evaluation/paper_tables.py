@@ -15,6 +15,7 @@ from varestorer.evaluation.records import SUMMARY
 from varestorer.evaluation.renderers import LEGEND
 from varestorer.evaluation.tables import Cell, Column, Table, TableRow
 from varestorer.utils.errors import UsageError
+from varestorer.utils.files import expand_user
 from varestorer.utils.iqa import metric_config
 
 ABLATION_METRICS = ("lpips", "musiq", "niqe", "clipiqa")
@@ -121,9 +122,9 @@ def read_records(runs: Iterable[str]) -> list[EvaluationRecord]:
 
 def _read_record(run: str) -> EvaluationRecord:
     label, found, path = run.partition("=")
-    if not found or Path(run).expanduser().exists():
+    if not found or expand_user(run).exists():
         label, path = "", run
-    folder = Path(path).expanduser()
+    folder = expand_user(path)
     try:
         summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
         if not {"dataset", "protocol", "n", "metrics", "unavailable"} <= summary.keys():

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
 from varestorer.utils.device import pick_device
+from varestorer.utils.errors import UserError
+from varestorer.utils.locks import locked
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -69,6 +72,24 @@ class Processes:
     def of_main(self, value: T) -> T:
         """Process 0's value, for all."""
         return self.gather([value])[0]
+
+    @contextmanager
+    def keeping(self, folder: Path) -> Iterator[None]:
+        """Keep a folder for these processes.
+
+        Raises:
+            UserError: in all of them, if another command has it or it cannot be written.
+        """
+        with ExitStack() as stack:
+            refusal = None
+            if self.is_main:
+                try:
+                    stack.enter_context(locked(folder))
+                except UserError as error:
+                    refusal = str(error)
+            if refusal := self.of_main(refusal):
+                raise UserError(refusal)
+            yield
 
     @contextmanager
     def main_first(self) -> Iterator[None]:

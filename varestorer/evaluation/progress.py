@@ -16,7 +16,7 @@ from typing import Any
 
 from varestorer.evaluation.results import Row
 from varestorer.utils.errors import UsageError, UserError
-from varestorer.utils.files import atomic_write
+from varestorer.utils.files import atomic_write, original_name, printable, read_text, write_json
 
 PER_IMAGE, SETTINGS, IMAGES = "per_image.csv", "settings.json", "images"
 
@@ -46,7 +46,7 @@ class Progress:
     def _refuse_others(self) -> None:
         remedy = "give another out=, or remove that folder"
         try:
-            earlier = json.loads((self.folder / SETTINGS).read_text(encoding="utf-8"))
+            earlier = json.loads(read_text(self.folder / SETTINGS))
         except FileNotFoundError:
             if self.path.exists() or self.images.exists():
                 raise UsageError(f"out={self.folder} holds an evaluation without {SETTINGS}: {remedy}") from None
@@ -70,7 +70,7 @@ class Progress:
             columns: metrics that a row must have.
         """
         try:
-            text = self.path.read_text(encoding="utf-8")
+            text = read_text(self.path)
         except FileNotFoundError:
             return {}
         except (OSError, ValueError) as error:
@@ -84,7 +84,8 @@ class Progress:
             except (KeyError, ValueError, TypeError):
                 continue
             if not cells["error"]:
-                rows[cells["image"]] = Row(cells["image"], scores, seconds)
+                name = original_name(cells["image"])
+                rows[name] = Row(name, scores, seconds)
         return rows
 
     def is_current(self, files: Iterable[Path]) -> bool:
@@ -99,8 +100,7 @@ class Progress:
             UserError: a file cannot be written; names it.
         """
         self.columns = list(columns)
-        with atomic_write(self.folder / SETTINGS) as path:
-            path.write_text(json.dumps(self.settings, indent=2) + "\n", encoding="utf-8")
+        write_json(self.folder / SETTINGS, self.settings, indent=2)
         write_rows(self.path, self.columns, rows)
 
     def append(self, rows: Iterable[Row]) -> None:
@@ -131,7 +131,8 @@ def write_rows(target: Path, columns: Sequence[str], rows: Iterable[Row]) -> Non
 
 def _cells(row: Row, columns: Sequence[str]) -> list[str]:
     numbers = [*(row.scores.get(name) for name in columns), row.seconds]
-    return [row.name, *("" if number is None else repr(number) for number in numbers), "; ".join(row.errors)]
+    texts = printable(row.name), printable("; ".join(row.errors))
+    return [texts[0], *("" if number is None else repr(number) for number in numbers), texts[1]]
 
 
 def _differ(one: Any, other: Any) -> bool:

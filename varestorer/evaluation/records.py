@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from varestorer.evaluation.progress import PER_IMAGE, write_rows
 from varestorer.evaluation.results import Evaluation
-from varestorer.utils.files import atomic_write
+from varestorer.utils.files import write_json
 
 SUMMARY = "summary.json"
 
@@ -25,6 +24,5 @@ def write_records(evaluation: Evaluation, folder: Path) -> list[Path]:
     """
     names = [name for name, metric in evaluation.metrics.items() if not metric.is_of_folders]
     write_rows(folder / PER_IMAGE, names, evaluation.rows)
-    with atomic_write(folder / SUMMARY) as path:
-        path.write_text(json.dumps(evaluation.summary(), indent=2) + "\n", encoding="utf-8")
+    write_json(folder / SUMMARY, evaluation.summary(), indent=2)
     return [folder / PER_IMAGE, folder / SUMMARY]

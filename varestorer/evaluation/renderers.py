@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from varestorer.evaluation.tables import BEST, SECOND, Shown, Table
 from varestorer.evaluation.templates import render
-from varestorer.utils.files import atomic_write
+from varestorer.utils.files import write_text
 
 OURS = "▸"
 LEGEND = f"Best in bold, second underlined; {OURS} this evaluation; ↑ higher is better, ↓ lower is better."
@@ -47,8 +47,7 @@ def write_tables(tables: Sequence[Table], title: str, folder: Path, stem: str) -
     written = []
     for suffix, text in texts.items():
         written.append(folder / f"{stem}.{suffix}")
-        with atomic_write(written[-1]) as path:
-            path.write_text(text, encoding="utf-8")
+        write_text(written[-1], text)
     return written
 
 

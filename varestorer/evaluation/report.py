@@ -25,7 +25,7 @@ from varestorer.evaluation.pictures import (
 from varestorer.evaluation.renderers import html_table
 from varestorer.evaluation.tables import Column, Table, TableRow, printed
 from varestorer.evaluation.templates import render
-from varestorer.utils.files import atomic_write
+from varestorer.utils.files import write_text
 
 Picture = Mapping[str, Tensor]
 """Columns of one photograph: label -> (3, H, W) in [0, 1]; the last one is the reference."""
@@ -67,8 +67,7 @@ def write_run_report(
         "<h2>Run</h2>",
         html_facts(facts),
     ]
-    with atomic_write(path) as temporary:
-        temporary.write_text(render("report.html", title=title, body=Markup("\n".join(body))), encoding="utf-8")
+    write_text(path, render("report.html", title=title, body=Markup("\n".join(body))))
     return Path(path)
 
 

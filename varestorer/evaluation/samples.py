@@ -13,6 +13,7 @@ from varestorer.evaluation.results import Pair, Row
 from varestorer.evaluation.sources import Candidate, FolderSource, Source
 from varestorer.utils.ahead import make_ahead
 from varestorer.utils.errors import UserError
+from varestorer.utils.files import fitting_name
 from varestorer.utils.images import load_image, save_image
 
 log = logging.getLogger(__name__)
@@ -67,7 +68,7 @@ class SampleReader:
         """Where the image that is scored lies, or will lie; None if nowhere."""
         name, lq, _ = pair
         if self.keep is not None:
-            return self.keep / f"{name}.png"
+            return self.keep / fitting_name(name, ".png")
         if not isinstance(self.source, FolderSource):
             return None
         try:
@@ -104,7 +105,7 @@ class SampleReader:
     def _made_before(self, name: str, lq: Path) -> Candidate | None:
         if self.keep is None or not self.reuse:
             return None
-        path = self.keep / f"{name}.png"
+        path = self.keep / fitting_name(name, ".png")
         if not path.is_file() or path.stat().st_mtime_ns < lq.stat().st_mtime_ns:
             return None
         return Candidate(load_image(path), path=path)
@@ -113,7 +114,7 @@ class SampleReader:
         """Write an image that was made here; return the file that holds the image, if any."""
         if candidate.path is not None or self.keep is None:
             return candidate.path
-        path = self.keep / f"{name}.png"
+        path = self.keep / fitting_name(name, ".png")
         save_image(path, candidate.image)
         return path
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from varestorer.utils.errors import UsageError, UserError
+from varestorer.utils.files import expand_user
 from varestorer.utils.images import list_images, load_image, resize
 from varestorer.utils.seeds import derive_seed
 
@@ -95,7 +96,7 @@ class FolderSource:
     runs_ahead = True
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder).expanduser()
+        self.folder = expand_user(folder)
         self.method = self.folder.name
         self.settings = {"predictions": str(self.folder.resolve())}
         if not self.folder.is_dir():

@@ -13,6 +13,7 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from varestorer.evaluation.sources import Candidate, timed
 from varestorer.utils.errors import UsageError
+from varestorer.utils.files import expand_user
 from varestorer.utils.images import load_image
 from varestorer.utils.tiling import restore_tiled
 
@@ -34,7 +35,7 @@ class SpandrelSource:
     """
 
     def __init__(self, model_path: str | Path, scale: int = 4, device: torch.device | str = "cpu") -> None:
-        self.path = Path(model_path).expanduser()
+        self.path = expand_user(model_path)
         self.device = torch.device(device)
         self.model = _load(self.path, self.device)
         if self.model.scale != scale:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from varestorer.transformer.adapters import plain_state_dict
 from varestorer.utils.errors import UserError
-from varestorer.utils.files import atomic_write
+from varestorer.utils.files import atomic_write, write_json, write_text
 from varestorer.weights.bundles import ADAPTERS, CONFIG, FORMAT, RESTORER, is_bundle, read_config, tensors_file
 from varestorer.weights.card import model_card
 from varestorer.weights.runs import is_run, latest_checkpoint
@@ -47,10 +47,8 @@ def save_bundle(system: VARestorer, folder: Path, half: bool = False) -> None:
     files = {f"{part}.safetensors": tensors_file(folder, part).stat().st_size for part in parts}
     config = {"format": FORMAT, **system.config, "restorer": system.restorer is not None, "sources": sources(system)}
     card = model_card(config, files, config["sources"], "fp16" if half else precision(system))
-    with atomic_write(folder / CARD) as temporary:
-        temporary.write_text(card, encoding="utf-8")
-    with atomic_write(folder / CONFIG) as temporary:
-        temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_text(folder / CARD, card)
+    write_json(folder / CONFIG, config, indent=2)
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:

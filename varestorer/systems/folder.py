@@ -22,14 +22,17 @@ from varestorer.systems.plan import REPORT_NAME, Job, Plan
 from varestorer.utils.ahead import make_ahead
 from varestorer.utils.device import usable_cores
 from varestorer.utils.errors import UserError
-from varestorer.utils.files import atomic_write
+from varestorer.utils.files import read_text, write_json
 from varestorer.utils.images import Picture, heat_map, load_picture, natural_key, resize, save_image
+from varestorer.utils.locks import locked
 from varestorer.utils.seeds import derive_seed
 
 logger = logging.getLogger(__name__)
 
 Entry = dict[str, Any]
 """What `restore.json` says of one input: output, seconds, seed, settings, notes; or the error."""
+
+LOCK_SECONDS = 60.0  # that another run may take to write the report
 
 WRITERS = max(1, min(3, usable_cores() // 4))  # each holds one result that is not written yet
 
@@ -92,8 +95,8 @@ def restore_files(
     Each image's seed is derived from `seed` and its name, so its result depends neither on the other files
     nor on their order. Transparency is resized and kept, and so is a colour profile. Results appear whole or not
     at all. If the run is interrupted, what was restored by then is written, and so is the report; it keeps earlier
-    entries whose results are still there. A result that is left in place, but was made with another seed or other
-    settings, is named.
+    entries whose results are still there, and those of runs that write to the same folder at the same time. A result
+    that is left in place, but was made with another seed or other settings, is named.
 
     Args:
         plan: from `plan_restoration`.
@@ -106,7 +109,8 @@ def restore_files(
         UserError: the output folder or the report cannot be written.
     """
     path = plan.output / REPORT_NAME
-    earlier = _earlier_entries(path)
+    before = _read_report(path)
+    earlier = _of_results(path, before)
     entries: dict[str, Entry] = {name: {"error": reason} for name, reason in plan.rejected.items()}
     pending = plan.pending(overwrite)
     to_do = {job.name for job in pending}
@@ -124,7 +128,7 @@ def restore_files(
             for _ in tqdm(runner.run(pending), total=len(pending), unit=" images", bar_format=_BAR):
                 continue
     finally:
-        _write_report(path, earlier | entries)
+        _add_to_report(path, before, entries)
     names = [*plan.rejected, *(job.name for job in plan.jobs)]  # threads may end in another order
     failed = {name: entries[name]["error"] for name in names if "error" in entries[name]}
     num_skipped = sum("skipped" in entry for entry in entries.values())
@@ -245,12 +249,13 @@ def _is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError | torch.cuda.OutOfMemoryError) or "allocate memory" in str(error)
 
 
-def _earlier_entries(path: Path) -> dict[str, Entry]:
-    """Entries of an earlier report whose results still exist."""
+def _read_report(path: Path) -> dict[str, Entry]:
+    """The entries of a report; none if there is none, or nothing of use."""
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-        entries = {name: _without_skip(entry) for name, entry in entries.items() if "error" not in entry}
-        return {name: entry for name, entry in entries.items() if (path.parent / entry["output"]).is_file()}
+        entries = json.loads(read_text(path))
+        return {
+            name: _without_skip(entry) for name, entry in entries.items() if "error" in entry or Path(entry["output"])
+        }
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -262,7 +267,25 @@ def _without_skip(entry: Entry) -> Entry:
     return {key: value for key, value in entry.items() if key != "skipped"}
 
 
-def _write_report(path: Path, entries: dict[str, Entry]) -> None:
-    ordered = dict(sorted(entries.items(), key=lambda item: natural_key(item[0])))
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(ordered, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def _of_results(path: Path, entries: Mapping[str, Entry]) -> dict[str, Entry]:
+    """The entries whose results exist."""
+    made = {name: entry for name, entry in entries.items() if "error" not in entry}
+    return {name: entry for name, entry in made.items() if (path.parent / entry["output"]).is_file()}
+
+
+def _add_to_report(path: Path, before: Mapping[str, Entry], entries: Mapping[str, Entry]) -> None:
+    """Write the entries of this run among those that are there now: another run may have added some since.
+
+    Args:
+        path: the report.
+        before: what it said when this run began; errors of then are gone.
+        entries: of this run.
+    """
+    with locked(path.parent, wait=LOCK_SECONDS):
+        now = _read_report(path)
+        new_errors = {name: entry for name, entry in now.items() if "error" in entry and entry != before.get(name)}
+        kept = _of_results(path, now)
+        # what is skipped here another run may have made meanwhile, and its entry says more
+        ours = {name: (kept.get(name, {}) if "skipped" in entry else {}) | entry for name, entry in entries.items()}
+        ordered = sorted((new_errors | kept | ours).items(), key=lambda item: natural_key(item[0]))
+        write_json(path, dict(ordered), indent=2)

@@ -15,6 +15,7 @@ from varestorer.systems.student import StudentConfig
 from varestorer.tokenizer import ScaleSchedule, TokenizerConfig
 from varestorer.transformer import TransformerConfig
 from varestorer.utils.errors import UsageError, UserError
+from varestorer.utils.files import expand_user
 from varestorer.weights.bundles import ADAPTERS, CONFIG, RESTORER, is_bundle, read_config, tensors_file
 from varestorer.weights.files import read_metadata, read_tensors
 from varestorer.weights.published import STUDENT_FILE, TOKENIZER_FILE
@@ -77,7 +78,7 @@ def check_is_student(system: VARestorer, path: str | Path) -> None:
     Raises:
         UsageError: the path is a published file without adapters.
     """
-    if system.student_config.lora_rank == 0 and _is_published(Path(path).expanduser()):
+    if system.student_config.lora_rank == 0 and _is_published(expand_user(path)):
         raise UsageError(f"ckpt={path} is a teacher without adapters; use steps=multi, or give {STUDENT_FILE}")
 
 
@@ -208,7 +209,7 @@ def _companion(part: str, student_file: Path, given: str | None) -> Path:
     """
     name, place = COMPANIONS[part]
     if given is not None:
-        path = Path(given).expanduser()
+        path = expand_user(given)
         if not path.exists():
             raise UsageError(f"{part}={given} does not exist; give {name} ({place})")
         return path

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from varestorer.utils.errors import UsageError
+from varestorer.utils.files import expand_user, fitting_name
 from varestorer.utils.images import IMAGE_EXTENSIONS, list_images
 
 REPORT_NAME = "restore.json"
@@ -66,7 +67,7 @@ def plan_restoration(source: str | os.PathLike, output: str | os.PathLike) -> Pl
     Raises:
         UsageError: no such input, an empty one, an output that is a file or that would overwrite an input.
     """
-    source, output = Path(source).expanduser(), Path(output).expanduser()
+    source, output = expand_user(source), expand_user(output)
     if not source.exists():
         raise UsageError(f"input={source} does not exist; give an image or a folder of images")
     if output.exists() and not output.is_dir():
@@ -117,7 +118,7 @@ def target_names(names: Iterable[str]) -> dict[str, str]:
     names = list(names)
     keeping: set[str] = set()
     while True:
-        targets = {name: f"{name if name in keeping else os.path.splitext(name)[0]}.png" for name in names}
+        targets = {name: fitting_name(name if name in keeping else os.path.splitext(name)[0], ".png") for name in names}
         files = {name: {target.casefold(), heat_map_name(target).casefold()} for name, target in targets.items()}
         counts = Counter(file for pair in files.values() for file in pair)
         # a kept extension may meet another stem (a.jpg.png), so look again until nothing new collides
@@ -129,4 +130,4 @@ def target_names(names: Iterable[str]) -> dict[str, str]:
 
 def heat_map_name(target: str) -> str:
     """`a.uncertainty.png` of the result `a.png`."""
-    return f"{target.removesuffix('.png')}.uncertainty.png"
+    return fitting_name(target.removesuffix(".png"), ".uncertainty.png")

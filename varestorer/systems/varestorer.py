@@ -28,6 +28,7 @@ from varestorer.transformer.sampling import Noise, keyed_noise
 from varestorer.utils.color import match_color
 from varestorer.utils.device import to_device
 from varestorer.utils.errors import UsageError, UserError
+from varestorer.utils.files import expand_user
 from varestorer.utils.hub import first_line, is_hub_name
 from varestorer.utils.tiling import restore_tiled, scaled_size
 from varestorer.weights.shipped import named_or_default
@@ -94,7 +95,7 @@ class VARestorer(
             UserError: the path holds no system, or its files do not fit.
         """
         given = pretrained_model_name_or_path
-        name = str(named_or_default(given if given is None else Path(given).expanduser()))
+        name = str(named_or_default(given if given is None else expand_user(given)))
         if Path(name).exists() or not is_hub_name(name):
             return cls._from_pretrained(model_id=name, **options)
         try:

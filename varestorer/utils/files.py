@@ -1,11 +1,25 @@
-"""Writing files so that a reader never meets half of one."""
+"""Writing files so that a reader never meets half of one, under any name that the system allows.
 
+File names are bytes. Python holds those that are not UTF-8 as lone surrogates, which no encoder takes: texts are
+written with `\\udcf1` for them. In JSON that is the escape that gives the same name back.
+"""
+
+import hashlib
+import json
 import os
+import re
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
-from varestorer.utils.errors import UserError
+from varestorer.utils.errors import UsageError, UserError
+
+NAME_BYTES = 255  # of a file's name on all common file systems
+MAX_SUFFIX = 16  # letters; a longer one chooses no format
+SHOWN = 40  # letters of a name in that of its temporary file, at most four bytes each
 
 
 @contextmanager
@@ -19,7 +33,7 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
         UserError: the file cannot be written (no permission, disk full, ...); names the path.
     """
     target = Path(path)
-    temporary = target.with_name(f".{target.stem}.{os.getpid()}.tmp{target.suffix}")
+    temporary = temporary_path(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -30,6 +44,117 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
         if isinstance(error, OSError) or "No space left on device" in str(error):
             raise UserError(f"cannot write {target}: {error}; check the folder and its free space") from error
         raise
+
+
+def temporary_path(target: Path) -> Path:
+    """A name beside `target` that no other process has, on this machine or another one that shares the disk.
+
+    It begins like the target's name and keeps its suffix, but is never too long.
+    """
+    suffix = target.suffix if len(target.suffix) <= MAX_SUFFIX else ""
+    return target.with_name(f".{target.stem[:SHOWN]}.{secrets.token_hex(8)}.tmp{suffix}")
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Write a text as UTF-8, whole or not at all.
+
+    Raises:
+        UserError: it cannot be written; names the path.
+    """
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(printable(text).encode())
+
+
+def write_json(path: str | os.PathLike, content: Any, indent: int | None = None) -> None:
+    """Write a JSON file, letters as they are; reading it gives the same texts, those that are not UTF-8 too.
+
+    Raises:
+        UserError: it cannot be written; names the path.
+    """
+    write_text(path, json.dumps(content, indent=indent, ensure_ascii=False) + "\n")
+
+
+def read_text(path: str | os.PathLike) -> str:
+    """A text in UTF-8, without the mark (BOM) that some editors put in front of it."""
+    return Path(path).read_text(encoding="utf-8-sig")
+
+
+@contextmanager
+def utf8_path(path: Path) -> Iterator[Path]:
+    """A path for libraries that take no other names (safetensors, torch's mapped files): itself, or a link to it."""
+    if printable(str(path)) == str(path):
+        yield path
+        return
+    with TemporaryDirectory(prefix="varestorer-") as folder:
+        link = Path(folder, f"file{path.suffix}")
+        link.symlink_to(path.absolute())
+        yield link
+
+
+def printable(text: str) -> str:
+    r"""A text that every UTF-8 encoder takes: bytes of file names that are not UTF-8 as `\udcf1`."""
+    return text.encode("utf-8", errors="backslashreplace").decode()
+
+
+def original_name(text: str) -> str:
+    """The file name of which `printable` made the text."""
+    return re.sub(r"\\u(dc[89a-f][0-9a-f])", lambda found: chr(int(found[1], 16)), text)
+
+
+def name_bytes(name: str) -> bytes:
+    """The bytes of a file name, the same in every locale: for hashes and lengths."""
+    return name.encode("utf-8", errors="surrogateescape")
+
+
+def fitting_name(name: str, ending: str) -> str:
+    """`name` + `ending`, where the last part of the path is shortened if no file system would take its length.
+
+    What is cut off is replaced by a hash of it, so that different names stay different.
+    """
+    folder, slash, base = name.rpartition("/")
+    if len(name_bytes(base + ending)) > NAME_BYTES:
+        mark = f"~{hashlib.sha256(name_bytes(base)).hexdigest()[:8]}"
+        room = NAME_BYTES - len(mark + ending)
+        while len(name_bytes(base)) > room:
+            base = base[:-1]
+        base += mark
+    return f"{folder}{slash}{base}{ending}"
+
+
+def expand_user(path: str | os.PathLike) -> Path:
+    """A path with the user's folder for `~`; a name that only begins with `~` stays.
+
+    Raises:
+        UsageError: nothing says what the user's folder is (a container without HOME).
+    """
+    given = Path(path)
+    try:
+        return given.expanduser()
+    except RuntimeError as error:
+        if given.parts[0] == "~":
+            raise UsageError(f"{path}: no home folder is known here (HOME is not set); write the whole path") from error
+        return given  # no user is called so
+
+
+def check_writable(folder: Path, key: str) -> None:
+    """Refuse a folder that cannot be written before anything is computed for it; leaves nothing behind.
+
+    Args:
+        folder: need not exist.
+        key: of the command, for the message.
+    Raises:
+        UserError: neither it nor the nearest folder around it can be written.
+    """
+    place = folder.absolute()
+    try:
+        while not place.exists():
+            place = place.parent
+        probe = temporary_path(place / "probe")
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        reason = f"{error.strerror or error} ({place})"
+        raise UserError(f"cannot write {key}={folder}: {reason}; give another folder") from error
 
 
 def _remove(path: Path) -> None:

@@ -13,6 +13,8 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
+from varestorer.utils.files import expand_user
+
 _ALEXNET = "checkpoints/alexnet-owt-7be5be79.pth"
 _VGG16 = "checkpoints/vgg16-397923af.pth"
 _INCEPTION = "pyiqa/pt_inception-2015-12-05-6726825d.pth"
@@ -103,7 +105,7 @@ def hub_folder() -> Path:
     """Torch's hub folder as it is now (`$TORCH_HOME/hub`): where pyiqa keeps and looks for weights."""
     import torch
 
-    return Path(torch.hub.get_dir()).expanduser()
+    return Path(os.path.expanduser(torch.hub.get_dir()))
 
 
 def missing_package(metric: str) -> str | None:
@@ -155,7 +157,7 @@ def _find(entry: str, folder: str | Path | None) -> Path | None:
         return _find_repository(entry.removeprefix("hf:"))
     candidates = [hub_folder() / entry]
     if folder is not None:
-        root = Path(folder).expanduser()
+        root = expand_user(folder)
         candidates = [root / "hub" / entry, root / entry, root / Path(entry).name, *candidates]
     return next((path for path in candidates if path.is_file()), None)
 

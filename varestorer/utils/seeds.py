@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from varestorer.utils.device import to_device
+from varestorer.utils.files import name_bytes
 
 
 def derive_seed(seed: int, *keys: int | str) -> int:
@@ -29,7 +30,7 @@ def derive_seed(seed: int, *keys: int | str) -> int:
     digest = hashlib.blake2b(digest_size=8)
     for key in (seed, *keys):
         text = f"s{key}" if isinstance(key, str) else f"i{int(key)}"
-        digest.update(f"{len(text)}:{text};".encode())
+        digest.update(name_bytes(f"{len(text)}:{text};"))
     return int.from_bytes(digest.digest(), "big") >> 1
 
 

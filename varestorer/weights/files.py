@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from varestorer.utils.errors import UserError
+from varestorer.utils.files import utf8_path
 
 Content = TypeVar("Content")
 
@@ -74,7 +75,8 @@ def load_torch_file(path: Path, device: str) -> Any:
     _must_exist(path)
     try:
         mmap = zipfile.is_zipfile(path)  # files older than torch 1.6 cannot be mapped
-        return torch.load(path, map_location=device, weights_only=True, mmap=mmap)
+        with utf8_path(path) as plain:
+            return torch.load(plain, map_location=device, weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         reason = "damaged, or it holds more than tensors, whose code is not run"
         raise UserError(f"cannot read weights {path}: {reason}") from error
@@ -128,7 +130,8 @@ def read_metadata(path: Path) -> dict[str, str]:
 def _read_safetensors(path: Path, read: Callable[[Path], Content]) -> Content:
     _must_exist(path)
     try:
-        return read(path)
+        with utf8_path(path) as plain:
+            return read(plain)
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"cannot read weights {path}: damaged ({_reason(error)})") from error
 

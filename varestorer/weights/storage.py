@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from varestorer.utils.errors import UserError
+from varestorer.utils.files import temporary_path, utf8_path
 
 CHECKSUMS = "checksums.json"
 STATE = "state.json"
@@ -33,7 +34,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     Raises:
         UserError: it cannot be written (disk full, no permission); names the folder. Older ones stay.
     """
-    temporary = target.with_name(f".{target.name}.tmp")
+    temporary = temporary_path(target)
     try:
         temporary.mkdir(parents=True)
         yield temporary
@@ -81,7 +82,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         UserError: the file cannot be read, or is damaged.
     """
     try:
-        return load_file(path)
+        with utf8_path(path) as plain:
+            return load_file(plain)
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot read {path}: {error}; bring back a good copy of it") from error
 

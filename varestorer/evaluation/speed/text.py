@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from varestorer.evaluation.speed.operations import t5_flops
 from varestorer.evaluation.speed.restoring import StageSpeed
 from varestorer.evaluation.speed.stages import weight_bytes
 from varestorer.utils.errors import UsageError
+from varestorer.utils.files import expand_user
 from varestorer.utils.seeds import torch_generator
 from varestorer.utils.timing import in_turns
 
@@ -92,7 +92,7 @@ def _read_t5(folder: str) -> nn.Module:
     from transformers import T5EncoderModel
 
     try:
-        encoder: nn.Module = T5EncoderModel.from_pretrained(Path(folder).expanduser(), local_files_only=True)
+        encoder: nn.Module = T5EncoderModel.from_pretrained(expand_user(folder), local_files_only=True)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UsageError(f"text={folder} is neither t5 nor the folder of a T5 ({reason})") from error

@@ -15,7 +15,8 @@ from omegaconf import DictConfig, OmegaConf
 
 import varestorer
 from varestorer.commands import main
-from varestorer.commands.entry import Command, compose, config_dir, hydra_words, quote_value, typed
+from varestorer.commands.entry import Command, compose, config_dir, hydra_words, typed
+from varestorer.commands.quoting import quote_value
 from varestorer.commands.train import COMMAND as TRAIN
 from varestorer.utils.errors import UsageError, UserError
 
@@ -105,8 +106,8 @@ def test_places_may_refer_to_other_keys_and_others_are_left_to_hydra(configs: Pa
     assert quote_value("seed=1,2") == "seed=1,2" and quote_value("--cfg") == "--cfg"
 
 
-def test_words_and_options_may_be_mixed():
-    words = hydra_words("toy", ["a=1", "--cfg", "job", "prompt=x, y"])
+def test_words_and_options_may_be_mixed(configs: Path):
+    words = hydra_words(command(ok), ["a=1", "--cfg", "job", "prompt=x, y"], configs)
     assert words[-4:] == ["a=1", "prompt='x, y'", "--cfg", "job"]
 
 

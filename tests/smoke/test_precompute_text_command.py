@@ -253,3 +253,13 @@ def test_the_ablation_without_prompts_pins_the_null_text(compose: Callable[..., 
     base = compose("train", "+experiment=dmd_div2k", "data.root=x")
     assert cfg.data.text is None
     assert cfg.stages == base.stages and cfg.trainer == base.trainer
+
+
+def test_captions_may_begin_with_a_mark_and_a_broken_one_is_its_own_failure(tmp_path: Path, caplog):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfa dog")
+    (tmp_path / "b.txt").write_bytes(b"caf\xe9")  # not UTF-8
+    (tmp_path / "c.txt").write_text("a cat")
+    assert given_captions(tmp_path, ["a.png", "b.png", "c.png"]) == {"a.png": "a dog", "c.png": "a cat"}
+    assert "b.txt" in caplog.text
+    (tmp_path / "given.json").write_bytes(b'\xef\xbb\xbf{"a.png": "a dog"}')
+    assert given_captions(tmp_path / "given.json", ["a.png"]) == {"a.png": "a dog"}

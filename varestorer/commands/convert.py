@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from omegaconf import DictConfig
 
 from varestorer.commands.entry import FAILED, OK, Command, say, typed
 from varestorer.utils.errors import UsageError, UserError
+from varestorer.utils.files import atomic_write, check_writable, expand_user, temporary_path
 
 if TYPE_CHECKING:
     from varestorer.systems.varestorer import VARestorer
@@ -103,7 +103,7 @@ def convert(cfg: DictConfig) -> int:
     options = typed(ConvertOptions, cfg)
     for key in PATHS:
         if value := getattr(options, key):
-            setattr(options, key, os.path.expanduser(value))
+            setattr(options, key, str(expand_user(value)))
     check_options(options)
     if options.check is not None:
         return check_file(options.check, options.manifest)
@@ -112,6 +112,7 @@ def convert(cfg: DictConfig) -> int:
         output = output / ADAPTERS_FILE
     is_file = is_published(output)
     check_output(output, is_file, options.overwrite)
+    check_writable(output.parent, "output")
     from varestorer.systems.adapters import save_adapters
     from varestorer.systems.networks import PRECISIONS
 
@@ -127,7 +128,7 @@ def convert(cfg: DictConfig) -> int:
             check_publishable(system, Path(cast(str, options.input)))
         save_published(system, options.part, output)
     else:
-        save_aside(system, output, half=options.dtype == "fp16")
+        save_aside(system, output, options.dtype == "fp16", options.overwrite)
     say(written(output))
     return OK
 
@@ -302,7 +303,6 @@ def save_published(system: VARestorer, part: str, path: Path) -> None:
 
     from varestorer.systems.bundle import save_tensors
     from varestorer.systems.published import part_tensors
-    from varestorer.utils.files import atomic_write
 
     tensors = {name: tensor.contiguous() for name, tensor in sorted(part_tensors(system, part).items())}
     if path.suffix.lower() == ".safetensors":
@@ -312,26 +312,26 @@ def save_published(system: VARestorer, part: str, path: Path) -> None:
         torch.save({WRAPPERS[part]: tensors} if part in WRAPPERS else tensors, file)
 
 
-def save_aside(system: VARestorer, folder: Path, half: bool) -> None:
+def save_aside(system: VARestorer, folder: Path, half: bool, overwrite: bool) -> None:
     """Write a bundle beside the folder and rename it: a folder of that name is a whole bundle, old or new.
 
     Args:
         system: what to write.
         folder: the bundle.
         half: see `systems.bundle.save_bundle`.
-
+        overwrite: replace what is in the folder.
     Raises:
         UserError: it cannot be written.
     """
     from varestorer.systems.bundle import save_bundle
 
-    aside = folder.with_name(f".{folder.name}.tmp")
+    aside = temporary_path(folder)
     try:
-        shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         save_bundle(system, aside, half)
-        shutil.rmtree(folder, ignore_errors=True)
-        aside.rename(folder)
+        if overwrite:
+            shutil.rmtree(folder, ignore_errors=True)
+        aside.rename(folder)  # refused if another command has filled the folder meanwhile
     except OSError as error:
         raise UserError(f"cannot write output={folder}: {error}; check the folder and its free space") from error
     finally:
@@ -346,4 +346,4 @@ def written(output: Path) -> str:
     return "\n".join([f"wrote {output}", *lines]) + use
 
 
-COMMAND = Command("convert", "convert", convert, HELP)
+COMMAND = Command("convert", "convert", convert, HELP, schema=ConvertOptions)

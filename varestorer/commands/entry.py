@@ -8,6 +8,7 @@ were raised.
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import os
 import re
@@ -22,33 +23,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import varestorer
+from varestorer.commands.quoting import Keys, expand_home, quote_value
 from varestorer.commands.wrong_words import check_words, describe
 from varestorer.utils.errors import UsageError, UserError
 
 LOG = logging.getLogger(__name__)
 Options = TypeVar("Options")
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
-
-# Values of these keys are free text or paths: people write commas, brackets and spaces in them.
-TEXT_KEYS = ("input", "output", "prompt", "ckpt", "predictions", "text_encoder", "captioner", "make", "source", "shard")
-# as above, but may refer to other keys: ${seed}
-PLACE_KEYS = (
-    "run_dir",
-    "out",
-    "data.root",
-    "data.text",
-    "text",
-    "captions",
-    "fixtures",
-    "check",
-    "manifest",
-    "base",
-    "tokenizer",
-    "restorer",
-    "model_path",
-    "metric_weights",
-)
-LIST_KEYS = ("runs",)  # lists of such texts: [ours=outputs/eval/a b, outputs/eval/c]
 
 # Hydra stays in the folder it was started in and leaves no folder behind: a run writes its own config.
 SETTINGS = (
@@ -71,6 +52,7 @@ class Command:
         function: takes the composed config, returns the exit status; raises `UserError` if it cannot.
         help: the text of `--help`.
         groups: folders of `configs/` whose choices the help lists.
+        schema: the dataclass that says the types of its keys, if its config does not.
     """
 
     name: str
@@ -78,6 +60,7 @@ class Command:
     function: Callable[[DictConfig], int]
     help: str
     groups: tuple[str, ...] = ()
+    schema: type | None = None
 
     def main(self, argv: Sequence[str] | None = None, configs: Path | None = None) -> int:
         """Run the command.
@@ -89,6 +72,9 @@ class Command:
             the exit status.
         """
         words = list(sys.argv[1:] if argv is None else argv)
+        for stream in (sys.stdout, sys.stderr):  # a name that the terminal cannot show must not end the command
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
         try:
             folder = (configs or config_dir()).resolve()
             if "--help" in words or "-h" in words:
@@ -108,7 +94,7 @@ class Command:
         job = _Job(self.function)
         decorated = hydra.main(config_path=str(folder), config_name=self.config_name, version_base="1.3")(job)
         try:
-            with _process_state(hydra_words(self.name, words, self._keys(folder))):
+            with _process_state(hydra_words(self, words, folder)):
                 decorated()
         except SystemExit as done:  # of --cfg, --info
             return int(done.code or OK)
@@ -116,10 +102,18 @@ class Command:
             return report(error, self.groups)
         return max(job.statuses, default=OK)
 
-    def _keys(self, folder: Path) -> list[str]:
+    def keys(self, folder: Path) -> list[str]:
         """Keys that the command's own config names."""
         file = folder / f"{self.config_name}.yaml"
         return [str(key) for key in OmegaConf.load(file)] if file.is_file() else []
+
+
+class PlainFormatter(logging.Formatter):
+    """Log lines in which file names cannot steer the terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line, control characters as `visible` shows them."""
+        return visible(super().format(record))
 
 
 class _Job:
@@ -160,6 +154,7 @@ def run_function(function: Callable[[DictConfig], int], cfg: DictConfig) -> int:
     if missing:
         example = " ".join(f"{key}=..." for key in missing)
         raise UsageError(f"no value for {', '.join(missing)}: add {example}")
+    expand_home(cfg)
     return function(cfg)
 
 
@@ -186,9 +181,14 @@ def report(error: BaseException, groups: Sequence[str] = ()) -> int:
 def say(text: str) -> None:
     """Print a result of a command: the one place of the package that writes to stdout."""
     try:
-        print(text, flush=True)  # noqa: T201
+        print(visible(text), flush=True)  # noqa: T201
     except BrokenPipeError:  # the reader, such as `head`, has seen enough; nor may Python flush again at its end
         sys.stdout = Path(os.devnull).open("w", encoding="utf-8")
+
+
+def visible(text: str) -> str:
+    """A text with its control characters, but for tabs and line ends, as escapes: names may hold any of them."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
 def config_dir() -> Path:
@@ -204,19 +204,23 @@ def config_dir() -> Path:
     raise UserError(f"no configs in {package / 'configs'} or {package.parent / 'configs'}; reinstall varestorer")
 
 
-def compose(config_name: str, overrides: Sequence[str] = (), configs: Path | None = None) -> DictConfig:
+def compose(
+    config_name: str, overrides: Sequence[str] = (), configs: Path | None = None, schema: type | None = None
+) -> DictConfig:
     """Compose a command's config without running it (for tests and notebooks).
 
     Args:
         config_name: such as `train`.
         overrides: as on the command line.
         configs: folder of configs; None for the package's.
+        schema: as of `Command`.
     """
     import hydra
 
     folder = (configs or config_dir()).resolve()
+    keys = Keys(config_name, folder, schema, overrides)
     with hydra.initialize_config_dir(str(folder), version_base="1.3"):
-        return hydra.compose(config_name, [quote_value(word) for word in overrides])
+        return hydra.compose(config_name, [quote_value(word, keys) for word in overrides])
 
 
 def choices(folder: Path, group: str) -> str:
@@ -225,41 +229,6 @@ def choices(folder: Path, group: str) -> str:
     width = max((len(path.stem) for path in files), default=0)
     lines = [f"  {path.stem:{width}}  {_first_comment(path)}".rstrip() for path in files]
     return "\n".join([f"\n{group}:", *lines, ""]) if files else ""
-
-
-def quote_value(word: str) -> str:
-    """Quote the value of a `key=value` word whose value is free text or a path.
-
-    `prompt=a dog, on grass` becomes `prompt='a dog, on grass'`. A value in quotes already, `null` and `???`
-    stay as they are.
-    """
-    match = re.fullmatch(r"(\+{0,2})([\w.]+)=(.*)", word, flags=re.DOTALL)
-    if match is None or match[2] not in TEXT_KEYS + PLACE_KEYS + LIST_KEYS:
-        return word
-    plus, key, value = match.groups()
-    if key in LIST_KEYS:
-        return f"{plus}{key}={_quote_items(value)}"
-    if value.lower() == "null" or value == "???" or _is_quoted(value):
-        return word
-    from hydra.core.override_parser.types import Quote, QuotedString
-
-    if key in TEXT_KEYS:  # OmegaConf reads ${...} in quoted text too; `\` before it says to leave it alone
-        value = re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + r"\${", value)
-    return f"{plus}{key}={QuotedString(text=value, quote=Quote.single).with_quotes()}"
-
-
-def _quote_items(value: str) -> str:
-    """Quote the texts of a list, which may be written without its brackets and hold no comma."""
-    from hydra.core.override_parser.types import Quote, QuotedString
-
-    items = [item.strip() for item in value.strip().removeprefix("[").removesuffix("]").split(",") if item.strip()]
-    quoted = [item if _is_quoted(item) else QuotedString(text=item, quote=Quote.single).with_quotes() for item in items]
-    return f"[{','.join(quoted)}]"
-
-
-def _is_quoted(value: str) -> bool:
-    """Whether a value is one quoted string in Hydra's grammar."""
-    return re.fullmatch(r"'(?:\\.|[^'\\])*'|\"(?:\\.|[^\"\\])*\"", value, flags=re.DOTALL) is not None
 
 
 @contextlib.contextmanager
@@ -277,15 +246,15 @@ def _process_state(words: list[str]) -> Iterator[None]:
             os.environ["HYDRA_FULL_ERROR"] = full
 
 
-def hydra_words(name: str, words: Sequence[str], keys: Sequence[str] = ()) -> list[str]:
+def hydra_words(command: Command, words: Sequence[str], folder: Path) -> list[str]:
     """What Hydra gets to see: our settings, the overrides with their texts quoted, then the options.
 
     In this order settings can be overridden, and overrides may be written on both sides of an option.
 
     Args:
-        name: of the command.
+        command: which one.
         words: as they were typed.
-        keys: of the command's config.
+        folder: of the configs.
     Raises:
         UsageError: an unknown option, or a word that is not `key=value`.
     """
@@ -293,15 +262,16 @@ def hydra_words(name: str, words: Sequence[str], keys: Sequence[str] = ()) -> li
 
     parser = get_args_parser()
     parser.error = _refuse_option  # type: ignore[method-assign]
-    overrides = parser.parse_intermixed_args(list(words)).overrides
+    given = parser.parse_intermixed_args(list(words))
     options = list(words)
-    for override in overrides:
+    for override in given.overrides:
         options.remove(override)
     completing = "-sc" in options or "--shell-completion" in options
     if not completing:
-        check_words(overrides, keys)
-    settings = [] if completing else [f"hydra.job.name={name}", *SETTINGS]
-    return [*settings, *map(quote_value, overrides), *options]
+        check_words(given.overrides, command.keys(folder))
+    settings = [] if completing else [f"hydra.job.name={command.name}", *SETTINGS]
+    keys = Keys(given.config_name or command.config_name, folder, command.schema, given.overrides, given.config_dir)
+    return [*settings, *(quote_value(word, keys, given.multirun) for word in given.overrides), *options]
 
 
 def _refuse_option(message: str) -> NoReturn:
@@ -325,7 +295,7 @@ def _is_usage(error: BaseException) -> bool:
 
 
 def _complain(text: str) -> None:
-    sys.stderr.write(f"error: {text.strip()}\n")
+    sys.stderr.write(f"error: {visible(text.strip())}\n")
 
 
 def _first_comment(path: Path) -> str:

@@ -28,6 +28,7 @@ from varestorer.evaluation.sources import (
 )
 from varestorer.evaluation.wandb_log import log_to_wandb
 from varestorer.utils.errors import UsageError, UserError
+from varestorer.utils.files import expand_user
 from varestorer.weights.shipped import DEFAULT, named_or_default
 
 log = logging.getLogger(__name__)
@@ -148,11 +149,17 @@ def check_options(options: EvalOptions) -> None:
 
 def _run(options: EvalOptions, processes: Processes) -> int:
     pairs = _pairs(options)
+    _check_source(options)
+    # the default has the time in it, which each process reads for itself
+    out = processes.of_main(expand_user(options.out))
+    with processes.keeping(out):
+        return _evaluate(options, pairs, out, processes)
+
+
+def _evaluate(options: EvalOptions, pairs: list[Pair], out: Path, processes: Processes) -> int:
     asked = _metrics(options)
     source = _source(options, processes)
     evaluator = _evaluator(options, asked, processes, has_references=any(hq for _, _, hq in pairs))
-    # the default has the time in it, which each process reads for itself
-    out = processes.of_main(Path(options.out).expanduser())
     progress = Progress(out, _settings(options, evaluator, source, processes))
     keep = None if options.predictions else progress.images
     evaluation = evaluator.evaluate(
@@ -214,7 +221,6 @@ def _pairs(options: EvalOptions) -> list[Pair]:
 
 def _source(options: EvalOptions, processes: Processes) -> KnownSource:
     """What gives the images."""
-    _check_source(options)
     if options.predictions is not None:
         return FolderSource(options.predictions)
     if options.method == "bicubic":
@@ -301,7 +307,7 @@ def _settings(options: EvalOptions, evaluator: Evaluator, source: KnownSource, p
     weights = {name: metric.weights[:16] for name, metric in evaluator.metrics.items() if metric.weights}
     return {
         "dataset": options.dataset["name"],
-        "data.root": str(Path(options.data.root).expanduser().resolve()),
+        "data.root": str(expand_user(options.data.root).resolve()),
         "protocol": evaluator.protocol.name,
         "metrics": [evaluator.ids[name] for name in evaluator.columns],
         "metric weights": weights,
@@ -323,4 +329,4 @@ def _protocol(options: EvalOptions) -> Protocol:
     return load_protocol(str(options.protocol["name"]), options.protocol.get("metrics"))
 
 
-COMMAND = Command("eval", "eval", run_eval, HELP, groups=("dataset", "protocol"))
+COMMAND = Command("eval", "eval", run_eval, HELP, groups=("dataset", "protocol"), schema=EvalOptions)

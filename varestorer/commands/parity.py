@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from omegaconf import DictConfig
+from dataclasses import dataclass
 
-from varestorer.commands.entry import FAILED, OK, Command, say
+from omegaconf import MISSING, DictConfig
+
+from varestorer.commands.entry import FAILED, OK, Command, say, typed
 
 HELP = """
 varestorer parity: compare the networks with golden tensors.
@@ -22,6 +24,13 @@ Exit status: 0 all within tolerance, 1 at least one is over, 2 wrong command or 
 """
 
 
+@dataclass
+class ParityOptions:
+    """The keys of `configs/parity.yaml`, explained there; values of another type are refused."""
+
+    fixtures: str = MISSING
+
+
 def parity(cfg: DictConfig) -> int:
     """Compare every golden tensor of `cfg.fixtures` and say how each fared.
 
@@ -32,17 +41,18 @@ def parity(cfg: DictConfig) -> int:
 
     say(f"{'tensor':58} {'max error':>10} {'tolerance':>10}  ok")
     checks = []
-    for check in compare(cfg.fixtures):
+    fixtures = typed(ParityOptions, cfg).fixtures
+    for check in compare(fixtures):
         checks.append(check)
         say(f"{check.name:58} {check.error:10.2e} {check.tolerance:10.0e}  {'yes' if check.ok else 'NO'}")
     over = [check for check in checks if not check.ok]
     floats = [check for check in checks if check.tolerance == FLOAT_TOLERANCE]
     worst = max(floats, key=lambda check: check.error)
-    say(f"\n{len(checks)} golden tensors of {cfg.fixtures}: {len(over)} over the tolerance")
+    say(f"\n{len(checks)} golden tensors of {fixtures}: {len(over)} over the tolerance")
     say(f"worst float: {worst.error:.2e} ({worst.name})")
     for check in over:
         say(f"over: {check.name}  {check.error:.2e} > {check.tolerance:.0e}")
     return FAILED if over else OK
 
 
-COMMAND = Command("parity", "parity", parity, HELP)
+COMMAND = Command("parity", "parity", parity, HELP, schema=ParityOptions)

@@ -36,7 +36,9 @@ from varestorer.data.text import (
 )
 from varestorer.utils.device import pick_device
 from varestorer.utils.errors import UsageError, UserError
+from varestorer.utils.files import expand_user, read_text
 from varestorer.utils.images import load_image, resize
+from varestorer.utils.locks import locked
 from varestorer.utils.seeds import torch_generator
 from varestorer.utils.tiling import scaled_size
 
@@ -114,21 +116,34 @@ def precompute_text(cfg: DictConfig) -> int:
     device = pick_device(options.device)
     paths = hq_images(options.data.root)
     photographs = dict(zip(photograph_names(options.data.root, paths), paths, strict=True))
+    out = expand_user(options.out)
+    with locked(out):
+        failed = make_texts(options, photographs, out, device)
+    say(summary(len(photographs), failed, out))
+    return FAILED if failed else OK
+
+
+def make_texts(
+    options: PrecomputeOptions, photographs: Mapping[str, Path], out: Path, device: torch.device
+) -> dict[str, str]:
+    """Write captions and features of the photographs that have none yet.
+
+    Returns:
+        name -> reason, for those that got none.
+    """
     encoder, record = open_encoder(options, device)
-    out = Path(options.out).expanduser()
     writer = TextWriter(out, record)
     file = out / CAPTIONS
     captions = read_captions(file) if file.exists() else {}
     if options.captions:
-        captions |= given_captions(Path(options.captions).expanduser(), list(photographs))
+        captions |= given_captions(expand_user(options.captions), list(photographs))
         write_captions(file, captions)
         failed = {name: f"no text in {options.captions}" for name in photographs if name not in captions}
     else:
         captioner = Captioner(options.captioner or CAPTIONER, device)
         failed = describe(photographs, captions, captioner, file, options.num_workers)
     encode({name: captions[name] for name in photographs if name in captions}, encoder, writer, options.dtype)
-    say(summary(len(photographs), failed, out))
-    return FAILED if failed else OK
+    return failed
 
 
 def check_options(options: PrecomputeOptions) -> None:
@@ -175,8 +190,14 @@ def given_captions(source: Path, names: Sequence[str]) -> dict[str, str]:
     """
     bare = {name: Path(name).with_suffix("").as_posix() for name in names}
     if source.is_dir():
-        found = {name: _read_text(source / f"{bare[name]}.txt") for name in names}
-        captions = {name: text for name, text in found.items() if text is not None}
+        captions: dict[str, str] = {}
+        for name in names:
+            try:
+                text = _read_text(source / f"{bare[name]}.txt")
+            except UserError as error:  # the others have theirs
+                LOG.warning("%s", error)
+                continue
+            captions |= {} if text is None else {name: text}
     else:
         given = read_captions(source)
         keys = {name: name if name in given else bare[name] for name in names}
@@ -306,11 +327,13 @@ def _read_text(path: Path) -> str | None:
         UserError: it cannot be read.
     """
     try:
-        return plain_text(path.read_text(encoding="utf-8"))
+        return plain_text(read_text(path))
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read the caption {path} ({error}); wanted a text file in UTF-8") from error
 
 
-COMMAND = Command(name="precompute_text", config_name="precompute_text", function=precompute_text, help=HELP)
+COMMAND = Command(
+    name="precompute_text", config_name="precompute_text", function=precompute_text, help=HELP, schema=PrecomputeOptions
+)

@@ -19,6 +19,8 @@ from varestorer.data.making import Recipe, make_test_set
 from varestorer.data.manifest import MANIFEST, Manifest
 from varestorer.data.packing import pack
 from varestorer.utils.errors import UsageError
+from varestorer.utils.files import expand_user
+from varestorer.utils.locks import locked
 
 SHOWN_KINDS = 4
 WIDTH = 110
@@ -136,7 +138,7 @@ def check_options(options: PrepareOptions) -> None:
     if options.manifest and not options.data.root:
         raise UsageError("manifest= needs data.root=, the folder whose pixels are compared with it")
     for key, folder in (("data.root", options.data.root), ("source", options.source)):
-        if folder and not Path(folder).expanduser().is_dir():
+        if folder and not expand_user(folder).is_dir():
             raise UsageError(f"{key}={folder} is no folder; give one that exists")
 
 
@@ -211,8 +213,8 @@ def card(benchmark: Benchmark) -> str:
 
 def check(benchmark: Benchmark, options: PrepareOptions) -> int:
     """Check a folder and say what was found; returns the exit status."""
-    root = Path(cast(str, options.data.root)).expanduser()
-    path = Path(options.manifest).expanduser() if options.manifest else root / MANIFEST
+    root = expand_user(cast(str, options.data.root))
+    path = expand_user(options.manifest) if options.manifest else root / MANIFEST
     manifest = Manifest.load(path) if options.manifest or path.is_file() else None
     found = check_test_set(root, benchmark, options.scale, manifest)
     say("\n".join([f"{benchmark.name}: {benchmark.title}", f"folder: {root}", *findings(found, benchmark)]))
@@ -268,7 +270,8 @@ def make(options: PrepareOptions) -> int:
     root, source = _two_folders("make", options.make, options.source)
     noted = {key: getattr(options, key) for key in ("seed", "crop", "scale", "degradation")}
     recipe = Recipe(options.crop, options.seed, degradation)
-    manifest = make_test_set(root, source, recipe, noted, options.count, options.workers)
+    with locked(root):
+        manifest = make_test_set(root, source, recipe, noted, options.count, options.workers)
     lines = [f"skipped: {reason}" for reason in manifest.skipped.values()]
     lines += [f"pixels of {side}: sha256 {digest}" for side, digest in manifest.digests().items()]
     lines += [
@@ -288,7 +291,8 @@ def shard(options: PrepareOptions) -> int:
         UserError: they cannot be packed.
     """
     root, source = _two_folders("shard", options.shard, options.source)
-    packing = pack(root, source, options.shard_mb * MEGABYTE, options.text)
+    with locked(root):
+        packing = pack(root, source, options.shard_mb * MEGABYTE, options.text)
     root_quoted = quote(str(root))
     lines = [f"skipped: {reason}" for reason in packing.skipped]
     lines += [
@@ -301,7 +305,7 @@ def shard(options: PrepareOptions) -> int:
 
 def _two_folders(key: str, made: str | None, source: str | None) -> tuple[Path, Path]:
     """The folder to make, and that of the photographs, which must not hold it."""
-    root, photographs = Path(made or "").expanduser(), Path(source or "").expanduser()
+    root, photographs = expand_user(made or ""), expand_user(source or "")
     if photographs.resolve() in (root.resolve(), *root.resolve().parents):
         raise UsageError(
             f"{key}={root} lies in the folder of photographs, source={photographs}; give a folder outside of it"
@@ -313,4 +317,4 @@ def _listed(versions: dict[str, str]) -> str:
     return ", ".join(f"{name} {version}" for name, version in versions.items())
 
 
-COMMAND = Command("prepare_data", "prepare_data", prepare_data, HELP, groups=("dataset",))
+COMMAND = Command("prepare_data", "prepare_data", prepare_data, HELP, groups=("dataset",), schema=PrepareOptions)

@@ -119,12 +119,14 @@ def restore(cfg: DictConfig) -> int:
     """
     from varestorer.systems.plan import plan_restoration
     from varestorer.utils.device import limit_threads, pick_device
+    from varestorer.utils.files import check_writable
 
     options = typed(RestoreOptions, cfg)
     check_options(options)
     device = pick_device(options.device)
     limit_threads()
     plan = plan_restoration(options.input, options.output)
+    check_writable(plan.output, "output")
     from varestorer.systems.folder import restore_files
     from varestorer.systems.prompts import TextOptions, find_texts
     from varestorer.systems.varestorer import VARestorer
@@ -283,4 +285,4 @@ def summary(report: FolderReport) -> str:
     return "\n".join([*lines, f"{', '.join(counts)}; {places}"])
 
 
-COMMAND = Command(name="restore", config_name="restore", function=restore, help=HELP)
+COMMAND = Command(name="restore", config_name="restore", function=restore, help=HELP, schema=RestoreOptions)

@@ -12,6 +12,7 @@ from omegaconf import MISSING, DictConfig
 
 from varestorer.commands.entry import OK, Command, say, typed
 from varestorer.utils.errors import UsageError
+from varestorer.utils.files import check_writable, expand_user
 
 if TYPE_CHECKING:
     import torch
@@ -55,7 +56,7 @@ class TablesOptions:
 
     model: Any = None
     table: int = MISSING
-    runs: Any = None
+    runs: list[str] | None = None
     ckpt: str | None = None
     text_encoder: str | None = None
     measure: bool | None = None
@@ -79,9 +80,10 @@ def tables(cfg: DictConfig) -> int:
         raise UsageError(f"table must be 1, 2 or 3, got {number}")
     if options.repeats < 1:
         raise UsageError(f"repeats must be at least 1, got repeats={options.repeats}")
+    out = expand_user(options.out)
+    check_writable(out, "out")
     found = _tables(options, number)
     title = f"Table {number} of VARestorer"
-    out = Path(options.out).expanduser()
     written = write_tables(found, title, out, f"table{number}")
     say(to_markdown(found, title))
     say(f"wrote {', '.join(path.name for path in written)} to {out}")
@@ -161,7 +163,7 @@ def _text_encoder(folder: str) -> nn.Module:
     from transformers import AutoConfig, T5EncoderModel
 
     try:
-        config = AutoConfig.from_pretrained(Path(folder).expanduser(), local_files_only=True)
+        config = AutoConfig.from_pretrained(expand_user(folder), local_files_only=True)
         with torch.device("meta"):
             return T5EncoderModel(config).eval()
     except (OSError, ValueError, AttributeError) as error:
@@ -202,4 +204,4 @@ def _listed(value: Any) -> list[str]:
     return [str(item) for item in value] if isinstance(value, list) else [str(value)]
 
 
-COMMAND = Command("tables", "tables", tables, HELP, groups=("model",))
+COMMAND = Command("tables", "tables", tables, HELP, groups=("model",), schema=TablesOptions)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -16,6 +17,7 @@ from varestorer.commands.entry import OK, Command, say
 from varestorer.training.config import Resume, Sharding, TrainConfig, TrainerConfig, trainer_config
 from varestorer.training.stopping import StoppedError
 from varestorer.utils.errors import UsageError, UserError
+from varestorer.utils.locks import locked
 from varestorer.weights.runs import CONFIG
 
 if TYPE_CHECKING:
@@ -83,7 +85,12 @@ def train(cfg: DictConfig) -> int:
         UserError: see `fit`; UsageError: the config asks for nothing, or for something impossible.
     """
     stages = stage_configs(cfg, command_line())
-    run = open_run(cfg, stages)
+    with ExitStack() as kept:
+        return train_in(open_run(cfg, stages, kept), cfg, stages)
+
+
+def train_in(run: Run, cfg: DictConfig, stages: Mapping[str, DictConfig]) -> int:
+    """Train the stages in the run's folder."""
     with run.stop.listening():
         try:
             check_losses(stages)
@@ -113,11 +120,14 @@ def end_early(stopped: StoppedError, run: Run) -> NoReturn:
     raise SystemExit(run.stop.exit_status)
 
 
-def open_run(cfg: DictConfig, stages: Mapping[str, DictConfig]) -> Run:
+def open_run(cfg: DictConfig, stages: Mapping[str, DictConfig], kept: ExitStack) -> Run:
     """Choose the folder (in the first process, for all), write the config and start the logger.
+
+    The folder is kept for this run until `kept` is closed.
 
     Raises:
         UsageError: the folder's run was started with another model or other data.
+        UserError: another command writes to it, or it cannot be written.
     """
     from accelerate.utils import broadcast_object_list
     from hydra.utils import instantiate
@@ -134,6 +144,7 @@ def open_run(cfg: DictConfig, stages: Mapping[str, DictConfig]) -> Run:
         job_dir = cluster_job_dir()
         resume = cfg.resume is Resume.auto or job_dir is not None
         folder = [str(choose_run_dir(experiment_name(cfg), cfg.run_dir or job_dir, resume))]
+        kept.enter_context(locked(Path(folder[0])))
     broadcast_object_list(folder)
     run = Run(Path(folder[0]), accelerator, cfg.seed)
     run.stages = list(stages)

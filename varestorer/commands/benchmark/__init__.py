@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from importlib import import_module
+from typing import Any
 
 from omegaconf import DictConfig
 
-from varestorer.commands.entry import Command
+from varestorer.commands.entry import Command, typed
 from varestorer.utils.errors import UsageError
+from varestorer.utils.files import check_writable, expand_user
 
 WHAT = {
     "restore": "varestorer.commands.benchmark.restore",
@@ -90,15 +93,48 @@ Exit status: 0 all well; 1 something could not be measured; 2 the command was wr
 """
 
 
+@dataclass
+class BenchmarkOptions:
+    """The keys of `configs/benchmark.yaml`, explained there; values of another type are refused."""
+
+    model: Any = None
+    what: str = "memory"
+    device: str = "auto"
+    seed: int = 0
+    out: str | None = None
+    ckpt: str | None = None
+    variants: list[str] | None = None
+    batch: list[int] = field(default_factory=list)
+    repeats: int = 10
+    warmup: int = 3
+    picture: int | None = None
+    restorer: str = "auto"
+    text: str | None = None
+    text_tokens: int = 64
+    captioner: str | None = None
+    color: str = "adain"
+    train: str = "dmd_div2k"
+    overrides: list[str] = field(default_factory=list)
+    micro_batches: list[int] = field(default_factory=list)
+    root: str | None = None
+    crop: int = 512
+    pairs: int = 32
+    step_seconds: float = 1.0
+
+
 def benchmark(cfg: DictConfig) -> int:
     """Do what `cfg.what` names.
 
     Raises:
         UsageError: an unknown one.
+        UserError: the folder of the results cannot be written.
     """
+    typed(BenchmarkOptions, cfg)
     if cfg.what not in WHAT:
         raise UsageError(f"what must be one of {', '.join(WHAT)}, got {cfg.what}")
+    if cfg.out is not None or cfg.what not in ("memory", "loader"):
+        check_writable(expand_user(cfg.out or "outputs"), "out")
     return int(import_module(WHAT[cfg.what]).run(cfg))
 
 
-COMMAND = Command("benchmark", "benchmark", benchmark, HELP)
+COMMAND = Command("benchmark", "benchmark", benchmark, HELP, schema=BenchmarkOptions)

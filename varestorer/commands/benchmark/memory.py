@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import asdict
 from pathlib import Path
@@ -10,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from varestorer.commands.entry import OK, quote_value, say
+from varestorer.commands.entry import OK, config_dir, say
+from varestorer.commands.quoting import Keys, quote_value
 from varestorer.commands.train import stage_config
+from varestorer.utils import files
 from varestorer.utils.errors import UsageError
-from varestorer.utils.files import atomic_write
 
 if TYPE_CHECKING:
     from varestorer.systems.varestorer import VARestorer
@@ -44,7 +44,7 @@ def run(cfg: DictConfig) -> int:
             torch.cuda.empty_cache()
     say(table(columns, peaks))
     if cfg.out is not None:
-        path = Path(cfg.out) / "memory.json"
+        path = files.expand_user(cfg.out) / "memory.json"
         write_json(path, columns, peaks, str(cfg.train))
         say(f"written: {path}")
     return OK
@@ -55,7 +55,9 @@ def experiment_stage(experiment: str, overrides: list[str]) -> DictConfig:
     from hydra import compose
 
     files = ["++data.root=none", "model.weights.tokenizer=null", "model.weights.transformer=null"]
-    cfg = compose("train", [f"+experiment={experiment}", *map(quote_value, [*files, *overrides])])
+    words = [f"+experiment={experiment}", *files, *overrides]
+    keys = Keys("train", config_dir(), words=words)
+    cfg = compose("train", [quote_value(word, keys) for word in words])
     if not cfg.stages:
         raise UsageError(f"the experiment {experiment} has no stages")
     name = list(cfg.stages)[-1]
@@ -122,6 +124,4 @@ def write_json(path: Path, columns: dict[int, list[MemoryRow]], peaks: dict[int,
     for size, rows in columns.items():
         measured = peaks.get(size)
         content["micro_batches"][str(size)] = {"rows": [asdict(row) for row in rows], "measured_peak": measured}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    files.write_json(path, content, indent=2)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
@@ -10,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from varestorer.utils import files
 from varestorer.utils.errors import UsageError
-from varestorer.utils.files import atomic_write
 
 if TYPE_CHECKING:
     import torch
@@ -76,11 +75,10 @@ def heading(what: str, model: str, found: Mapping[str, Any]) -> str:
 def out_folder(cfg: DictConfig) -> Path:
     """Where the results go."""
     if cfg.out is not None:
-        return Path(cfg.out).expanduser()
+        return files.expand_user(cfg.out)
     return Path("outputs/benchmark") / f"{cfg.what}_{datetime.now():%Y-%m-%d_%H-%M-%S}"
 
 
 def write_json(folder: Path, content: Mapping[str, Any]) -> None:
     """Write `benchmark.json`."""
-    with atomic_write(folder / FILE) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    files.write_json(folder / FILE, content, indent=2)

@@ -1,0 +1,249 @@
+"""Texts and paths on the command line arrive as they were typed, whatever Hydra's grammar would make of them.
+
+Which keys hold texts is not listed anywhere: a command's config says it by the values that are there, its dataclass by
+the types, and where a key belongs to a `_target_`, the annotations of what is called.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import re
+from collections.abc import Sequence
+from contextlib import suppress
+from enum import Enum
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any, cast
+
+from omegaconf import DictConfig, ListConfig, OmegaConf, StringNode, open_dict, read_write
+from omegaconf.base import Node
+
+from varestorer.utils.errors import UsageError
+
+LITERAL = ("input", "output", "prompt", "ckpt", "predictions", "text_encoder", "captioner", "make", "source", "shard")
+"""Keys in which `${...}` refers to no other key, and a comma begins no sweep: what users have, or say."""
+
+FREE_TEXT = ("prompt",)  # in which `~` is no folder
+
+
+class Kind(Enum):
+    """What a key holds."""
+
+    text = "text"
+    texts = "texts"  # a list
+    other = "other"  # numbers, choices of a group, lists of them, ...
+    unknown = "unknown"
+
+
+class Keys:
+    """What the keys of a command hold.
+
+    Args:
+        config_name: of its config.
+        folder: of the configs.
+        schema: its dataclass, if there is one.
+        words: overrides of the command line; groups that they choose bring keys with them.
+        more: another folder of configs (`--config-dir`).
+    """
+
+    def __init__(
+        self,
+        config_name: str,
+        folder: Path,
+        schema: type | None = None,
+        words: Sequence[str] = (),
+        more: str | None = None,
+    ) -> None:
+        self.config_name, self.folder, self.schema, self.more = config_name, folder, schema, more
+        self.choices = [word for word in words if self._is_group(word)]
+
+    def kind(self, key: str) -> Kind:
+        """What a key holds; a stage's own `data.root` is what `data.root` is."""
+        if self._is_group(f"{key}="):
+            return Kind.other
+        parts = key.split(".")
+        while parts:
+            if (found := self._kind_of(parts)) is not Kind.unknown:
+                return found
+            parts = parts[1:]
+        return Kind.unknown
+
+    def _is_group(self, word: str) -> bool:
+        name = re.match(r"[+~]*([\w/]+)(@[\w.:]*)?=", word)
+        places = [self.folder, *([Path(self.more)] if self.more else [])]
+        return name is not None and any((place / name[1]).is_dir() for place in places)
+
+    @cached_property
+    def config(self) -> DictConfig:
+        """The config of the chosen groups; empty if they cannot be composed, which Hydra will tell."""
+        config: Any = OmegaConf.create()
+        with suppress(Exception):
+            config = _composed(self.config_name, self.folder, tuple(self.choices), self.more)
+        if self.schema is not None:
+            with suppress(Exception):
+                config = OmegaConf.merge(OmegaConf.structured(self.schema), config)
+        return cast(DictConfig, config)
+
+    def _kind_of(self, parts: Sequence[str]) -> Kind:
+        """What the key at this place of the config holds: by its value, its type, or who is given it."""
+        node: Any = self.config
+        target: tuple[str, Sequence[str]] | None = None
+        for depth, part in enumerate(parts):
+            if isinstance(node, ListConfig) or not isinstance(node, DictConfig) or node._is_none():
+                break
+            name = node._get_node("_target_", validate_access=False)
+            if isinstance(name, Node) and isinstance(name._value(), str):
+                target = name._value(), parts[depth:]
+            node = node._get_node(part, validate_access=False)
+        kind = Kind.unknown if node is None else _kind_of_node(node)
+        return kind if kind is not Kind.unknown or target is None else _kind_of_argument(*target)
+
+
+@cache
+def _composed(config_name: str, folder: Path, choices: tuple[str, ...], more: str | None) -> DictConfig:
+    import hydra
+
+    path = [f"hydra.searchpath=['file://{Path(more).resolve()}']"] if more else []
+    with hydra.initialize_config_dir(str(folder), version_base="1.3"):
+        return hydra.compose(config_name, [*path, *choices])
+
+
+def _kind_of_node(node: Any) -> Kind:
+    if isinstance(node, StringNode):
+        return Kind.text
+    if isinstance(node, ListConfig):
+        items = node._content if isinstance(node._content, list) else []
+        are_texts = bool(items) and all(isinstance(item._value(), str) for item in items)
+        return Kind.texts if are_texts or node._metadata.element_type is str else Kind.other
+    if isinstance(node, DictConfig):
+        return Kind.unknown if node._is_none() or node._is_missing() else Kind.other
+    value = node._value()
+    if value is None or node._is_missing():
+        return Kind.unknown if node._metadata.ref_type in (Any, None) else Kind.other
+    if isinstance(value, str) and re.fullmatch(r"\$\{[\w.]+\}", value):  # what it refers to may be of any type
+        return Kind.unknown
+    return Kind.text if isinstance(value, str) else Kind.other
+
+
+def _kind_of_argument(target: str, parts: Sequence[str]) -> Kind:
+    """What an argument of a constructor or function holds, or an entry of one that is a mapping."""
+    from hydra.utils import get_object
+
+    try:
+        annotation = str(inspect.signature(get_object(target)).parameters[parts[0]].annotation)
+    except Exception:  # noqa: BLE001  # whatever is wrong with it, Hydra tells it when it is called
+        return Kind.unknown
+    for _ in parts[1:]:
+        entry = re.search(r"(?:Mapping|[dD]ict)\[\s*str\s*,(.*)\]", annotation)
+        annotation = entry[1] if entry else ""
+    names = set(re.findall(r"\w+", annotation))
+    if names & {"int", "float", "bool", "dict", "Mapping", "Any"} or not names & {"str", "Path", "PathLike"}:
+        return Kind.unknown
+    return Kind.texts if names & {"list", "Sequence", "Iterable", "tuple"} else Kind.text
+
+
+def quote_value(word: str, keys: Keys | None = None, is_sweep: bool = False) -> str:
+    """Quote the value of a `key=value` word whose value is free text or a path.
+
+    `prompt=a dog, on grass` becomes `prompt='a dog, on grass'`. A value in quotes already, `null` and `???`
+    stay as they are.
+
+    Args:
+        word: of the command line.
+        keys: what the keys hold; without them only what Hydra cannot read is quoted.
+        is_sweep: whether `key=a,b` means two jobs.
+    """
+    match = re.fullmatch(r"(\+{0,2})([\w./@]+)=(.*)", word, flags=re.DOTALL)
+    if match is None:
+        return word
+    plus, key, value = match.groups()
+    is_literal = key in LITERAL
+    if value.lower() == "null" or value == "???" or _is_quoted(value) or (not is_literal and _is_plain(value)):
+        return word
+    kind = Kind.text if is_literal else keys.kind(key) if keys else Kind.unknown
+    if kind is Kind.texts:
+        return f"{plus}{key}={_quote_items(value)}"
+    if kind is Kind.other or (not is_literal and _is_readable(value, kind, is_sweep)):
+        return word
+    if is_literal:  # OmegaConf reads ${...} in quoted text too; `\` before it says to leave it alone
+        value = re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + r"\${", value)
+    return f"{plus}{key}={_quoted(value)}"
+
+
+def _is_plain(value: str) -> bool:
+    """Whether Hydra reads a value as the text that it is."""
+    return re.fullmatch(r"[A-Za-z_./][\w./-]*", value, flags=re.ASCII) is not None and value.lower() not in (
+        "true",
+        "false",
+        "nan",
+        "inf",
+    )
+
+
+def _is_readable(value: str, kind: Kind, is_sweep: bool) -> bool:
+    """Whether a value is left to Hydra: a sweep over words, or what it can read where nobody knows the type."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.core.override_parser.types import ChoiceSweep, QuotedString
+    from hydra.errors import HydraException
+
+    try:
+        override = OverridesParser.create().parse_override(f"key={value}")
+    except HydraException:
+        return False
+    if not override.is_sweep_override():
+        return kind is Kind.unknown
+    sweep = override.value()
+    if not is_sweep:  # Hydra says what to do about `key=a,b`, but nobody means that by a path
+        return kind is Kind.unknown and not re.search(r"[/\s]", value)
+    if not isinstance(sweep, ChoiceSweep) or not sweep.simple_form:
+        return True
+    return all(isinstance(item, QuotedString) or re.fullmatch(r"[\w.+-]+", str(item)) for item in sweep.list)
+
+
+def _quote_items(value: str) -> str:
+    """Quote the texts of a list, which may be written without its brackets; commas in texts need quotes."""
+    inner = value.strip()
+    if inner.startswith("[") and inner.endswith("]"):
+        inner = inner[1:-1]
+    items = re.findall(r"""\s*('(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|[^,]+?)\s*(?:,|$)""", inner)
+    return f"[{','.join(item if _is_quoted(item) else _quoted(item) for item in items if item.strip())}]"
+
+
+def _quoted(text: str) -> str:
+    from hydra.core.override_parser.types import Quote, QuotedString
+
+    return QuotedString(text=text, quote=Quote.single).with_quotes()
+
+
+def _is_quoted(value: str) -> bool:
+    """Whether a value is one quoted string in Hydra's grammar."""
+    return re.fullmatch(r"'(?:\\.|[^'\\])*'|\"(?:\\.|[^\"\\])*\"", value, flags=re.DOTALL) is not None
+
+
+def expand_home(cfg: DictConfig) -> None:
+    """Put the user's folder for `~` wherever a config holds a path in it.
+
+    Raises:
+        UsageError: nothing says what the user's folder is (a container without HOME).
+    """
+    with open_dict(cfg), read_write(cfg):
+        _expand(cfg, "")
+
+
+def _expand(node: DictConfig | ListConfig, prefix: str) -> None:
+    if node._is_none() or node._is_missing() or node._is_interpolation():
+        return
+    for key in list(node) if isinstance(node, DictConfig) else range(len(node)):
+        child, name = node._get_node(key), f"{prefix}{key}"
+        if isinstance(child, DictConfig | ListConfig):
+            _expand(child, f"{name}.")
+            continue
+        value = child._value() if isinstance(child, Node) else None
+        if isinstance(value, str) and name not in FREE_TEXT and re.match(r"~(/|$)", value):
+            expanded = os.path.expanduser(value)
+            if expanded == value:
+                raise UsageError(
+                    f"{name}={value}: no home folder is known here (HOME is not set); write the whole path"
+                )
+            node[key] = expanded

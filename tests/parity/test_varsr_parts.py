@@ -106,7 +106,7 @@ def test_vq_training_loss_and_its_gradients(golden: Golden) -> None:
     near(terms.mean()[None], io["vq_loss"], 1e-6)
     terms.mean().backward()
     near(features.grad, io["vq_only/grad_f"], 1e-7)
-    near(tokenizer.quantizer.quantiser.codebook.grad, io["vq_only/grad/quantize.embedding.weight"], 1e-6)
+    near(tokenizer.quantizer.quantiser.entries.grad, io["vq_only/grad/quantize.embedding.weight"], 1e-6)
     for number, conv in enumerate(tokenizer.quantizer.phi.convs):
         name = f"vq_only/grad/quantize.quant_resi.qresi_ls.{number}"
         near(conv.weight.grad, io[f"{name}.weight"], 1e-6)

@@ -113,3 +113,15 @@ def test_guidance_compares_with_the_same_prompt_without_the_prefix(prefixed: VAR
     assert torch.allclose(generated[2:], prefixed.prefix_logits(pyramid, lq, text, dropped), atol=1e-4)
     no_prompt = prefixed.prefix_logits(pyramid, lq, prefixed.null_text(2), dropped)
     assert not torch.allclose(generated[2:], no_prompt, atol=1e-2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_a_share_of_one_hides_every_prefix_and_of_zero_none(prefixed: VARestorer, share: float) -> None:
+    batch = {"hq": photo(4), "lq": photo(5), "name": ["a", "b"], "key": torch.tensor([3, 4])}
+    loss = PrefixTask(prefixed, prefix_drop=share, flip_strength=0.0, reweight_by_scale=False)(batch, 1)["loss"]
+    pyramid, dropped = prefixed.encode(batch["hq"]), torch.tensor([share == 1, share == 1])
+    logits = prefixed.prefix_logits(pyramid, prefixed.encode(batch["lq"]), prefixed.null_text(2), dropped)
+    assert loss.item() == pytest.approx(
+        prefixed.transformer.head.cross_entropy(logits, pyramid.labels()).mean().item(), rel=1e-5
+    )

@@ -1,6 +1,7 @@
 """How bits are drawn: temperature, filters, and one setting for each scale."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from varestorer.systems.varestorer import VARestorer
+from varestorer.tokenizer.residual import resize_area
 from varestorer.transformer import TextFeatures
 from varestorer.transformer.generation import Generation, MultiStepGenerator, SamplingOptions
 from varestorer.transformer.heads import BitHead, Noise, keyed_noise
@@ -126,3 +128,18 @@ def test_every_scale_is_drawn_with_its_own_noise(tiny_system: VARestorer, steps:
     one, other = (tiny_system.restore_batch(squares, noise, steps) for noise in (NOISE, other_at_the_last))
     assert all(torch.equal(a, b) for a, b in zip(one.indices[:2], other.indices[:2], strict=True))
     assert 0.02 < (one.indices[2] != other.indices[2]).float().mean() < 0.6
+
+
+def test_the_next_scales_inputs_are_resized_as_asked(tiny_system: VARestorer) -> None:
+    """VARestorer's own copy of Infinity takes means of areas there."""
+    seen: list[Any] = []
+
+    def resize(total: Tensor, size: tuple[int, int]) -> Tensor:
+        seen.append(size)
+        return 3 * resize_area(total, size)
+
+    usual = generator_of(tiny_system)
+    results = [replace(usual, shrink=r)(prompts(tiny_system), SamplingOptions()) for r in (resize_area, resize)]
+    assert seen == [(2, 2), (4, 4)]
+    assert torch.equal(results[0].logits[0], results[1].logits[0])
+    assert not torch.allclose(results[0].logits[1], results[1].logits[1], atol=1e-3)

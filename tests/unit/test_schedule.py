@@ -47,3 +47,13 @@ def test_the_templates_are_the_published_ones() -> None:
 def test_impossible_schedules_are_refused(arguments: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         ScaleSchedule.build(**arguments)
+
+
+def test_another_side_ends_the_schedule_in_the_same_table() -> None:
+    schedule = ScaleSchedule.template("0.25M")
+    smaller, larger = schedule.with_side(16), schedule.with_side(64)
+    assert [h for h, _ in smaller.scales] == [1, 2, 4, 6, 8, 12, 16]
+    assert len(larger) == 13 and larger.latent_size == (64, 64)
+    assert smaller.position_scales == larger.position_scales == schedule.position_scales
+    with pytest.raises(UserError, match="no square scale of side 10"):
+        schedule.with_side(10)

@@ -112,7 +112,7 @@ def test_a_variant_that_fails_is_left_out(
     monkeypatch.setattr(breaks.system, "restore_batch", fail)
     speeds = measure_restoring({"broken": breaks, "whole": works}, 1, tmp_path, repeats=1, warmup=0)
     assert [speed.variant for speed in speeds] == ["whole"]
-    assert "broken" in caplog.text and "too little memory" in caplog.text and "more of it" not in caplog.text
+    assert "broken" in caplog.text and "too little memory more of it" in caplog.text
     assert measure_restoring({"broken": breaks}, 1, tmp_path, repeats=1, warmup=0) == []
 
 

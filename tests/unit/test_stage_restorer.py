@@ -15,8 +15,7 @@ from varestorer.conditioning.restorer import Restorer, load_restorer, new_restor
 from varestorer.systems.varestorer import VARestorer
 from varestorer.training.restorer import RestorerTask
 from varestorer.training.task import Batch
-from varestorer.utils.errors import UserError
-from varestorer.utils.iqa import MetricUnavailableError
+from varestorer.utils.errors import UsageError, UserError
 from varestorer.utils.seeds import torch_generator
 
 SIZES = {"num_features": 16, "num_groups": 1, "num_blocks": 1}
@@ -101,7 +100,7 @@ def test_weights_that_a_later_stage_wants_are_asked_for_before_the_first(
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     first = "stages.restorer.task.perceptual=ms_ssim"
     words = ["+experiment=nano_restorer", "model=tiny", "data=embedded", f"run_dir={tmp_path / 'run'}", first]
-    with pytest.raises(MetricUnavailableError, match="'dists' needs vgg16"):
+    with pytest.raises(UsageError, match="stage texture: metric 'dists' needs vgg16"):
         train(compose("train", *words, "stages.texture.task.perceptual=dists"))
     assert not (tmp_path / "run" / "checkpoints").exists()
 

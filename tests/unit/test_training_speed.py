@@ -22,6 +22,7 @@ from varestorer.training.speed import REST, StepVariant, TrainStep, counted, mad
 from varestorer.training.task import to_device
 from varestorer.training.teacher import TeacherTask
 from varestorer.training.tokenizer import TokenizerWeights
+from varestorer.transformer.heads import BitHead
 from varestorer.utils import rates
 from varestorer.utils.errors import UsageError
 from varestorer.utils.seeds import torch_generator
@@ -105,7 +106,7 @@ def test_divergence_by_margins_is_that_of_log_softmaxes(direction: str, reductio
     drawn = torch.randn(2, 3, SCHEDULE.num_tokens, 8, 2, generator=torch_generator(0)) * 4
     drawn[:, 0, 0, 0] = torch.tensor([[60.0, -60.0], [-60.0, 60.0]])  # sure of opposite bits
     teacher, student = drawn[0], drawn[1].requires_grad_()
-    found = distribution_matching_loss(teacher, student, SCHEDULE, direction, 1.0, reduction)
+    found = distribution_matching_loss(teacher, student, SCHEDULE, BitHead(1, 8), direction, 1.0, reduction)
     p, q = (x.log_softmax(dim=-1) for x in ((teacher, student) if direction == "forward" else (student, teacher)))
     kl_BLZ = (p.exp() * (p - q)).sum(dim=-1)
     wanted = kl_BLZ.mean() if reduction == "token" else sum(kl_BLZ[:, tokens].mean() for tokens in SCHEDULE.slices)
@@ -117,8 +118,8 @@ def test_divergence_by_margins_is_that_of_log_softmaxes(direction: str, reductio
 def test_divergence_stays_in_float32_under_autocast() -> None:
     teacher, student = torch.randn(2, 2, SCHEDULE.num_tokens, 8, 2, generator=torch_generator(0))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        lowered = distribution_matching_loss(teacher, student, SCHEDULE)
-    assert torch.equal(lowered, distribution_matching_loss(teacher, student, SCHEDULE))
+        lowered = distribution_matching_loss(teacher, student, SCHEDULE, BitHead(1, 8))
+    assert torch.equal(lowered, distribution_matching_loss(teacher, student, SCHEDULE, BitHead(1, 8)))
 
 
 @pytest.mark.parametrize(("height", "width", "window"), [(20, 15, 11), (12, 12, 5)])

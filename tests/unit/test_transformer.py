@@ -14,6 +14,7 @@ from varestorer.transformer.adapters import (
     use_adapters,
 )
 from varestorer.transformer.blocks import ffn_width
+from varestorer.transformer.conditions import RMSNorm
 from varestorer.transformer.generation import MultiStepGenerator, SamplingOptions
 from varestorer.transformer.heads import BitHead, keyed_noise
 from varestorer.transformer.layout import PositionRule, long_layout, pyramid_layout
@@ -303,3 +304,10 @@ def test_the_learned_scale_of_attention_stops_at_100(tiny_system: VARestorer) ->
                 parameter.fill_(scale).log_()
         logits.append(tiny_system.student_logits(condition, text))
     assert torch.allclose(logits[1], logits[2], atol=1e-5) and not torch.allclose(logits[0], logits[1], atol=1e-3)
+
+
+def test_text_is_normalised_however_weak_it_is() -> None:
+    x = torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(0))
+    expected = x / x.square().mean(dim=-1, keepdim=True).sqrt()
+    for strength in (0.02, 1.0, 50.0):
+        assert torch.allclose(RMSNorm(64)(strength * x), expected, atol=5e-3)

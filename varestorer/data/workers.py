@@ -18,7 +18,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from varestorer.utils.errors import UserError
+from varestorer.utils.errors import UserError, reason
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ def watched(
     try:
         batches = start()
     except OSError as error:
-        raise _unusable(f"they cannot be started: {error}", key) from error
+        raise _unusable(f"they cannot be started: {reason(error)}", key) from error
     return _watched(batches, key, wants_stop)
 
 

@@ -15,7 +15,7 @@ from varestorer.data.datasets import INSIDE
 from varestorer.losses.build import WITH_WEIGHTS, perceptual_loss
 from varestorer.systems.parts import WHERE, check_part
 from varestorer.training.config import trainer_config
-from varestorer.utils.errors import UsageError, UserError
+from varestorer.utils.errors import UsageError, UserError, reason
 from varestorer.weights.files import read_tensors
 from varestorer.weights.shipped import shipped
 
@@ -135,7 +135,7 @@ def _check_optimizer(node: DictConfig) -> None:
     try:
         make([torch.nn.Parameter(torch.zeros(1))])
     except (TypeError, ValueError) as error:
-        raise UsageError(f"optimizer: {error}") from error
+        raise UsageError(f"optimizer: {reason(error)}") from error
 
 
 def _check_call(node: DictConfig, key: str, **given: Any) -> None:
@@ -146,4 +146,4 @@ def _check_call(node: DictConfig, key: str, **given: Any) -> None:
     try:
         inspect.signature(get_object(node._target_)).bind(**options, **given)
     except TypeError as error:
-        raise UsageError(f"{key}: {error} of {node._target_}") from error
+        raise UsageError(f"{key}: {reason(error)} of {node._target_}") from error

@@ -14,7 +14,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-from varestorer.utils.errors import UserError
+from varestorer.utils.errors import UserError, reason
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ def _taken(path: Path, until: float) -> int | None:
             path.parent.mkdir(parents=True, exist_ok=True)
             handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
-            raise UserError(f"cannot write to {path.parent}: {error}; give another folder") from error
+            raise UserError(f"cannot write to {path.parent}: {reason(error)}; give another folder") from error
         try:
             if fcntl is None:
                 raise OSError(errno.ENOLCK, "the system has none")
@@ -66,7 +66,8 @@ def _taken(path: Path, until: float) -> int | None:
             if error.errno not in BUSY:
                 os.close(handle)
                 path.unlink(missing_ok=True)
-                log.warning("no locks in %s (%s): start no second command that writes there", path.parent, error)
+                why = reason(error)
+                log.warning("no locks in %s (%s): start no second command that writes there", path.parent, why)
                 return None
             if time.monotonic() > until:
                 holder = os.read(handle, 200).decode(errors="replace")

@@ -5,8 +5,8 @@ refiner (a small diffusion model of what the last codes leave over) -> decoder -
 
 Without a prefix the same networks make pictures of classes: VARSR's first stage (C2I), and VAR.
 
-Shapes: `B` batch, `H W` pixels, `t` side of a square, `P` prefix tokens, `L` tokens of all scales, `l` those of the last
-one, `C` width, `Z` width of a code, `n` steps of the refiner.
+Shapes: `B` batch, `H W` pixels, `t` side of a square, `P` prefix tokens, `L` tokens of all scales, `l` those of the
+last one, `C` width, `Z` width of a code, `n` steps of the refiner.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from varestorer.transformer.masks import BlockCausal
 from varestorer.transformer.refiner import Refined, Refiner
 from varestorer.transformer.refiner import keyed_noise as keyed_normal_noise
 from varestorer.utils.errors import UserError
-from varestorer.utils.images import from_network, to_network
+from varestorer.utils.images import to_network
 from varestorer.utils.seeds import torch_generator
 from varestorer.weights.shipped import shipped
 

@@ -103,9 +103,7 @@ def network_of(wanted: Mapping[str, Tensor], sides: Sequence[int], path: Path) -
     return _in_float32(varsr_tensors(wanted, sides, _raw(path), source))
 
 
-def class_to_restoration(
-    wanted: Mapping[str, Tensor], given: Mapping[str, Tensor], source: str
-) -> dict[str, Tensor]:
+def class_to_restoration(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
     """What a restorer takes of a model of classes (C2I, VAR), by our names.
 
     Raises:
@@ -136,8 +134,7 @@ def published_sizes(path: Path, tokenizer_file: str | None) -> dict[str, Any]:
         raise UserError(f"{path} holds {held}; give {GOT_FROM}")
     tokenizer = Path(tokenizer_file).expanduser() if tokenizer_file else path.parent / VQVAE_FILE
     _check_exists(tokenizer, "tokenizer", WHERE)
-    sizes, image = varsr_sizes(tensors), vqvae_sizes(read_tensors(tokenizer, VQVAE_NESTED))
-    image |= {"latent_width": image.pop("code_width"), "vocabulary": image.pop("num_codes")}
+    sizes = varsr_sizes(tensors)
     own = ("width", "depth", "num_heads", "num_classes", "num_levels")
     transformer = {name: sizes[name] for name in own}
     if kind == "var":
@@ -146,13 +143,20 @@ def published_sizes(path: Path, tokenizer_file: str | None) -> dict[str, Any]:
     guidance = {"varsr": (6.0, "linear"), "c2i": (4.0, "ahead"), "var": (1.5, "linear")}[kind]
     return {
         "schedule": {"sides": published_sides(tensors, sizes)},
-        "tokenizer": image | VQVAE,
+        "tokenizer": published_tokenizer_sizes(tokenizer),
         "transformer": transformer,
         "prefix": {"channels": sizes["prefix_channels"]} if kind == "varsr" else None,
         "refiner": None if kind == "var" else refiner,
         "sampling": {"guidance": guidance[0], "growth": guidance[1], "raw_last": kind != "var"},
         "weights": {"tokenizer": str(tokenizer), "transformer": str(path)},
     }
+
+
+def published_tokenizer_sizes(path: Path) -> dict[str, Any]:
+    """Arguments of `TokenizerConfig` for a published VQ-VAE."""
+    sizes = vqvae_sizes(read_tensors(path, VQVAE_NESTED))
+    names = {"code_width": "latent_width", "num_codes": "vocabulary"}
+    return {names.get(name, name): size for name, size in sizes.items()} | VQVAE
 
 
 VQVAE = {"use_attention": True, "use_quant_conv": True, "num_phi": 4, "enlarge": "bicubic", "shrink": "area"}

@@ -131,8 +131,15 @@ class PreparedCondition:
 
         if any(block.memory is not None for block in self.blocks):
             raise ValueError("a text is prepared for its batch: cross attention's memory is not repeated")
-        names = ("gammas_B1C", "gains_B1C", "shifts_B1C")
-        blocks = [replace(block, **{name: both(getattr(block, name)) for name in names}) for block in self.blocks]
+        blocks = [
+            replace(
+                block,
+                gammas_B1C=both(block.gammas_B1C),
+                gains_B1C=both(block.gains_B1C),
+                shifts_B1C=both(block.shifts_B1C),
+            )
+            for block in self.blocks
+        ]
         return PreparedCondition(repeated(self.cond_BC), tuple(blocks), both(self.head_B1C), self.state)
 
 
@@ -331,7 +338,10 @@ class VARTransformer(nn.Module):
             return self.head.logits(modulate(x_BLC.float(), *head))
 
     def precision(self, device: torch.device) -> AbstractContextManager:
-        """What the blocks compute in; other parts may go along. Blocks kept in bfloat16 compute their matrix products in it, as the released ones do."""
+        """What the blocks compute in; other parts may go along.
+
+        Blocks kept in bfloat16 compute their matrix products in it, as the released ones do.
+        """
         if cast(Block, self.blocks[0]).self_attention.v_bias.dtype == torch.float32:
             return nullcontext()
         return torch.autocast(device.type, dtype=torch.bfloat16)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,28 +23,9 @@ from varestorer.transformer.heads import BitHead
 from varestorer.transformer.layout import PositionRule, pyramid_layout
 from varestorer.transformer.masks import BlockCausal
 from varestorer.transformer.rope import rope_table
+from varestorer.utils.checks import Check, largest_error
 
 FLOAT_TOLERANCE = 1e-4
-
-
-@dataclass(frozen=True)
-class Check:
-    """One golden tensor compared.
-
-    Attributes:
-        name: file and tensor.
-        error: largest absolute difference (inf for another shape).
-        tolerance: largest that is right: 1e-4 for floats, 0 for bits, 1 level for uint8 images.
-    """
-
-    name: str
-    error: float
-    tolerance: float
-
-    @property
-    def ok(self) -> bool:
-        """Whether the difference is within the tolerance (never for NaN)."""
-        return self.error <= self.tolerance
 
 
 @torch.inference_mode()
@@ -58,13 +38,6 @@ def compare(folder: str | Path) -> Iterator[Check]:
     yield from compare_teacher(golden)
     yield from compare_generation(golden)
     yield from compare_restorer(golden)
-
-
-def largest_error(ours: Tensor, golden: Tensor) -> float:
-    """Largest absolute difference; infinite where shapes differ, NaN where either is NaN."""
-    if ours.shape != golden.shape:
-        return float("inf")
-    return (ours.double() - golden.double()).abs().max().item() if ours.numel() else 0.0
 
 
 def _float(file: str, tensors: dict[str, Tensor], name: str, ours: Tensor) -> Check:

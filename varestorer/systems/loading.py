@@ -58,6 +58,8 @@ def build(
         return _from_bundle(system_class, path, merge)
     if _is_published(path):
         _check_is_whole(path)
+        if hasattr(system_class, "from_published"):
+            return system_class.from_published(path, tokenizer_file)
         system = _from_published(system_class, path, tokenizer_file, restorer_file)
     elif is_run(path):
         system = _from_run(system_class, path)

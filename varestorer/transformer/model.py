@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -120,6 +120,28 @@ class PreparedCondition:
     head_B1C: tuple[Tensor, Tensor]
     state: tuple[object, ...]
 
+    def for_each(self, count: int) -> PreparedCondition:
+        """The condition of a batch in which each row stands `count` times, one after the other."""
+
+        def repeated(rows: Tensor) -> Tensor:
+            return rows.repeat_interleave(count, dim=0)
+
+        def both(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+            return repeated(pair[0]), repeated(pair[1])
+
+        if any(block.memory is not None for block in self.blocks):
+            raise ValueError("a text is prepared for its batch: cross attention's memory is not repeated")
+        blocks = [
+            replace(
+                block,
+                gammas_B1C=both(block.gammas_B1C),
+                gains_B1C=both(block.gains_B1C),
+                shifts_B1C=both(block.shifts_B1C),
+            )
+            for block in self.blocks
+        ]
+        return PreparedCondition(repeated(self.cond_BC), tuple(blocks), both(self.head_B1C), self.state)
+
 
 class VARTransformer(nn.Module):
     """Predicts the bits or the entry of every token. The mask and the layout are arguments: scale-causal for the
@@ -205,7 +227,7 @@ class VARTransformer(nn.Module):
     def prepare(self, condition: ConditionInput | Context) -> PreparedCondition:
         """Do all that depends on condition and weights alone; for weights that rest (no gradients are kept back)."""
         context = self.context(condition)
-        with self._precision(context.cond_BC.device):
+        with self.precision(context.cond_BC.device):
             blocks = tuple(block.prepare(context) for block in cast(Iterable[Block], self.blocks))
         head = self._head_norm(context.cond_BC)
         return PreparedCondition(context.cond_BC, blocks, head, self.state_of_now())
@@ -299,7 +321,7 @@ class VARTransformer(nn.Module):
             raise ValueError("this text was prepared before adapters or precision changed: call prepare(text) again")
         x_BLC = self.embed(tokens_BLZ, context, layout, prefix_BPC)
         last = len(self.blocks) - 1
-        with self._precision(x_BLC.device):
+        with self.precision(x_BLC.device):
             for number, block in enumerate(self.blocks):
                 factors = None if self.branch_factors_BD3 is None else self.branch_factors_BD3[:, number]
                 of_block = context.blocks[number] if isinstance(context, PreparedCondition) else context
@@ -315,8 +337,11 @@ class VARTransformer(nn.Module):
         with _no_autocast(x_BLC.device):
             return self.head.logits(modulate(x_BLC.float(), *head))
 
-    def _precision(self, device: torch.device) -> AbstractContextManager:
-        """Blocks kept in bfloat16 compute their matrix products in it, as the released ones do."""
+    def precision(self, device: torch.device) -> AbstractContextManager:
+        """What the blocks compute in; other parts may go along.
+
+        Blocks kept in bfloat16 compute their matrix products in it, as the released ones do.
+        """
         if cast(Block, self.blocks[0]).self_attention.v_bias.dtype == torch.float32:
             return nullcontext()
         return torch.autocast(device.type, dtype=torch.bfloat16)

@@ -252,7 +252,7 @@ class Refiner(nn.Module):
         for draw, i in enumerate(reversed(range(num_steps)), start=1):
             output = self._predict(x.expand(len(cond), *shape), times[i], cond)
             is_finite.append(output.isfinite().all())
-            output = output[0] if negative is None else _guided(output[0], output[1], guidance)
+            output = output[0] if negative is None else guided(output[0], output[1], guidance)
             x = steps.step(output, x, i, noise(draw, shape) if i > 0 else None, temperature)
         return Refined(x * DATA_SCALE, torch.stack(is_finite))
 
@@ -264,7 +264,7 @@ def _timesteps(num_steps: int, device: torch.device) -> Tensor:
     return chain(num_steps).timesteps.to(device)
 
 
-def _guided(positive: Tensor, negative: Tensor, guidance: float) -> Tensor:
+def guided(positive: Tensor, negative: Tensor, guidance: float) -> Tensor:
     """The noise is guided, the variance is the positive one's."""
     (eps, position), (unwanted, _) = positive.chunk(2, dim=-1), negative.chunk(2, dim=-1)
     return torch.cat([(1 + guidance) * eps - guidance * unwanted, position], dim=-1)

@@ -1,0 +1,480 @@
+"""VARSR: restoration scale by scale behind a prefix of the degraded image (arXiv 2501.18993).
+
+degraded image -> convolutions -> prefix tokens -> transformer, guided away from bad quality -> codes of all scales ->
+refiner (a small diffusion model of what the last codes leave over) -> decoder -> image.
+
+Without a prefix the same networks make pictures of classes: VARSR's first stage (C2I), and VAR.
+
+Shapes: `B` batch, `H W` pixels, `t` side of a square, `P` prefix tokens, `L` tokens of all scales, `l` those of the
+last one, `C` width, `Z` width of a code, `n` steps of the refiner.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from varestorer.conditioning.prefix_encoder import PrefixEncoder
+from varestorer.systems import official_varsr
+from varestorer.systems.acceleration import Acceleration
+from varestorer.systems.base import Request, RestoredBatch, System
+from varestorer.systems.parts import allocate
+from varestorer.systems.varsr_files import network_of, published_sizes, tokenizer_of
+from varestorer.tokenizer import MultiScaleTokenizer, ScaleSchedule, TokenizerConfig, TokenPyramid
+from varestorer.tokenizer.autoencoder import init_weights as init_tokenizer_weights
+from varestorer.tokenizer.quantizers import CodebookQuantizer
+from varestorer.tokenizer.residual import to_map, to_tokens
+from varestorer.transformer import ClassLabels, Context, PreparedCondition, TransformerConfig, VARTransformer
+from varestorer.transformer.adapters import assign_plain
+from varestorer.transformer.blocks import EPS
+from varestorer.transformer.generation import Generation, MultiStepGenerator, Prefix, SamplingOptions
+from varestorer.transformer.heads import keyed_noise
+from varestorer.transformer.masks import BlockCausal
+from varestorer.transformer.refiner import Refined, Refiner
+from varestorer.transformer.refiner import keyed_noise as keyed_normal_noise
+from varestorer.utils.errors import UserError
+from varestorer.utils.images import to_network
+from varestorer.utils.seeds import torch_generator
+from varestorer.weights.shipped import shipped
+
+GROWTHS: dict[str, Callable[[int, int], float]] = {
+    "linear": lambda k, last: k / last,
+    "ahead": lambda k, last: (k + 1) / last,
+    "square": lambda k, last: (k / last) ** 2,
+}
+"""Share of the guidance at scale k, where `last` is the number of the last one."""
+GOOD = 0
+"""Class of good pictures; the last class is what guidance leads away from: bad pictures, or no class."""
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How pictures are made of predictions; the defaults are the released restorer's.
+
+    Attributes:
+        guidance: strength t: logits are (1 + t) positive - t negative, and the refiner's noise likewise; 0 asks the
+            network half as often.
+        growth: of t over the scales, one of `GROWTHS`: "linear" from 0, "ahead" one scale earlier (the class model's),
+            "square" (that of the class model's first release).
+        top_k: likeliest codes that are left where codes are drawn (select=sample); 0 leaves all.
+        top_p: likewise, the smallest set of codes whose probability exceeds it.
+        refiner_steps: n, 1 to 1000.
+        use_refiner: whether the refiner adds what the codes leave over.
+        raw_last: the codes of the last scale are added without phi (VARSR); VAR has it everywhere.
+    """
+
+    guidance: float = 6.0
+    growth: str = "linear"
+    top_k: int = 20
+    top_p: float = 0.75
+    refiner_steps: int = 10
+    use_refiner: bool = True
+    raw_last: bool = True
+
+    def __post_init__(self) -> None:
+        checks = {
+            "guidance": (self.guidance >= 0, "0 or more"),
+            "growth": (self.growth in GROWTHS, " or ".join(GROWTHS)),
+            "top_k": (self.top_k >= 0, "0 or more"),
+            "top_p": (0 <= self.top_p <= 1, "from 0 to 1"),
+            "refiner_steps": (1 <= self.refiner_steps <= 1000, "1 to 1000"),
+        }
+        for name, (good, wanted) in checks.items():
+            if not good:
+                raise UserError(f"model.sampling.{name} must be {wanted}, got {getattr(self, name)}")
+
+    def strengths(self, num_scales: int) -> list[float]:
+        """t of each scale."""
+        last = max(num_scales - 1, 1)
+        return [self.guidance * GROWTHS[self.growth](k, last) for k in range(num_scales)]
+
+    def options(self, num_scales: int) -> SamplingOptions:
+        """Of the generator, whose c is 1 + t."""
+        return SamplingOptions([1 + t for t in self.strengths(num_scales)], top_k=self.top_k, top_p=self.top_p)
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What is drawn for a batch.
+
+    Attributes:
+        uniforms: of the codes of each scale, (B, l); None takes the likeliest.
+        normals: of the refiner, its start and one for each step but the last, (B, l, Z); empty for no refiner.
+    """
+
+    uniforms: tuple[Tensor, ...] | None = None
+    normals: tuple[Tensor, ...] = ()
+
+
+class VARSR(System):
+    """Tokenizer, transformer, prefix encoder and refiner, with their weights.
+
+    Args:
+        schedule: arguments of `ScaleSchedule.build`, the last scale is a square.
+        tokenizer: arguments of `TokenizerConfig`, with a vocabulary.
+        transformer: arguments of `TransformerConfig`; what follows from the other parts need not be given. The last
+            class is the negative one.
+        prefix: `channels` of the `PrefixEncoder`; None for a model of classes, which restores nothing.
+        refiner: `width` and `depth` of the `Refiner`; None for none.
+        sampling: arguments of `SamplingConfig`.
+        weights: files of the parts "tokenizer" and "transformer" (with prefix encoder and refiner): published ones or
+            runs. From a model of classes a restorer takes what fits; the rest is drawn.
+        seed: of the random weights.
+    """
+
+    name = "varsr"
+    makers: ClassVar[dict[str, Callable[..., Any]]] = {
+        "schedule": ScaleSchedule.build,
+        "tokenizer": TokenizerConfig,
+        "transformer": TransformerConfig,
+        "prefix": PrefixEncoder,
+        "refiner": Refiner,
+        "sampling": SamplingConfig,
+    }
+
+    def __init__(
+        self,
+        schedule: dict[str, Any],
+        tokenizer: dict[str, Any],
+        transformer: dict[str, Any],
+        prefix: dict[str, Any] | None = None,
+        refiner: dict[str, Any] | None = None,
+        sampling: dict[str, Any] | None = None,
+        weights: dict[str, str | None] | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.files = {part: shipped(file) for part, file in (weights or {}).items() if file}
+        self.schedule = ScaleSchedule.build(**schedule)
+        self.sampling = SamplingConfig(**(sampling or {}))
+        self._options = {"schedule": dict(schedule), "prefix": prefix, "refiner": refiner}
+        sizes = TokenizerConfig(**tokenizer)
+        config = TransformerConfig(**(self._derived(sizes, transformer, prefix is not None) | transformer))
+        with torch.device("meta"):
+            self.tokenizer = MultiScaleTokenizer(sizes)
+            self.transformer = VARTransformer(config)
+            self.prefix_encoder = None if prefix is None else PrefixEncoder(config.width, **prefix)
+            self.refiner = None if refiner is None else Refiner(sizes.latent_width, config.width, **refiner)
+            self.refiner_norm = None if refiner is None else nn.LayerNorm(config.width, eps=EPS)
+        self._check_sizes()
+        self.qualities: PreparedCondition | None = None
+        if torch.get_default_device().type != "meta":
+            self._fill(seed)
+            self.tokenizer.to(memory_format=torch.channels_last)  # convolutions run faster so, on CPU and GPU
+
+    def _derived(self, tokenizer: TokenizerConfig, transformer: dict[str, Any], has_prefix: bool) -> dict[str, Any]:
+        """Arguments of `TransformerConfig` that follow from the other parts."""
+        return {
+            "latent_width": tokenizer.latent_width,
+            "vocabulary": tokenizer.vocabulary,
+            "hidden_width": 4 * transformer.get("width", TransformerConfig.width),
+            "num_levels": len(self.schedule),
+            "num_classes": 2,
+            "positions": "rope_grid",
+            "start_rows": 1 + (self.schedule.num_tokens_per_scale[-1] if has_prefix else 0),
+        }
+
+    def _check_sizes(self) -> None:
+        height, width = self.schedule.latent_size
+        if height != width:
+            raise UserError(f"images are restored in squares: model.schedule must end in one, got {height}x{width}")
+        if not self.tokenizer.config.vocabulary:
+            raise UserError("VARSR predicts entries of a codebook: set model.tokenizer.vocabulary to their number")
+        for name in ("latent_width", "vocabulary"):
+            ours, theirs = getattr(self.transformer.config, name), getattr(self.tokenizer.config, name)
+            if ours != theirs:
+                raise UserError(f"model.tokenizer.{name}={theirs} and model.transformer.{name}={ours} must agree")
+        if self.transformer.config.num_levels < len(self.schedule):
+            raise UserError(f"model.transformer.num_levels must be at least {len(self.schedule)} for this schedule")
+        if self.transformer.config.num_classes < 2:
+            raise UserError("model.transformer.num_classes must be 2 or more: the last class is the negative one")
+        encoder = self.prefix_encoder
+        if encoder is not None and encoder.stride != self.tokenizer.stride:
+            raise UserError(
+                f"model.prefix.channels must have as many entries as model.tokenizer.multipliers: one token for "
+                f"{self.tokenizer.stride} pixels, got {encoder.stride}"
+            )
+
+    # ---- what the networks see and say
+
+    @property
+    def generator(self) -> MultiStepGenerator:
+        """Scale by scale generation with these networks."""
+        parts = self.transformer, self.tokenizer.quantizer, self.schedule
+        return MultiStepGenerator(*parts, raw_last=self.sampling.raw_last)
+
+    def encode(self, images_B3HW: Tensor) -> TokenPyramid:
+        raw_last = self.sampling.raw_last
+        return self.tokenizer.encode(to_network(images_B3HW), self.schedule, raw_last=raw_last)
+
+    def codes(self, tokens: Tensor) -> Tensor:
+        quantizer, raw_last = self.tokenizer.quantizer, self.sampling.raw_last
+        return quantizer.indices_to_codes(self.split(tokens), self.schedule, raw_last=raw_last)
+
+    def prefix_of(self, lq_B3tt: Tensor) -> Prefix | None:
+        """Tokens of degraded squares in [-1, 1]; None where the model has none."""
+        if self.prefix_encoder is None:
+            return None
+        with self.transformer.precision(lq_B3tt.device):
+            return Prefix(self.prefix_encoder(lq_B3tt).float(), self.schedule.latent_size)
+
+    def forced_hidden(self, inputs_BLZ: Tensor, context: Context, lq_B3tt: Tensor | None) -> Tensor:
+        """What leaves the last block for the tokens of all scales, given the true coarser ones, (B, L, C).
+
+        Args:
+            inputs_BLZ: of scales 2 to K, see `TokenPyramid.inputs`.
+            context: of qualities or classes.
+            lq_B3tt: degraded squares in [-1, 1]; of no use without a prefix.
+        """
+        prefix = None if lq_B3tt is None else self.prefix_of(lq_B3tt)
+        tokens, size = (None, None) if prefix is None else (prefix.tokens_BPC, prefix.size)
+        layout = self.transformer.layout(self.schedule, inputs_BLZ.device, size)
+        asked = slice(len(layout) - self.schedule.num_tokens, None)
+        mask = BlockCausal.of(layout)
+        return self.transformer.hidden(inputs_BLZ, context, layout, mask, asked=asked, prefix_BPC=tokens)
+
+    def refiner_condition(self, hidden_BlC: Tensor, indices_Bhw: Tensor) -> tuple[Tensor, Tensor]:
+        """z of the tokens of the last scale (B, l, C), and their codes (B, l, Z).
+
+        Args:
+            hidden_BlC: what left the last block; the batch may be a multiple of that of the codes.
+            indices_Bhw: chosen codes.
+        """
+        assert self.refiner_norm is not None
+        codes_BlZ = to_tokens(self.tokenizer.quantizer.codebook.codes(indices_Bhw))
+        repeats = len(hidden_BlC) // len(codes_BlZ)
+        words_BlC = self.transformer.word_embed(codes_BlZ).repeat(repeats, 1, 1)
+        return self.refiner_norm(hidden_BlC + words_BlC), codes_BlZ
+
+    def prepare(self, labels_B: Tensor) -> PreparedCondition:
+        """All that depends on the classes alone: those of the samples, then the negative one where it is asked."""
+        is_guided = self.sampling.options(len(self.schedule)).is_guided
+        return self.generator.prepare(ClassLabels(labels_B), is_guided)
+
+    @torch.no_grad()
+    def predict(self, prepared: PreparedCondition, prefix: Prefix | None, draws: Draws) -> Predicted:
+        """Codes of all scales, refined, without a word between host and device.
+
+        Args:
+            prepared: of the B samples, see `prepare`.
+            prefix: of the B samples.
+            draws: for them.
+        """
+        uniforms = draws.uniforms
+        noise = None if uniforms is None else lambda k, shape: uniforms[k].view(shape)
+        options = self.sampling.options(len(self.schedule))
+        generation = self.generator(prepared, options, noise=noise, prefix=prefix)
+        if not draws.normals:
+            return Predicted(generation.codes, generation, None)
+        refined = self._refine(generation, draws.normals)
+        return Predicted(generation.codes + to_map(refined.residual, self.schedule.latent_size), generation, refined)
+
+    def _refine(self, generation: Generation, normals: Sequence[Tensor]) -> Refined:
+        """What the codes of the last scale leave over, drawn by the refiner."""
+        assert self.refiner is not None and generation.hidden is not None
+        z, _ = self.refiner_condition(generation.hidden, generation.indices[-1])
+        positive, *negative = z.split(len(generation.codes))
+        strength, steps = self.sampling.strengths(len(self.schedule))[-1], self.sampling.refiner_steps
+        with self.transformer.precision(z.device):
+            return self.refiner.sample(
+                positive,
+                lambda draw, shape: normals[draw].view(shape),
+                negative[0] if negative else None,
+                strength,
+                steps,
+            )
+
+    def draws(self, numbers: Sequence[int], seed: int, is_sampled: bool) -> Draws:
+        """Noise in which that of a square depends on the seed and its number alone."""
+        batch, uniforms = len(numbers), None
+        counts = self.schedule.num_tokens_per_scale
+        if is_sampled:
+            uniform = keyed_noise(seed, numbers, "codes", self.device)
+            uniforms = tuple(uniform(k, (batch, count)) for k, count in enumerate(counts))
+        if self.refiner is None or not self.sampling.use_refiner:
+            return Draws(uniforms)
+        normal = keyed_normal_noise(seed, numbers, "refiner", self.device)
+        shape = (batch, counts[-1], self.tokenizer.config.latent_width)
+        return Draws(uniforms, tuple(normal(draw, shape) for draw in range(self.sampling.refiner_steps)))
+
+    # ---- restoring squares, or making pictures of classes
+
+    @property
+    def tiles(self) -> tuple[int, ...]:
+        """The trained side alone: the learned rows of the prefix belong to it."""
+        return (self.tile,)
+
+    def accept(self, request: Request, uncertainty: bool) -> Request:
+        self._check_restores()
+        if request.prompt is not None:
+            raise UserError("VARSR restores without words: leave prompt= out")
+        if request.steps is not None:
+            raise UserError(
+                f"VARSR always predicts its {len(self.schedule)} scales one after the other: leave steps= out "
+                "(model.sampling.refiner_steps sets those of the refiner)"
+            )
+        return replace(request, context=self.qualities or self.prepare(self._good(1)))
+
+    def restore_squares(self, lq_B3tt: Tensor, numbers: list[int], request: Request) -> RestoredBatch:
+        draws = self.draws(numbers, request.seed, request.select == "sample")
+        prepared = request.context.for_each(len(numbers))
+        run = self.graphs or (lambda function, *inputs: function(*inputs))
+        restored, is_finite = run(self._restore, prepared, lq_B3tt, draws)
+        if is_finite is not None:
+            Refined(restored.images_B3HW, is_finite).check()
+        return restored
+
+    def _restore(self, prepared: PreparedCondition, lq_B3tt: Tensor, draws: Draws) -> tuple[RestoredBatch, Any]:
+        predicted = self.predict(prepared, self.prefix_of(to_network(lq_B3tt)), draws)
+        images = self.decode(predicted.codes)
+        logits = torch.cat([x[: len(images)] for x in predicted.generation.logits.values()], dim=1)
+        is_finite = None if predicted.refined is None else predicted.refined.is_finite_n
+        return RestoredBatch(images, predicted.generation.indices, logits), is_finite
+
+    @torch.inference_mode()
+    def make(self, classes: Sequence[int], seed: int = 0, select: str = "sample") -> RestoredBatch:
+        """Pictures of classes, by a model without a prefix.
+
+        Args:
+            classes: one a picture, from 0.
+            seed: of whatever is drawn; each picture's depends on its place in `classes` too.
+            select: "sample" draws the codes, "argmax" takes the likeliest.
+
+        Raises:
+            UserError: a model with a prefix, or a class that it has not.
+        """
+        if self.prefix_encoder is not None:
+            raise UserError("this model restores images, it makes none of classes: use restore")
+        most = self.transformer.config.num_classes - 1
+        if not all(0 <= number < most for number in classes):
+            raise UserError(f"classes must be from 0 to {most - 1}, got {list(classes)}")
+        draws = self.draws(range(len(classes)), seed, Request(select=select).select == "sample")
+        predicted = self.predict(self.prepare(torch.tensor(list(classes), device=self.device)), None, draws)
+        if predicted.refined is not None:
+            predicted.refined.check()
+        return RestoredBatch(self.decode(predicted.codes), predicted.generation.indices)
+
+    @torch.inference_mode()
+    def restore_official(
+        self, lq_HW3: np.ndarray, scale: int = 4, color: str = "adain", seed: int = 0, tiled: bool = False
+    ) -> np.ndarray:
+        """An image as the released scripts restore it, see `official_varsr`.
+
+        Args:
+            lq_HW3: uint8.
+            scale: enlargement of the tiled mode; the other one makes squares of side `tile`.
+            color: see `utils.color`.
+            seed: of the refiner's noise, which is keyed by the tiles' numbers.
+            tiled: overlapping tiles, blended as latents; else the image is squashed to a square.
+
+        Returns:
+            uint8, (scale H, scale W, 3) or (tile, tile, 3).
+        """
+        self._check_restores()
+        if self.tile != official_varsr.SIDE:
+            raise UserError(f"compat=official works at {official_varsr.SIDE} pixels, and this model at {self.tile}")
+        numbers, good = iter(range(2**31)), self.prepare(self._good(1))
+
+        def encode(tiles_t3HW: Tensor) -> Tensor:
+            draws = self.draws([next(numbers) for _ in tiles_t3HW], seed, is_sampled=False)
+            prefix = self.prefix_of(tiles_t3HW.to(self.device))
+            predicted = self.predict(good.for_each(len(tiles_t3HW)), prefix, draws)
+            if predicted.refined is not None:
+                predicted.refined.check()
+            return predicted.codes
+
+        if tiled:
+            return official_varsr.restore_tiled(lq_HW3, encode, self.tokenizer.decode, scale, color)
+        return official_varsr.restore_square(lq_HW3, encode, self.tokenizer.decode, color)
+
+    def _good(self, batch_size: int) -> Tensor:
+        return torch.full((batch_size,), GOOD, device=self.device)
+
+    def _check_restores(self) -> None:
+        if self.prefix_encoder is None:
+            raise UserError("this model makes pictures of classes and restores none; train varsr_isr from it")
+
+    def _speed_up(self, chosen: Acceleration) -> None:
+        super()._speed_up(chosen)
+        if self.prefix_encoder is not None:
+            self.qualities = self.prepare(self._good(1))  # the weights rest from now on
+
+    # ---- the networks: sizes, weights
+
+    @property
+    def config(self) -> dict[str, Any]:
+        parts = {"tokenizer": self.tokenizer.config, "transformer": self.transformer.config, "sampling": self.sampling}
+        return self._options | {name: asdict(part) for name, part in parts.items()}  # type: ignore[call-overload]
+
+    def network(self) -> dict[str, Tensor]:
+        """All but the tokenizer by the names of `weights.published_varsr`: the transformer's have no prefix."""
+        state = self.state_dict()
+        return {name.removeprefix("transformer."): t for name, t in state.items() if not name.startswith("tokenizer.")}
+
+    def load_network(self, tensors: dict[str, Tensor]) -> None:
+        """Take tensors named as in `network`; others stay as they are."""
+        others = ("prefix_encoder.", "refiner.", "refiner_norm.")
+        assign_plain(self, {n if n.startswith(others) else f"transformer.{n}": t for n, t in tensors.items()})
+
+    def parts(self) -> dict[str, dict[str, Tensor]]:
+        return {"tokenizer": dict(self.tokenizer.state_dict()), "transformer": self.network()}
+
+    @classmethod
+    def from_published(cls, path: Path, tokenizer_file: str | None = None) -> Self:
+        """The system of a published VARSR.pth, VARSR_C2I.pth or var_d*.pth, and of its tokenizer's file.
+
+        Args:
+            path: the transformer's file.
+            tokenizer_file: VQVAE.pth, or VAR's vae_ch160v4096z32.pth; None: beside it.
+        """
+        return cls(**published_sizes(path, tokenizer_file))
+
+    @torch.no_grad()
+    def _fill(self, seed: int) -> None:
+        """Weights of each part from its file, or drawn."""
+        self._drawn: set[str] = set()
+        if file := self.files.get("tokenizer"):
+            assign_plain(self.tokenizer, tokenizer_of(self.tokenizer, file))
+        else:
+            self._drawn |= {f"tokenizer.{name}" for name in allocate(self.tokenizer)}
+            init_tokenizer_weights(self.tokenizer, torch_generator(seed, "tokenizer"))
+            codebook = self.tokenizer.quantizer.codebook
+            assert isinstance(codebook, CodebookQuantizer)
+            codebook.init_weights(torch_generator(seed, "codebook"))
+        given: dict[str, Tensor] = {}
+        if file := self.files.get("transformer"):
+            given = network_of(self.network(), [h for h, _ in self.schedule.scales], file)
+        if given.keys() != self.network().keys():
+            self._drawn |= allocate(self)
+            self.transformer.init_weights(torch_generator(seed, "transformer"))
+            for part, module in (("prefix", self.prefix_encoder), ("refiner", self.refiner)):
+                if module is not None:
+                    module.init_weights(torch_generator(seed, part))
+            if self.refiner_norm is not None:
+                self.refiner_norm.reset_parameters()
+        self.load_network(given)
+
+    def initial_state(self) -> dict[str, Tensor]:
+        """The weights that no file can give again: what was drawn at random."""
+        return {name: tensor for name, tensor in self.state_dict().items() if name in self._drawn}
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """What was predicted for a batch.
+
+    Attributes:
+        codes: the decoder's input, (B, Z, h_K, w_K), with the refiner's residual.
+        generation: the codes of all scales.
+        refined: the refiner's; None without it.
+    """
+
+    codes: Tensor
+    generation: Generation
+    refined: Refined | None

@@ -14,7 +14,8 @@ varestorer parity: compare the networks with golden tensors.
 usage: varestorer parity fixtures=FOLDER      (or: python scripts/parity.py fixtures=FOLDER)
 
 The folder holds meta_va.json (sizes of tiny networks), meta_up.json (settings of multi-step generation) and
-safetensors with weights under published names, inputs and outputs. Networks are built from the folder's own sizes.
+safetensors with weights under published names, inputs and outputs; or hit.json with the hierarchical tokens, losses and
+positions of H-VAR. Networks are built from the folder's own sizes.
 For every golden tensor a line says its name, the largest error, the tolerance and whether that is ok.
 
 options

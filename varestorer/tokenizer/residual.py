@@ -49,8 +49,17 @@ def resize_area(x_BZhw: Tensor, size: Scale) -> Tensor:
     return F.adaptive_avg_pool2d(x_BZhw, size)
 
 
-REUSES = ("tokens", "sum")
+def reduce_bicubic(x_BZhw: Tensor, size: Scale) -> Tensor:
+    """Bicubic with antialiasing, which may overshoot; the identity at equal size."""
+    if tuple(x_BZhw.shape[-2:]) == size:
+        return x_BZhw
+    return F.interpolate(x_BZhw, size=size, mode="bicubic", align_corners=False, antialias=True)
+
+
+REUSES = ("tokens", "sum", "none")
 RESIZES: dict[str, Resize] = {"bilinear": resize_bilinear, "bicubic": resize_bicubic, "area": resize_area}
+REDUCTIONS: dict[str, Resize] = {"area": resize_area, "bicubic": reduce_bicubic}
+"""How an image is reduced to the target sizes."""
 
 
 def to_tokens(x: Tensor) -> Tensor:
@@ -164,7 +173,8 @@ class MultiScaleQuantizer(nn.Module):
         shrink: kernel that brings the sum to the size of the next scale, likewise.
         phi: convolutions after the enlarging, `phi(map, scale number, number of scales)`; None for none.
         reuse: what becomes of the sum where the size of the map grows (H-VAR): "tokens" renders all earlier scales
-            anew at the new size, "sum" enlarges the finished sum.
+            anew at the new size, "sum" enlarges the finished sum. "none" says that the tokens were found at the last
+            size alone, as VAR's; what is decoded of them at a smaller one is rendered as by "tokens".
     """
 
     def __init__(
@@ -224,6 +234,29 @@ class MultiScaleQuantizer(nn.Module):
             cumulative.append(total.add(indices if corrupt is None else corrupt(k, indices)))
         maps_of_sums = tuple(bases), tuple(cumulative)
         return TokenPyramid(tuple(labels), tuple(total.indices), *maps_of_sums, residual, self.shrink)
+
+    def codebook_losses(self, features: Sequence[Tensor], pyramid: TokenPyramid, schedule: ScaleSchedule) -> Tensor:
+        """Squared distance of each scale's codes to the residual that they stand for, (K,); draws the codes alone.
+
+        Args:
+            features: what `forward` was given, one map for each target.
+            pyramid: what it gave.
+            schedule: the scales.
+        """
+        at_size = dict(zip(schedule.targets, features, strict=True))
+        terms = []
+        for scale, size, indices, base in zip(
+            schedule.scales, schedule.map_sizes, pyramid.indices, pyramid.bases, strict=True
+        ):
+            residual = resize_area((at_size[size].float() - base).detach(), scale)
+            terms.append(F.mse_loss(self.codebook.codes(indices), residual))
+        return torch.stack(terms)
+
+    def targets_to_codes(self, indices: Sequence[Tensor], schedule: ScaleSchedule) -> list[Tensor]:
+        """The sum of codes at each target that the given first scales complete, smallest first."""
+        total = self.running_sum(schedule)
+        sums = [total.add(of_scale) for of_scale in indices]
+        return [codes for k, codes in enumerate(sums) if schedule.ends_target(k)]
 
     def indices_to_codes(self, indices: Sequence[Tensor], schedule: ScaleSchedule, raw_last: bool = False) -> Tensor:
         """Sum of the up-sampled codes of the first scales.

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from varestorer.tokenizer.autoencoder import NORMS, Decoder, Encoder, clamp_keeping_gradient, conv3x3
 from varestorer.tokenizer.quantizers import BinarySphericalQuantizer, CodebookQuantizer
 from varestorer.tokenizer.residual import (
+    REDUCTIONS,
     RESIZES,
     REUSES,
     Corruption,
     MultiScaleQuantizer,
     Phi,
     TokenPyramid,
-    resize_area,
 )
 from varestorer.tokenizer.schedule import ScaleSchedule
 from varestorer.utils.errors import UserError
@@ -43,9 +43,10 @@ class TokenizerConfig:
         enlarge: kernel that brings codes to the latent size, see `MultiScaleQuantizer`.
         shrink: kernel that makes the next scale's input of their sum, likewise.
         reuse: see `MultiScaleQuantizer`; says something where a schedule has several targets (H-VAR).
+        reduce: how an image is reduced to them: "area" (mean of squares), or "bicubic" with antialiasing.
 
     Raises:
-        UserError: another `norm`, `enlarge`, `shrink` or `reuse`.
+        UserError: another `norm`, `enlarge`, `shrink`, `reuse` or `reduce`.
     """
 
     channels: int = 128
@@ -62,9 +63,11 @@ class TokenizerConfig:
     enlarge: str = "bilinear"
     shrink: str = "bilinear"
     reuse: str = "tokens"
+    reduce: str = "area"
 
     def __post_init__(self) -> None:
         choices = {"norm": NORMS, "enlarge": tuple(RESIZES), "shrink": tuple(RESIZES), "reuse": REUSES}
+        choices["reduce"] = tuple(REDUCTIONS)
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise UserError(f"model.tokenizer.{name} must be {' or '.join(known)}, got {getattr(self, name)!r}")
@@ -126,12 +129,16 @@ class MultiScaleTokenizer(nn.Module):
     ) -> TokenPyramid:
         """Tokens of an image in [-1, 1] whose latent size is the schedule's last scale.
 
-        Where the schedule has several targets, the image is reduced to each of them (mean of squares) and encoded there
-        (H-VAR). For `corrupt` and `raw_last` see `MultiScaleQuantizer.forward`.
+        Where the schedule has several targets, the image is reduced to each of them and encoded there (H-VAR). For
+        `corrupt` and `raw_last` see `MultiScaleQuantizer.forward`.
         """
+        features = [self.features(image) for image in self.reduced(img_B3HW, schedule)]
+        return self.quantizer(features, schedule, corrupt, raw_last)
+
+    def reduced(self, img_B3HW: Tensor, schedule: ScaleSchedule) -> list[Tensor]:
+        """The image at the size of each of the schedule's targets, smallest first; the last one is itself."""
         sizes = [(h * self.stride, w * self.stride) for h, w in schedule.targets]
-        features = [self.features(resize_area(img_B3HW, size)) for size in sizes[:-1]]
-        return self.quantizer([*features, self.features(img_B3HW)], schedule, corrupt, raw_last)
+        return [*(REDUCTIONS[self.config.reduce](img_B3HW, size) for size in sizes[:-1]), img_B3HW]
 
     def decode(self, codes_BZhw: Tensor) -> Tensor:
         """Image (B, 3, H, W) in [-1, 1] of summed codes; the clamp lets gradients pass."""

@@ -170,6 +170,17 @@ def long_layout(
     return TokenLayout(levels, counts, **tables).to(device)
 
 
+def reduce_bilinear(x_BChw: Tensor, size: Scale) -> Tensor:
+    """Bilinear with antialiasing."""
+    return F.interpolate(x_BChw, size=size, mode="bilinear", align_corners=False, antialias=True)
+
+
+GRID_REDUCTIONS: dict[str, Callable[[Tensor, Scale], Tensor]] = {
+    "area": F.adaptive_avg_pool2d,
+    "bilinear": reduce_bilinear,
+}
+
+
 class LearnedPositions(nn.Module):
     """A learned row for each token of the sequence (VAR), or a learned grid that is reduced to each scale (H-VAR).
 
@@ -177,11 +188,13 @@ class LearnedPositions(nn.Module):
         num_rows: rows of the table.
         width: C.
         is_grid: whether the rows are a square grid.
+        reduction: of the grid, one of `GRID_REDUCTIONS`.
     """
 
-    def __init__(self, num_rows: int, width: int, is_grid: bool) -> None:
+    def __init__(self, num_rows: int, width: int, is_grid: bool, reduction: str = "area") -> None:
         super().__init__()
         self.is_grid = is_grid
+        self.reduction = GRID_REDUCTIONS[reduction]
         self.table = nn.Parameter(torch.zeros(1, num_rows, width))
 
     def forward(self, layout: TokenLayout) -> Tensor:
@@ -190,6 +203,6 @@ class LearnedPositions(nn.Module):
         if self.is_grid:
             side = math.isqrt(len(rows_LC))
             grid_1Chw = rearrange(rows_LC, "(h w) c -> 1 c h w", h=side)
-            reduced = [F.adaptive_avg_pool2d(grid_1Chw, grid) for grid in layout.grids]
+            reduced = [self.reduction(grid_1Chw, grid) for grid in layout.grids]
             rows_LC = torch.cat([rearrange(x, "1 c h w -> (h w) c") for x in reduced])
         return rows_LC[layout.rows_L]

@@ -33,7 +33,14 @@ from varestorer.transformer.conditions import (
     distinct_rows,
 )
 from varestorer.transformer.heads import build_head
-from varestorer.transformer.layout import POSITIONS, LearnedPositions, PositionRule, TokenLayout, pyramid_layout
+from varestorer.transformer.layout import (
+    GRID_REDUCTIONS,
+    POSITIONS,
+    LearnedPositions,
+    PositionRule,
+    TokenLayout,
+    pyramid_layout,
+)
 from varestorer.transformer.masks import BlockCausal
 
 # Called with (block number, tokens) after each block; returns the tokens that go on.
@@ -62,7 +69,10 @@ class TransformerConfig:
         num_levels: rows of the level embedding; at least one more than the scales of a schedule with a long input.
         positions: see `layout.PositionRule`.
         position_size: side of the constant or learned grid, or rows of the learned table.
+        position_reduction: how a learned grid is reduced to a scale: "area" or "bilinear" (antialiased).
         start_rows: learned rows of the first tokens: 1 of the start token, or those of a prefix too.
+        prefix_width: channels of latents that stand in front as a prefix, through a linear layer of their own (H-VAR);
+            0: none.
         gamma_init: factor on the initial gates of the blocks (from scratch; Infinity's 5e-6 suits long runs).
     """
 
@@ -78,7 +88,9 @@ class TransformerConfig:
     num_levels: int = 15
     positions: str = "rope"
     position_size: int = 32
+    position_reduction: str = "area"
     start_rows: int = 1
+    prefix_width: int = 0
     gamma_init: float = 5e-6
 
     def __post_init__(self) -> None:
@@ -88,6 +100,9 @@ class TransformerConfig:
             )
         if self.positions not in POSITIONS:
             raise ValueError(f"positions must be one of {', '.join(POSITIONS)}, got {self.positions}")
+        if self.position_reduction not in GRID_REDUCTIONS:
+            known = ", ".join(GRID_REDUCTIONS)
+            raise ValueError(f"position_reduction must be one of {known}, got {self.position_reduction}")
 
     @property
     def head_dim(self) -> int:
@@ -165,7 +180,9 @@ class VARTransformer(nn.Module):
         self.positions = None
         if config.positions in ("rows", "grid"):
             is_grid = config.positions == "grid"
-            self.positions = LearnedPositions(config.position_size ** (2 if is_grid else 1), width, is_grid)
+            num_rows = config.position_size ** (2 if is_grid else 1)
+            self.positions = LearnedPositions(num_rows, width, is_grid, config.position_reduction)
+        self.prefix_embed = nn.Linear(config.prefix_width, width) if config.prefix_width else None
         hidden = config.hidden_width or ffn_width(width)
         block = (width, config.num_heads, hidden, not config.num_classes)
         self.blocks = nn.ModuleList(Block(*block) for _ in range(config.depth))

@@ -230,7 +230,7 @@ def test_a_resume_with_another_model_or_other_data_is_refused(whole: Path, capsy
         "model.transformer.depth": ("model.transformer.depth: 2 -> 3", "3"),
         "seed": ("seed: 0 -> 1", "1"),
         "trainer.batch_size": ("stages.teacher.trainer.batch_size: 4 -> 8", "8"),
-        "data.crop": ("stages.student.data.crop: 32 -> 48", "48"),
+        "data.use_flip": ("stages.student.data.use_flip: True -> False", "false"),
         "stages.student.task.weights.kl": ("stages.student.task.weights.kl: 0.05 -> 0.5", "0.5"),
     }
     before = (whole / "config.yaml").read_text()

@@ -13,12 +13,14 @@ from varestorer.commands.parity import COMMAND, comparisons
 from varestorer.evaluation import parity_varsr
 from varestorer.evaluation.parity_varsr import Group
 from varestorer.systems.varsr import VARSR
+from varestorer.systems.varsr_files import class_to_restoration
 from varestorer.systems.varsr_golden import GoldenVARSR
-from varestorer.tokenizer.residual import MultiScaleQuantizer
+from varestorer.tokenizer.residual import MultiScaleQuantizer, phi_index
 from varestorer.training.parity_varsr import compare_training
 from varestorer.training.varsr import VARSRTask
-from varestorer.transformer.refiner import Refiner
+from varestorer.transformer.refiner import DATA_SCALE, Refiner
 from varestorer.utils.checks import Check
+from varestorer.weights.published_varsr import published_varsr_name
 
 pytestmark = pytest.mark.parity
 INPUTS = re.compile(
@@ -55,7 +57,7 @@ def test_every_golden_output_is_compared_and_agrees(golden: Path) -> None:
         if not INPUTS.fullmatch(name)
     }
     assert outputs - compared == {"isr12/f"}  # where its picture is not there, the features are an input
-    assert len(compared) >= 728
+    assert len(compared) >= 726
 
 
 def without_phi_rule(forward: Callable) -> Callable:
@@ -109,3 +111,26 @@ def test_an_error_in_a_weight_is_reported(golden: Path, tmp_path: Path, capsys: 
     over = [line for line in capsys.readouterr().out.splitlines() if line.startswith("over: ")]
     assert any("varsr/hidden_0 " in line for line in over)
     assert not any("varsr_vae" in line for line in over)
+
+
+def test_constants_are_the_published_ones(golden: Path) -> None:
+    folder = GoldenVARSR(golden)
+    for num_scales, wanted in folder.json("misc")["phi_index"].items():
+        assert [phi_index(k, int(num_scales)) for k in range(int(num_scales))] == wanted
+    assert folder.json("varsr")["config"]["refiner_vae_scale"] == DATA_SCALE
+
+
+@pytest.mark.parametrize("case", ["same 6 scales", "other number of scales"])
+def test_a_restorer_takes_of_a_class_model_what_the_published_one_does(golden: Path, case: str) -> None:
+    meta = GoldenVARSR(golden).json("misc")["c2i_to_isr"][case]
+    kept = {name for name in meta["kept_as_initialised"] if name not in ("lvl_1L", "attn_bias_for_masking")}
+    system = GoldenVARSR(golden).system("varsr")
+    restorer = {published_varsr_name(name): name for name in system.network()}
+    given = {name: t for name, t in system.network().items() if not name.startswith("prefix_encoder.")}
+    given["start"] = given["start"][:, :1]
+    given["condition.embedding.weight"] = torch.rand(7, 64)
+    if case != "same 6 scales":
+        given["level_embed.weight"] = torch.rand(9, 64)
+    taken = class_to_restoration(system.network(), given, "file")
+    assert {name for name, ours in restorer.items() if ours not in taken} == kept
+    assert torch.equal(taken["condition.embedding.weight"], given["condition.embedding.weight"][:2])

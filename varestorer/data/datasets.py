@@ -79,6 +79,7 @@ class PhotoCrops(Dataset[Sample]):
         text: a folder that `precompute_text` made of these photographs; None: samples come without text. A prompt is
             about the whole photograph, whatever the square shows of it. Shards may hold the text too: `shards`.
         packed: `root` is a folder of webdataset shards.
+        spoil: makes the good pictures bad first: what is restored to is bad then.
         label: class of all pictures, such as 1 for bad ones that are restored to themselves (VARSR), or "folder": each
             folder of pictures is a class, numbered in the order of their names; None: samples come without.
     Raises:
@@ -97,6 +98,7 @@ class PhotoCrops(Dataset[Sample]):
         text: str | None = None,
         packed: bool = False,
         label: int | str | None = None,
+        spoil: Degrade | None = None,
     ) -> None:
         if crop < 1:
             raise UserError(f"data.crop must be a positive number of pixels, got {crop}")
@@ -107,7 +109,7 @@ class PhotoCrops(Dataset[Sample]):
         self.downscale = None if downscale is None else (float(downscale[0]), float(downscale[1]))
         self.store = ImageStore([(file,) for file in files], root or "the embedded photographs")
         self.order = EpochOrder(len(files), seed)
-        self.labels = _labels(files, label)
+        self.labels, self.spoil = _labels(files, label), spoil
 
     def __len__(self) -> int:
         """Number of images (of one epoch); sample numbers go on beyond it."""
@@ -124,6 +126,8 @@ class PhotoCrops(Dataset[Sample]):
         hq_3HW = random_square(photo, self.crop, rng, self.downscale)
         if self.use_flip and rng.random() < 0.5:
             hq_3HW = hq_3HW.flip(-1)
+        if self.spoil is not None:
+            hq_3HW = self.spoil(hq_3HW, numpy_generator(self.seed, "spoil", n))
         lq_3HW = hq_3HW
         if self.degradation is not None:
             lq_3HW = self.degradation(hq_3HW, numpy_generator(self.seed, "degradation", n))

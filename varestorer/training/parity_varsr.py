@@ -5,6 +5,7 @@ The task itself is compared, with recorded draws. All other tensors are compared
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -139,7 +140,7 @@ def _steps(training: Training) -> Iterator[Check]:
     config = _trainer(options, options["epochs"], options["iterations_per_epoch"])
     kinds = {name: options[name] for name in ("lr", "eps", "weight_decay")}
     optimizer = build_optimizer(task, partial(torch.optim.AdamW, betas=tuple(options["betas"]), **kinds))
-    parameters, found = task.trainable_parameters(), {"loss": [], "norm": [], "groups": []}
+    parameters, found = task.trainable_parameters(), defaultdict[str, list[Tensor]](list)
     for number in range(len(training.io["steps/grad_norm"])):
         set_learning_rate(optimizer, config.learning_rate_factor(number + 1))
         task.zero_grad()

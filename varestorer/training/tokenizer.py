@@ -131,7 +131,7 @@ class TokenizerTask(Task):
     def _usage(self, pyramid: TokenPyramid) -> dict[str, Tensor]:
         """`bit_usage`; of each scale `usage_<scale>`, and if asked for of each bit `bit_<number>`.
 
-        Of a codebook `code_usage`, the share of its codes that the batch uses, `perplexity`, and the same of each scale.
+        Of a codebook `code_usage`, the share of its codes that the batch uses, `perplexity`, and the share by scale.
         """
         if vocabulary := self.system.tokenizer.config.vocabulary:
             counts_KV = code_counts(pyramid.indices, vocabulary)

@@ -80,7 +80,7 @@ class VARSRTask(Task):
         self.scores = ImageScores(scores if system.prefix_encoder is not None else ())
         system.transformer.checkpoint_activations = checkpoint_activations
         has_refiner = system.refiner is not None and self.weights.diffusion > 0
-        parts = [system.transformer, system.prefix_encoder]
+        parts: list[nn.Module | None] = [system.transformer, system.prefix_encoder]
         parts += [system.refiner, system.refiner_norm] if has_refiner else []
         train_only(self, nn.ModuleList(part for part in parts if part is not None).parameters())
         self.has_refiner = has_refiner

@@ -13,6 +13,7 @@ from varestorer.commands.train import COMMAND as TRAIN
 from varestorer.commands.train import stage_configs
 from varestorer.evaluation.comparison import UNDISTILLED
 from varestorer.systems.varestorer import VARestorer
+from varestorer.systems.varsr import VARSR as VARSRSystem
 from varestorer.utils.images import load_image, save_image
 from varestorer.weights.runs import load_ema
 
@@ -45,7 +46,8 @@ def test_paper_scale_experiments_have_the_papers_numbers(compose: Callable[..., 
 
 WITHOUT_STUDENT = ("tokenizer_bsq", "tokenizer_gan", "teacher_512", "teacher_scratch")
 WITHOUT_STUDENT += ("nano_restorer", "nano_tokenizer", "nano_teacher")
-SMALL = ("quickstart", "quickstart_scratch", "smoke")
+VARSR = tuple(name for name in EXPERIMENTS if name.startswith("varsr_"))
+SMALL = ("quickstart", "quickstart_scratch", "smoke", *VARSR)
 PAPER_SCALE = [name for name in EXPERIMENTS if name not in (*SMALL, *WITHOUT_STUDENT)]
 # experiments of paper scale on networks of test size, one step, without files of weights
 NANO = ["model=tiny", "logger=none", "++model.restorer=null", "model.weights.tokenizer=null"]
@@ -78,6 +80,41 @@ def test_paper_scale_experiments_train_at_test_size(experiment: str, pairs: Path
     assert all(lines_of(run)[-1]["loss"] > 0 for run in runs)
     system = VARestorer.from_pretrained(runs[0])
     assert system.restore(torch.rand(3, 9, 9), 2).image.shape == (3, 18, 18)
+
+
+TINY_STEPS = ["trainer.max_steps=1", "trainer.num_workers=0", "trainer.batch_size=2", "trainer.accumulate=1"]
+TINY_STEPS += ["trainer.checkpoint_every=1", "trainer.sample_every=0", "model.weights.tokenizer=null"]
+TINY_STEPS += ["model.weights.transformer=null"]
+VARSR_OWN = {
+    "varsr_tokenizer": ["stages.tokenizer.task.perceptual=ms_ssim", "stages.tokenizer.task.adversarial.weight=0"],
+    "varsr_c2i": ["model.transformer.num_classes=4"],
+    "varsr_absolute_positions": ["model.transformer.position_size=37"],
+    "varsr_quickstart": ["stages.tokenizer.trainer.batch_size=2", "stages.isr.trainer.batch_size=2"],
+}
+VARSR_TINY = ["model=varsr_tiny", "model.schedule.sides=[1,2,4]", "logger=none", "data.crop=16", *TINY_STEPS]
+
+
+@pytest.mark.parametrize("experiment", VARSR)
+def test_varsr_experiments_train_at_test_size(experiment: str, pairs: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    words = [*VARSR_TINY, f"data.root={pairs / 'hr'}", f"run_dir={run}", "report=null", *VARSR_OWN.get(experiment, [])]
+    assert TRAIN.main([f"+experiment={experiment}", *words]) == 0
+    assert lines_of(run)[-1]["loss"] > 0
+    system = VARSRSystem.from_pretrained(run)
+    if system.prefix_encoder is None:
+        assert system.make([0]).images_B3HW.shape == (1, 3, 16, 16)
+    else:
+        assert system.restore(torch.rand(3, 9, 9), 2).image.shape == (3, 18, 18)
+
+
+def test_the_varsr_quickstart_writes_its_report(tmp_path: Path) -> None:
+    words = ["model=varsr_tiny", "trainer.max_steps=1", "trainer.num_workers=0", "data.crop=32", "trainer.batch_size=2"]
+    words += ["stages.tokenizer.trainer.batch_size=2", "stages.isr.trainer.batch_size=2", "+report.heldout.crop=192"]
+    words[0:1] = ["model=varsr_tiny", "model.schedule.sides=[1,2,4,8]"]
+    assert TRAIN.main(["+experiment=varsr_quickstart", f"run_dir={tmp_path / 'run'}", *words]) == 0
+    rows = json.loads((tmp_path / "run" / "report.json").read_text())["rows"]
+    ways = ["bicubic", "negative-prompted", "unguided", "guided", "refined", "tokenizer ceiling"]
+    assert [row["method"] for row in rows] == ways
 
 
 def test_ablations_change_what_they_say(compose: Callable[..., DictConfig]) -> None:

@@ -1,17 +1,18 @@
 """Names and sizes of the published VAR and VARSR files."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
-from varsr_parts import Tokenizer, golden_folder
+from safetensors.torch import load_file
+from torch import Tensor
 
-from varestorer.conditioning.prefix_encoder import PrefixEncoder
-from varestorer.transformer.attention import SelfAttention
-from varestorer.transformer.blocks import FeedForward
-from varestorer.transformer.refiner import Refiner
+from varestorer.systems.varsr import VARSR
+from varestorer.systems.varsr_files import VQVAE
+from varestorer.systems.varsr_golden import GoldenVARSR
+from varestorer.tokenizer import MultiScaleTokenizer, TokenizerConfig
 from varestorer.utils.errors import UserError
 from varestorer.weights.published_varsr import (
     LEVELS,
@@ -28,35 +29,34 @@ from varestorer.weights.published_varsr import (
 )
 
 SIDES_10 = [1, 2, 3, 4, 6, 9, 13, 18, 24, 32]
+SIDES_VAR = [1, 2, 3, 4, 5, 6, 8, 10, 13, 16]
 SIDES_12 = [1, 2, 3, 4, 6, 9, 12, 16, 20, 24, 28, 32]
+SIDES = {10: SIDES_10, 12: SIDES_12}
 
 
-class Transformer(nn.Module):
-    """The parameters of VAR, VARSR or C2I under the names the table wants."""
+def system_of(sizes: dict, sides: list[int], device: str = "cpu") -> VARSR:
+    """A system of the sizes that a file tells."""
+    classes = {name: sizes[name] for name in ("width", "depth", "num_heads", "num_classes", "num_levels")}
+    if sizes["refiner_width"] is None:
+        classes |= {"positions": "rows", "position_size": sum(side * side for side in sides)}
+    refiner = {"width": sizes["refiner_width"], "depth": sizes["refiner_depth"]}
+    channels = sizes["prefix_channels"]
+    codes = {"latent_width": sizes["code_width"], "vocabulary": sizes["num_codes"]}
+    image = {"channels": 32, "multipliers": [1] * 5, "num_encoder_blocks": 1, "num_decoder_blocks": 1}
+    with torch.device(device):
+        return VARSR(
+            {"sides": sides},
+            image | codes | VQVAE,
+            classes,
+            None if channels is None else {"channels": channels},
+            None if sizes["refiner_width"] is None else refiner,
+        )
 
-    def __init__(self, sizes: dict) -> None:
-        super().__init__()
-        width = sizes["width"]
-        self.start = nn.Parameter(torch.zeros(1, sizes["num_first"], width))
-        if sizes["refiner_width"] is None:
-            self.positions = nn.Parameter(torch.zeros(1, sizes["num_positions"], width))
-        else:
-            self.refiner_norm = nn.LayerNorm(width)
-            self.refiner = Refiner(sizes["code_width"], width, sizes["refiner_width"], sizes["refiner_depth"])
-        if sizes["prefix_channels"] is not None:
-            self.prefix_encoder = PrefixEncoder(width, sizes["prefix_channels"])
-        self.word_embed = nn.Linear(sizes["code_width"], width)
-        self.condition.embedding = nn.Embedding.from_pretrained(torch.zeros(sizes["num_classes"], width), freeze=False)
-        self.level_embed = nn.Embedding.from_pretrained(torch.zeros(sizes["num_levels"], width), freeze=False)
-        self.blocks = nn.ModuleList()
-        for _ in range(sizes["depth"]):
-            block = nn.Module()
-            block.self_attention = SelfAttention(width, sizes["num_heads"])
-            block.ffn = FeedForward(width, 4 * width)
-            block.modulation = nn.Linear(width, 6 * width)
-            self.blocks.append(block)
-        self.head_modulation = nn.Linear(width, 2 * width)
-        self.head = nn.Linear(width, sizes["num_codes"])
+
+def tokenizer_of_sizes(sizes: dict, device: str = "cpu") -> MultiScaleTokenizer:
+    names = {"code_width": "latent_width", "num_codes": "vocabulary"}
+    with torch.device(device):
+        return MultiScaleTokenizer(TokenizerConfig(**{names.get(k, k): v for k, v in sizes.items()} | VQVAE))
 
 
 def manifest(shared: Path, name: str) -> tuple[dict[str, Tensor], set[str]]:
@@ -69,8 +69,8 @@ def manifest(shared: Path, name: str) -> tuple[dict[str, Tensor], set[str]]:
     return tensors, {name for name, entry in entries.items() if entry["kind"] != "param"}
 
 
-def number_of(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+def number_of(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() for tensor in tensors)
 
 
 @pytest.mark.parametrize(
@@ -86,47 +86,39 @@ def test_published_transformers_map_one_to_one(shared: Path, name: str, kind: st
     tensors, derived = manifest(shared, name)
     assert network_kind(tensors) == kind
     sizes = varsr_sizes(tensors)
-    if kind == "var":
-        sizes["num_positions"] = tensors["pos_1LC"].shape[1]
-    with torch.device("meta"):
-        network = Transformer(sizes)
-    assert parameters is None or number_of(network) == parameters
+    network = system_of(sizes, SIDES[sizes["num_levels"]] if kind != "var" else SIDES_VAR, "meta").network()
+    assert parameters is None or number_of(network.values()) == parameters
     weights = {name: tensor for name, tensor in tensors.items() if name not in derived}
-    loaded = varsr_tensors(network.state_dict(), [1, 2], weights, name)
+    loaded = varsr_tensors(network, [1, 2], weights, name)
     assert len(loaded) == len(weights)
     assert {t.shape for t in loaded.values()} == {t.shape for t in weights.values()}
 
 
 def test_twelve_scales_have_1_101_919_520_parameters(shared: Path) -> None:
     sizes = varsr_sizes(manifest(shared, "varsr_d24")[0])
-    with torch.device("meta"):
-        assert number_of(Transformer(sizes | {"num_levels": 12})) == 1_101_919_520
+    network = system_of(sizes | {"num_levels": 12}, SIDES_12, "meta").network()
+    assert number_of(network.values()) == 1_101_919_520
 
 
 @pytest.mark.parametrize("name", ["varsr_vqvae", "var_vae_ch160v4096z32"])
 def test_published_autoencoders_map_one_to_one(shared: Path, name: str) -> None:
     tensors, _ = manifest(shared, name)
     assert network_kind(tensors) == "vqvae"
-    with torch.device("meta"):
-        tokenizer = Tokenizer(vqvae_sizes(tensors))
-    assert number_of(tokenizer) == 108_948_355
+    tokenizer = tokenizer_of_sizes(vqvae_sizes(tensors), "meta")
+    assert number_of(tokenizer.parameters()) == 108_948_355
     loaded = vqvae_tensors(tokenizer.state_dict(), 5, tensors, name)
     assert len(loaded) == len(tensors) - 1
 
 
-@pytest.mark.parametrize(
-    ("stem", "sides"),
-    [("var", [1, 2, 3, 4, 6, 8]), ("varsr", [1, 2, 3, 4, 6, 8]), ("isr10", SIDES_10), ("c2i12", SIDES_12)],
-)
-def test_golden_transformers_come_and_go(shared: Path, stem: str, sides: list[int]) -> None:
-    tensors = golden_folder(shared).weights(stem)
-    sizes = varsr_sizes(tensors)
-    network = Transformer(sizes | {"num_positions": sum(side * side for side in sides)})
-    network.load_state_dict(varsr_tensors(network.state_dict(), sides, tensors, stem))
-    published = to_published_varsr(network.state_dict(), sides)
+@pytest.mark.parametrize("stem", ["var", "varsr", "isr10", "c2i12"])
+def test_golden_transformers_come_and_go(shared: Path, stem: str) -> None:
+    golden = GoldenVARSR(shared / "fixtures" / "varsr")
+    if stem not in golden.stems:
+        pytest.skip(f"no golden tensors in {golden.folder}")
+    tensors, system = load_file(golden.weights_file(stem, "own")), golden.system(stem)
+    published = to_published_varsr(system.network(), [h for h, _ in system.schedule.scales])
     assert published.keys() - tensors.keys() <= {MASK}  # left out of the larger fixtures
     assert all(torch.equal(published[name].to(tensor.dtype), tensor) for name, tensor in tensors.items())
-    assert published.keys() >= tensors.keys()
 
 
 def tiny_sizes() -> dict:
@@ -146,33 +138,33 @@ def tiny_sizes() -> dict:
 
 
 def test_a_file_without_what_follows_from_the_configuration_loads() -> None:
-    network = Transformer(tiny_sizes())
-    published = to_published_varsr(network.state_dict(), [1, 2])
+    network = system_of(tiny_sizes(), [1, 2]).network()
+    published = to_published_varsr(network, [1, 2])
     assert varsr_sizes(published) == tiny_sizes()
     bare = {name: t for name, t in published.items() if name not in (LEVELS, MASK) and "zero_k" not in name}
     for tensors in (published, bare):
-        loaded = varsr_tensors(network.state_dict(), [1, 2], tensors, "file")
-        assert loaded.keys() == network.state_dict().keys()
+        loaded = varsr_tensors(network, [1, 2], tensors, "file")
+        assert loaded.keys() == network.keys()
 
 
 def test_what_follows_from_another_configuration_is_refused() -> None:
-    network = Transformer(tiny_sizes())
-    published = to_published_varsr(network.state_dict(), [1, 2])
+    network = system_of(tiny_sizes(), [1, 2]).network()
+    published = to_published_varsr(network, [1, 2])
     assert published[LEVELS].tolist() == [[0, 0, 0, 0, 0, 1, 1, 1, 1]]
     assert published[MASK][0, 0, 0].isinf().tolist() == [False] * 5 + [True] * 4
     published[LEVELS] = published[LEVELS].flip(1)
     with pytest.raises(UserError, match="file: lvl_1L has other values"):
-        varsr_tensors(network.state_dict(), [1, 2], published, "file")
+        varsr_tensors(network, [1, 2], published, "file")
     with pytest.raises(UserError, match="lvl_1L"):
-        varsr_tensors(network.state_dict(), [1, 3], to_published_varsr(network.state_dict(), [1, 2]), "file")
+        varsr_tensors(network, [1, 3], to_published_varsr(network, [1, 2]), "file")
 
 
 def test_a_missing_part_is_named() -> None:
-    network = Transformer(tiny_sizes())
-    published = to_published_varsr(network.state_dict(), [1, 2])
+    network = system_of(tiny_sizes(), [1, 2]).network()
+    published = to_published_varsr(network, [1, 2])
     del published["diffloss.net.cond_embed.weight"]
     with pytest.raises(UserError, match="file does not fit the model; 1 missing: diffloss.net.cond_embed.weight"):
-        varsr_tensors(network.state_dict(), [1, 2], published, "file")
+        varsr_tensors(network, [1, 2], published, "file")
     with pytest.raises(UserError, match="pos_start is missing: this is no file of VAR"):
         varsr_sizes({name: t for name, t in published.items() if name != "pos_start"})
 
@@ -192,7 +184,7 @@ def test_an_autoencoder_comes_and_goes_whatever_the_usage_of_its_codes() -> None
         "num_codes": 6,
         "code_width": 4,
     }
-    tokenizer = Tokenizer(sizes)
+    tokenizer = tokenizer_of_sizes(sizes)
     state = tokenizer.state_dict()
     published = to_published_vqvae(state, 2, num_scales=3)
     assert published[USAGE].shape == (3, 6)
@@ -205,3 +197,79 @@ def test_an_autoencoder_comes_and_goes_whatever_the_usage_of_its_codes() -> None
 
 def test_other_files_are_none_of_these() -> None:
     assert network_kind(["word_embed.weight", "cfg_uncond"]) is None
+
+
+# ---- whole systems in the released form, at small sizes
+
+
+RELEASED = {
+    "schedule": {"sides": [1, 2]},
+    "tokenizer": {"channels": 32, "multipliers": [1, 1], "latent_width": 4, "vocabulary": 5} | VQVAE,
+    "transformer": {"width": 8, "depth": 1, "num_heads": 2},
+    "prefix": {"channels": [2, 3]},
+    "refiner": {"width": 4, "depth": 1},
+}
+CLASSES = RELEASED | {"prefix": None, "transformer": RELEASED["transformer"] | {"num_classes": 5}}
+VAR = CLASSES | {"refiner": None, "sampling": {"raw_last": False}}
+VAR["transformer"] = VAR["transformer"] | {"positions": "rows", "position_size": 5}
+
+
+def release(system: VARSR, folder: Path, name: str) -> Path:
+    """Write a system as the authors do: training files with nested state dicts; VAR's own are flat."""
+    sides, levels = [h for h, _ in system.schedule.scales], len(system.tokenizer.config.multipliers)
+    network = to_published_varsr(system.network(), sides)
+    image = to_published_vqvae(system.tokenizer.state_dict(), levels, len(sides))
+    is_flat = name.startswith("var_")
+    torch.save(network if is_flat else {"epoch": 1, "trainer": {"var_wo_ddp": network}}, folder / name)
+    torch.save({"trainer": {"vae_local": image}}, folder / "VQVAE.pth")
+    return folder / name
+
+
+@pytest.mark.parametrize(("name", "sizes"), [("VARSR.pth", RELEASED), ("VARSR_C2I.pth", CLASSES), ("var_d16.pth", VAR)])
+def test_released_files_open(tmp_path: Path, name: str, sizes: dict) -> None:
+    ours = VARSR(**sizes, seed=3)
+    system = VARSR.from_pretrained(release(ours, tmp_path, name))
+    state = ours.state_dict()
+    assert state.keys() == system.state_dict().keys()
+    assert all(torch.equal(state[name], tensor) for name, tensor in system.state_dict().items())
+    if sizes["prefix"]:
+        assert system.restore(torch.rand(3, 3, 5), 2).image.shape == (3, 6, 10)
+    else:
+        assert system.make([0, 1]).images_B3HW.shape == (2, 3, 4, 4)
+
+
+def test_a_restorer_starts_from_classes(tmp_path: Path) -> None:
+    classes = VARSR(**CLASSES, seed=3)
+    file = release(classes, tmp_path, "VARSR_C2I.pth")
+    system = VARSR(**RELEASED, weights={"transformer": str(file), "tokenizer": str(tmp_path / "VQVAE.pth")}, seed=4)
+    assert torch.equal(system.transformer.head.weight, classes.transformer.head.weight)
+    embedding = classes.transformer.condition.embedding.weight
+    assert torch.equal(system.transformer.condition.embedding.weight, embedding[:2])
+    assert system.transformer.start.shape == (1, 5, 8)
+    assert "prefix_encoder.conv_in.weight" in system.initial_state()
+    assert not any(name.startswith("tokenizer.") for name in system.initial_state())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"schedule": {"sides": [1, 2, 2]}}, r"VARSR.pth has 2 scales, and model.schedule has 3"),
+        ({"transformer": {**RELEASED["transformer"], "num_classes": 3}}, r"2 classes, and the model 3: set model.tr"),
+        ({"refiner": None}, r"VARSR.pth does not fit the model; \d+ unexpected: decoder_norm"),
+        ({"transformer": {**RELEASED["transformer"], "depth": 2}}, r"missing: blocks.1"),
+        ({"prefix": None}, r"con_embedding"),
+    ],
+)
+def test_another_model_is_refused_by_name(tmp_path: Path, change: dict, message: str) -> None:
+    file = release(VARSR(**RELEASED), tmp_path, "VARSR.pth")
+    with pytest.raises(UserError, match=message):
+        VARSR(**(RELEASED | change), weights={"transformer": str(file)})
+
+
+def test_missing_files_are_named(tmp_path: Path) -> None:
+    file = release(VARSR(**RELEASED), tmp_path, "VARSR.pth")
+    (tmp_path / "VQVAE.pth").unlink()
+    with pytest.raises(UserError, match=r"VQVAE.pth; get VQVAE.pth .*qyp2000/VARSR"):
+        VARSR.from_pretrained(file)
+    with pytest.raises(UserError, match=r"set model.weights.transformer"):
+        VARSR(**RELEASED, weights={"transformer": str(tmp_path / "nothing.pth")})

@@ -7,6 +7,7 @@ from varestorer.data.folders import find_pairs, hq_images
 from varestorer.data.heldout import heldout_pairs
 from varestorer.data.loader import Batch, build_loader
 from varestorer.data.mixture import Mixture
+from varestorer.data.quality import quality_crops
 
 __all__ = [
     "Batch",
@@ -21,4 +22,5 @@ __all__ = [
     "find_pairs",
     "heldout_pairs",
     "hq_images",
+    "quality_crops",
 ]

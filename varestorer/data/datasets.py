@@ -30,7 +30,8 @@ from varestorer.utils.seeds import numpy_generator
 class Sample(TypedDict):
     """A pair: `hq`, `lq` (3, H, W) float32 in [0, 1], `lq` at the size of `hq`; `key`: the sample number.
 
-    Data sets with text add `text`: features (T, E) float32 of the prompt, or None for the null text.
+    Data sets with text add `text`: features (T, E) float32 of the prompt, or None for the null text. Those with classes
+    add `label`: of the picture's quality, or of what it shows.
     """
 
     hq: Tensor
@@ -38,6 +39,7 @@ class Sample(TypedDict):
     name: str
     key: int
     text: NotRequired[Tensor | None]
+    label: NotRequired[int]
 
 
 class Texts(Protocol):
@@ -79,9 +81,12 @@ class PhotoCrops(Dataset[Sample]):
         text: a folder that `precompute_text` made of these photographs; None: samples come without text. A prompt is
             about the whole photograph, whatever the square shows of it. Shards may hold the text too: `shards`.
         packed: `root` is a folder of webdataset shards.
+        spoil: makes the good pictures bad first: what is restored to is bad then.
+        label: class of all pictures, such as 1 for bad ones that are restored to themselves (VARSR), or "folder": each
+            folder of pictures is a class, numbered in the order of their names; None: samples come without.
     Raises:
         UserError: `root` is missing, without usable images, or more than 5 % of them are broken; `text` is no such
-            folder, or one of other photographs.
+            folder, or one of other photographs; classes by folder of shards.
     """
 
     def __init__(
@@ -94,6 +99,8 @@ class PhotoCrops(Dataset[Sample]):
         use_flip: bool = True,
         text: str | None = None,
         packed: bool = False,
+        label: int | str | None = None,
+        spoil: Degrade | None = None,
     ) -> None:
         if crop < 1:
             raise UserError(f"data.crop must be a positive number of pixels, got {crop}")
@@ -105,6 +112,7 @@ class PhotoCrops(Dataset[Sample]):
         self.downscale = None if downscale is None else (float(downscale[0]), float(downscale[1]))
         self.store = ImageStore([(file,) for file in files], root or "the embedded photographs")
         self.order = EpochOrder(len(files), seed)
+        self.labels, self.spoil = _labels(files, label), spoil
 
     def __len__(self) -> int:
         """Number of images (of one epoch); sample numbers go on beyond it."""
@@ -125,10 +133,14 @@ class PhotoCrops(Dataset[Sample]):
         hq_3HW = random_square(photo, self.crop, rng, self.downscale)
         if self.use_flip and rng.random() < 0.5:
             hq_3HW = hq_3HW.flip(-1)
+        if self.spoil is not None:
+            hq_3HW = self.spoil(hq_3HW, numpy_generator(self.seed, "spoil", n))
         lq_3HW = hq_3HW
         if self.degradation is not None:
             lq_3HW = self.degradation(hq_3HW, numpy_generator(self.seed, "degradation", n))
         sample: Sample = {"hq": hq_3HW, "lq": lq_3HW, "name": self.store.items[index][0].stem, "key": n}
+        if self.labels is not None:
+            sample["label"] = self.labels[index]
         return with_text(sample, self.texts, index)
 
 
@@ -212,6 +224,19 @@ def _photographs(
         return samples, PackedTexts(samples)
     names = [sample.name for sample in samples]
     return samples, None if text is None else PhotoTexts(expand_user(text), names)
+
+
+def _labels(files: Sequence[Path] | Sequence[Packed], label: int | str | None) -> list[int] | None:
+    """The class of each file, see `PhotoCrops`."""
+    if label is None:
+        return None
+    if isinstance(label, int):
+        return [label] * len(files)
+    paths = [file for file in files if isinstance(file, Path)]
+    if label != "folder" or len(paths) < len(files):
+        raise UserError(f"data.label must be a number, or folder for a folder of pictures per class, got {label}")
+    numbers = {folder: number for number, folder in enumerate(sorted({path.parent for path in paths}))}
+    return [numbers[path.parent] for path in paths]
 
 
 def with_text(sample: Sample, texts: Texts | None, index: int) -> Sample:

@@ -18,7 +18,8 @@ WORKERS_KEY = "trainer.num_workers"
 class Batch(TypedDict):
     """B pairs: `hq`, `lq` (B, 3, H, W) float32 in [0, 1]; B names; `key` (B,) int64 sample numbers.
 
-    Data sets with text add `text`: of each prompt its features (T, E), or None for the null text.
+    Data sets with text add `text`: of each prompt its features (T, E), or None for the null text. Those with classes
+    add `label` (B,) int64; where a mixture has some without, these are 0.
     """
 
     hq: Tensor
@@ -26,6 +27,7 @@ class Batch(TypedDict):
     name: list[str]
     key: Tensor
     text: NotRequired[list[Tensor | None]]
+    label: NotRequired[Tensor]
 
 
 class ShardedNumbers:
@@ -95,6 +97,8 @@ def collate(samples: list[Sample | UserError]) -> Batch | UserError:
     }
     if "text" in good[0]:
         batch["text"] = [sample["text"] for sample in good]
+    if any("label" in sample for sample in good):
+        batch["label"] = torch.tensor([sample.get("label", 0) for sample in good])
     return batch
 
 

@@ -6,7 +6,7 @@ import copy
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,9 @@ from torch import Tensor
 from varestorer.evaluation.evaluator import Evaluator
 from varestorer.evaluation.protocols import load_protocol
 from varestorer.evaluation.report import write_run_report
+from varestorer.systems.base import System
 from varestorer.systems.varestorer import VARestorer
+from varestorer.systems.varsr import VARSR
 from varestorer.transformer.adapters import init_adapters
 from varestorer.utils.files import write_json
 from varestorer.utils.images import resize
@@ -62,6 +64,31 @@ def methods(system: VARestorer) -> dict[str, Callable[[Photograph], Tensor]]:
     }
 
 
+def guided_methods(system: VARSR) -> dict[str, Callable[[Photograph], Tensor]]:
+    """VARSR's ways: asked for bad and for good quality, guided from one to the other, and with the refiner."""
+
+    def variant(**sampling: float | bool) -> VARSR:
+        other = copy.copy(system)  # with the same networks
+        other.sampling = replace(system.sampling, **sampling)  # type: ignore[arg-type]
+        return other
+
+    bad, plain = (variant(guidance=0.0, use_refiner=False) for _ in range(2))
+    bad.qualities = bad.prepare(torch.tensor([system.transformer.config.num_classes - 1], device=system.device))
+    columns = {"negative-prompted": bad, "unguided": plain, "guided": variant(use_refiner=False), "refined": system}
+    ways = {name: lambda photo, one=one: one.restore(photo.lr, SCALE).image for name, one in columns.items()}
+    return {
+        "bicubic": lambda photo: resize(photo.lr, (photo.hq.shape[-2], photo.hq.shape[-1]), "bicubic"),
+        **ways,
+        "tokenizer ceiling": lambda photo: system.reconstruct(photo.hq),
+    }
+
+
+WAYS: dict[str, Callable[[Any], dict[str, Callable[[Photograph], Tensor]]]] = {
+    "distilled": methods,
+    "guided": guided_methods,
+}
+
+
 def timed(restore: Callable[[Photograph], Tensor], photo: Photograph, device: torch.device) -> tuple[Tensor, float]:
     """The image, and the seconds it took with the device's work finished."""
     start = time.perf_counter()
@@ -72,9 +99,13 @@ def timed(restore: Callable[[Photograph], Tensor], photo: Photograph, device: to
 
 
 def compare_methods(
-    system: VARestorer, photos: Sequence[Photograph], protocol: str, metrics: Sequence[str]
+    system: System,
+    photos: Sequence[Photograph],
+    protocol: str,
+    metrics: Sequence[str],
+    ways: Mapping[str, Callable[[Photograph], Tensor]],
 ) -> tuple[list[dict[str, Any]], dict[str, dict[str, Tensor]]]:
-    """Restore every photograph in every way, and score it.
+    """Restore every photograph in every way (by the name of its column), and score it.
 
     Methods take turns on each photograph, so that a machine's moods meet all of them.
 
@@ -82,7 +113,6 @@ def compare_methods(
         a row per method (mean metrics, seconds per image), and the pictures of each photograph by column.
     """
     evaluator = Evaluator(load_protocol(protocol), metrics=list(metrics), device=system.device, offline=True)
-    ways = methods(system)
     scores: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
     pictures: dict[str, dict[str, Tensor]] = {}
     for restore in ways.values():  # the first call pays for memory and kernels
@@ -103,13 +133,14 @@ def compare_methods(
 
 def write_comparison(
     run_dir: Path,
-    system: VARestorer,
+    system: Any,
     config: Mapping[str, Any],
     device: torch.device,
     heldout: Sequence[Mapping[str, Any]],
     title: str = "varestorer run",
     protocol: str = "varestorer",
     metrics: Sequence[str] = ("psnr", "ssim"),
+    ways: str = "distilled",
 ) -> Path:
     """Write `report.html` into a run: curves, held-out pictures, and a table of metrics and seconds.
 
@@ -122,36 +153,39 @@ def write_comparison(
         title: of the page.
         protocol: whose metrics are used, see `evaluation.protocols`.
         metrics: of that protocol, or of pyiqa; those whose weights are not at hand are left out.
+        ways: which methods to compare, one of `WAYS`.
 
     Returns:
         the report's path.
     """
     system.to(device).eval()
-    rows, pictures = compare_methods(system, photographs(heldout), protocol, metrics)
+    rows, pictures = compare_methods(system, photographs(heldout), protocol, metrics, WAYS[ways](system))
     curves = read_curves(run_dir / "metrics.jsonl")
     seconds = {row["method"]: row["seconds"] for row in rows}
     facts = {
         "training": ", ".join(f"{stage} {len(c)} steps {c[-1]['seconds']:.0f} s" for stage, c in curves.items()),
-        "one step against multi-step": f"{seconds['multi-step'] / seconds['one step']:.2f} times as fast",
         "parameters": parameter_counts(system),
         "protocol": protocol,
         "seed": config["seed"],
         "device": str(device),
     }
+    if "one step" in seconds:
+        facts["one step against multi-step"] = f"{seconds['multi-step'] / seconds['one step']:.2f} times as fast"
     path = run_dir / "report.html"
     write_run_report(path, title, curves, rows, pictures, facts)
     write_json(run_dir / "report.json", {"rows": rows, "facts": facts}, indent=1)
     return path
 
 
-def parameter_counts(system: VARestorer) -> str:
+def parameter_counts(system: Any) -> str:
     """Millions of parameters of each part, in words."""
     adapters = sum(p.numel() for name, p in system.transformer.named_parameters() if ".lora_" in name)
     transformer = sum(p.numel() for p in system.transformer.parameters()) - adapters
     tokenizer = sum(p.numel() for p in system.tokenizer.parameters())
     counts = {"tokenizer": tokenizer, "transformer": transformer, "adapters": adapters}
-    if system.restorer is not None:
-        counts = {"restorer": sum(p.numel() for p in system.restorer.parameters()), **counts}
+    for name in ("restorer", "prefix_encoder", "refiner"):
+        if (part := getattr(system, name, None)) is not None:
+            counts = {name.replace("_", " "): sum(p.numel() for p in part.parameters()), **counts}
     return ", ".join(f"{name} {count / 1e6:.2f} M" for name, count in counts.items())
 
 

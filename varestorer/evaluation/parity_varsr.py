@@ -97,7 +97,7 @@ def compare(folder: str | Path) -> Iterator[Check]:
 
 def is_varsr(folder: str | Path) -> bool:
     """Whether a folder has the form that is compared here."""
-    return any(Path(folder).glob("*.io.safetensors"))
+    return any(Path(folder).glob("*.io.safetensors")) and not (Path(folder) / "hit.json").is_file()
 
 
 # ---- the tokenizer

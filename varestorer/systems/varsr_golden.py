@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from einops import rearrange
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -71,6 +72,7 @@ class GoldenVARSR:
         own = self.weights_file(stem, part).name.removesuffix(".weights.safetensors")
         tokenizer = self.weights_file(own, "vae")
         system = VARSR.from_published(self.weights_file(own, "own"), str(tokenizer)).eval()
+        system.tokenizer.to(memory_format=torch.contiguous_format)  # as the golden ones: 8-bit levels hang on it
         for config in (self.json(own)["config"], self.json(stem)):
             system.sampling = replace(system.sampling, guidance=config.get("cfg", system.sampling.guidance))
         return system

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     import torch
 
 
+HOLD_START = 0.005  # of the peak learning rate, where the warm-up of hold_linear begins
+HOLD_SHARE = 0.3  # of the steps after it that are taken at the peak
+
+
 class Precision(StrEnum):
     """Number format of the forward and backward pass; parameters and optimiser stay float32."""
 
@@ -32,6 +36,7 @@ class Schedule(StrEnum):
 
     cosine = "cosine"
     constant = "constant"
+    hold_linear = "hold_linear"
 
 
 class Sharding(StrEnum):
@@ -81,8 +86,9 @@ class TrainerConfig:
         clip_norm: largest gradient norm; null for no clipping.
         ema_decay: of the averaged weights; it warms up as (1 + step) / (10 + step).
         warmup_steps: of linear warm-up of the learning rate.
-        schedule: cosine or constant.
-        final_lr_ratio: learning rate at the end of the cosine, as a part of the peak.
+        schedule: cosine, constant, or hold_linear (VAR's "lin0": warm-up from 0.005 of the peak, 30 % of the other
+            steps at the peak, then a line down).
+        final_lr_ratio: learning rate at the end of the cosine or the line, as a part of the peak.
         checkpoint_every: steps between checkpoints; one is always written at the end.
         keep_last: newest checkpoints of a stage that are kept.
         keep_best: a key of `metrics.jsonl`, such as loss or val_mse; the checkpoint with the best mean of it over the
@@ -167,6 +173,8 @@ class TrainerConfig:
         Linear warm-up reaches 1 at `warmup_steps`; the cosine then falls and would be at `final_lr_ratio` in the
         step after `max_steps`, so that the last step still moves.
         """
+        if self.schedule is Schedule.hold_linear:
+            return self._hold_linear(step - 1)
         if step < self.warmup_steps:
             return step / self.warmup_steps
         if self.schedule is Schedule.constant:
@@ -175,6 +183,14 @@ class TrainerConfig:
         progress = min(1.0, taken / max(1, self.max_steps - self.warmup_steps))
         cosine = 0.5 * (1.0 + math.cos(math.pi * progress))
         return self.final_lr_ratio + (1.0 - self.final_lr_ratio) * cosine
+
+    def _hold_linear(self, taken: int) -> float:
+        """After so many steps."""
+        if taken < self.warmup_steps:
+            return HOLD_START + (1 - HOLD_START) * taken / self.warmup_steps
+        progress = (taken - self.warmup_steps) / max(1, self.max_steps - 1 - self.warmup_steps)
+        left = min(1.0, (1 - progress) / (1 - HOLD_SHARE))
+        return self.final_lr_ratio + (1.0 - self.final_lr_ratio) * left
 
 
 @dataclass

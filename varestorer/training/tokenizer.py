@@ -1,4 +1,4 @@
-"""Stage 1: the tokenizer learns to reconstruct photographs through its bits (BSQ-VAE; spec A)."""
+"""Stage 1: the tokenizer learns to reconstruct photographs through its bits (BSQ-VAE) or codes (VQ-VAE)."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from torch import Tensor, nn
 
 from varestorer.losses.build import perceptual_loss
 from varestorer.losses.pixel import l1_loss, mse_loss
-from varestorer.systems.varestorer import VARestorer
+from varestorer.systems.base import System
+from varestorer.tokenizer.quantizers import code_counts, perplexity, used_share, vq_losses
 from varestorer.tokenizer.residual import TokenPyramid
 from varestorer.training.adversary import Adversarial, Adversary
 from varestorer.training.scores import ImageScores
 from varestorer.training.task import Batch, Task, train_only
 from varestorer.utils.images import to_network
+from varestorer.utils.seeds import numpy_generator
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,8 @@ class TokenizerWeights:
         perceptual: of the perceptual loss.
         commitment: squared distance of the features from the codes they became.
         entropy: of (mean entropy of each soft bit - entropy of each bit's mean): decided, evenly used bits.
+        vq: of the loss that draws a learned codebook and the features together at every scale (VAR), see `vq_losses`;
+            it has the commitment in it.
     """
 
     l1: float = 0.0
@@ -35,6 +39,7 @@ class TokenizerWeights:
     perceptual: float = 0.1
     commitment: float = 0.25
     entropy: float = 0.0
+    vq: float = 0.0
 
     def total(self, parts: dict[str, Tensor], *names: str) -> Tensor:
         """The weighted sum of these parts; no gradient goes through those whose weight is 0."""
@@ -53,18 +58,20 @@ class TokenizerTask(Task):
             its features on bits.
         adversarial: arguments of `adversary.Adversarial`.
         scores: metrics of pyiqa that `validation` gives of the reconstruction.
+        scale_drop: share of steps that decode the sum of the first scales alone, of a random number of them.
         log_each_bit: report the usage of every bit, not of the scales alone.
         seed: of the discriminator's first weights.
     """
 
     def __init__(
         self,
-        system: VARestorer,
+        system: System,
         weights: dict[str, float] | None = None,
         perceptual: str = "ms_ssim",
         continuous_steps: int = 0,
         adversarial: dict[str, float | int] | None = None,
         scores: Sequence[str] = ("psnr", "ssim"),
+        scale_drop: float = 0.0,
         log_each_bit: bool = False,
         seed: int = 0,
     ) -> None:
@@ -77,6 +84,7 @@ class TokenizerTask(Task):
         self.adversary = Adversary(options, seed) if options.weight else None
         self.scores = ImageScores(scores)
         self.log_each_bit = log_each_bit
+        self.scale_drop, self.seed = scale_drop, seed
         trained = [system.tokenizer] if self.adversary is None else [system.tokenizer, self.adversary]
         train_only(self, nn.ModuleList(trained).parameters())
 
@@ -88,18 +96,22 @@ class TokenizerTask(Task):
         with self.watch("quantise"):
             pyramid = tokenizer.quantizer(features.detach(), self.system.schedule)
             is_continuous = self.training and step <= self.continuous_steps
-            codes = features if is_continuous else features + (pyramid.codes - features).detach()
+            total = pyramid.cumulative[self._num_scales(step) - 1]
+            codes = features if is_continuous else features + (total - features).detach()
         with self.watch("decode"):
             image = tokenizer.decode(codes)
         with self.watch("losses"):
-            decided, used = tokenizer.quantizer.codebook.entropy_terms(features)
             parts = {
                 "l1": l1_loss(image, target),
                 "mse": mse_loss(image, target),
                 "perceptual": self.perceptual(image, target),
                 "commitment": mse_loss(features, pyramid.codes),
-                "entropy": decided - used,
             }
+            if self.weights.entropy or not tokenizer.config.vocabulary:
+                decided, used = tokenizer.quantizer.codebook.entropy_terms(features)
+                parts["entropy"] = decided - used
+            if tokenizer.config.vocabulary:
+                parts["vq"] = vq_losses(features, pyramid.cumulative).mean()
             loss = self.weights.total(parts, *parts)
         if self.adversary is not None and self.training:
             with self.watch("adversary"):
@@ -108,8 +120,24 @@ class TokenizerTask(Task):
             loss = loss + parts["adversarial"]
         return {"loss": loss, **parts, **self._usage(pyramid)}
 
+    def _num_scales(self, step: int) -> int:
+        """How many scales are decoded in this step."""
+        whole = len(self.system.schedule)
+        if not (self.training and self.scale_drop):
+            return whole
+        draws = numpy_generator(self.seed, "scale drop", step)
+        return int(draws.integers(1, whole + 1)) if draws.random() < self.scale_drop else whole
+
     def _usage(self, pyramid: TokenPyramid) -> dict[str, Tensor]:
-        """`bit_usage`; of each scale `usage_<scale>`, and if asked for of each bit `bit_<number>`."""
+        """`bit_usage`; of each scale `usage_<scale>`, and if asked for of each bit `bit_<number>`.
+
+        Of a codebook `code_usage`, the share of its codes that the batch uses, `perplexity`, and the share by scale.
+        """
+        if vocabulary := self.system.tokenizer.config.vocabulary:
+            counts_KV = code_counts(pyramid.indices, vocabulary)
+            shares_K, together_1V = used_share(counts_KV), counts_KV.sum(dim=0, keepdim=True)
+            named = {f"usage_{k}": share for k, share in enumerate(shares_K)}
+            return {"code_usage": used_share(together_1V)[0], "perplexity": perplexity(together_1V)[0], **named}
         usage_KZ = bit_usage(pyramid.indices)
         named = {f"usage_{k}": usage for k, usage in enumerate(usage_KZ.mean(dim=1))}
         if self.log_each_bit:

@@ -11,7 +11,7 @@ from varestorer.data import BicubicDegradation, Degradation, PairedCrops, PhotoC
 from varestorer.data.crops import draw_box, fill_square, random_square
 from varestorer.data.datasets import EpochOrder
 from varestorer.utils.errors import UserError
-from varestorer.utils.images import load_image, save_image
+from varestorer.utils.images import load_image, resize, save_image
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
@@ -259,3 +259,9 @@ def test_config_builds_paired_crops(pairs):
     config = OmegaConf.create({"seed": 9, "data": OmegaConf.load(CONFIGS / "data" / "pairs.yaml")})
     config.data.root, config.data.crop = str(pairs), 16
     assert instantiate(config.data)[0]["hq"].shape == (3, 16, 16)
+
+
+def test_zooming_out_is_by_lanczos():
+    photo = (torch.rand(3, 48, 48, generator=torch.Generator().manual_seed(0)) * 255).byte()
+    square = random_square(photo, 24, np.random.default_rng(0), downscale=(2, 2))
+    assert torch.allclose(square, resize(photo.float() / 255, (24, 24), "lanczos"), atol=1e-6)

@@ -20,7 +20,7 @@ from torch import Tensor
 from varestorer.evaluation.evaluator import Evaluator
 from varestorer.evaluation.protocols import PROTOCOLS, load_protocol
 from varestorer.evaluation.records import write_records
-from varestorer.evaluation.results import Evaluation, Pair
+from varestorer.evaluation.results import Evaluation, Pair, Row
 from varestorer.evaluation.sources import BicubicSource, Candidate, FolderSource, SystemSource
 from varestorer.utils.errors import UsageError, UserError
 from varestorer.utils.images import load_image, resize, save_image, to_uint8
@@ -353,3 +353,14 @@ def test_records(pairs: list[Pair], tmp_path: Path) -> None:
     assert rows[1] == {"image": "b", "psnr": "", "ssim": "", "seconds": "", "error": "broken, truly"}
     assert float(rows[0]["psnr"]) == result.rows[0].scores["psnr"]
     assert json.loads(files[1].read_text()) == result.summary()
+
+
+def test_references_are_rounded_to_eight_bits_too() -> None:
+    image = torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(0)).mul(255).round() / 255
+    moved = image + 0.4 / 255 * (image < 0.9)
+    assert evaluator("psnr").score(image, moved).values == evaluator("psnr").score(image, image).values
+
+
+def test_seconds_per_image_are_the_mean() -> None:
+    rows = tuple(Row(str(n), seconds=seconds) for n, seconds in enumerate((1.0, 1.0, None, 4.0)))
+    assert Evaluation("set", "varestorer", {}, {}, rows, {}, {}).seconds_per_image == pytest.approx(2.0)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from varestorer.evaluation.comparison import photographs
 from varestorer.evaluation.renderers import html_table
 from varestorer.evaluation.report import methods_table, series, smooth, write_run_report
 
@@ -61,3 +62,9 @@ def test_report_that_cannot_be_written_names_the_path(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match=r"report\.html"):
         make(tmp_path / "file" / "report.html")
+
+
+def test_compared_photographs_are_a_quarter_as_large() -> None:
+    hq = torch.rand(3, 42, 50, generator=torch.Generator().manual_seed(0))
+    (photo,) = photographs([{"name": "a", "lq": hq, "hq": hq}])
+    assert photo.lr.shape == (3, 10, 12) and torch.equal(photo.hq, hq[:, :40, :48])

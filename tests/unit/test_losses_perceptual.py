@@ -1,5 +1,7 @@
 """Perceptual and pixel losses: closed forms, gradients, precision."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -141,3 +143,19 @@ def test_names_of_losses_may_be_added() -> None:
     assert perceptual_loss("ms_ssim+ms_ssim")(pred, target) == 2 * MSSSIMLoss()(pred, target)
     with pytest.raises(ValueError, match="must be one of .*, got 'psnr'"):
         perceptual_loss("ms_ssim+psnr")
+
+
+@pytest.mark.parametrize(("make", "low"), [(LPIPSLoss, -1.0), (DISTSLoss, 0.0)])
+def test_metrics_get_images_in_their_own_range(make, low: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """LPIPS takes [-1, 1] unless it is told to normalise, DISTS takes [0, 1]."""
+
+    class Network(torch.nn.Module):
+        def forward(self, pred: torch.Tensor, target: torch.Tensor, normalize: bool = False) -> torch.Tensor:
+            assert not normalize
+            self.seen = pred, target
+            return (pred - target).abs().mean(dim=(1, 2, 3))
+
+    network = Network()
+    monkeypatch.setattr("varestorer.utils.iqa.create_metric", lambda name: SimpleNamespace(network=network))
+    make()(torch.full((1, 3, 8, 8), -1.0), torch.full((1, 3, 8, 8), 1.0))
+    assert [image.mean().item() for image in network.seen] == [low, 1.0]

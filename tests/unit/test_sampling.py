@@ -143,3 +143,14 @@ def test_the_next_scales_inputs_are_resized_as_asked(tiny_system: VARestorer) ->
     assert seen == [(2, 2), (4, 4)]
     assert torch.equal(results[0].logits[0], results[1].logits[0])
     assert not torch.allclose(results[0].logits[1], results[1].logits[1], atol=1e-3)
+
+
+def test_straight_through_bits_and_their_slope_are_of_the_same_noisy_logits() -> None:
+    logits = torch.randn(1, 5, 4, 2, generator=torch_generator(0)).requires_grad_()
+    uniform = torch.rand(logits.shape, generator=torch_generator(1))
+    bits = HEAD.straight_through(logits, uniform, tau=0.5)
+    noisy = logits.detach() - torch.log(-torch.log(uniform))
+    assert torch.equal(bits.detach().round().bool(), noisy[..., 1] > noisy[..., 0])
+    bits.sum().backward()
+    p = (noisy / 0.5).softmax(dim=-1)[..., 1]
+    assert logits.grad is not None and torch.allclose(logits.grad[..., 1], p * (1 - p) / 0.5, atol=1e-5)

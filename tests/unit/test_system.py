@@ -389,3 +389,22 @@ def test_a_model_that_gets_other_adapters_keeps_the_rest(tiny_system: VARestorer
     square = image(32, 32)[None]
     found, wanted, before = (system.restore_batch(square).logits for system in (given, tiny_system, base))
     assert torch.equal(found, wanted) and not torch.allclose(before, wanted, atol=1e-3)
+
+
+def test_uncertainty_is_enlarged_bilinearly(tiny_system: VARestorer) -> None:
+    logits = torch.randn(1, 21, 8, 2, generator=torch_generator(0))
+    p = logits.softmax(dim=-1)
+    entropy = -(p * p.log2()).sum(dim=-1).mean(dim=-1)
+    for k, (tokens, side) in enumerate(zip((slice(0, 1), slice(1, 5), slice(5, 21)), (1, 2, 4), strict=True)):
+        small = entropy[:, tokens].view(1, 1, side, side)
+        wanted = torch.nn.functional.interpolate(small, (32, 32), mode="bilinear", align_corners=False)
+        assert torch.allclose(tiny_system.uncertainty(logits)[:, k], wanted[:, 0], atol=1e-5)
+
+
+def test_an_image_with_its_residual_stays_in_range_and_its_gradient_passes(tiny_system: VARestorer) -> None:
+    codes = torch.randn(1, 8, 4, 4, generator=torch_generator(0))
+    residual = torch.full((1, 3, 32, 32), 5.0, requires_grad=True)
+    made = tiny_system.student_image(codes, residual)
+    assert made.max().item() == pytest.approx(1.0) and made.min().item() == pytest.approx(1.0)
+    made.sum().backward()
+    assert residual.grad is not None and torch.equal(residual.grad, torch.ones_like(residual))

@@ -115,3 +115,11 @@ def test_a_dropped_prompt_is_null_text_of_its_length(tiny_system: VARestorer) ->
     assert [len(text) for text in dropped] == [2, len(null), 1]
     assert all(torch.equal(text, null[: len(text)]) for text in dropped)
     assert torch.equal(kept[0], texts[0]) and torch.equal(kept[1], null) and torch.equal(kept[2], texts[2])
+
+
+@torch.no_grad()
+def test_no_prompt_is_dropped_on_held_out_pictures(tiny_system: VARestorer) -> None:
+    batch = batch_of(0, 1) | {"text": [torch.randn(2, 16, generator=torch_generator(n)) for n in (0, 1)]}
+    never, always = (DistillationTask(tiny_system, perceptual="features", condition_drop=c).eval() for c in (0.0, 1.0))
+    assert never.validation(batch)["loss"] == always.validation(batch)["loss"]
+    assert never.train()(batch, 1)["kl"] != always.train()(batch, 1)["kl"]

@@ -121,6 +121,8 @@ class HVAR(System):
             "prefix_width": tokenizer.latent_width,
             "vocabulary": tokenizer.vocabulary,
             "hidden_width": 4 * given.get("width", TransformerConfig.width),
+            "text_width": 0,
+            "text_length": 0,
             "num_classes": 1,
             "num_levels": len(self.schedule),
             "positions": "grid",

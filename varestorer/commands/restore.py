@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import MISSING, DictConfig
 
 from varestorer.commands.entry import FAILED, OK, Command, say, typed
-from varestorer.utils.errors import UsageError
+from varestorer.utils.errors import UsageError, UserError
 from varestorer.weights.shipped import DEFAULT, named_or_default
 
 if TYPE_CHECKING:
@@ -35,6 +35,9 @@ what, where, by what
                      varestorer.pth with its companions beside it, or a bundle's name on the Hugging Face hub;
                      default: nano, a small model that comes with the package
   scale=4            how many times larger the result is; 1 keeps the size
+  sizes=[1,2,4]      enlargements that are written, for models that give several in one pass (H-VAR: a quarter of
+                     scale, half and all of it): the largest as <stem>.png, others as <stem>.x1.png, <stem>.x2.png;
+                     default: scale alone
   overwrite=false    restore again what has a result already; what was made from another file than the input is anyway
   max_pixels=N       read images of up to N pixels (otherwise Pillow's limit holds)
   device=auto        auto | cpu | cuda | cuda:N | mps
@@ -84,6 +87,7 @@ class RestoreOptions:
     output: str = MISSING
     ckpt: str | None = None
     scale: float = 4
+    sizes: list[float] | None = None
     prompt: str | None = None
     caption: str = "none"
     text_encoder: str | None = None
@@ -125,15 +129,16 @@ def restore(cfg: DictConfig) -> int:
     check_options(options)
     device = pick_device(options.device)
     limit_threads()
-    plan = plan_restoration(options.input, options.output)
+    sizes = sorted(set(options.sizes or ()))
+    plan = plan_restoration(options.input, options.output, tuple(size_label(size) for size in sizes[:-1]))
     check_writable(plan.output, "output")
     from varestorer.systems.folder import restore_files
+    from varestorer.systems.loading import class_of
     from varestorer.systems.prompts import TextOptions, find_texts
-    from varestorer.systems.varestorer import VARestorer
 
     # on the CPU its files are only mapped: weights take no memory before they are used
     merge = options.steps == "one" and options.compat is None
-    system = VARestorer.from_pretrained(options.ckpt, device="cpu", merge=merge)
+    system = class_of(options.ckpt).from_pretrained(options.ckpt, device="cpu", merge=merge)
     check_fit(system, options)
     pending = plan.pending(options.overwrite)
     wanted = TextOptions(options.prompt, options.caption == "auto", options.text_encoder, options.captioner)
@@ -158,6 +163,10 @@ def check_options(options: RestoreOptions) -> None:
 
     rules = {
         "scale": (0 < options.scale < math.inf, "a number above 0"),
+        "sizes": (
+            options.sizes is None or (options.sizes and all(0 < size < math.inf for size in options.sizes)),
+            "a list of numbers above 0, such as [1,2,4]",
+        ),
         "caption": (options.caption in ("auto", "none"), "auto or none"),
         "select": (options.select in ("argmax", "sample"), "argmax or sample"),
         "steps": (re.fullmatch(r"one|multi|[1-9]\d*", options.steps), "one, multi or a number from 1"),
@@ -179,7 +188,19 @@ def check_options(options: RestoreOptions) -> None:
         raise UsageError("uncertainty=true is about the student, which steps=multi does not ask: use steps=one or K")
     if options.linears != "none" and options.steps != "one":
         raise UsageError(f"linears={options.linears} is for one step, got steps={options.steps}; leave one of them out")
-    own = ("select", "steps", "color", "overlap", "batch", "uncertainty", "precision", "compile", "graphs", "linears")
+    own = (
+        "sizes",
+        "select",
+        "steps",
+        "color",
+        "overlap",
+        "batch",
+        "uncertainty",
+        "precision",
+        "compile",
+        "graphs",
+        "linears",
+    )
     changed = [f"{key}={getattr(options, key)}" for key in own if getattr(options, key) != getattr(RestoreOptions, key)]
     if options.compat and changed:
         raise UsageError(f"compat=official does everything the released way: leave out {' '.join(changed)}")
@@ -200,12 +221,20 @@ def check_fit(system: VARestorer, options: RestoreOptions) -> None:
         raise UsageError(f"tile must be {' or '.join(map(str, tiles))} pixels for {how}, got tile={tile}")
     if options.overlap is not None and options.overlap >= tile:
         raise UsageError(f"overlap must be below the tile's {tile} pixels, got overlap={options.overlap}")
-    if options.steps != "one" and system.student_config.merged:
+    if options.sizes is not None:
+        try:
+            system.sides_of(options.sizes, options.scale)
+        except UserError as error:
+            raise UsageError(str(error)) from error
+    student = getattr(system, "student_config", None)  # of systems that have one
+    if student is not None and options.steps != "one" and student.merged:
         raise UsageError(
             f"steps must be one for a model whose adapters are merged (no teacher is left), got steps={options.steps}"
         )
     if options.steps != "multi":
         check_is_student(system, named_or_default(options.ckpt))
+    if options.compat and student is None:
+        raise UsageError("compat=official is for students like the released one, and this model is of another paper")
     if options.compat and (traits := system.student_config.unreleased):
         raise UsageError(f"compat=official is for students like the released one, and this has student.{traits[0]}")
     if options.steps.isdecimal() and int(options.steps) > num_scales:
@@ -227,6 +256,8 @@ def settings_of(options: RestoreOptions, acceleration: Acceleration | None) -> d
     settings = {"scale": whole(options.scale), "ckpt": ckpt, **{key: getattr(options, key) for key in keys}}
     if acceleration is not None:
         settings |= {"precision": acceleration.precision, "linears": acceleration.linears}
+    if options.sizes is not None:
+        settings["sizes"] = [whole(size) for size in options.sizes]
     return settings if options.caption == "auto" else settings | {"prompt": options.prompt}
 
 
@@ -235,12 +266,17 @@ def whole(scale: float) -> float:
     return int(scale) if scale == int(scale) else scale
 
 
+def size_label(size: float) -> str:
+    """What the file of a smaller size is called by: x1, x0.75."""
+    return f"x{size:g}"
+
+
 def bind(system: VARestorer, options: RestoreOptions, texts: Texts) -> RestoreImage:
     """Bind the options, so that only an image, its job and its seed are missing."""
     from varestorer.systems.folder import Restored
 
     scale = whole(options.scale)
-    keys = ("select", "steps", "color", "tile", "overlap", "batch", "uncertainty")
+    keys = ("select", "steps", "color", "tile", "overlap", "batch", "uncertainty", "sizes")
     wishes = {key: getattr(options, key) for key in keys}
     chosen: dict[str, Any] = {key: value for key, value in wishes.items() if value is not None}
 
@@ -254,7 +290,8 @@ def bind(system: VARestorer, options: RestoreOptions, texts: Texts) -> RestoreIm
             return Restored(restore_officially(system, image_3HW, scale, text, options, seed), details=details)
         result = system.restore(image_3HW, scale, prompt=text, seed=seed, **chosen)
         maps_KHW = result.uncertainty_KHW
-        return Restored(result.image, None if maps_KHW is None else maps_KHW.mean(dim=0), details)
+        smaller = {size_label(size): image for size, image in result.smaller.items()} if options.sizes else {}
+        return Restored(result.image, None if maps_KHW is None else maps_KHW.mean(dim=0), details, smaller)
 
     return run
 

@@ -7,10 +7,11 @@ Shapes: `B` batch, `H W` pixels, `t` side of a square, `L` tokens of all scales,
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -30,14 +31,14 @@ from varestorer.systems.acceleration import (
 from varestorer.systems.bundle import save_bundle
 from varestorer.systems.loading import build, locate
 from varestorer.tokenizer import MultiScaleTokenizer, ScaleSchedule, TokenPyramid
-from varestorer.tokenizer.residual import to_map
+from varestorer.tokenizer.residual import resize_area, to_map
 from varestorer.transformer import VARTransformer
 from varestorer.utils.color import match_color
 from varestorer.utils.device import to_device
 from varestorer.utils.errors import UserError
 from varestorer.utils.finite import check_finite
 from varestorer.utils.images import as_picture, from_network, is_grey, to_network
-from varestorer.utils.tiling import restore_tiled, scaled_size
+from varestorer.utils.tiling import restore_tiled, restore_to_sizes, scaled_size
 
 DEVICE_PIXELS = 2**25  # of a result that is put together on the device; larger ones are on the host
 PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -48,13 +49,15 @@ class Restoration:
     """A restored image.
 
     Attributes:
-        image: (3, H, W) float32 in [0, 1].
+        image: (3, H, W) float32 in [0, 1]; of several sizes the largest.
         uncertainty_KHW: where the network guessed, at each scale: mean entropy of a token, 0 (decided) to 1 (any symbol
             is as likely), up-sampled to the image; None unless asked for.
+        smaller: the other sizes asked for, by their enlargement, smallest first.
     """
 
     image: Tensor
     uncertainty_KHW: Tensor | None = None
+    smaller: dict[float, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -62,14 +65,16 @@ class RestoredBatch:
     """Restored squares.
 
     Attributes:
-        images_B3HW: in [0, 1]; NaN where the networks' numbers were not finite.
+        images_B3HW: in [0, 1], of several sizes the largest; NaN where the networks' numbers were not finite.
         indices: of each scale, as maps.
         logits: of a one-step network, (B, L, ...); None for scale-by-scale generation.
+        smaller: the other sizes of the request, smallest first.
     """
 
     images_B3HW: Tensor
     indices: list[Tensor]
     logits: Tensor | None = None
+    smaller: tuple[Tensor, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,7 @@ class Request:
         seed: of whatever is drawn.
         select: "argmax" takes the likeliest symbols, "sample" draws them.
         steps: how many passes; None for the system's own way.
+        sides: of the images that a square becomes (pixels), smallest first; empty for the square's own side.
         context: what the system made of the prompt, once for all squares.
     """
 
@@ -88,11 +94,17 @@ class Request:
     seed: int = 0
     select: str = "argmax"
     steps: str | int | None = None
+    sides: tuple[int, ...] = ()
     context: Any = None
 
     def __post_init__(self) -> None:
         if self.select not in ("argmax", "sample"):
             raise UserError(f"select must be argmax or sample, got {self.select!r}")
+
+
+def whole_number(value: float) -> float:
+    """An integer where the value is one: 4, not 4.0."""
+    return int(value) if value == int(value) else value
 
 
 class System(
@@ -157,6 +169,11 @@ class System(
         """Tensors of each file of a bundle."""
         return {part: dict(getattr(self, part).state_dict()) for part in ("tokenizer", "transformer")}
 
+    def initial_state(self) -> dict[str, Tensor]:
+        """The weights that no file can give again: what was drawn at random."""
+        from_files = tuple(f"{part}." for part in self.files)
+        return {name: tensor for name, tensor in self.state_dict().items() if not name.startswith(from_files)}
+
     # ---- what all share
 
     @property
@@ -174,6 +191,31 @@ class System(
         """Sides that `at_tile` takes, pixels: from half the trained one to the end of the table of positions."""
         squares = (h * self.tokenizer.stride for h, w in self.schedule.position_scales if h == w)
         return tuple(side for side in squares if 2 * side >= self.tile)
+
+    @property
+    def sides(self) -> tuple[int, ...]:
+        """Sides of the images that one pass can make of a square of side `tile`, smallest first, `tile` the last."""
+        return (self.tile,)
+
+    @property
+    def step(self) -> int:
+        """Tiles lie at multiples of it, so that each of `sides` cuts at whole pixels, whichever are asked for."""
+        return math.lcm(*(self.tile // math.gcd(side, self.tile) for side in self.sides))
+
+    def sides_of(self, sizes: Sequence[float] | None, scale: float) -> tuple[int, ...]:
+        """Which of `sides` are the enlargements asked for, where the largest is `scale`; None for the largest.
+
+        Raises:
+            UserError: an enlargement that one pass does not give, or none at all.
+        """
+        if sizes is None:
+            return (self.tile,)
+        known = {side: scale * side / self.tile for side in self.sides}
+        found = {size: [s for s, factor in known.items() if math.isclose(size, factor)] for size in sizes}
+        if not found or not all(found.values()):
+            wanted, got = (", ".join(f"{size:g}" for size in some) for some in (known.values(), sizes))
+            raise UserError(f"sizes must be of {wanted} for this model at scale={scale:g}, got {got or 'none'}")
+        return tuple(sorted({side for sides in found.values() for side in sides}))
 
     def at_tile(self, side: int) -> Self:
         """This system, with the same weights, restoring squares of another side (pixels).
@@ -225,6 +267,7 @@ class System(
         overlap: int | None = None,
         batch: int = 8,
         uncertainty: bool = False,
+        sizes: Sequence[float] | None = None,
         **request: Any,
     ) -> Restoration:
         """Restore an image of any size; it is enlarged first, and padded or tiled, never squashed.
@@ -239,33 +282,43 @@ class System(
             overlap: pixels shared by neighboring tiles; None for a quarter of a tile.
             batch: tiles per forward pass.
             uncertainty: whether to return it; costs K channels of the size of the result.
+            sizes: enlargements that are returned, from one pass: `scale`, and what part of it the model's `sides` are
+                of `tile`. None for `scale` alone.
             request: `prompt`, `seed`, `select` and `steps`, see `Request`.
 
         Raises:
             ValueError: an image or a scale of another kind or range; says what was wanted and what came.
-            UserError: unknown `select`, `steps`, `color` or `tile`, an impossible overlap; a result that is not finite.
+            UserError: unknown `select`, `steps`, `color`, `tile` or `sizes`, an impossible overlap; a result that is not
+                finite.
         """
         image = as_picture(image)
-        asked = self.accept(Request(**request), uncertainty)
         system = self if tile is None else self.at_tile(tile)
+        sides = system.sides_of(sizes, scale)
+        asked = self.accept(Request(**request, sides=sides), uncertainty)
 
-        def run(tiles_B3tt: Tensor, numbers: list[int]) -> Tensor:
+        def run(tiles_B3tt: Tensor, numbers: list[int]) -> list[Tensor]:
             tiles = to_device(tiles_B3tt, self.device)
             restored = system.restore_squares(tiles, numbers, asked)
-            images = match_color(restored.images_B3HW, tiles, color)
+            pairs = zip((*restored.smaller, restored.images_B3HW), sides, strict=True)
+            images = [match_color(image, resize_area(tiles, (side, side)), color) for image, side in pairs]
             if uncertainty and restored.logits is not None:
-                images = torch.cat([images, system.uncertainty(restored.logits)], dim=1)
-            return to_device(images, tiles_B3tt.device)
+                images[-1] = torch.cat([images[-1], system.uncertainty(restored.logits)], dim=1)
+            return [to_device(image, tiles_B3tt.device) for image in images]
 
-        size = scaled_size(image.shape[-2], image.shape[-1], scale)
+        height, width = image.shape[-2:]
+        size = scaled_size(height, width, scale)
         overlap = system.tile // 4 if overlap is None else overlap
         place = self.device if size[0] * size[1] <= DEVICE_PIXELS else image.device
-        tiled = restore_tiled(to_device(image, place), size, system.tile, overlap, batch, run)
-        check_finite(tiled, "the result")
-        if is_grey(image):
-            tiled[:3] = tiled[:3].mean(dim=0)
-        channels = to_device(tiled.clamp_(0, 1), image.device)
-        return Restoration(channels[:3], channels[3:] if uncertainty else None)
+        factors = [whole_number(scale * side / system.tile) for side in sides]
+        results = [(scaled_size(height, width, factor), side) for factor, side in zip(factors, sides, strict=True)]
+        tiled = restore_to_sizes(to_device(image, place), size, system.tile, overlap, batch, run, results, system.step)
+        for whole in tiled:
+            check_finite(whole, "the result")
+            if is_grey(image):
+                whole[:3] = whole[:3].mean(dim=0)
+        *smaller, channels = (to_device(whole.clamp_(0, 1), image.device) for whole in tiled)
+        others = dict(zip(factors, smaller, strict=False))
+        return Restoration(channels[:3], channels[3:] if uncertainty else None, others)
 
     @torch.inference_mode()
     def reconstruct(self, image: Tensor, batch: int = 8) -> Tensor:

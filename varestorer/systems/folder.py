@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from varestorer.systems.plan import REPORT_NAME, Job, Plan
+from varestorer.systems.plan import REPORT_NAME, Job, Plan, beside
 from varestorer.utils.ahead import make_ahead
 from varestorer.utils.device import usable_cores
 from varestorer.utils.errors import UserError, reason
@@ -47,11 +47,13 @@ class Restored:
         image: (3, H, W) in [0, 1].
         uncertainty: (H, W) in [0, 1], saved as a heat map.
         details: what else its entry says.
+        smaller: other sizes of it, by the label of their file.
     """
 
     image: Tensor
     uncertainty: Tensor | None = None
     details: dict[str, Any] = field(default_factory=dict)
+    smaller: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.uncertainty is not None and self.uncertainty.shape != self.image.shape[1:]:
@@ -232,24 +234,29 @@ class _Runner:
         entry |= restored.details
         if restored.uncertainty is not None:
             entry["uncertainty"] = work.job.heat_map
+        if restored.smaller:
+            entry["smaller"] = {label: beside(work.job.target, label) for label in restored.smaller}
         if picture.note:
             logger.info("%s: %s", work.job.name, picture.note)
             entry["note"] = picture.note
         return entry
 
     def _save(self, job: Job, source: str, picture: Picture, restored: Restored) -> None:
-        """Write the heat map and the image; neither if one of them cannot be written."""
-        size = (restored.image.shape[1], restored.image.shape[2])
-        alpha = None if picture.alpha is None else resize(picture.alpha, size)
-        heat = self.output / job.heat_map
-        if restored.uncertainty is not None:
-            save_image(heat, heat_map(restored.uncertainty))
-        image = restored.image[:1] if picture.is_grey and is_grey(restored.image) else restored.image
+        """Write the heat map, the smaller sizes and the image, which comes last; none if one cannot be written."""
+        written: list[Path] = []
         try:
-            save_image(self.output / job.target, image, alpha, picture.icc_profile, source)
-        except BaseException:
             if restored.uncertainty is not None:
-                heat.unlink(missing_ok=True)
+                written.append(self.output / job.heat_map)
+                save_image(written[-1], heat_map(restored.uncertainty))
+            images = [(beside(job.target, label), image) for label, image in restored.smaller.items()]
+            for target, image in [*images, (job.target, restored.image)]:
+                alpha = None if picture.alpha is None else resize(picture.alpha, (image.shape[1], image.shape[2]))
+                kept = image[:1] if picture.is_grey and is_grey(image) else image
+                written.append(self.output / target)
+                save_image(written[-1], kept, alpha, picture.icc_profile, source)
+        except BaseException:
+            for path in written[:-1]:
+                path.unlink(missing_ok=True)
             raise
 
 

@@ -1,16 +1,352 @@
-"""H-VAR."""
+"""H-VAR: restoration scale by scale with hierarchical tokens, three sizes from one pass (arXiv 2506.04990, 2605.14891).
+
+degraded image -> tokenizer's encoder -> prefix -> transformer -> codes of all scales -> the sums that complete a target
+size -> decoder -> an image of each size. There is no guidance, no text and no refiner.
+
+No code of the authors is public. What the paper's notes leave open is a parameter, stored with the weights: the list of
+scales, what becomes of tokens where the size grows (`tokenizer.reuse`), how an image is reduced (`tokenizer.reduce`).
+
+Shapes: `B` batch, `H W` pixels, `t` side of a square, `L` tokens of all scales, `C` width, `Z` width of a code.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, ClassVar
 
+import torch
 from einops import rearrange
+from omegaconf import OmegaConf
 from torch import Tensor
 
-from varestorer.tokenizer.residual import resize_bicubic
+from varestorer.systems.acceleration import Acceleration
+from varestorer.systems.base import Request, RestoredBatch, System
+from varestorer.systems.parts import allocate, fill
+from varestorer.tokenizer import MultiScaleTokenizer, ScaleSchedule, TokenizerConfig
+from varestorer.tokenizer.autoencoder import init_weights as init_tokenizer_weights
+from varestorer.tokenizer.residual import resize_bicubic, to_tokens
+from varestorer.transformer import Context, TransformerConfig, VARTransformer
+from varestorer.transformer.adapters import assign_plain
+from varestorer.transformer.generation import Generation, MultiStepGenerator, Prefix, SamplingOptions
+from varestorer.transformer.heads import Noise, keyed_noise
+from varestorer.transformer.masks import BlockCausal
+from varestorer.utils.device import to_device
+from varestorer.utils.errors import UserError
+from varestorer.utils.images import to_network
+from varestorer.utils.seeds import torch_generator
+from varestorer.utils.tiling import restore_to_sizes, scaled_size
+from varestorer.weights.bundles import is_bundle, read_config
+from varestorer.weights.files import read_tensors
+from varestorer.weights.published_varsr import (
+    TRANSFORMER_NESTED,
+    VQVAE_NESTED,
+    network_kind,
+    varsr_sizes,
+    varsr_tensors,
+    vqvae_tensors,
+)
+from varestorer.weights.runs import CONFIG, is_run, latest_checkpoint
+from varestorer.weights.shipped import shipped
+
+VAR_SIDES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+"""Scales of the published VAR for 256 pixels, whose learned positions a new grid starts from."""
+WHERE = {
+    "tokenizer": "vae_ch160v4096z32.pth (hub FoundationVision/var) or that of Switti (hub yresearch/VQVAE-Switti)",
+    "transformer": "var_d16.pth (hub FoundationVision/var)",
+}
+
+
+class HVAR(System):
+    """Tokenizer and transformer, with their weights.
+
+    Args:
+        schedule: arguments of `ScaleSchedule.build`: `sides`, and as `targets` those at which the sum of codes is an
+            image; the last one is the trained square's.
+        tokenizer: arguments of `TokenizerConfig`, with a vocabulary. `reuse` "none" makes a plain tokenizer of it,
+            whose scales up to a target are decoded at the target's size although they were not made for it.
+        transformer: arguments of `TransformerConfig`; what follows from the other parts need not be given.
+        sampling: `top_k` and `top_p` of what is drawn (select=sample); the paper's notes leave them open.
+        weights: files of the parts "tokenizer" and "transformer": VAR's, a bundle or a run; a part without a file gets
+            random weights.
+        new_reading: take parts of a run or a bundle although they were trained for another list of scales or another
+            use of tokens, to train them for this one.
+        seed: of the random weights.
+
+    Attributes:
+        nested: the schedule with all targets; `schedule` has the last one alone where the tokenizer is plain.
+    """
+
+    name = "hvar"
+    makers: ClassVar[dict[str, Callable[..., Any]]] = {
+        "schedule": ScaleSchedule.build,
+        "tokenizer": TokenizerConfig,
+        "transformer": TransformerConfig,
+        "sampling": SamplingOptions,
+    }
+
+    def __init__(
+        self,
+        schedule: dict[str, Any],
+        tokenizer: dict[str, Any],
+        transformer: dict[str, Any],
+        sampling: dict[str, Any] | None = None,
+        weights: dict[str, str | None] | None = None,
+        new_reading: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.files = {part: shipped(file) for part, file in (weights or {}).items() if file}
+        self.sampling = SamplingOptions(**(sampling or {}))
+        self.nested = ScaleSchedule.build(**schedule)
+        sizes = TokenizerConfig(**tokenizer)
+        self.schedule = self.nested if sizes.reuse != "none" else replace(self.nested, targets=())
+        self._options = {"schedule": dict(schedule), "sampling": dict(sampling or {})}
+        with torch.device("meta"):
+            self.tokenizer = MultiScaleTokenizer(sizes)
+            self.transformer = VARTransformer(TransformerConfig(**self._derived(sizes, transformer), **transformer))
+        self._check_sizes()
+        for part, file in self.files.items():
+            self._check_file(part, file, new_reading)
+        if torch.get_default_device().type != "meta":
+            self._fill(seed)
+            self.tokenizer.to(memory_format=torch.channels_last)  # convolutions run faster so, on CPU and GPU
+
+    def _derived(self, tokenizer: TokenizerConfig, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Arguments of `TransformerConfig` that follow from the other parts."""
+        derived = {
+            "latent_width": tokenizer.latent_width,
+            "prefix_width": tokenizer.latent_width,
+            "vocabulary": tokenizer.vocabulary,
+            "hidden_width": 4 * given.get("width", TransformerConfig.width),
+            "text_width": 0,
+            "text_length": 0,
+            "num_classes": 1,
+            "num_levels": len(self.schedule),
+            "positions": "grid",
+            "position_size": self.schedule.latent_size[0],
+        }
+        return {name: value for name, value in derived.items() if name not in given}
+
+    def _check_sizes(self) -> None:
+        if any(h != w for h, w in self.nested.targets):
+            raise UserError("images are restored in squares: model.schedule.targets must be squares")
+        if not self.tokenizer.config.vocabulary:
+            raise UserError("H-VAR predicts entries of a codebook: set model.tokenizer.vocabulary to their number")
+        for name in ("latent_width", "vocabulary"):
+            ours, theirs = getattr(self.transformer.config, name), getattr(self.tokenizer.config, name)
+            if ours != theirs:
+                raise UserError(f"model.tokenizer.{name}={theirs} and model.transformer.{name}={ours} must agree")
+        if self.transformer.config.num_levels < len(self.schedule):
+            raise UserError(f"model.transformer.num_levels must be at least {len(self.schedule)} for this schedule")
+
+    # ---- what the network sees and says
+
+    def prefix_of(self, lq_B3tt: Tensor) -> Prefix:
+        """Degraded squares in [0, 1] as tokens in front of all scales: the encoder's latents, not quantized."""
+        with torch.no_grad():
+            features_BZhw = self.tokenizer.features(to_network(lq_B3tt))
+        return Prefix(self.transformer.prefix_embed(to_tokens(features_BZhw)), self.schedule.latent_size)
+
+    def context(self, batch_size: int) -> Context:
+        """The one learned condition, for a batch."""
+        return Context(self.transformer.condition.embedding.weight[:1].expand(batch_size, -1))
+
+    def logits(self, inputs_BLZ: Tensor, prefix: Prefix) -> Tensor:
+        """Logits (B, L, V) of all scales, given the true coarser ones and the degraded image.
+
+        Args:
+            inputs_BLZ: of scales 2 to K, see `TokenPyramid.inputs`.
+            prefix: of as many samples.
+        """
+        layout = self.transformer.layout(self.schedule, inputs_BLZ.device, prefix.size)
+        asked = slice(prefix.tokens_BPC.shape[1], None)
+        context, mask = self.context(len(inputs_BLZ)), BlockCausal.of(layout)
+        return self.transformer(inputs_BLZ, context, layout, mask, asked=asked, prefix_BPC=prefix.tokens_BPC)
+
+    @torch.no_grad()
+    def generate(self, lq_B3tt: Tensor, noise: Noise | None = None, num_scales: int | None = None) -> Generation:
+        """Predict the scales one after the other, with a cache of keys and values.
+
+        Args:
+            lq_B3tt: degraded squares in [0, 1] of side `tile`.
+            noise: uniform noise, see `heads.keyed_noise`; None takes the likeliest codes.
+            num_scales: how many; None for all.
+        """
+        generator = MultiStepGenerator(self.transformer, self.tokenizer.quantizer, self.schedule)
+        prepared, prefix = self.transformer.prepare(self.context(len(lq_B3tt))), self.prefix_of(lq_B3tt)
+        return generator(prepared, self.sampling, noise=noise, prefix=prefix, num_scales=num_scales)
+
+    # ---- sizes
+
+    @property
+    def sides(self) -> tuple[int, ...]:
+        return tuple(h * self.tokenizer.stride for h, _ in self.nested.targets)
+
+    @property
+    def tiles(self) -> tuple[int, ...]:
+        """The trained side alone: the targets belong to it."""
+        return (self.tile,)
+
+    def decode_sides(self, indices: list[Tensor], sides: tuple[int, ...]) -> list[Tensor]:
+        """Images in [0, 1] of the given sides, from the tokens of the scales up to the largest; no other is decoded."""
+        sums = self.tokenizer.quantizer.targets_to_codes(indices, self.nested)
+        return [self.decode(codes) for codes in sums if codes.shape[-1] * self.tokenizer.stride in sides]
+
+    def _num_scales(self, side: int) -> int:
+        """Scales that an image of this side needs."""
+        largest = side // self.tokenizer.stride
+        return sum(h <= largest for h, _ in self.nested.scales)
+
+    # ---- restoring
+
+    def accept(self, request: Request, uncertainty: bool) -> Request:
+        if request.prompt is not None:
+            raise UserError("H-VAR restores without words: leave prompt= out")
+        if request.steps not in (None, "one"):
+            raise UserError(f"H-VAR predicts all its scales in one pass: leave steps={request.steps} out")
+        if uncertainty and request.sides and request.sides[-1] != self.tile:
+            raise UserError("uncertainty is that of all scales: ask for the largest size too, or leave it out")
+        return replace(request, context=uncertainty)
+
+    def restore_squares(self, lq_B3tt: Tensor, numbers: list[int], request: Request) -> RestoredBatch:
+        noise = keyed_noise(request.seed, numbers, "restore", self.device) if request.select == "sample" else None
+        sides = request.sides or (self.tile,)
+        generation = self.generate(lq_B3tt, noise, self._num_scales(sides[-1]))
+        *smaller, largest = self.decode_sides(generation.indices, sides)
+        logits = torch.cat([*generation.logits.values()], dim=1) if request.context else None
+        return RestoredBatch(largest, generation.indices, logits, tuple(smaller))
+
+    @torch.inference_mode()
+    def reconstruct_sizes(self, image: Tensor, batch: int = 8) -> list[Tensor]:
+        """An image of any size after it passed the tokenizer, at each of the sizes, smallest first; (3, h, w)."""
+
+        def run(tiles_B3tt: Tensor, numbers: list[int]) -> list[Tensor]:
+            indices = self.encode(to_device(tiles_B3tt, self.device)).indices
+            return [to_device(x, tiles_B3tt.device) for x in self.decode_sides([*indices], self.sides)]
+
+        height, width = image.shape[-2:]
+        results = [(scaled_size(height, width, side / self.tile), side) for side in self.sides]
+        whole = restore_to_sizes(image, (height, width), self.tile, self.tile // 4, batch, run, results, self.step)
+        return [x.clamp_(0, 1) for x in whole]
+
+    def _speed_up(self, chosen: Acceleration) -> None:
+        if chosen.graphs:
+            raise UserError("graphs=true is for systems of one step; leave it out")
+        super()._speed_up(chosen)
+
+    # ---- sizes and weights
+
+    @property
+    def config(self) -> dict[str, Any]:
+        networks = {"tokenizer": asdict(self.tokenizer.config), "transformer": asdict(self.transformer.config)}
+        return {**self._options, **networks}
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """What decides which tokens an image has, beside the weights."""
+        return _reading({"schedule": self._options["schedule"], "tokenizer": asdict(self.tokenizer.config)})
+
+    def _check_file(self, part: str, file: Path, new_reading: bool) -> None:
+        """Refuse at once a file that is not there, or a part of another reading."""
+        if part not in WHERE:
+            raise UserError(f"model.weights has the parts {' and '.join(WHERE)}, got {part}")
+        if not (is_run(file) or is_bundle(file) or file.is_file()):
+            raise UserError(
+                f"weights not found: {file}; get {WHERE[part]} and set model.weights.{part} to it, or a run"
+            )
+        theirs = _reading(_config_of(file))
+        differing = [name for name, value in theirs.items() if value != self.reading[name]]
+        if differing and not new_reading:
+            name = differing[0]
+            raise UserError(
+                f"the {part} of {file} was trained with model.{name}={theirs[name]}, this model has "
+                f"{self.reading[name]}; set it so, or model.new_reading=true to train the part for another"
+            )
+
+    @torch.no_grad()
+    def _fill(self, seed: int) -> None:
+        for part, file in self.files.items():
+            if is_run(file) or is_bundle(file):
+                fill(getattr(self, part), part, file)
+            elif part == "tokenizer":
+                tensors, levels = read_tensors(file, VQVAE_NESTED), len(self.tokenizer.config.multipliers)
+                wanted = self.tokenizer.state_dict()
+                assign_plain(self.tokenizer, vqvae_tensors(wanted, levels, tensors, str(file)))
+            else:
+                assign_plain(self.transformer, start_from_var(self.transformer, read_tensors(file), str(file)))
+        allocate(self)
+        if "tokenizer" not in self.files:
+            init_tokenizer_weights(self.tokenizer, torch_generator(seed, "tokenizer"))
+            self.tokenizer.quantizer.codebook.init_weights(torch_generator(seed, "codebook"))
+        if "transformer" not in self.files:
+            self.transformer.init_weights(torch_generator(seed, "transformer"))
+
+
+def start_from_var(transformer: VARTransformer, tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+    """Weights to start from, out of a published VAR for 256 pixels.
+
+    The grid of positions is VAR's last scale, enlarged bicubically; the condition is that of no class; the prefix is
+    embedded as words are; levels that VAR has not are as its last.
+
+    Args:
+        transformer: of this system, on any device.
+        tensors: the file's content.
+        source: the file, for messages.
+
+    Raises:
+        UserError: no VAR, or one of other sizes.
+    """
+    nested = tensors
+    for key in TRANSFORMER_NESTED:
+        nested = nested.get(key, nested)  # type: ignore[assignment]
+    config = transformer.config
+    if network_kind(nested) != "var":
+        raise UserError(f"{source} is no VAR; get {WHERE['transformer']}, or give a run or a bundle")
+    sizes = varsr_sizes(nested)
+    own = {
+        "num_classes": sizes["num_classes"],
+        "num_levels": sizes["num_levels"],
+        "positions": "rows",
+        "position_size": sum(side * side for side in VAR_SIDES),
+        "start_rows": 1,
+        "prefix_width": 0,
+    }
+    with torch.device("meta"):
+        var = VARTransformer(replace(config, **own))
+    given = {name: t.float() for name, t in varsr_tensors(var.state_dict(), VAR_SIDES, nested, source).items()}
+    table = given["positions.table"][:, -(VAR_SIDES[-1] ** 2) :]
+    given["positions.table"] = enlarged_grid(table, config.position_size)
+    given["condition.embedding.weight"] = given["condition.embedding.weight"][-1:]
+    levels = given["level_embed.weight"]
+    rows = torch.arange(config.num_levels).clamp(max=len(levels) - 1)
+    given["level_embed.weight"] = levels[rows]
+    words = ("weight", "bias")
+    return given | {f"prefix_embed.{name}": given[f"word_embed.{name}"].clone() for name in words}
 
 
 def enlarged_grid(rows_1NC: Tensor, side: int) -> Tensor:
     """A learned square grid of positions, (1, N, C) row-major, enlarged bicubically to (1, side^2, C)."""
     grid_1Chw = rearrange(rows_1NC, "1 (h w) c -> 1 c h w", h=math.isqrt(rows_1NC.shape[1]))
     return rearrange(resize_bicubic(grid_1Chw, (side, side)), "1 c h w -> 1 (h w) c")
+
+
+def _config_of(file: Path) -> dict[str, Any]:
+    """What a run or a bundle says of its model; nothing of a published file."""
+    if is_run(file):
+        run_dir = latest_checkpoint(file).parents[2]
+        return OmegaConf.to_container(OmegaConf.load(run_dir / CONFIG).model)  # type: ignore[return-value]
+    return read_config(file) if is_bundle(file) else {}
+
+
+def _reading(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of a model's config that decide which tokens an image has."""
+    found = {
+        f"{part}.{key}": config[part][key]
+        for part, keys in (("schedule", ("sides", "targets")), ("tokenizer", ("reuse", "reduce")))
+        for key in keys
+        if key in config.get(part, {})
+    }
+    return {name: list(value) if isinstance(value, list | tuple) else value for name, value in found.items()}

@@ -68,6 +68,24 @@ def build(
     return system.merge_adapters() if merge else system
 
 
+SYSTEMS = {"hvar": "varestorer.systems.hvar.HVAR"}
+"""Name of a system in a bundle -> its class; VARestorer where it is none of these."""
+
+
+def class_of(name: str | Path | None) -> Any:
+    """The class of the system that `System.from_pretrained` would load: what a run's or a bundle's config names."""
+    from hydra.utils import get_class
+
+    path = locate(name, {})
+    target = "varestorer.systems.varestorer.VARestorer"
+    if is_bundle(path):
+        target = SYSTEMS.get(read_config(path).get("system", ""), target)
+    elif is_run(path):
+        config = latest_checkpoint(path).parents[2] / RUN_CONFIG
+        target = (OmegaConf.select(OmegaConf.load(config), "model._target_") if config.is_file() else None) or target
+    return get_class(target)
+
+
 def check_is_student(system: Any, path: str | Path) -> None:
     """Refuse a published teacher where a student is asked; runs and bundles may hold students without adapters.
 
@@ -77,7 +95,8 @@ def check_is_student(system: Any, path: str | Path) -> None:
     Raises:
         UsageError: the path is a published file without adapters.
     """
-    if system.student_config.lora_rank == 0 and _is_published(expand_user(path)):
+    student = getattr(system, "student_config", None)
+    if student is not None and student.lora_rank == 0 and _is_published(expand_user(path)):
         raise UsageError(f"ckpt={path} is a teacher without adapters; use steps=multi, or give {STUDENT_FILE}")
 
 

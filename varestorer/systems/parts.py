@@ -57,7 +57,7 @@ def load_part(system: Any, part: str, path: str | Path, new_adapters: bool = Fal
         UserError: no such file (says which to get, and the key to set), or one that does not fit.
     """
     check_part(part, path)
-    _fill(getattr(system, part), part, Path(path), system.student_config.merged, new_adapters)
+    fill(getattr(system, part), part, Path(path), system.student_config.merged, new_adapters)
 
 
 def load_teacher(system: Any, path: str | Path) -> VARTransformer:
@@ -66,11 +66,11 @@ def load_teacher(system: Any, path: str | Path) -> VARTransformer:
     check_part("transformer", path)
     with torch.device("meta"):
         teacher = VARTransformer(system.transformer.config)
-    _fill(teacher, "transformer", path)
+    fill(teacher, "transformer", path)
     return teacher.to(system.device)
 
 
-def _fill(module: Any, part: str, path: Path, fold: bool = False, new_adapters: bool = False) -> None:
+def fill(module: Any, part: str, path: Path, fold: bool = False, new_adapters: bool = False) -> None:
     """Fill a part; `fold`: a bundle's adapters go into the base weights."""
     if is_run(path):
         _load_from_run(module, part, path, new_adapters)

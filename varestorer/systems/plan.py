@@ -12,6 +12,7 @@ from varestorer.utils.images import IMAGE_EXTENSIONS, made_from, split_images
 from varestorer.utils.scanning import REPORT_NAME, report_unused, scan_folder
 
 __all__ = ["REPORT_NAME", "Job", "Plan", "plan_restoration"]
+HEAT_MAP = "uncertainty"
 
 
 @dataclass(frozen=True)
@@ -22,16 +23,23 @@ class Job:
         source: the file.
         name: its path inside the input folder, with forward slashes; keys its noise and its entry.
         target: where the result goes, inside the output folder, with forward slashes.
+        labels: of what is written beside it in any case, such as "x1" for a smaller size.
     """
 
     source: Path
     name: str
     target: str
+    labels: tuple[str, ...] = ()
 
     @property
     def heat_map(self) -> str:
         """Where its uncertainty goes, if it has any."""
-        return heat_map_name(self.target)
+        return beside(self.target, HEAT_MAP)
+
+    @property
+    def targets(self) -> list[str]:
+        """The result and what is written beside it in any case."""
+        return [self.target, *(beside(self.target, label) for label in self.labels)]
 
 
 @dataclass(frozen=True)
@@ -57,7 +65,7 @@ class Plan:
 
     def _is_to_do(self, job: Job) -> bool:
         result = self.output / job.target
-        if not result.exists():
+        if not all((self.output / target).exists() for target in job.targets):
             return True
         source = made_from(result)
         try:
@@ -66,18 +74,19 @@ class Plan:
             return True  # reading it says what is wrong
 
 
-def plan_restoration(source: str | os.PathLike, output: str | os.PathLike) -> Plan:
+def plan_restoration(source: str | os.PathLike, output: str | os.PathLike, labels: tuple[str, ...] = ()) -> Plan:
     """Decide which files are restored, and to where.
 
     Results are PNG files called after the stem of their input, in the same subfolders; inputs that differ in
     nothing but their extension keep it (`a.jpg` and `a.png` become `a.jpg.png` and `a.png.png`). The heat map of
-    `a.png` is `a.uncertainty.png`, and no result gets that name. What `scanning.is_skipped`, and
-    results that lie inside the input folder, are no inputs; other files that are no images are rejected, and so are
-    folders that cannot be read.
+    `a.png` is `a.uncertainty.png`, what else is asked for `a.<label>.png`, and no result gets such a name. What
+    `scanning.is_skipped`, and results that lie inside the input folder, are no inputs; other files that are no images
+    are rejected, and so are folders that cannot be read.
 
     Args:
         source: an image or a folder; `~` is the user's.
         output: a folder, which need not exist; likewise.
+        labels: of what is written beside each result.
     Raises:
         UsageError: no such input, an empty one, an output that is a file or that would overwrite an input.
     """
@@ -91,11 +100,11 @@ def plan_restoration(source: str | os.PathLike, output: str | os.PathLike) -> Pl
     files, rejected = _files_of(source, output) if source.is_dir() else ({source.name: source}, {})
     if not files and not rejected:
         raise UsageError(f"input={source} has no images ({' '.join(sorted(IMAGE_EXTENSIONS))})")
-    targets = target_names(files)
-    jobs = [Job(path, name, targets[name]) for name, path in files.items()]
+    targets = target_names(files, labels)
+    jobs = [Job(path, name, targets[name], labels) for name, path in files.items()]
     inputs = {path.resolve() for path in files.values()}
     for job in jobs:
-        for target in (job.target, job.heat_map):
+        for target in (*job.targets, job.heat_map):
             if (output / target).resolve() in inputs:
                 raise UsageError(f"results would overwrite the input {output / target}; give another output folder")
     return Plan(output, jobs, rejected)
@@ -123,16 +132,21 @@ def _files_of(folder: Path, output: Path) -> tuple[dict[str, Path], dict[str, st
     return images, rejected
 
 
-def target_names(names: Iterable[str]) -> dict[str, str]:
-    """Name of each result: `<stem>.png`, or `<name>.png` wherever two results or heat maps would get the same name.
+def target_names(names: Iterable[str], labels: Iterable[str] = ()) -> dict[str, str]:
+    """Name of each result: `<stem>.png`, or `<name>.png` wherever two files would get the same name.
+
+    Files are the results, their heat maps, and those of `labels` beside them.
 
     Names that differ in case only count as the same: many file systems cannot hold both.
     """
-    names = list(names)
+    names, labels = list(names), (HEAT_MAP, *labels)
     keeping: set[str] = set()
     while True:
         targets = {name: fitting_name(name if name in keeping else os.path.splitext(name)[0], ".png") for name in names}
-        files = {name: {target.casefold(), heat_map_name(target).casefold()} for name, target in targets.items()}
+        files = {
+            name: {file.casefold() for file in (target, *(beside(target, label) for label in labels))}
+            for name, target in targets.items()
+        }
         counts = Counter(file for pair in files.values() for file in pair)
         # a kept extension may meet another stem (a.jpg.png), so look again until nothing new collides
         clashing = {name for name, pair in files.items() if any(counts[file] > 1 for file in pair)} - keeping
@@ -141,6 +155,6 @@ def target_names(names: Iterable[str]) -> dict[str, str]:
         keeping |= clashing
 
 
-def heat_map_name(target: str) -> str:
-    """`a.uncertainty.png` of the result `a.png`."""
-    return fitting_name(target.removesuffix(".png"), ".uncertainty.png")
+def beside(target: str, label: str) -> str:
+    """`a.<label>.png` of the result `a.png`."""
+    return fitting_name(target.removesuffix(".png"), f".{label}.png")

@@ -493,11 +493,6 @@ class VARestorer(System):
         if any(".lora_" in name for name in drawn):
             init_adapters(self.transformer, torch_generator(seed, "adapters"))
 
-    def initial_state(self) -> dict[str, Tensor]:
-        """The weights that no file can give again: what was drawn at random."""
-        from_files = tuple(f"{part}." for part in self.files)
-        return {name: tensor for name, tensor in self.state_dict().items() if not name.startswith(from_files)}
-
 
 def _restorer(given: str | dict[str, int] | None, seed: int) -> Restorer | None:
     """The restorer of a file, or a new one of given sizes."""

@@ -7,8 +7,9 @@ image; nothing is ever squashed.
 Letters: `B` tiles of a batch, `C` channels, `H W` image, `t` side of a tile (pixels).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import lru_cache
 from itertools import islice
 from math import ceil, floor, inf
@@ -31,6 +32,9 @@ Bicubic = Callable[[int, int, int, int, torch.device], tuple[slice, Tensor]]
 RunTiles = Callable[[Tensor, list[int]], Tensor]
 """(tiles_B3tt, their numbers in row-major order) -> restored tiles (B, C, t, t), any number of channels."""
 
+RunTilesToSizes = Callable[[Tensor, list[int]], list[Tensor]]
+"""As `RunTiles`, but the restored tiles come in several sizes, each (B, C, side, side)."""
+
 
 def scaled_size(height: int, width: int, scale: float) -> tuple[int, int]:
     """Size of an image enlarged `scale` times: rounded half to even, at least one pixel.
@@ -47,13 +51,15 @@ def scaled_size(height: int, width: int, scale: float) -> tuple[int, int]:
     return size
 
 
-def tile_positions(length: int, tile: int, overlap: int) -> list[int]:
+def tile_positions(length: int, tile: int, overlap: int, step: int = 1) -> list[int]:
     """First pixels of the tiles that cover `length` pixels, the last one flush with the end.
 
     Args:
         length: pixels to cover, at least 1.
         tile: side of a tile, pixels.
         overlap: pixels that neighbours share at least, 0 <= overlap < tile.
+        step: positions are multiples of it, a divisor of the tile's side; the last tile may then reach beyond the end,
+            and an overlap that leaves less than a step between tiles is lowered.
     Returns:
         increasing positions; `[0]` where one tile is enough.
     Raises:
@@ -63,8 +69,8 @@ def tile_positions(length: int, tile: int, overlap: int) -> list[int]:
         raise UserError(f"overlap must be at least 0 and below the tile's {tile} pixels, got {overlap}")
     if length <= tile:
         return [0]
-    last = length - tile
-    return [*range(0, last, tile - overlap), last]
+    last = ceil((length - tile) / step) * step
+    return [*range(0, last, max((tile - overlap) // step * step, step)), last]
 
 
 def gaussian_window(tile: int, overlap: int = 0) -> Tensor:
@@ -113,10 +119,9 @@ class _Axis:
     weights: list[Tensor]
 
     @classmethod
-    def cover(cls, length: int, tile: int, overlap: int, window: Window, device: torch.device) -> "_Axis":
-        positions = tile_positions(length, tile, overlap)
+    def cover(cls, positions: list[int], tile: int, overlap: int, window: Window, device: torch.device) -> "_Axis":
         profile = window(tile, overlap)
-        total = torch.zeros(max(length, tile), dtype=torch.float64)
+        total = torch.zeros(positions[-1] + tile, dtype=torch.float64)
         for start in positions:
             total[start : start + tile] += profile
         return cls(positions, [(profile / total[start : start + tile]).to(device) for start in positions])
@@ -129,9 +134,6 @@ class _Grid:
     rows: _Axis
     columns: _Axis
     tile: int
-
-    def __len__(self) -> int:
-        return len(self.rows.positions) * len(self.columns.positions)
 
     def corner(self, number: int) -> tuple[int, int]:
         """First row and column of a tile."""
@@ -216,20 +218,63 @@ def restore_tiled(
         UserError: an impossible overlap or batch, or an image without pixels.
         ValueError: `run` changed the number or the side of its tiles.
     """
+
+    def run_to_one(tiles_B3tt: Tensor, numbers: list[int]) -> list[Tensor]:
+        return [run(tiles_B3tt, numbers)]
+
+    return restore_to_sizes(image_3HW, size, tile, overlap, batch, run_to_one, [(size, tile)], window=window)[0]
+
+
+def restore_to_sizes(
+    image_3HW: Tensor,
+    size: tuple[int, int],
+    tile: int,
+    overlap: int,
+    batch: int,
+    run: RunTilesToSizes,
+    results: Sequence[tuple[tuple[int, int], int]],
+    step: int = 1,
+    window: Window = ramp_window,
+) -> list[Tensor]:
+    """As `restore_tiled`, with a function that restores each tile to several sizes; each is put together in its own.
+
+    Args:
+        image_3HW: see `restore_tiled`.
+        size: (height, width) that the image is enlarged to for the tiles.
+        tile: side of the tiles that `run` takes.
+        overlap: of these.
+        batch: see `restore_tiled`.
+        run: restores tiles to the sides that `results` names, in this order.
+        results: of each one (height, width) of the whole, and the side of a tile in it, `tile` at most.
+        step: tiles lie at multiples of it, so that their borders are whole pixels in every size.
+        window: see `restore_tiled`.
+    Returns:
+        (C, *size) of each result.
+    Raises:
+        UserError: see `restore_tiled`.
+        ValueError: `run` changed the number of its tiles, or gave another side.
+    """
     if batch < 1:
         raise UserError(f"batch must be at least 1 tile, got {batch}")
     if image_3HW.ndim != 3 or image_3HW.numel() == 0 or min(size) < 1:
         raise UserError(f"an image (3, H, W) with pixels is needed, got {tuple(image_3HW.shape)} for {tuple(size)}")
     # outer products of float64 weights, which Apple's GPUs do not know
     exact = torch.device("cpu") if image_3HW.device.type == "mps" else image_3HW.device
-    rows, columns = (_Axis.cover(side, tile, overlap, window, exact) for side in size)
-    grid = _Grid(rows, columns, tile)
-    output_CHW = image_3HW.new_zeros((0, *size), dtype=torch.float32)
+    shares = [Fraction(side, tile) for _, side in results]
+    rows, columns = (tile_positions(length, tile, overlap, step) for length in size)
+    corners = [(top, left) for top in rows for left in columns]
+    grids = []
+    for share, (_, side) in zip(shares, results, strict=True):
+        axes = [[int(position * share) for position in positions] for positions in (rows, columns)]
+        shared = round(overlap * share)
+        grids.append(_Grid(*(_Axis.cover(axis, side, shared, window, exact) for axis in axes), side))
+    outputs = [image_3HW.new_zeros((0, *whole), dtype=torch.float32) for whole, _ in results]
     bicubic = lru_cache(maxsize=128)(_bicubic)  # the tiles of a row share their weights, and so do those of a column
-    for numbers in _batched(range(len(grid)), batch):
-        tiles_B3tt = torch.stack([enlarged_tile(image_3HW, size, *grid.corner(n), tile, bicubic) for n in numbers])
-        output_CHW = _blended(output_CHW, grid, numbers, run(tiles_B3tt, numbers))
-    return output_CHW
+    for numbers in _batched(range(len(corners)), batch):
+        tiles_B3tt = torch.stack([enlarged_tile(image_3HW, size, *corners[n], tile, bicubic) for n in numbers])
+        restored = zip(outputs, grids, run(tiles_B3tt, numbers), strict=True)
+        outputs = [_blended(output_CHW, grid, numbers, pieces) for output_CHW, grid, pieces in restored]
+    return outputs
 
 
 def _blended(output_CHW: Tensor, grid: _Grid, numbers: list[int], restored_BCtt: Tensor) -> Tensor:

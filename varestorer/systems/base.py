@@ -288,8 +288,8 @@ class System(
 
         Raises:
             ValueError: an image or a scale of another kind or range; says what was wanted and what came.
-            UserError: unknown `select`, `steps`, `color`, `tile` or `sizes`, an impossible overlap; a result that is not
-                finite.
+            UserError: unknown `select`, `steps`, `color`, `tile` or `sizes`, an impossible overlap; a result that is
+                not finite.
         """
         image = as_picture(image)
         system = self if tile is None else self.at_tile(tile)

@@ -170,8 +170,8 @@ def _compare_losses(
         pairs = zip(latents, images, strict=True)
         losses = [mse_loss(tokenizer.decoder(tokenizer.post_quant_conv(x)), image) for x, image in pairs]
         yield golden.check(f"loss/pixel_{name}", torch.stack(losses))
-    losses = tokenizer.quantizer.codebook_losses(features, pyramid, golden.schedule)
-    yield golden.check("loss/codebook_per_level", losses)
+    per_level = tokenizer.quantizer.codebook_losses(features, pyramid, golden.schedule)
+    yield golden.check("loss/codebook_per_level", per_level)
 
 
 def _compare_preference(golden: HierarchyFolder) -> Iterator[Check]:

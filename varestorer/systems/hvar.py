@@ -148,7 +148,9 @@ class HVAR(System):
         """Degraded squares in [0, 1] as tokens in front of all scales: the encoder's latents, not quantized."""
         with torch.no_grad():
             features_BZhw = self.tokenizer.features(to_network(lq_B3tt))
-        return Prefix(self.transformer.prefix_embed(to_tokens(features_BZhw)), self.schedule.latent_size)
+        embed = self.transformer.prefix_embed
+        assert embed is not None
+        return Prefix(embed(to_tokens(features_BZhw)), self.schedule.latent_size)
 
     def context(self, batch_size: int) -> Context:
         """The one learned condition, for a batch."""

@@ -144,7 +144,7 @@ class HVARTokenizerTask(Task):
     def validation(self, batch: Batch) -> dict[str, Tensor]:
         """The losses, and metrics of the reconstruction at each size as it would be saved."""
         wanted = self.system.tokenizer.reduced(to_network(batch["hq"]), self.system.nested)
-        found = {}
+        found: dict[str, Tensor] = {}
         for image, target in zip(self._reconstructed(batch), wanted, strict=True):
             scores = self.scores(image, from_network(target))
             found |= {f"{name}_{image.shape[-1]}": value for name, value in scores.items()}

@@ -267,7 +267,8 @@ def restore_to_sizes(
     for share, (_, side) in zip(shares, results, strict=True):
         axes = [[int(position * share) for position in positions] for positions in (rows, columns)]
         shared = round(overlap * share)
-        grids.append(_Grid(*(_Axis.cover(axis, side, shared, window, exact) for axis in axes), side))
+        down, across = (_Axis.cover(axis, side, shared, window, exact) for axis in axes)
+        grids.append(_Grid(down, across, side))
     outputs = [image_3HW.new_zeros((0, *whole), dtype=torch.float32) for whole, _ in results]
     bicubic = lru_cache(maxsize=128)(_bicubic)  # the tiles of a row share their weights, and so do those of a column
     for numbers in _batched(range(len(corners)), batch):

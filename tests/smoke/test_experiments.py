@@ -13,7 +13,7 @@ from varestorer.commands.train import COMMAND as TRAIN
 from varestorer.commands.train import stage_configs
 from varestorer.evaluation.comparison import UNDISTILLED
 from varestorer.systems.varestorer import VARestorer
-from varestorer.systems.varsr import VARSR as VARSRSystem
+from varestorer.systems.varsr import VARSR
 from varestorer.utils.images import load_image, save_image
 from varestorer.weights.runs import load_ema
 
@@ -46,8 +46,8 @@ def test_paper_scale_experiments_have_the_papers_numbers(compose: Callable[..., 
 
 WITHOUT_STUDENT = ("tokenizer_bsq", "tokenizer_gan", "teacher_512", "teacher_scratch")
 WITHOUT_STUDENT += ("nano_restorer", "nano_tokenizer", "nano_teacher")
-VARSR = tuple(name for name in EXPERIMENTS if name.startswith("varsr_"))
-SMALL = ("quickstart", "quickstart_scratch", "smoke", *VARSR)
+OF_VARSR = tuple(name for name in EXPERIMENTS if name.startswith("varsr_"))
+SMALL = ("quickstart", "quickstart_scratch", "smoke", *OF_VARSR)
 PAPER_SCALE = [name for name in EXPERIMENTS if name not in (*SMALL, *WITHOUT_STUDENT)]
 # experiments of paper scale on networks of test size, one step, without files of weights
 NANO = ["model=tiny", "logger=none", "++model.restorer=null", "model.weights.tokenizer=null"]
@@ -94,13 +94,13 @@ VARSR_OWN = {
 VARSR_TINY = ["model=varsr_tiny", "model.schedule.sides=[1,2,4]", "logger=none", "data.crop=16", *TINY_STEPS]
 
 
-@pytest.mark.parametrize("experiment", VARSR)
+@pytest.mark.parametrize("experiment", OF_VARSR)
 def test_varsr_experiments_train_at_test_size(experiment: str, pairs: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     words = [*VARSR_TINY, f"data.root={pairs / 'hr'}", f"run_dir={run}", "report=null", *VARSR_OWN.get(experiment, [])]
     assert TRAIN.main([f"+experiment={experiment}", *words]) == 0
     assert lines_of(run)[-1]["loss"] > 0
-    system = VARSRSystem.from_pretrained(run)
+    system = VARSR.from_pretrained(run)
     if system.prefix_encoder is None:
         assert system.make([0]).images_B3HW.shape == (1, 3, 16, 16)
     else:

@@ -250,6 +250,15 @@ def test_a_restorer_starts_from_classes(tmp_path: Path) -> None:
     assert not any(name.startswith("tokenizer.") for name in system.initial_state())
 
 
+@pytest.mark.parametrize(("name", "sizes"), [("VARSR_C2I.pth", CLASSES), ("var_d16.pth", VAR)])
+def test_a_restorer_with_learned_positions_starts_from_classes(tmp_path: Path, name: str, sizes: dict) -> None:
+    file = release(VARSR(**sizes, seed=3), tmp_path, name)
+    rows = RELEASED["transformer"] | {"positions": "rows", "position_size": 9}
+    system = VARSR(**(RELEASED | {"transformer": rows}), weights={"transformer": str(file)})
+    assert "transformer.positions.table" in system.initial_state()
+    assert system.restore(torch.rand(3, 3, 5), 2).image.isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -39,8 +39,8 @@ SIDES = {
     12: (1, 2, 3, 4, 6, 9, 12, 16, 20, 24, 28, 32),
 }
 """Published schedules by their number of scales, for files that do not say theirs."""
-NOT_OF_CLASSES = ("prefix_encoder.", "refiner.", "refiner_norm.")
-REPLACED = ("start", "level_embed.weight")
+NOT_OF_CLASSES = ("prefix_encoder.", "positions.", "refiner.", "refiner_norm.")
+REPLACED = ("start", "level_embed.weight", "positions.table")
 """What a restorer takes of a model of classes only if the shape is the same."""
 EMBEDDING = "condition.embedding.weight"
 
@@ -115,7 +115,7 @@ def class_to_restoration(wanted: Mapping[str, Tensor], given: Mapping[str, Tenso
             del taken[name]
     taken[EMBEDDING] = taken[EMBEDDING][: len(wanted[EMBEDDING])]
     has_refiner = any(name.startswith("refiner.") for name in given)
-    optional = REPLACED + (("prefix_encoder.",) if has_refiner else NOT_OF_CLASSES)
+    optional = REPLACED + (NOT_OF_CLASSES[:2] if has_refiner else NOT_OF_CLASSES)
     due = {name: t for name, t in wanted.items() if name in taken or not name.startswith(optional)}
     check_names_and_shapes(due, taken, source)
     return taken

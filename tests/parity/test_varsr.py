@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from varestorer.commands.parity import COMMAND, comparisons
-from varestorer.evaluation import parity_varsr
-from varestorer.evaluation.parity_varsr import Group
+from varestorer.evaluation.parity import varsr
+from varestorer.evaluation.parity.varsr import Group
 from varestorer.systems.varsr import VARSR
 from varestorer.systems.varsr_files import class_to_restoration
 from varestorer.systems.varsr_golden import GoldenVARSR
@@ -40,7 +40,7 @@ def golden(shared: Path) -> Path:
 
 def one_group(golden: Path, stem: str) -> Iterator[Check]:
     folder = GoldenVARSR(golden)
-    compare = parity_varsr.COMPARISONS["isr" if stem.startswith("isr") else stem]
+    compare = varsr.COMPARISONS["isr" if stem.startswith("isr") else stem]
     assert compare is not None
     with torch.no_grad():
         yield from compare(Group(folder, stem, folder.io(stem)))

@@ -62,11 +62,11 @@ def parity(cfg: DictConfig) -> int:
 
 def comparisons(folder: str) -> Iterator[Check]:
     """The comparisons of a folder, by the files in it."""
-    from varestorer.evaluation import parity, parity_varsr
+    from varestorer.evaluation.parity import compare, form_of
     from varestorer.training.parity_varsr import compare_training
 
-    yield from parity.compare(folder)
-    if parity_varsr.is_varsr(folder):
+    yield from compare(folder)
+    if form_of(folder) == "varsr":
         yield from compare_training(folder)
 
 

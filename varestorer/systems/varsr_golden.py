@@ -23,7 +23,7 @@ from varestorer.systems.varsr import VARSR
 from varestorer.systems.varsr_files import published_tokenizer_sizes, tokenizer_of
 from varestorer.tokenizer import MultiScaleTokenizer, ScaleSchedule, TokenizerConfig
 from varestorer.transformer.adapters import assign_plain
-from varestorer.utils.errors import UsageError
+from varestorer.utils.errors import UsageError, reason
 
 
 class GoldenVARSR:
@@ -54,7 +54,7 @@ class GoldenVARSR:
         try:
             return dict(json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError) as error:
-            raise UsageError(f"fixtures={self.folder}: cannot read {path.name} ({error})") from error
+            raise UsageError(f"fixtures={self.folder}: cannot read {path.name} ({reason(error)})") from error
 
     def weights_file(self, stem: str, part: str) -> Path:
         """The file of weights that a group's JSON names as its "vae" or "network"; else its own."""
@@ -85,7 +85,7 @@ class GoldenVARSR:
         try:
             return load_file(self.folder / name)
         except (OSError, SafetensorError) as error:
-            raise UsageError(f"fixtures={self.folder}: cannot read {name} ({error})") from error
+            raise UsageError(f"fixtures={self.folder}: cannot read {name} ({reason(error)})") from error
 
 
 def image(pixels_BHW3: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Comparison of VARSR's training with golden tensors: gradients, drop path, schedule, optimizer steps.
 
-The task itself is compared, with recorded draws. All other tensors are compared in `evaluation.parity_varsr`.
+The task itself is compared, with recorded draws. All other tensors are compared in `evaluation.parity.varsr`.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Training:
         return {published_varsr_name(name.removeprefix("transformer.")): p for name, p in found}
 
     def near(self, name: str, ours: Tensor, tolerance: float, is_relative: bool = False) -> Iterator[Check]:
-        """One tensor, see `evaluation.parity_varsr`."""
+        """One tensor, see `evaluation.parity.varsr`."""
         if name in self.io:
             wanted = self.io[name].double()
             error = largest_error(ours.detach().double().reshape(wanted.shape), wanted)

@@ -1,9 +1,8 @@
-"""Comparison of our networks with golden tensors of the published ones (spec H)."""
+"""Golden tensors of Infinity and VARestorer."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +28,9 @@ from varestorer.utils.checks import Check, largest_error
 FLOAT_TOLERANCE = 1e-4
 
 
-OTHERS = {"hit.json": "varestorer.evaluation.parity_hvar", "*.io.safetensors": "varestorer.evaluation.parity_varsr"}
-"""Pattern of a file that tells another paper's golden tensors -> the module whose `compare` takes such a folder."""
-
-
 @torch.inference_mode()
 def compare(folder: str | Path) -> Iterator[Check]:
     """Every golden tensor group of a folder, compared one after the other."""
-    for mark, module in OTHERS.items():
-        if any(Path(folder).glob(mark)):
-            yield from import_module(module).compare(folder)
-            return
     golden = GoldenFolder(folder)
     yield from compare_tokenizer(golden)
     yield from compare_rope(golden)

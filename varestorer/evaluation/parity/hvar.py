@@ -26,7 +26,7 @@ from varestorer.tokenizer.residual import MultiScaleQuantizer, resize_bilinear, 
 from varestorer.transformer.heads import CodeHead
 from varestorer.transformer.layout import LearnedPositions, PositionRule, pyramid_layout
 from varestorer.utils.checks import Check, largest_error
-from varestorer.utils.errors import UsageError
+from varestorer.utils.errors import UsageError, reason
 from varestorer.weights.published_varsr import vqvae_sizes, vqvae_tensors
 
 MARK = "hit.json"
@@ -52,7 +52,7 @@ class HierarchyFolder:
                 name: tensor.float() for name, tensor in load_file(self.folder / "hit_vae.weights.safetensors").items()
             }
         except (OSError, ValueError, KeyError, SafetensorError) as error:
-            raise UsageError(f"fixtures={self.folder}: cannot be read ({error})") from error
+            raise UsageError(f"fixtures={self.folder}: cannot be read ({reason(error)})") from error
         sides = self.config["levels"]
         self.schedule = ScaleSchedule.build(sides=sides, targets=self.config["group_ends"])
         self.plain = ScaleSchedule.build(sides=sides)

@@ -95,11 +95,6 @@ def compare(folder: str | Path) -> Iterator[Check]:
             yield from compare_group(Group(golden, stem, golden.io(stem)))
 
 
-def is_varsr(folder: str | Path) -> bool:
-    """Whether a folder has the form that is compared here."""
-    return any(Path(folder).glob("*.io.safetensors")) and not (Path(folder) / "hit.json").is_file()
-
-
 # ---- the tokenizer
 
 

@@ -5,10 +5,9 @@ from pathlib import Path
 import torch
 
 from varestorer.conditioning.restorer import Restorer
-from varestorer.systems.published import part_tensors
 from varestorer.systems.varestorer import VARestorer
 from varestorer.utils.seeds import torch_generator
-from varestorer.weights.published import STUDENT_FILE, TOKENIZER_FILE, TRANSFORMER_FILE
+from varestorer.weights.published.infinity import STUDENT_FILE, TOKENIZER_FILE, TRANSFORMER_FILE, part_tensors
 
 TOKENIZER = {
     "channels": 32,

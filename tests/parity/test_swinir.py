@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from varestorer.conditioning.restorer import restorer_from_state_dict, restorer_intermediates
+from varestorer.weights.restorers import restorer_from_state_dict, restorer_intermediates
 
 pytestmark = pytest.mark.parity
 

@@ -20,7 +20,7 @@ from varestorer.training.parity_varsr import compare_training
 from varestorer.training.varsr import VARSRTask
 from varestorer.transformer.refiner import DATA_SCALE, Refiner
 from varestorer.utils.checks import Check
-from varestorer.weights.published_varsr import published_varsr_name
+from varestorer.weights.published.varsr import published_varsr_name
 
 pytestmark = pytest.mark.parity
 INPUTS = re.compile(

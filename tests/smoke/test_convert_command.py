@@ -17,8 +17,7 @@ from varestorer.commands.entry import compose
 from varestorer.systems.varestorer import VARestorer
 from varestorer.transformer.adapters import plain_state_dict
 from varestorer.utils.errors import UserError
-from varestorer.weights.files import read_tensors
-from varestorer.weights.manifest import NESTED
+from varestorer.weights.files import NESTED, read_tensors
 
 pytestmark = pytest.mark.smoke
 COMPANIONS = ("infinity_vae_d32reg.pth", "general_swinir_v1.ckpt")

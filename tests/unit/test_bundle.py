@@ -12,11 +12,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from varestorer.systems.bundle import save_bundle
 from varestorer.systems.varestorer import VARestorer
 from varestorer.transformer.adapters import plain_state_dict
 from varestorer.utils.errors import UsageError, UserError
 from varestorer.utils.seeds import torch_generator
+from varestorer.weights.bundle import save_bundle
 
 PHOTO = torch.rand(3, 20, 27, generator=torch_generator(0, "photo"))
 

@@ -11,13 +11,9 @@ from safetensors.torch import save_file
 from spandrel import UnsupportedModelError
 from torch import Tensor
 
-from varestorer.conditioning.restorer import (
-    Restorer,
-    load_restorer,
-    published_restorer_tensors,
-    restorer_from_state_dict,
-)
+from varestorer.conditioning.restorer import Restorer
 from varestorer.utils.errors import UserError
+from varestorer.weights.restorers import load_restorer, published_restorer_tensors, restorer_from_state_dict
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from varestorer.conditioning.restorer import load_restorer
 from varestorer.evaluation.evaluator import Evaluator
 from varestorer.evaluation.protocols import load_protocol
 from varestorer.evaluation.sources import Candidate
@@ -23,6 +22,7 @@ from varestorer.utils.errors import UserError
 from varestorer.utils.finite import check_weights, is_finite, spread_nan
 from varestorer.utils.images import from_network, save_image
 from varestorer.weights.files import read_tensors
+from varestorer.weights.restorers import load_restorer
 from varestorer.weights.runs import load_ema, load_run_weights
 from varestorer.weights.storage import atomic_folder, write_json, write_tensors
 

@@ -17,7 +17,7 @@ from varestorer.transformer.heads import BitHead, CodeHead
 from varestorer.utils.errors import UserError
 from varestorer.utils.seeds import torch_generator
 from varestorer.utils.tiling import restore_tiled, restore_to_sizes
-from varestorer.weights.published_varsr import to_published_varsr
+from varestorer.weights.published.varsr import to_published_varsr
 
 SIZES: dict[str, Any] = {
     "schedule": {"sides": [1, 2, 3, 4, 6, 8], "targets": [2, 4, 8]},

@@ -11,13 +11,20 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from varestorer.conditioning.restorer import published_restorer_tensors, restorer_from_state_dict
-from varestorer.systems.published import KINDS, kind_of, manifest, part_tensors
 from varestorer.systems.varestorer import VARestorer
 from varestorer.transformer.adapters import plain_state_dict
 from varestorer.utils.errors import UsageError, UserError
-from varestorer.weights.load import tokenizer_tensors, transformer_tensors
-from varestorer.weights.manifest import compare, read_entries, read_manifest
+from varestorer.weights.files import read_entries
+from varestorer.weights.manifest import compare, read_manifest
+from varestorer.weights.published.infinity import (
+    KINDS,
+    kind_of,
+    manifest,
+    part_tensors,
+    tokenizer_tensors,
+    transformer_tensors,
+)
+from varestorer.weights.restorers import published_restorer_tensors, restorer_from_state_dict
 
 MB = 2**20
 

@@ -8,10 +8,10 @@ import torch
 from published_files import small_restorer
 from torch import Tensor
 
-from varestorer.systems.published import part_tensors
 from varestorer.systems.varestorer import VARestorer
 from varestorer.transformer.adapters import plain_state_dict
 from varestorer.utils.seeds import torch_generator
+from varestorer.weights.published.infinity import part_tensors
 
 NUM_BLOCKS = 16
 SIZES = {

@@ -7,14 +7,13 @@ import pytest
 import torch
 from torchvision.transforms.functional import gaussian_blur
 
-from varestorer.conditioning.restorer import load_restorer
 from varestorer.data.embedded import embedded_photographs
-from varestorer.systems.adapters import adapter_tensors, student_of
 from varestorer.systems.varestorer import VARestorer
 from varestorer.utils.images import resize
 from varestorer.utils.iqa import create_metric, missing_weights
-from varestorer.weights.bundles import read_config
-from varestorer.weights.shipped import ASSETS, DEFAULT, named_or_default, shipped
+from varestorer.weights.bundle import adapter_tensors, read_config, student_of
+from varestorer.weights.resolve import ASSETS, DEFAULT, named_or_default, shipped
+from varestorer.weights.restorers import load_restorer
 
 BUNDLE = ASSETS / DEFAULT
 MOST_BYTES = 24e6

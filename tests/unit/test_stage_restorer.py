@@ -11,12 +11,13 @@ import torch
 from omegaconf import DictConfig
 
 from varestorer.commands.train import train
-from varestorer.conditioning.restorer import Restorer, load_restorer, new_restorer
+from varestorer.conditioning.restorer import Restorer, new_restorer
 from varestorer.systems.varestorer import VARestorer
 from varestorer.training.restorer import RestorerTask
 from varestorer.training.task import Batch
 from varestorer.utils.errors import UsageError, UserError
 from varestorer.utils.seeds import torch_generator
+from varestorer.weights.restorers import load_restorer
 
 SIZES = {"num_features": 16, "num_groups": 1, "num_blocks": 1}
 

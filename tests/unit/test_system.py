@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from varestorer.conditioning.restorer import new_restorer
-from varestorer.systems.adapters import adapter_tensors, put_adapters, save_adapters, student_of
 from varestorer.systems.official import restore_official
 from varestorer.systems.varestorer import VARestorer
 from varestorer.tokenizer.residual import to_tokens
@@ -25,6 +24,7 @@ from varestorer.transformer.layout import long_layout
 from varestorer.utils.errors import UserError
 from varestorer.utils.images import is_grey, to_uint8
 from varestorer.utils.seeds import torch_generator
+from varestorer.weights.bundle import adapter_tensors, put_adapters, save_adapters, student_of
 from varestorer.weights.storage import atomic_folder, write_json, write_tensors
 
 

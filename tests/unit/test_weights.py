@@ -10,23 +10,25 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from varestorer.systems.parts import load_part
 from varestorer.systems.varestorer import VARestorer
 from varestorer.tokenizer import TokenizerConfig
 from varestorer.transformer import TransformerConfig
 from varestorer.transformer.adapters import plain_state_dict
 from varestorer.utils.errors import UserError
-from varestorer.weights.files import read_tensors
-from varestorer.weights.load import transformer_names
-from varestorer.weights.manifest import read_entries, read_manifest
-from varestorer.weights.published import (
+from varestorer.weights.files import read_entries, read_tensors
+from varestorer.weights.load import load_part
+from varestorer.weights.manifest import read_manifest
+from varestorer.weights.published import to_published
+from varestorer.weights.published.infinity import (
     LFQ_MASKS,
+    adapter_rank,
     derived_tokenizer_buffers,
     derived_transformer_buffers,
     published_tokenizer_name,
-    to_published,
+    tokenizer_sizes,
+    transformer_names,
+    transformer_sizes,
 )
-from varestorer.weights.sizes import adapter_rank, tokenizer_sizes, transformer_sizes
 
 
 class Malicious:

@@ -14,7 +14,7 @@ from varestorer.systems.varsr_files import VQVAE
 from varestorer.systems.varsr_golden import GoldenVARSR
 from varestorer.tokenizer import MultiScaleTokenizer, TokenizerConfig
 from varestorer.utils.errors import UserError
-from varestorer.weights.published_varsr import (
+from varestorer.weights.published.varsr import (
     LEVELS,
     MASK,
     USAGE,

@@ -113,8 +113,8 @@ def convert(cfg: DictConfig) -> int:
     is_file = is_published(output)
     check_output(output, is_file, options.overwrite)
     check_writable(output.parent, "output")
-    from varestorer.systems.adapters import save_adapters
     from varestorer.systems.base import PRECISIONS
+    from varestorer.weights.bundle import save_adapters
 
     system = open_system(options)
     if options.adapters == "merged":
@@ -194,7 +194,7 @@ def check_output(output: Path, is_file: bool, overwrite: bool) -> None:
         UsageError: the current folder, or one around it.
         UserError: a file, or a folder with something in it; `overwrite` allows a file, and a bundle.
     """
-    from varestorer.weights.bundles import is_bundle
+    from varestorer.weights.bundle import is_bundle
 
     if Path.cwd().is_relative_to(output):
         raise UsageError(f"output={output} is the current folder or one around it; name a new one")
@@ -218,9 +218,10 @@ def check_file(path: str, manifest: str | None) -> int:
     Returns:
         exit status: 1 if anything differs.
     """
-    from varestorer.systems.published import KINDS, kind_of
-    from varestorer.systems.published import manifest as published_manifest
-    from varestorer.weights.manifest import compare, read_entries, read_manifest
+    from varestorer.weights.files import read_entries
+    from varestorer.weights.manifest import compare, read_manifest
+    from varestorer.weights.published.infinity import KINDS, kind_of
+    from varestorer.weights.published.infinity import manifest as published_manifest
 
     entries = read_entries(path)
     name = manifest or kind_of(entries)
@@ -240,8 +241,8 @@ def check_file(path: str, manifest: str | None) -> int:
 
 def open_system(options: ConvertOptions) -> VARestorer:
     """The model that `input=` names, in the precision in which it is stored."""
-    from varestorer.systems.adapters import put_adapters, student_of
     from varestorer.systems.varestorer import VARestorer
+    from varestorer.weights.bundle import put_adapters, student_of
     from varestorer.weights.runs import is_run
 
     source = Path(cast(str, options.input))
@@ -268,7 +269,7 @@ def stored_precision(path: Path) -> str:
     """In which precision a published file holds the transformer's blocks."""
     import torch
 
-    from varestorer.weights.manifest import read_entries
+    from varestorer.weights.files import read_entries
 
     blocks = {tensor.dtype for name, tensor in read_entries(path).items() if name.endswith(".sa.v_bias")}
     return "bf16" if blocks == {torch.bfloat16} else "fp32"
@@ -283,7 +284,7 @@ def check_publishable(system: VARestorer, source: Path) -> None:
     Raises:
         UserError: a student without adapters of its own, which would be read as a teacher.
     """
-    from varestorer.conditioning.restorer import PUBLISHED_FILE
+    from varestorer.weights.restorers import PUBLISHED_FILE
 
     student = system.student_config
     if student.merged or (student.lora_rank == 0 and not is_published(source)):
@@ -301,8 +302,8 @@ def save_published(system: VARestorer, part: str, path: Path) -> None:
     """Write one network under its published names, derived tensors included."""
     import torch
 
-    from varestorer.systems.bundle import save_tensors
-    from varestorer.systems.published import part_tensors
+    from varestorer.weights.files import save_tensors
+    from varestorer.weights.published.infinity import part_tensors
 
     tensors = {name: tensor.contiguous() for name, tensor in sorted(part_tensors(system, part).items())}
     if path.suffix.lower() == ".safetensors":
@@ -323,7 +324,7 @@ def save_aside(system: VARestorer, folder: Path, half: bool, overwrite: bool) ->
     Raises:
         UserError: it cannot be written.
     """
-    from varestorer.systems.bundle import save_bundle
+    from varestorer.weights.bundle import save_bundle
 
     aside = temporary_path(folder)
     try:

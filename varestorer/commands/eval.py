@@ -29,7 +29,7 @@ from varestorer.evaluation.sources import (
 from varestorer.evaluation.wandb_log import log_to_wandb
 from varestorer.utils.errors import UsageError, UserError
 from varestorer.utils.files import expand_user
-from varestorer.weights.shipped import DEFAULT, named_or_default
+from varestorer.weights.bundle import DEFAULT, named_or_default
 
 log = logging.getLogger(__name__)
 

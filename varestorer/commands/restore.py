@@ -12,7 +12,7 @@ from omegaconf import MISSING, DictConfig
 
 from varestorer.commands.entry import FAILED, OK, Command, say, typed
 from varestorer.utils.errors import UsageError, UserError
-from varestorer.weights.shipped import DEFAULT, named_or_default
+from varestorer.weights.bundle import DEFAULT, named_or_default
 
 if TYPE_CHECKING:
     from torch import Tensor

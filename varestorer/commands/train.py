@@ -176,9 +176,9 @@ def build_system(cfg: DictConfig, run: Run) -> nn.Module:
     """
     from hydra.utils import instantiate
 
-    from varestorer.systems.loading import load_into
     from varestorer.training.checkpoint import save_initial
     from varestorer.training.rng import seed_everything
+    from varestorer.weights.load import load_into
     from varestorer.weights.runs import load_initial
 
     seed_everything(cfg.seed, "model")

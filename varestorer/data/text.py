@@ -25,9 +25,8 @@ from torch import Tensor
 
 from varestorer.data.folders import hq_folder
 from varestorer.utils.errors import UserError, reason
-from varestorer.utils.files import atomic_write, expand_user, printable, read_text, utf8_path, write_json
+from varestorer.utils.files import atomic_write, expand_user, printable, read_text, sync, utf8_path, write_json
 from varestorer.utils.scanning import first_names
-from varestorer.weights.storage import sync
 
 log = logging.getLogger(__name__)
 

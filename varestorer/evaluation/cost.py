@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from varestorer.conditioning.restorer import PUBLISHED_SIZES, Restorer, load_restorer, new_restorer
+from varestorer.conditioning.restorer import PUBLISHED_SIZES, Restorer, new_restorer
 from varestorer.evaluation.memory import peak_memory
 from varestorer.systems.varestorer import VARestorer
 from varestorer.tokenizer.autoencoder import init_weights as init_tokenizer_weights
@@ -28,7 +28,8 @@ from varestorer.utils.device import num_bytes
 from varestorer.utils.iqa_sandbox import quiet
 from varestorer.utils.seeds import isolated_rng, torch_generator
 from varestorer.utils.timing import Clock
-from varestorer.weights.shipped import shipped
+from varestorer.weights.bundle import shipped
+from varestorer.weights.restorers import load_restorer
 
 RESTORER, ENCODER, TRANSFORMER, DECODER, TEXT = "restorer", "VAE encoder", "transformer", "VAE decoder", "text encoder"
 

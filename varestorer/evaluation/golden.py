@@ -14,12 +14,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from varestorer.systems.parts import load_tokenizer, load_transformer
 from varestorer.tokenizer import MultiScaleTokenizer, ScaleSchedule, TokenizerConfig
 from varestorer.transformer import TextFeatures, TransformerConfig, VARTransformer
 from varestorer.transformer.adapters import attach_adapters
 from varestorer.utils.errors import UsageError, UserError, reason
 from varestorer.utils.files import utf8_path
+from varestorer.weights.load import load_tokenizer, load_transformer
 
 
 class GoldenFolder:

@@ -1,0 +1,46 @@
+"""The papers' systems, and the one door to them."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from varestorer.systems.base import System
+
+SYSTEMS = {"varestorer": "VARestorer", "varsr": "VARSR", "hvar": "HVAR"}
+"""Name of a system, which is that of its module, -> its class."""
+
+
+def system_class(name: str) -> type[System]:
+    """The class of a system.
+
+    Raises:
+        UserError: an unknown name.
+    """
+    from varestorer.utils.errors import UserError
+
+    if name not in SYSTEMS:
+        raise UserError(f"system must be one of {', '.join(SYSTEMS)}, got {name}")
+    found: type[System] = getattr(import_module(f"varestorer.systems.{name}"), SYSTEMS[name])
+    return found
+
+
+def load(name: str | Path | None = None, **options: Any) -> System:
+    """Load any paper's system, in evaluation mode.
+
+    A bundle's `config.json` and a run's config name their system; a published file is known by its tensors.
+
+    Args:
+        name: see `System.from_pretrained`; None for "nano", which comes with the package.
+        options: likewise.
+
+    Raises:
+        UsageError: neither a path nor a name that the hub knows.
+        UserError: the path holds no system, or its files do not fit.
+    """
+    from varestorer.weights.resolve import locate, system_of
+
+    path = locate(name, options)
+    return system_class(system_of(path)).from_pretrained(path, **options)

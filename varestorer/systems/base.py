@@ -7,6 +7,7 @@ Shapes: `B` batch, `H W` pixels, `t` side of a square, `L` tokens of all scales,
 
 from __future__ import annotations
 
+import inspect
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ from typing import Any, ClassVar, Self
 import torch
 import torch.nn.functional as F
 from huggingface_hub import ModelHubMixin
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from varestorer.systems.acceleration import (
@@ -28,17 +30,19 @@ from varestorer.systems.acceleration import (
     decode_in_bf16,
     quantize_linears,
 )
-from varestorer.systems.bundle import save_bundle
-from varestorer.systems.loading import build, locate
 from varestorer.tokenizer import MultiScaleTokenizer, ScaleSchedule, TokenPyramid
 from varestorer.tokenizer.residual import resize_area, to_map
 from varestorer.transformer import VARTransformer
 from varestorer.utils.color import match_color
 from varestorer.utils.device import to_device
-from varestorer.utils.errors import UserError
+from varestorer.utils.errors import UsageError, UserError
 from varestorer.utils.finite import check_finite
 from varestorer.utils.images import as_picture, from_network, is_grey, to_network
 from varestorer.utils.tiling import restore_tiled, restore_to_sizes, scaled_size
+from varestorer.weights.bundle import CONFIG, is_bundle, read_config, save_bundle
+from varestorer.weights.load import load_into
+from varestorer.weights.resolve import HOW, check_is_whole, is_published, locate, model_of_run
+from varestorer.weights.runs import is_run, latest_checkpoint, load_run_weights
 
 DEVICE_PIXELS = 2**25  # of a result that is put together on the device; larger ones are on the host
 PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -385,9 +389,77 @@ class System(
         if acceleration is None and precision is not None:
             acceleration = Acceleration(merge, precision)
         merged = merge if acceleration is None else acceleration.merge
-        system: Self = build(cls, Path(model_id), tokenizer_file, restorer_file, merged)
+        path = Path(model_id)
+        if not path.exists():
+            raise UsageError(f"{path} does not exist; {HOW}")
+        if is_bundle(path):
+            system = cls.from_bundle(path, merged)
+        elif is_published(path):
+            check_is_whole(path)
+            system = cls.from_published(path, tokenizer_file, restorer_file)
+        elif is_run(path):
+            system = cls._from_run(path)
+        else:
+            raise UserError(f"{path} holds no model; {HOW}")
+        if merged:
+            system.merge_adapters()
         system.to(device).eval().requires_grad_(False)
         return system if acceleration is None else system.accelerate(acceleration)
+
+    @classmethod
+    def _from_run(cls, path: Path) -> Self:
+        """The model of a run's config, filled with the run's weights."""
+        model = OmegaConf.to_container(model_of_run(path))
+        system = cls(**{key: value for key, value in model.items() if not str(key).startswith("_")})  # type: ignore
+        load_into(system, load_run_weights(path), f"the run {latest_checkpoint(path).parents[2]}")
+        return system
+
+    @classmethod
+    def from_bundle(cls, bundle: Path, merge: bool = False) -> Self:
+        """The system of a bundle.
+
+        Args:
+            bundle: its folder.
+            merge: fold adapters, where there are any, into the base weights as they are read.
+
+        Raises:
+            UserError: it is another system's, or has entries that a later version may know.
+        """
+        config = read_config(bundle)
+        if config["system"] != cls.name:
+            raise UserError(f"{bundle} holds a model of {config['system']}, and {cls.name} was asked for")
+        given = {part: config[part] for part in cls.makers if part in config}
+        unknown = [
+            f"{part}.{key}"
+            for part, entries in given.items()
+            for key in sorted((entries or {}).keys() - inspect.signature(cls.makers[part]).parameters)
+        ]
+        if unknown:
+            names = ", ".join(unknown)
+            raise UserError(f"{bundle / CONFIG} has entries this version does not know ({names}); update varestorer")
+        weights = {part: str(bundle) for part in ("tokenizer", "transformer")}
+        return cls(**given, weights=weights, **cls.options_of(bundle, config, merge))
+
+    @classmethod
+    def options_of(cls, bundle: Path, config: dict[str, Any], merge: bool) -> dict[str, Any]:
+        """Arguments of the constructor beside sizes and weights."""
+        return {}
+
+    @classmethod
+    def from_published(cls, path: Path, tokenizer_file: str | None = None, restorer_file: str | None = None) -> Self:
+        """The system of a published file, with its companions beside it unless they are named.
+
+        Raises:
+            UserError: there is no such file of this system, or a companion is missing.
+        """
+        raise UserError(f"{path} is no published model of {cls.name}: there is none; give a run or a bundle")
+
+    def check_source(self, path: Path) -> None:
+        """Refuse to restore with what was loaded from this path, where that would be another network than is meant.
+
+        Raises:
+            UsageError: says what to give instead.
+        """
 
     def _save_pretrained(self, save_directory: Path) -> None:
         if self.acceleration is not None:

@@ -24,7 +24,6 @@ from torch import Tensor
 
 from varestorer.systems.acceleration import Acceleration
 from varestorer.systems.base import Request, RestoredBatch, System
-from varestorer.systems.parts import allocate, fill
 from varestorer.tokenizer import MultiScaleTokenizer, ScaleSchedule, TokenizerConfig
 from varestorer.tokenizer.autoencoder import init_weights as init_tokenizer_weights
 from varestorer.tokenizer.residual import resize_bicubic, to_tokens
@@ -38,9 +37,10 @@ from varestorer.utils.errors import UserError
 from varestorer.utils.images import to_network
 from varestorer.utils.seeds import torch_generator
 from varestorer.utils.tiling import restore_to_sizes, scaled_size
-from varestorer.weights.bundles import is_bundle, read_config
+from varestorer.weights.bundle import is_bundle, read_config
 from varestorer.weights.files import read_tensors
-from varestorer.weights.published_varsr import (
+from varestorer.weights.load import allocate, fill
+from varestorer.weights.published.varsr import (
     TRANSFORMER_NESTED,
     VQVAE_NESTED,
     network_kind,
@@ -48,8 +48,8 @@ from varestorer.weights.published_varsr import (
     varsr_tensors,
     vqvae_tensors,
 )
+from varestorer.weights.bundle import shipped
 from varestorer.weights.runs import CONFIG, is_run, latest_checkpoint
-from varestorer.weights.shipped import shipped
 
 VAR_SIDES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 """Scales of the published VAR for 256 pixels, whose learned positions a new grid starts from."""

@@ -12,17 +12,17 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from varestorer.conditioning.pyramid import INPUTS, Condition, PyramidConditioner
-from varestorer.conditioning.restorer import Restorer, load_restorer, new_restorer
+from varestorer.conditioning.restorer import Restorer, new_restorer
 from varestorer.conditioning.text_encoder import DEFAULT_NAME, DEFAULT_WIDTH, TextEncoder
 from varestorer.systems.acceleration import Acceleration
 from varestorer.systems.base import Request, RestoredBatch, System
-from varestorer.systems.parts import allocate, check_part, load_part
 from varestorer.tokenizer import MultiScaleTokenizer, ScaleSchedule, TokenizerConfig, TokenPyramid
 from varestorer.tokenizer.autoencoder import clamp_keeping_gradient
 from varestorer.tokenizer.autoencoder import init_weights as init_tokenizer_weights
@@ -40,12 +40,16 @@ from varestorer.transformer.adapters import (
 from varestorer.transformer.generation import Generation, MultiStepGenerator, Prefix, SamplingOptions
 from varestorer.transformer.heads import Noise, keyed_noise
 from varestorer.transformer.masks import MASKS, BlockCausal, prefix_causal_mask
-from varestorer.utils.errors import UserError
+from varestorer.utils.errors import UsageError, UserError
 from varestorer.utils.finite import spread_nan
 from varestorer.utils.images import from_network, to_network
 from varestorer.utils.seeds import torch_generator
-from varestorer.weights.bundles import ADAPTERS, RESTORER
-from varestorer.weights.shipped import shipped
+from varestorer.weights.bundle import ADAPTERS, RESTORER, tensors_file
+from varestorer.weights.files import read_entries
+from varestorer.weights.load import allocate, check_part, load_part
+from varestorer.weights.published.infinity import STUDENT_FILE, adapter_rank, tokenizer_sizes, transformer_sizes
+from varestorer.weights.resolve import companion, is_published, shipped
+from varestorer.weights.restorers import load_restorer
 
 MOST_TEXTS = 8
 
@@ -144,6 +148,7 @@ class VARestorer(System):
             `systems.parts.load_part`; a part without a file gets random weights.
         new_adapters: draw the adapters, whatever the transformer's file holds: to distil a student again from the
             teacher of a model that has one.
+        merge: fold the adapters of a bundle into its base weights as they are read; the quick way to the student alone.
         seed: of the random weights.
 
     Attributes:
@@ -168,6 +173,7 @@ class VARestorer(System):
         restorer: str | dict[str, int] | None = None,
         weights: dict[str, str | None] | None = None,
         new_adapters: bool = False,
+        merge: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -177,6 +183,8 @@ class VARestorer(System):
         self.restorer = _restorer(restorer, seed)
         self.schedule = ScaleSchedule.build(**schedule)
         self.student_config = StudentConfig(**(student or {}))
+        if merge and self.student_config.lora_rank:
+            self.student_config = replace(self.student_config, merged=True)
         with torch.device("meta"):
             self.tokenizer = MultiScaleTokenizer(TokenizerConfig(**tokenizer))
             self.transformer = VARTransformer(TransformerConfig(**transformer))
@@ -458,6 +466,33 @@ class VARestorer(System):
             merge_adapters(self.transformer)
             self.student_config = replace(self.student_config, merged=True)
         return self
+
+    @classmethod
+    def options_of(cls, bundle: Path, config: dict[str, Any], merge: bool) -> dict[str, Any]:
+        restorer = tensors_file(bundle, RESTORER)
+        if config["restorer"] and not restorer.is_file():
+            raise UserError(f"the bundle {bundle} has lost its {restorer.name}; download or convert it again")
+        return {"restorer": str(restorer) if config["restorer"] else None, "merge": merge}
+
+    @classmethod
+    def from_published(cls, path: Path, tokenizer_file: str | None = None, restorer_file: str | None = None) -> Self:
+        """The released student, or a network of other sizes in its form."""
+        tokenizer = companion("tokenizer", path, tokenizer_file)
+        restorer = companion("restorer", path, restorer_file)
+        student = read_entries(path)
+        return cls(
+            schedule={"size": "0.25M"},
+            tokenizer=tokenizer_sizes(read_entries(tokenizer)),
+            transformer=transformer_sizes(student),
+            student={"lora_rank": adapter_rank(student)},
+            restorer=str(restorer),
+            weights={"tokenizer": str(tokenizer), "transformer": str(path)},
+        )
+
+    def check_source(self, path: Path) -> None:
+        """Refuse a published teacher where a student is asked; runs and bundles may hold students without adapters."""
+        if self.student_config.lora_rank == 0 and is_published(path):
+            raise UsageError(f"ckpt={path} is a teacher without adapters; use steps=multi, or give {STUDENT_FILE}")
 
     def _speed_up(self, chosen: Acceleration) -> None:
         if self.restorer is not None and self.device.type == "cpu":

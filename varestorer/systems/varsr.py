@@ -24,7 +24,6 @@ from varestorer.conditioning.prefix_encoder import PrefixEncoder
 from varestorer.systems import official_varsr
 from varestorer.systems.acceleration import Acceleration
 from varestorer.systems.base import Request, RestoredBatch, System
-from varestorer.systems.parts import allocate
 from varestorer.systems.varsr_files import network_of, published_sizes, tokenizer_of
 from varestorer.tokenizer import MultiScaleTokenizer, ScaleSchedule, TokenizerConfig, TokenPyramid
 from varestorer.tokenizer.autoencoder import init_weights as init_tokenizer_weights
@@ -41,7 +40,8 @@ from varestorer.transformer.refiner import keyed_noise as keyed_normal_noise
 from varestorer.utils.errors import UserError
 from varestorer.utils.images import to_network
 from varestorer.utils.seeds import torch_generator
-from varestorer.weights.shipped import shipped
+from varestorer.weights.load import allocate
+from varestorer.weights.bundle import shipped
 
 GROWTHS: dict[str, Callable[[int, int], float]] = {
     "linear": lambda k, last: k / last,
@@ -426,12 +426,13 @@ class VARSR(System):
         return {"tokenizer": dict(self.tokenizer.state_dict()), "transformer": self.network()}
 
     @classmethod
-    def from_published(cls, path: Path, tokenizer_file: str | None = None) -> Self:
+    def from_published(cls, path: Path, tokenizer_file: str | None = None, restorer_file: str | None = None) -> Self:
         """The system of a published VARSR.pth, VARSR_C2I.pth or var_d*.pth, and of its tokenizer's file.
 
         Args:
             path: the transformer's file.
             tokenizer_file: VQVAE.pth, or VAR's vae_ch160v4096z32.pth; None: beside it.
+            restorer_file: there is none.
         """
         return cls(**published_sizes(path, tokenizer_file))
 

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from varestorer.tokenizer import MultiScaleTokenizer
 from varestorer.utils.errors import UserError
-from varestorer.weights.bundles import is_bundle, tensors_file
+from varestorer.weights.bundle import is_bundle, tensors_file
 from varestorer.weights.files import check_names_and_shapes, read_tensors
-from varestorer.weights.published_varsr import (
+from varestorer.weights.published.varsr import (
     LEVELS,
     MASK,
     TRANSFORMER_NESTED,

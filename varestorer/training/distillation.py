@@ -16,7 +16,6 @@ from varestorer.conditioning.pyramid import Condition
 from varestorer.losses.build import perceptual_loss
 from varestorer.losses.distillation import distribution_matching_loss
 from varestorer.losses.pixel import mse_loss
-from varestorer.systems.parts import load_teacher
 from varestorer.systems.varestorer import VARestorer
 from varestorer.tokenizer import TokenPyramid
 from varestorer.training.task import Batch, Task, train_only
@@ -26,6 +25,7 @@ from varestorer.transformer.adapters import adapter_parameters, use_adapters
 from varestorer.utils.errors import UserError
 from varestorer.utils.images import to_network
 from varestorer.utils.seeds import derive_seed, uniform_per_sample
+from varestorer.weights.load import load_teacher
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from varestorer.transformer.drop_path import branch_factors, dropped_paths
 from varestorer.transformer.refiner import TrainingDraws
 from varestorer.utils.checks import Check, largest_error
 from varestorer.utils.images import from_network
-from varestorer.weights.published_varsr import published_varsr_name
+from varestorer.weights.published.varsr import published_varsr_name
 
 LOSS, GRADIENT, STEPPED, SCHEDULE = 1e-5, 1e-4, 2e-4, 1e-12
 LEAST = 1e-2  # size of a tensor below which errors are not compared with it

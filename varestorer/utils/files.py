@@ -75,6 +75,15 @@ def temporary_path(target: Path) -> Path:
     return target.with_name(f".{target.stem[:SHOWN]}.{secrets.token_hex(8)}.tmp{suffix}")
 
 
+def sync(path: Path) -> None:
+    """Ask the system to put a file or a folder's entries on the disk now."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def write_text(path: str | os.PathLike, text: str) -> None:
     """Write a text as UTF-8, whole or not at all.
 

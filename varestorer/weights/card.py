@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from varestorer.weights.published import STUDENT_FILE, TOKENIZER_FILE, TRANSFORMER_FILE
+from varestorer.weights.published.infinity import STUDENT_FILE, TOKENIZER_FILE, TRANSFORMER_FILE
 
 RESTORER_FILE = "general_swinir_v1.ckpt"
 # What was read in the owners' repositories; the licence of a repository need not be that of its weights.

@@ -1,4 +1,4 @@
-"""Reading tensors from files, and comparing them with what is wanted."""
+"""Tensors from files and into files, and comparing them with what is wanted."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from varestorer.utils.errors import UserError, reason
-from varestorer.utils.files import utf8_path
+from varestorer.utils.errors import UsageError, UserError, reason
+from varestorer.utils.files import atomic_write, utf8_path
 from varestorer.utils.finite import check_weights
 
 Content = TypeVar("Content")
@@ -23,6 +23,26 @@ Content = TypeVar("Content")
 MAX_NAMES = 12
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 WRAPPER = "module."  # before every name where a network was saved inside DataParallel
+
+
+NESTED = ("vae", "state_dict")
+SAFETENSORS_TYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 
 
 @dataclass(frozen=True)
@@ -178,3 +198,52 @@ def _describe(tensor: Tensor, other: Tensor) -> str:
 def _shorten(names: list[str]) -> str:
     shown = ", ".join(names[:MAX_NAMES])
     return shown if len(names) <= MAX_NAMES else f"{shown} and {len(names) - MAX_NAMES} more"
+
+
+def read_entries(path: str | Path) -> dict[str, Tensor]:
+    """Tensors of a file on the meta device; the data are not read, whatever their size.
+
+    Args:
+        path: a `.safetensors` file, or a torch file whose tensors may lie under `vae` or `state_dict` and may be
+            named with the prefix `module.`.
+
+    Raises:
+        UsageError: no such file.
+        UserError: the file is damaged, holds more than tensors or tensors of an unknown type, or has no tensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UsageError(f"weights not found: {path} is no file")
+    if path.suffix.lower() == ".safetensors":
+        return open_safetensors(path, _header)
+    return unwrap(load_torch_file(path, "meta"), NESTED, path)
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file, whole or not at all.
+
+    Args:
+        path: the file.
+        tensors: from any device.
+        metadata: of the header; one entry at most, as safetensors writes several in a random order.
+    Raises:
+        UserError: it cannot be written.
+    """
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with atomic_write(path) as temporary:
+        save_file(plain, temporary, metadata or {"format": "pt"})
+        temporary.chmod(0o644)  # safetensors lets nobody else read
+
+
+def _header(path: Path) -> dict[str, Tensor]:
+    with safe_open(path, "pt") as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  # not a dictionary
+        strange = sorted({s.get_dtype() for s in slices.values()} - SAFETENSORS_TYPES.keys())
+        if strange:
+            known = ", ".join(SAFETENSORS_TYPES)
+            raise UserError(f"{path} holds tensors of type {', '.join(strange)}, and only {known} can be checked")
+        return {name: on_meta(s.get_shape(), SAFETENSORS_TYPES[s.get_dtype()]) for name, s in slices.items()}
+
+
+def on_meta(shape: list[int], dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")

@@ -13,31 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from varestorer.utils.errors import UsageError, UserError, reason
-from varestorer.weights.files import Differences, differences, load_torch_file, open_safetensors, unwrap
-from varestorer.weights.published import add_infixes
-
-NESTED = ("vae", "state_dict")
-SAFETENSORS_TYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U64": torch.uint64,
-    "U32": torch.uint32,
-    "U16": torch.uint16,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+from varestorer.weights.files import Differences, differences, on_meta
+from varestorer.weights.published.infinity import add_infixes
 
 
 @dataclass(frozen=True)
@@ -59,25 +39,6 @@ class Comparison:
     retyped: int
 
 
-def read_entries(path: str | Path) -> dict[str, Tensor]:
-    """Tensors of a file on the meta device; the data are not read, whatever their size.
-
-    Args:
-        path: a `.safetensors` file, or a torch file whose tensors may lie under `vae` or `state_dict` and may be
-            named with the prefix `module.`.
-
-    Raises:
-        UsageError: no such file.
-        UserError: the file is damaged, holds more than tensors or tensors of an unknown type, or has no tensors.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise UsageError(f"weights not found: {path} is no file")
-    if path.suffix.lower() == ".safetensors":
-        return open_safetensors(path, _header)
-    return unwrap(load_torch_file(path, "meta"), NESTED, path)
-
-
 def read_manifest(path: str | Path) -> dict[str, Tensor]:
     """A manifest's tensors on the meta device.
 
@@ -87,7 +48,7 @@ def read_manifest(path: str | Path) -> dict[str, Tensor]:
     """
     try:
         entries = json.loads(Path(path).read_text(encoding="utf-8"))
-        return {name: _on_meta(entry["shape"], getattr(torch, entry["dtype"])) for name, entry in entries.items()}
+        return {name: on_meta(entry["shape"], getattr(torch, entry["dtype"])) for name, entry in entries.items()}
     except FileNotFoundError as error:
         raise UsageError(f"manifest={path} is neither a file nor the name of a published one") from error
     except OSError as error:
@@ -106,17 +67,3 @@ def compare(entries: Mapping[str, Tensor], manifest: Mapping[str, Tensor]) -> Co
     retyped = sum(entries[name].dtype != manifest[name].dtype for name in mapped)
     types = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in entries.values())
     return Comparison(found, len(mapped), len(manifest), dict(sorted(types.items())), retyped)
-
-
-def _header(path: Path) -> dict[str, Tensor]:
-    with safe_open(path, "pt") as file:
-        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  # not a dictionary
-        strange = sorted({s.get_dtype() for s in slices.values()} - SAFETENSORS_TYPES.keys())
-        if strange:
-            known = ", ".join(SAFETENSORS_TYPES)
-            raise UserError(f"{path} holds tensors of type {', '.join(strange)}, and only {known} can be checked")
-        return {name: _on_meta(s.get_shape(), SAFETENSORS_TYPES[s.get_dtype()]) for name, s in slices.items()}
-
-
-def _on_meta(shape: list[int], dtype: torch.dtype) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from varestorer.utils.errors import UserError, reason
-from varestorer.utils.files import file_sha256, temporary_path, utf8_path
+from varestorer.utils.files import file_sha256, sync, temporary_path, utf8_path
 from varestorer.utils.finite import check_weights
 
 CHECKSUMS = "checksums.json"
@@ -123,15 +122,6 @@ def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def sync(path: Path) -> None:
-    """Ask the system to put a file or a folder's entries on the disk now."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _file_damage(path: Path, size: int, sha256: str) -> str | None:

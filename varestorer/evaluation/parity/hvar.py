@@ -27,7 +27,7 @@ from varestorer.transformer.heads import CodeHead
 from varestorer.transformer.layout import LearnedPositions, PositionRule, pyramid_layout
 from varestorer.utils.checks import Check, largest_error
 from varestorer.utils.errors import UsageError, reason
-from varestorer.weights.published_varsr import vqvae_sizes, vqvae_tensors
+from varestorer.weights.published.varsr import vqvae_sizes, vqvae_tensors
 
 MARK = "hit.json"
 """The file that tells such a folder."""

@@ -12,7 +12,6 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from varestorer.conditioning.pyramid import Condition, PyramidConditioner
-from varestorer.conditioning.restorer import restorer_from_state_dict, restorer_intermediates
 from varestorer.evaluation.golden import GoldenFolder
 from varestorer.losses.tokens import token_weights
 from varestorer.tokenizer import MultiScaleTokenizer, ScaleSchedule, TokenPyramid
@@ -24,6 +23,7 @@ from varestorer.transformer.layout import PositionRule, pyramid_layout
 from varestorer.transformer.masks import BlockCausal
 from varestorer.transformer.rope import rope_table
 from varestorer.utils.checks import Check, largest_error
+from varestorer.weights.restorers import restorer_from_state_dict, restorer_intermediates
 
 FLOAT_TOLERANCE = 1e-4
 

@@ -33,7 +33,7 @@ from varestorer.utils.checks import Check, largest_error
 from varestorer.utils.color import match_color, match_color_8bit
 from varestorer.utils.errors import UsageError
 from varestorer.utils.images import from_network, to_uint8
-from varestorer.weights.published_varsr import published_vqvae_name
+from varestorer.weights.published.varsr import published_vqvae_name
 
 BLOCK, LOGITS, LOSS, IMAGE, EXACT = 1e-5, 1e-4, 1e-5, 1e-3, 0.0
 GRADIENT = 1e-4  # of the tensor's largest entry

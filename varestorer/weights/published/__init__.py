@@ -1,0 +1,68 @@
+"""Published files under our names: a table per paper, and what they share.
+
+Each table turns one of our names into the published one; the way back is the inverted dictionary. Tensors that the
+published files carry but that follow from the configuration ("derived") are checked on load and written on export.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from varestorer.utils.errors import UserError
+from varestorer.weights.files import check_names_and_shapes
+
+Table = Iterable[tuple[str, str | Callable[[re.Match[str]], str]]]
+
+
+def translate(name: str, table: Table) -> str:
+    """The name after all replacements of the table, one after the other."""
+    for pattern, replacement in table:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def from_published(
+    wanted: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor],
+    names: Mapping[str, str],
+    derived: Mapping[str, Tensor],
+    source: str,
+) -> dict[str, Tensor]:
+    """Tensors of a published file under our names.
+
+    Args:
+        wanted: tensors of the shapes that ours must have, by our names.
+        tensors: the file's content.
+        names: ours -> published.
+        derived: published name -> the value it must have; the file must hold these too, and they do not become ours.
+        source: the file, for messages.
+
+    Raises:
+        UserError: lists what is missing, unexpected or misshapen, or names a derived tensor of another value.
+    """
+    shapes = {names[name]: tensor for name, tensor in wanted.items()}
+    check_names_and_shapes(shapes | dict(derived), tensors, source)
+    check_derived(tensors, derived, source)
+    return {name: tensors[published] for name, published in names.items()}
+
+
+def check_derived(tensors: Mapping[str, Tensor], derived: Mapping[str, Tensor], source: str) -> None:
+    """Refuse a file whose derived tensors have other values than the configuration gives.
+
+    Raises:
+        UserError: names the first.
+    """
+    for name, value in derived.items():
+        if not torch.equal(tensors[name].to(value.dtype), value):
+            raise UserError(f"{source}: {name} has other values than the configuration gives")
+
+
+def to_published(
+    tensors: Mapping[str, Tensor], names: Mapping[str, str], derived: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The inverse of `from_published`."""
+    return {names[name]: tensor for name, tensor in tensors.items()} | dict(derived)

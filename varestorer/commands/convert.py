@@ -241,7 +241,7 @@ def check_file(path: str, manifest: str | None) -> int:
 
 def open_system(options: ConvertOptions) -> VARestorer:
     """The model that `input=` names, in the precision in which it is stored."""
-    from varestorer.systems.varestorer import VARestorer
+    from varestorer.systems import load
     from varestorer.weights.bundle import put_adapters, student_of
     from varestorer.weights.runs import is_run
 
@@ -257,7 +257,7 @@ def open_system(options: ConvertOptions) -> VARestorer:
     beside = {"tokenizer_file": options.tokenizer, "restorer_file": options.restorer}
     if any(beside.values()) and not is_published(model):
         raise UsageError(f"tokenizer= and restorer= go with a published file, but {model} is none; leave them out")
-    system = VARestorer.from_pretrained(model, **beside)
+    system = load(model, **beside)
     if is_published(model) and stored_precision(model) == "bf16":
         system.set_precision("bf16")  # what was read is float32: nothing is lost
     if is_run(model):

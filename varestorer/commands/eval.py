@@ -29,7 +29,7 @@ from varestorer.evaluation.sources import (
 from varestorer.evaluation.wandb_log import log_to_wandb
 from varestorer.utils.errors import UsageError, UserError
 from varestorer.utils.files import expand_user
-from varestorer.weights.bundle import DEFAULT, named_or_default
+from varestorer.weights.bundle import DEFAULT
 
 log = logging.getLogger(__name__)
 
@@ -263,19 +263,19 @@ def _check_source(options: EvalOptions) -> None:
 
 def _system(options: EvalOptions, processes: Processes) -> KnownSource:
     """The network, known by its weights as they are in the file: merged ones may differ from machine to machine."""
+    from varestorer.systems import load
     from varestorer.systems.acceleration import Acceleration
-    from varestorer.systems.loading import check_is_student
-    from varestorer.systems.varestorer import VARestorer
+    from varestorer.weights.resolve import locate
 
     model = options.model_path if options.method == "tokenizer" else options.ckpt
     with processes.main_first():
-        system = VARestorer.from_pretrained(model)
+        system = load(model)
     settings: dict[str, Any] = {"ckpt": DEFAULT if model is None else model, "weights": weights_digest(system)}
     system.to(processes.device)
     if options.method == "tokenizer":
         return ReconstructionSource(system, settings)
-    check_is_student(system, named_or_default(model))
-    settings["student"] = asdict(system.student_config)  # of the same weights, other traits make other images
+    system.check_source(locate(model, {}))
+    settings |= system.traits  # of the same weights, other traits make other images
     is_one_step = options.steps == "one"
     if options.precision is not None:
         acceleration = Acceleration(is_one_step, options.precision).on(processes.device)

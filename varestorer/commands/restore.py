@@ -12,7 +12,7 @@ from omegaconf import MISSING, DictConfig
 
 from varestorer.commands.entry import FAILED, OK, Command, say, typed
 from varestorer.utils.errors import UsageError, UserError
-from varestorer.weights.bundle import DEFAULT, named_or_default
+from varestorer.weights.bundle import DEFAULT
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -132,13 +132,13 @@ def restore(cfg: DictConfig) -> int:
     sizes = sorted(set(options.sizes or ()))
     plan = plan_restoration(options.input, options.output, tuple(size_label(size) for size in sizes[:-1]))
     check_writable(plan.output, "output")
+    from varestorer.systems import load
     from varestorer.systems.folder import restore_files
-    from varestorer.systems.loading import class_of
     from varestorer.systems.prompts import TextOptions, find_texts
 
     # on the CPU its files are only mapped: weights take no memory before they are used
     merge = options.steps == "one" and options.compat is None
-    system = class_of(options.ckpt).from_pretrained(options.ckpt, device="cpu", merge=merge)
+    system = load(options.ckpt, device="cpu", merge=merge)
     check_fit(system, options)
     pending = plan.pending(options.overwrite)
     wanted = TextOptions(options.prompt, options.caption == "auto", options.text_encoder, options.captioner)
@@ -212,8 +212,6 @@ def check_fit(system: VARestorer, options: RestoreOptions) -> None:
     Raises:
         UsageError: names the key, what it was and what it may be.
     """
-    from varestorer.systems.loading import check_is_student
-
     num_scales, tile = len(system.schedule), options.tile or system.tile
     tiles = (system.tile,) if options.compat else system.tiles
     if tile not in tiles:
@@ -232,7 +230,7 @@ def check_fit(system: VARestorer, options: RestoreOptions) -> None:
             f"steps must be one for a model whose adapters are merged (no teacher is left), got steps={options.steps}"
         )
     if options.steps != "multi":
-        check_is_student(system, named_or_default(options.ckpt))
+        system.check_source(locate(options.ckpt, {}))
     if options.compat and student is None:
         raise UsageError("compat=official is for students like the released one, and this model is of another paper")
     if options.compat and (traits := system.student_config.unreleased):
@@ -278,6 +276,7 @@ def bind(system: VARestorer, options: RestoreOptions, texts: Texts) -> RestoreIm
     scale = whole(options.scale)
     keys = ("select", "steps", "color", "tile", "overlap", "batch", "uncertainty", "sizes")
     wishes = {key: getattr(options, key) for key in keys}
+    wishes["steps"] = None if options.steps == "one" else options.steps  # the way of the system
     chosen: dict[str, Any] = {key: value for key, value in wishes.items() if value is not None}
 
     def run(image_3HW: Tensor, job: Job, seed: int) -> Restored:

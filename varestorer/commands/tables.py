@@ -111,9 +111,9 @@ def system_records(options: TablesOptions) -> list[SystemRecord]:
     encoder = None if options.text_encoder is None else _text_encoder(options.text_encoder)
     systems = {name: _from_config(name, options.seed, "meta") for name in _model_names()}
     if options.ckpt is not None:
-        from varestorer.systems.varestorer import VARestorer
+        from varestorer.systems import load
 
-        systems[Path(options.ckpt).name] = VARestorer.from_pretrained(options.ckpt, device=device, merge=True)
+        systems[Path(options.ckpt).name] = load(options.ckpt, device=device, merge=True)
     costs = {label: cost_of(system, encoder) for label, system in systems.items()}
     timed = {
         label: _from_config(label, options.seed, device) if system.device.type == "meta" else system

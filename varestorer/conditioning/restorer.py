@@ -31,6 +31,8 @@ PUBLISHED_SIZES = {
 }
 FEWEST_FEATURES = 16  # of an RCAN, whose attention looks at a sixteenth of them
 MOST_MASKS = 4  # two for each size of image
+
+
 class Restorer(nn.Module):
     """A 1x restoration network that takes any image size, frozen unless `training.restorer` trains it.
 

@@ -220,7 +220,13 @@ class SystemSource:
         lq_3hw = load_image(lq_path)
         seed = derive_seed(self.seed, name)
         with torch.no_grad():
-            restored = partial(self.system.restore, lq_3hw, scale=self.scale, seed=seed, steps=self.steps)
+            restored = partial(
+                self.system.restore,
+                lq_3hw,
+                scale=self.scale,
+                seed=seed,
+                steps=None if self.steps == "one" else self.steps,
+            )
             return timed(lambda: restored().image, lq_path)
 
 

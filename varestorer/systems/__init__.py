@@ -1,19 +1,16 @@
-"""The papers' systems, and the one door to them."""
+"""The papers' systems, and the one door to them: `load`."""
 
 from __future__ import annotations
 
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from varestorer.systems.base import System
+from typing import Any
 
 SYSTEMS = {"varestorer": "VARestorer", "varsr": "VARSR", "hvar": "HVAR"}
 """Name of a system, which is that of its module, -> its class."""
 
 
-def system_class(name: str) -> type[System]:
+def system_class(name: str) -> Any:
     """The class of a system.
 
     Raises:
@@ -23,11 +20,10 @@ def system_class(name: str) -> type[System]:
 
     if name not in SYSTEMS:
         raise UserError(f"system must be one of {', '.join(SYSTEMS)}, got {name}")
-    found: type[System] = getattr(import_module(f"varestorer.systems.{name}"), SYSTEMS[name])
-    return found
+    return getattr(import_module(f"varestorer.systems.{name}"), SYSTEMS[name])
 
 
-def load(name: str | Path | None = None, **options: Any) -> System:
+def load(name: str | Path | None = None, **options: Any) -> Any:
     """Load any paper's system, in evaluation mode.
 
     A bundle's `config.json` and a run's config name their system; a published file is known by its tensors.

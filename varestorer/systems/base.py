@@ -169,6 +169,13 @@ class System(
             UserError: something that this system cannot do; says what it has instead.
         """
 
+    @property
+    def traits(self) -> dict[str, Any]:
+        """What of the config decides how a picture looks, beside sizes and weights."""
+        return {
+            name: part for name, part in self.config.items() if name not in ("schedule", "tokenizer", "transformer")
+        }
+
     def parts(self) -> dict[str, dict[str, Tensor]]:
         """Tensors of each file of a bundle."""
         return {part: dict(getattr(self, part).state_dict()) for part in ("tokenizer", "transformer")}

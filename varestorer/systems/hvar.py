@@ -37,7 +37,7 @@ from varestorer.utils.errors import UserError
 from varestorer.utils.images import to_network
 from varestorer.utils.seeds import torch_generator
 from varestorer.utils.tiling import restore_to_sizes, scaled_size
-from varestorer.weights.bundle import is_bundle, read_config
+from varestorer.weights.bundle import is_bundle, read_config, shipped
 from varestorer.weights.files import read_tensors
 from varestorer.weights.load import allocate, fill
 from varestorer.weights.published.varsr import (
@@ -48,7 +48,6 @@ from varestorer.weights.published.varsr import (
     varsr_tensors,
     vqvae_tensors,
 )
-from varestorer.weights.bundle import shipped
 from varestorer.weights.runs import CONFIG, is_run, latest_checkpoint
 
 VAR_SIDES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)

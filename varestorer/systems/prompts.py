@@ -83,6 +83,10 @@ def find_texts(
     prompts = {job.name: options.prompt for job in jobs} if options.prompt else {}
     if not prompts and not options.use_captions:
         return Texts()
+    if system.transformer.config.num_classes:
+        raise UserError(
+            f"prompt= and caption= are for systems that read text, and {system.name} does not; leave them out"
+        )
     if options.text_encoder is None and system.transformer.config.text_width != DEFAULT_WIDTH:
         what = "no captions are made" if options.use_captions else "the prompt is recorded, and changes nothing"
         logger.warning("this model was trained without text: %s", what)

@@ -40,8 +40,8 @@ from varestorer.transformer.refiner import keyed_noise as keyed_normal_noise
 from varestorer.utils.errors import UserError
 from varestorer.utils.images import to_network
 from varestorer.utils.seeds import torch_generator
-from varestorer.weights.load import allocate
 from varestorer.weights.bundle import shipped
+from varestorer.weights.load import allocate
 
 GROWTHS: dict[str, Callable[[int, int], float]] = {
     "linear": lambda k, last: k / last,

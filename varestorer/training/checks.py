@@ -15,9 +15,9 @@ from varestorer.data.datasets import INSIDE
 from varestorer.losses.build import WITH_WEIGHTS, perceptual_loss
 from varestorer.training.config import trainer_config
 from varestorer.utils.errors import UsageError, UserError, reason
+from varestorer.weights.bundle import shipped
 from varestorer.weights.files import read_tensors
 from varestorer.weights.load import WHERE, check_part
-from varestorer.weights.bundle import shipped
 
 
 def check_stages(stages: Mapping[str, DictConfig], num_processes: int, device: torch.device) -> None:

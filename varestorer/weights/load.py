@@ -3,7 +3,6 @@
 Files are mapped into memory and their tensors taken as they are, so a part costs memory once, when it is first used.
 """
 
-
 from __future__ import annotations
 
 import logging
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from varestorer.transformer import VARTransformer
 from varestorer.transformer.adapters import assign_plain, folded, plain_name, plain_state_dict
 from varestorer.utils.errors import UserError, reason
-from varestorer.weights.bundle import ADAPTERS, is_bundle, read_config, tensors_file
+from varestorer.weights.bundle import ADAPTERS, is_bundle, read_config, shipped, tensors_file
 from varestorer.weights.files import check_names_and_shapes, read_tensors
 from varestorer.weights.published.infinity import (
     STUDENT_FILE,
@@ -26,7 +25,6 @@ from varestorer.weights.published.infinity import (
     tokenizer_tensors,
     transformer_tensors,
 )
-from varestorer.weights.bundle import shipped
 from varestorer.weights.runs import is_run, load_run_weights
 
 LOG = logging.getLogger(__name__)

@@ -14,10 +14,9 @@ from torch import Tensor, nn
 
 from varestorer.conditioning.restorer import PUBLISHED_SIZES, Restorer
 from varestorer.utils.errors import UserError, reason
-from varestorer.weights.bundle import RESTORER, is_bundle, tensors_file
+from varestorer.weights.bundle import RESTORER, is_bundle, shipped, tensors_file
 from varestorer.weights.files import Differences, differences, read_tensors
 from varestorer.weights.published import check_derived
-from varestorer.weights.bundle import shipped
 from varestorer.weights.runs import is_run, load_run_weights
 
 DERIVED = (".attn_mask", ".relative_position_index")  # of a SwinIR: they follow from its sizes

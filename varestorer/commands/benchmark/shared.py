@@ -31,12 +31,12 @@ def build_system(cfg: DictConfig, device: torch.device) -> VARestorer:
     Random weights are drawn on the device itself; two calls give the same ones.
     """
     from varestorer.evaluation.cost import add_published_restorer, random_system
-    from varestorer.systems.varestorer import VARestorer
+    from varestorer.systems import load
 
     if cfg.restorer not in RESTORERS:
         raise UsageError(f"restorer must be one of {', '.join(RESTORERS)}, got restorer={cfg.restorer}")
     if cfg.ckpt is not None:
-        system = VARestorer.from_pretrained(cfg.ckpt, device=device)
+        system = load(cfg.ckpt, device=device)
     else:
         sizes: Any = OmegaConf.to_container(cfg.model, resolve=True)
         system = random_system({name: sizes[name] for name in SIZES}, device, int(cfg.seed))

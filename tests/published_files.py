@@ -7,7 +7,8 @@ import torch
 from varestorer.conditioning.restorer import Restorer
 from varestorer.systems.varestorer import VARestorer
 from varestorer.utils.seeds import torch_generator
-from varestorer.weights.published.infinity import STUDENT_FILE, TOKENIZER_FILE, TRANSFORMER_FILE, part_tensors
+from varestorer.weights.published import STUDENT_FILE, TOKENIZER_FILE, TRANSFORMER_FILE
+from varestorer.weights.published.infinity import part_tensors
 
 TOKENIZER = {
     "channels": 32,

@@ -18,7 +18,7 @@ from varestorer.evaluation.evaluator import Evaluator
 from varestorer.evaluation.sources import BicubicSource
 from varestorer.systems.varestorer import StudentConfig, VARestorer
 from varestorer.utils.images import load_image, resize, save_image
-from varestorer.weights.resolve import DEFAULT
+from varestorer.weights.bundle import DEFAULT
 
 pytestmark = pytest.mark.smoke
 

@@ -19,7 +19,7 @@ from varestorer.conditioning.text_encoder import TextEncoder
 from varestorer.systems.acceleration import Acceleration
 from varestorer.systems.varestorer import StudentConfig, VARestorer
 from varestorer.utils.images import load_image
-from varestorer.weights.resolve import DEFAULT
+from varestorer.weights.bundle import DEFAULT
 
 pytestmark = pytest.mark.smoke
 

@@ -15,7 +15,12 @@ RELEASE = {"varestorer.pth": "a" * 64, "infinity_vae_d32reg.pth": "b" * 64, "gen
 
 def config(**student: object) -> dict:
     parts = {"tokenizer": TokenizerConfig(), "transformer": TransformerConfig(), "student": StudentConfig(**student)}
-    return {"format": 1, "schedule": {"size": "0.25M"}, **{name: asdict(part) for name, part in parts.items()}}
+    return {
+        "format": 1,
+        "system": "varestorer",
+        "schedule": {"size": "0.25M"},
+        **{name: asdict(part) for name, part in parts.items()},
+    }
 
 
 def head(card: str) -> dict:
@@ -75,7 +80,7 @@ def test_what_became_of_the_adapters_is_told() -> None:
 
 def test_the_use_and_the_citation_are_there_and_no_brace_is_left_over() -> None:
     card = model_card(config(), FILES, RELEASE)
-    assert 'VARestorer.from_pretrained("' in card
+    assert 'load("' in card
     assert "python scripts/restore.py input=photo.jpg" in card
     assert "@inproceedings{varestorer2026," in card
     assert "{{" not in card

@@ -11,8 +11,15 @@ from varestorer.data.embedded import embedded_photographs
 from varestorer.systems.varestorer import VARestorer
 from varestorer.utils.images import resize
 from varestorer.utils.iqa import create_metric, missing_weights
-from varestorer.weights.bundle import adapter_tensors, read_config, student_of
-from varestorer.weights.resolve import ASSETS, DEFAULT, named_or_default, shipped
+from varestorer.weights.bundle import (
+    ASSETS,
+    DEFAULT,
+    adapter_tensors,
+    named_or_default,
+    read_config,
+    shipped,
+    student_of,
+)
 from varestorer.weights.restorers import load_restorer
 
 BUNDLE = ASSETS / DEFAULT

@@ -284,7 +284,7 @@ def check_publishable(system: VARestorer, source: Path) -> None:
     Raises:
         UserError: a student without adapters of its own, which would be read as a teacher.
     """
-    from varestorer.weights.restorers import PUBLISHED_FILE
+    from varestorer.weights.published import RESTORER_FILE
 
     student = system.student_config
     if student.merged or (student.lora_rank == 0 and not is_published(source)):
@@ -295,7 +295,7 @@ def check_publishable(system: VARestorer, source: Path) -> None:
     if dict(system.config["schedule"]) != {"size": "0.25M"}:
         LOG.warning("the published form has no place for the schedule: what reads it will assume that of 0.25M")
     if system.restorer is None:
-        LOG.warning("this model has no restorer, and the published form wants %s beside it", PUBLISHED_FILE)
+        LOG.warning("this model has no restorer, and the published form wants %s beside it", RESTORER_FILE)
 
 
 def save_published(system: VARestorer, part: str, path: Path) -> None:
@@ -319,7 +319,7 @@ def save_aside(system: VARestorer, folder: Path, half: bool, overwrite: bool) ->
     Args:
         system: what to write.
         folder: the bundle.
-        half: see `systems.bundle.save_bundle`.
+        half: see `weights.bundle.save_bundle`.
         overwrite: replace what is in the folder.
     Raises:
         UserError: it cannot be written.

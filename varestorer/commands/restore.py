@@ -212,6 +212,8 @@ def check_fit(system: VARestorer, options: RestoreOptions) -> None:
     Raises:
         UsageError: names the key, what it was and what it may be.
     """
+    from varestorer.weights.resolve import locate
+
     num_scales, tile = len(system.schedule), options.tile or system.tile
     tiles = (system.tile,) if options.compat else system.tiles
     if tile not in tiles:

@@ -81,7 +81,7 @@ class KnownSource(Protocol):
 class Restorer(Protocol):
     """What `SystemSource` needs of a system: `systems.VARestorer` is one."""
 
-    def restore(self, image: Any, scale: int = 4, *, seed: int = 0, steps: str | int = "one") -> Any:
+    def restore(self, image: Any, scale: int = 4, *, seed: int = 0, steps: str | int | None = None) -> Any:
         """Restore one (3, h, w) image in [0, 1]; the result has `image`, (3, h * scale, w * scale)."""
         ...
 

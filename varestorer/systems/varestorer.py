@@ -44,11 +44,12 @@ from varestorer.utils.errors import UsageError, UserError
 from varestorer.utils.finite import spread_nan
 from varestorer.utils.images import from_network, to_network
 from varestorer.utils.seeds import torch_generator
-from varestorer.weights.bundle import ADAPTERS, RESTORER, tensors_file
+from varestorer.weights.bundle import ADAPTERS, RESTORER, shipped, tensors_file
 from varestorer.weights.files import read_entries
 from varestorer.weights.load import allocate, check_part, load_part
-from varestorer.weights.published.infinity import STUDENT_FILE, adapter_rank, tokenizer_sizes, transformer_sizes
-from varestorer.weights.resolve import companion, is_published, shipped
+from varestorer.weights.published import STUDENT_FILE
+from varestorer.weights.published.infinity import adapter_rank, tokenizer_sizes, transformer_sizes
+from varestorer.weights.resolve import companion, is_published
 from varestorer.weights.restorers import load_restorer
 
 MOST_TEXTS = 8
@@ -145,7 +146,7 @@ class VARestorer(System):
         restorer: what cleans images before they are tokenized: a file, a run or a bundle that holds a restorer (see
             `load_restorer`), or the sizes of a new one (arguments of `new_restorer`); None for nothing.
         weights: files of the parts "tokenizer" and "transformer": published, a bundle or a run, see
-            `systems.parts.load_part`; a part without a file gets random weights.
+            `weights.load.load_part`; a part without a file gets random weights.
         new_adapters: draw the adapters, whatever the transformer's file holds: to distil a student again from the
             teacher of a model that has one.
         merge: fold the adapters of a bundle into its base weights as they are read; the quick way to the student alone.

@@ -413,7 +413,7 @@ class VARSR(System):
         return self._options | {name: asdict(part) for name, part in parts.items()}  # type: ignore[call-overload]
 
     def network(self) -> dict[str, Tensor]:
-        """All but the tokenizer by the names of `weights.published_varsr`: the transformer's have no prefix."""
+        """All but the tokenizer by the names of `weights.published.varsr`: the transformer's have no prefix."""
         state = self.state_dict()
         return {name.removeprefix("transformer."): t for name, t in state.items() if not name.startswith("tokenizer.")}
 

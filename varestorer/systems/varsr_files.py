@@ -68,7 +68,7 @@ def network_of(wanted: Mapping[str, Tensor], sides: Sequence[int], path: Path) -
     classes the first ones.
 
     Args:
-        wanted: of the network to be filled, by the names of `weights.published_varsr`.
+        wanted: of the network to be filled, by the names of `weights.published.varsr`.
         sides: of its schedule.
         path: the file.
 

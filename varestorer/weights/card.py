@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from varestorer.weights.published.infinity import STUDENT_FILE, TOKENIZER_FILE, TRANSFORMER_FILE
+from varestorer.weights.published import RESTORER_FILE, STUDENT_FILE, TOKENIZER_FILE, TRANSFORMER_FILE
 
-RESTORER_FILE = "general_swinir_v1.ckpt"
 # What was read in the owners' repositories; the licence of a repository need not be that of its weights.
 TERMS = {
     STUDENT_FILE: "VARestorer (EternalEvan/VARestorer): the repository is MIT",
@@ -17,10 +16,34 @@ TERMS = {
 }
 BASED_ON = {STUDENT_FILE: (TRANSFORMER_FILE,)}  # what a file was trained from, and so holds too
 CONTENTS = {
-    "tokenizer.safetensors": "images to bits and back",
-    "transformer.safetensors": "predicts the bits",
+    "tokenizer.safetensors": "images to tokens and back",
+    "transformer.safetensors": "predicts the tokens",
     "adapters.safetensors": "make the one-step student of the transformer",
     "restorer.safetensors": "cleans an image before it is tokenised",
+}
+
+PAPERS = {  # system -> its name, arXiv number, title, where, when
+    "varestorer": (
+        "VARestorer",
+        "2604.21450",
+        "VARestorer: One-Step VAR Distillation for Real-World Image Super-Resolution",
+        "International Conference on Learning Representations",
+        2026,
+    ),
+    "varsr": (
+        "VARSR",
+        "2501.18993",
+        "Visual Autoregressive Modeling for Image Super-Resolution",
+        "International Conference on Machine Learning",
+        2025,
+    ),
+    "hvar": (
+        "H-VAR",
+        "2506.04990",
+        "Multi-scale Image Super Resolution with a Single Auto-Regressive Model",
+        "arXiv",
+        2025,
+    ),
 }
 
 TEMPLATE = """\
@@ -43,10 +66,10 @@ TEMPLATE = """\
 ## How to use it
 
 ```python
-from varestorer import VARestorer
+from varestorer.systems import load
 from varestorer.utils.images import load_image, save_image
 
-system = VARestorer.from_pretrained("THIS_FOLDER_OR_ITS_NAME_ON_THE_HUB")
+system = load("THIS_FOLDER_OR_ITS_NAME_ON_THE_HUB")
 save_image("restored.png", system.restore(load_image("photo.jpg"), scale=4).image)
 ```
 
@@ -68,12 +91,7 @@ measurements out of its pictures.
 ## Citation
 
 ```bibtex
-@inproceedings{{varestorer2026,
-  title     = {{VARestorer: One-Step VAR Distillation for Real-World Image Super-Resolution}},
-  booktitle = {{International Conference on Learning Representations}},
-  year      = {{2026}},
-  note      = {{arXiv:2604.21450}}
-}}
+{citation}
 ```
 """
 
@@ -84,21 +102,24 @@ def model_card(
     """The text of a card; the same arguments give the same text.
 
     Args:
-        config: of the bundle: `schedule`, `tokenizer`, `transformer` and `student`.
+        config: of the bundle: `system`, `schedule`, `tokenizer`, `transformer`, and `student` where there is one.
         files: the bundle's files of tensors and their sizes in bytes.
         sources: SHA-256 of the files that the weights were converted from, by their names.
         precision: of the transformer's blocks, or "fp16": in which all is stored; None leaves it out.
     """
     from_release = any(name in TERMS for name in sources)
+    student = config.get("student") or {"lora_rank": 0}
+    name, arxiv, title, venue, year = PAPERS[config["system"]]
     return TEMPLATE.format(
         front_matter=_front_matter(from_release),
-        title="VARestorer" if STUDENT_FILE in sources else "A VARestorer model",
-        what=_what(bool(config["student"]["lora_rank"])),
+        title="VARestorer" if STUDENT_FILE in sources else f"A {name} model",
+        what=_what(bool(student["lora_rank"])) if "student" in config else _of_paper(name, arxiv),
         files=_table(files),
         sizes=_sizes(config, precision),
-        adapters=_adapters(config["student"]),
+        adapters=_adapters(student),
         sources=_sources(sources),
         licences=_licences(sources) if from_release else OWN_LICENCE,
+        citation=_citation(config["system"], title, venue, year, arxiv),
     )
 
 
@@ -125,6 +146,18 @@ def _what(is_student: bool) -> str:
     return f"A bundle of the `varestorer` package: {kind} ([arXiv 2604.21450](https://arxiv.org/abs/2604.21450))."
 
 
+def _of_paper(name: str, arxiv: str) -> str:
+    return (
+        "A bundle of the `varestorer` package: image super-resolution with a visual autoregressive transformer,\n"
+        f"{name} ([arXiv {arxiv}](https://arxiv.org/abs/{arxiv}))."
+    )
+
+
+def _citation(key: str, title: str, venue: str, year: int, arxiv: str) -> str:
+    lines = [f"@inproceedings{{{key}{year},", f"  title     = {{{title}}},", f"  booktitle = {{{venue}}},"]
+    return "\n".join([*lines, f"  year      = {{{year}}},", f"  note      = {{arXiv:{arxiv}}}", "}"])
+
+
 def _table(files: Mapping[str, int]) -> str:
     rows = [f"| `{name}` | {_megabytes(size)} | {CONTENTS.get(name, '')} |" for name, size in sorted(files.items())]
     return "\n".join(["| file | size | what it does |", "|---|---|---|", *rows, "| `config.json` | | the sizes |"])
@@ -137,11 +170,13 @@ def _megabytes(size: int) -> str:
 def _sizes(config: Mapping[str, Any], precision: str | None) -> str:
     transformer, tokenizer = config["transformer"], config["tokenizer"]
     stride = tokenizer["patch_size"] * 2 ** (len(tokenizer["multipliers"]) - 1)
+    classes, vocabulary = transformer.get("num_classes"), tokenizer.get("vocabulary")
+    condition = f"{classes} learned conditions" if classes else f"text features of width {transformer['text_width']}"
+    token = f"one of {vocabulary} codes" if vocabulary else f"{tokenizer['latent_width']} bits"
     lines = [
         f"- Transformer: width {transformer['width']}, {transformer['depth']} blocks, "
-        f"{transformer['num_heads']} heads, text features of width {transformer['text_width']}.",
-        f"- Tokenizer: {tokenizer['latent_width']} bits per token of {stride}x{stride} pixels, "
-        f"{tokenizer['channels']} channels.",
+        f"{transformer['num_heads']} heads, {condition}.",
+        f"- Tokenizer: {token} per token of {stride}x{stride} pixels, {tokenizer['channels']} channels.",
         f"- Schedule: {', '.join(f'{key} {value}' for key, value in sorted(config['schedule'].items()))}.",
     ]
     if precision == "fp16":

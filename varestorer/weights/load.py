@@ -110,7 +110,7 @@ def _load_from_bundle(module: nn.Module, part: str, bundle: Path, fold: bool, ne
     given, wanted = _widened(read_tensors(file)), plain_state_dict(module)
     check_names_and_shapes(_without_adapters(wanted), given, str(file))
     adapters = {name: tensor for name, tensor in wanted.items() if ".lora_" in name}
-    student = read_config(bundle)["student"]
+    student = read_config(bundle).get("student") or {"lora_rank": 0, "merged": False}
     if fold and part == "transformer" and student["lora_rank"] and not student["merged"]:
         held = _widened(read_tensors(tensors_file(bundle, ADAPTERS)))
         given = folded(given, held, student["cross_value_bias"])

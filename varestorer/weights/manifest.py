@@ -1,7 +1,7 @@
 """What a file holds, without loading it: names, shapes and types of its tensors, compared with a manifest.
 
 A manifest is a JSON object `{name: {"shape": [...], "dtype": "float32"}}`, or the tensors of a network on the meta
-device (`systems.published.manifest`). Both are handled as tensors on the meta device, which have no data.
+device (`published.infinity.manifest`). Both are handled as tensors on the meta device, which have no data.
 """
 
 from __future__ import annotations

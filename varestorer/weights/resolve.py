@@ -16,18 +16,18 @@ from varestorer.utils.files import expand_user
 from varestorer.utils.hub import is_hub_name
 from varestorer.weights.bundle import ADAPTERS, RESTORER, is_bundle, named_or_default, read_config
 from varestorer.weights.files import read_entries, read_metadata
+from varestorer.weights.published import RESTORER_FILE
 from varestorer.weights.published.infinity import (
     STUDENT_FILE,
     TOKENIZER_FILE,
 )
 from varestorer.weights.published.varsr import network_kind
-from varestorer.weights.restorers import PUBLISHED_FILE
 from varestorer.weights.runs import CONFIG, is_run, latest_checkpoint
 from varestorer.weights.storage import STATE
 
 COMPANIONS = {  # of the published student: file name, where to get it
     "tokenizer": (TOKENIZER_FILE, "hub FoundationVision/Infinity"),
-    "restorer": (PUBLISHED_FILE, "hub lxq007/DiffBIR"),
+    "restorer": (RESTORER_FILE, "hub lxq007/DiffBIR"),
 }
 MODEL_PARTS = ("tokenizer", "transformer")
 HOW = f"give a run of scripts/train.py, a checkpoint of one, a bundle's folder, or the published {STUDENT_FILE}"

@@ -16,13 +16,12 @@ from varestorer.conditioning.restorer import PUBLISHED_SIZES, Restorer
 from varestorer.utils.errors import UserError, reason
 from varestorer.weights.bundle import RESTORER, is_bundle, shipped, tensors_file
 from varestorer.weights.files import Differences, differences, read_tensors
-from varestorer.weights.published import check_derived
+from varestorer.weights.published import RESTORER_FILE, check_derived
 from varestorer.weights.runs import is_run, load_run_weights
 
 DERIVED = (".attn_mask", ".relative_position_index")  # of a SwinIR: they follow from its sizes
-PUBLISHED_FILE = "general_swinir_v1.ckpt"
 _REMEDY = (
-    f"get {PUBLISHED_FILE} (GeneralSwinIR of DiffBIR, hub lxq007/DiffBIR) and set model.restorer to it, or to a run of "
+    f"get {RESTORER_FILE} (GeneralSwinIR of DiffBIR, hub lxq007/DiffBIR) and set model.restorer to it, or to a run of "
     "nano_restorer, a bundle, or nano, whose restorer comes with the package"
 )
 
@@ -43,7 +42,7 @@ def load_restorer(path: str | Path, device: torch.device | str = "cpu") -> Resto
         tensors = _of_run(file)
     else:
         if file.is_dir():
-            file = tensors_file(file, RESTORER) if is_bundle(file) else file / PUBLISHED_FILE
+            file = tensors_file(file, RESTORER) if is_bundle(file) else file / RESTORER_FILE
         if not file.is_file():
             raise UserError(f"the restorer's weights were not found at {file}; {_REMEDY}")
         tensors = read_tensors(file, nested=("state_dict",))
@@ -63,7 +62,7 @@ def _of_run(run: Path) -> dict[str, Tensor]:
     held = load_run_weights(run).items()
     tensors = {name.removeprefix(prefix): tensor for name, tensor in held if name.startswith(prefix)}
     if not tensors:
-        raise UserError(f"the run {run} has no restorer of its own; give a run of nano_restorer, or {PUBLISHED_FILE}")
+        raise UserError(f"the run {run} has no restorer of its own; give a run of nano_restorer, or {RESTORER_FILE}")
     return tensors
 
 

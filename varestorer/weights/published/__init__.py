@@ -15,6 +15,11 @@ from torch import Tensor
 from varestorer.utils.errors import UserError
 from varestorer.weights.files import check_names_and_shapes
 
+TRANSFORMER_FILE = "infinity_2b_reg.pth"
+TOKENIZER_FILE = "infinity_vae_d32reg.pth"
+STUDENT_FILE = "varestorer.pth"
+RESTORER_FILE = "general_swinir_v1.ckpt"
+"""The files of Infinity, VARestorer and, for its restorer, DiffBIR."""
 Table = Iterable[tuple[str, str | Callable[[re.Match[str]], str]]]
 
 

@@ -18,12 +18,17 @@ from varestorer.tokenizer import MultiScaleTokenizer, TokenizerConfig
 from varestorer.transformer import TransformerConfig, VARTransformer
 from varestorer.transformer.adapters import attach_adapters, plain_state_dict
 from varestorer.utils.errors import UserError
-from varestorer.weights.published import Table, from_published, to_published, translate
+from varestorer.weights.published import (
+    STUDENT_FILE,
+    TOKENIZER_FILE,
+    TRANSFORMER_FILE,
+    Table,
+    from_published,
+    to_published,
+    translate,
+)
 from varestorer.weights.restorers import published_restorer_tensors
 
-TRANSFORMER_FILE = "infinity_2b_reg.pth"
-TOKENIZER_FILE = "infinity_vae_d32reg.pth"
-STUDENT_FILE = "varestorer.pth"
 LFQ_MASKS = ("quantizer.lfq.mask", "quantize.lfq.mask")  # one tensor under two names; a file may have either or both
 
 

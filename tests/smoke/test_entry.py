@@ -265,9 +265,15 @@ def experiment(tmp_path: Path, monkeypatch) -> list[str]:
     monkeypatch.syspath_prepend(TOYS)
     monkeypatch.chdir(tmp_path)
     extra = tmp_path / "extra"
-    groups = [{"override /model": "toy"}, {"override /data": "toy"}, {"override /logger": "none"}]
+    groups = [
+        {"override /system": "toy"},
+        {"override /model": "toy"},
+        {"override /data": "toy"},
+        {"override /logger": "none"},
+    ]
     files = {
-        "model/toy.yaml": {"_target_": "toy_training.ToySystem"},
+        "system/toy.yaml": {"_target_": "toy_training.ToySystem"},
+        "model/toy.yaml": {"width": 3},
         "data/toy.yaml": {"_target_": "toy_training.ToyPairs", "seed": "${seed}"},
         "experiment/toy.yaml": {
             "defaults": groups,
@@ -278,7 +284,8 @@ def experiment(tmp_path: Path, monkeypatch) -> list[str]:
     }
     for name, content in files.items():
         (extra / name).parent.mkdir(parents=True, exist_ok=True)
-        head = "# @package _global_\n" if name.startswith("experiment") else ""
+        package = {"experiment": "_global_", "system": "model"}.get(name.partition("/")[0])
+        head = f"# @package {package}\n" if package else ""
         (extra / name).write_text(head + yaml.safe_dump(content, sort_keys=False))
     return ["+experiment=toy", "device=cpu", "--config-dir", str(extra)]
 

@@ -144,8 +144,10 @@ def _from_config(name: str, seed: int, device: torch.device | str) -> VARestorer
     import torch
 
     from varestorer.evaluation.cost import add_published_restorer
+    from varestorer.systems import SYSTEMS
 
-    cfg = hydra.compose("tables", [f"model={name}", f"seed={seed}"])
+    system_name = next((known for known in SYSTEMS if name.startswith(known)), "varestorer")
+    cfg = hydra.compose("tables", [f"system={system_name}", f"model={name}", f"seed={seed}"])
     with torch.device("meta") if str(device) == "meta" else nullcontext():
         system: VARestorer = hydra.utils.instantiate(cfg.model)
     if name == PAPER_MODEL and system.restorer is None:

@@ -332,5 +332,5 @@ def summary(run_dir: Path, report: Path | None) -> str:
     return "\n".join(lines if report is None else [*lines, f"report:      {report}"])
 
 
-COMMAND = Command("train", "train", train, HELP, groups=("experiment",))
+COMMAND = Command("train", "train", train, HELP, groups=("experiment", "system", "model"))
 __all__ = ["COMMAND", "TrainConfig", "train"]

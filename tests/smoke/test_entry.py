@@ -265,7 +265,8 @@ def experiment(tmp_path: Path, monkeypatch) -> list[str]:
     monkeypatch.syspath_prepend(TOYS)
     monkeypatch.chdir(tmp_path)
     extra = tmp_path / "extra"
-    groups = [
+    toys = [{f"override /{group}": "toy"} for group in ("system", "model", "data")]
+    groups = [*toys, {"override /logger": "none"}]
         {"override /system": "toy"},
         {"override /model": "toy"},
         {"override /data": "toy"},

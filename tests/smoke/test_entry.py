@@ -267,11 +267,6 @@ def experiment(tmp_path: Path, monkeypatch) -> list[str]:
     extra = tmp_path / "extra"
     toys = [{f"override /{group}": "toy"} for group in ("system", "model", "data")]
     groups = [*toys, {"override /logger": "none"}]
-        {"override /system": "toy"},
-        {"override /model": "toy"},
-        {"override /data": "toy"},
-        {"override /logger": "none"},
-    ]
     files = {
         "system/toy.yaml": {"_target_": "toy_training.ToySystem"},
         "model/toy.yaml": {"width": 3},

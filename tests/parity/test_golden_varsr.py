@@ -15,7 +15,7 @@ from varestorer.evaluation.parity.varsr import Group
 from varestorer.systems.varsr import VARSR
 from varestorer.systems.varsr_files import class_to_restoration
 from varestorer.systems.varsr_golden import GoldenVARSR
-from varestorer.tokenizer.residual import MultiScaleQuantizer, phi_index
+from varestorer.tokenizer.quantizer import MultiScaleQuantizer, phi_index
 from varestorer.training.parity_varsr import compare_training
 from varestorer.training.varsr import VARSRTask
 from varestorer.transformer.refiner import DATA_SCALE, Refiner

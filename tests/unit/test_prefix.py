@@ -5,7 +5,7 @@ import torch
 
 from varestorer.systems.varestorer import VARestorer
 from varestorer.training.prefix import PrefixTask
-from varestorer.transformer.masks import prefix_causal_mask
+from varestorer.transformer.layout import prefix_causal_mask
 from varestorer.utils.errors import UserError
 
 
@@ -66,7 +66,7 @@ def test_generation_equals_the_trained_network_given_its_own_bits(prefixed: VARe
 
 def _pyramid_of(system: VARestorer, bits: list[torch.Tensor]):  # noqa: ANN202
     from varestorer.tokenizer import TokenPyramid
-    from varestorer.tokenizer.residual import resize_bilinear
+    from varestorer.tokenizer.quantizer import resize_bilinear
 
     sums = [torch.zeros(2, 8, 4, 4)]
     for one in bits:

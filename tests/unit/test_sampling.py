@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from varestorer.systems.varestorer import VARestorer
-from varestorer.tokenizer.residual import resize_area
+from varestorer.tokenizer.quantizer import resize_area
 from varestorer.transformer import TextFeatures
 from varestorer.transformer.generation import Generation, MultiStepGenerator, SamplingOptions
 from varestorer.transformer.heads import BitHead, Noise, keyed_noise

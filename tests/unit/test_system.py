@@ -14,7 +14,7 @@ import torch
 from varestorer.conditioning.restorer import new_restorer
 from varestorer.systems.official import restore_official
 from varestorer.systems.varestorer import VARestorer
-from varestorer.tokenizer.residual import to_tokens
+from varestorer.tokenizer.quantizer import to_tokens
 from varestorer.training.checkpoint import save_initial
 from varestorer.training.distillation import DistillationTask
 from varestorer.training.teacher import TeacherTask

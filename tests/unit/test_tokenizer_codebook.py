@@ -5,8 +5,15 @@ import torch
 from torch import Tensor
 
 from varestorer.tokenizer.autoencoder import AttentionBlock, Decoder, Encoder, init_weights
-from varestorer.tokenizer.quantizers import CodebookQuantizer, code_counts, perplexity, used_share, vq_losses
-from varestorer.tokenizer.residual import Phi, phi_index
+from varestorer.tokenizer.quantizer import (
+    CodebookQuantizer,
+    Phi,
+    code_counts,
+    perplexity,
+    phi_index,
+    used_share,
+    vq_losses,
+)
 
 
 def quantizer(codebook: Tensor) -> CodebookQuantizer:

@@ -17,9 +17,14 @@ from varestorer.transformer.blocks import ffn_width
 from varestorer.transformer.conditions import RMSNorm
 from varestorer.transformer.generation import MultiStepGenerator, SamplingOptions
 from varestorer.transformer.heads import BitHead, keyed_noise
-from varestorer.transformer.layout import PositionRule, long_layout, pyramid_layout
-from varestorer.transformer.masks import block_causal_mask
-from varestorer.transformer.rope import grid_positions, rotate
+from varestorer.transformer.layout import (
+    PositionRule,
+    block_causal_mask,
+    grid_positions,
+    long_layout,
+    pyramid_layout,
+    rotate,
+)
 
 CPU = torch.device("cpu")
 ROPE = PositionRule("rope", 16)

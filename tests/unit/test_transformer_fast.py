@@ -7,13 +7,21 @@ import torch
 from torch import Tensor
 
 from varestorer.systems.varestorer import VARestorer
-from varestorer.tokenizer.residual import to_map
-from varestorer.transformer import TextFeatures, attention, masks
+from varestorer.tokenizer.quantizer import to_map
+from varestorer.transformer import TextFeatures, blocks
+from varestorer.transformer import layout as layouts
 from varestorer.transformer.adapters import adapters_off, merge_adapters, use_adapters
-from varestorer.transformer.attention import LayerCache, attend
-from varestorer.transformer.layout import PositionRule, TokenLayout, long_layout, pyramid_layout
-from varestorer.transformer.masks import BlockCausal, block_causal_mask
-from varestorer.transformer.rope import rotate, rotate_complex
+from varestorer.transformer.blocks import LayerCache, attend
+from varestorer.transformer.layout import (
+    BlockCausal,
+    PositionRule,
+    TokenLayout,
+    block_causal_mask,
+    long_layout,
+    pyramid_layout,
+    rotate,
+    rotate_complex,
+)
 
 CPU = torch.device("cpu")
 ROPE = PositionRule("rope", 16)
@@ -137,7 +145,7 @@ def test_layouts_know_how_many_tokens_each_level_has(tiny_system: VARestorer) ->
 def test_attention_scale_by_scale_equals_the_masked_one(
     tiny_system: VARestorer, monkeypatch: pytest.MonkeyPatch, together: int, num_before: int, num_queries: int
 ) -> None:
-    monkeypatch.setattr(masks, "TOGETHER", together)
+    monkeypatch.setattr(layouts, "TOGETHER", together)
     layout = layout_of(tiny_system)
     q, k, v = (drawn(2, 2, num_before + len(layout), 8, seed=n).requires_grad_() for n in range(3))
     dense = torch.nn.functional.pad(block_causal_mask(layout.levels_L), (num_before, 0), value=True)
@@ -152,7 +160,7 @@ def test_attention_scale_by_scale_equals_the_masked_one(
 def test_the_scale_causal_teacher_may_read_through_a_cache(
     tiny_system: VARestorer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(masks, "TOGETHER", 1)
+    monkeypatch.setattr(layouts, "TOGETHER", 1)
     transformer, layout, text = tiny_system.transformer, layout_of(tiny_system), tiny_system.null_text(2)
     tokens = drawn(2, len(layout) - 1, 8)
     whole = transformer(tokens, text, layout, block_causal_mask(layout.levels_L))
@@ -223,7 +231,7 @@ def test_attention_by_products_is_the_fused_one(kind: str, monkeypatch: pytest.M
     ]
     found = []
     for by_products in (False, True):
-        monkeypatch.setattr(attention, "prefers_products", lambda q, k, chosen=by_products: chosen)
+        monkeypatch.setattr(blocks, "prefers_products", lambda q, k, chosen=by_products: chosen)
         q, k, v = (drawn(2, 3, 5, 8, seed=seed).requires_grad_() for seed in range(3))
         out = attend(q, k, v, mask, scale=0.7)
         gradients = torch.autograd.grad(out.square().sum(), (q, k, v))
@@ -235,17 +243,17 @@ def test_attention_by_products_is_the_fused_one(kind: str, monkeypatch: pytest.M
 def test_products_are_for_short_sequences_in_bfloat16_where_they_are_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     half, long = torch.zeros(1, 1, 5, 4, dtype=torch.bfloat16), torch.zeros(1, 1, 1025, 4, dtype=torch.bfloat16)
     for faster in (False, True):
-        monkeypatch.setattr(attention, "PRODUCTS_ARE_FASTER", faster)
-        assert attention.prefers_products(half, long) is faster
-        assert not attention.prefers_products(half.float(), half.float())
-        assert not attention.prefers_products(half.to("meta"), half.to("meta"))
-        assert not attention.prefers_products(long, long)
+        monkeypatch.setattr(blocks, "PRODUCTS_ARE_FASTER", faster)
+        assert blocks.prefers_products(half, long) is faster
+        assert not blocks.prefers_products(half.float(), half.float())
+        assert not blocks.prefers_products(half.to("meta"), half.to("meta"))
+        assert not blocks.prefers_products(long, long)
 
 
 def test_attention_by_products_in_bfloat16_is_near_the_exact_one(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = (drawn(2, 3, 60, 32, seed=seed) for seed in range(3))
     exact = attend(q, k, v, None, scale=0.3)
-    monkeypatch.setattr(attention, "prefers_products", lambda q, k: True)
+    monkeypatch.setattr(blocks, "prefers_products", lambda q, k: True)
     ours = attend(q.bfloat16(), k.bfloat16(), v.bfloat16(), None, scale=0.3)
     assert ours.dtype == torch.bfloat16
     assert (ours.float() - exact).abs().max() < 0.05 * exact.abs().max()

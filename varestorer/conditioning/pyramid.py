@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from varestorer.tokenizer import MultiScaleTokenizer, ScaleSchedule, TokenPyramid
-from varestorer.tokenizer.residual import to_tokens
+from varestorer.tokenizer.quantizer import to_tokens
 from varestorer.transformer.layout import PositionRule, TokenLayout, long_layout, pyramid_layout
 
 INPUTS = ("next_scale", "own_scale")

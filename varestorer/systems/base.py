@@ -31,7 +31,7 @@ from varestorer.systems.acceleration import (
     quantize_linears,
 )
 from varestorer.tokenizer import MultiScaleTokenizer, ScaleSchedule, TokenPyramid
-from varestorer.tokenizer.residual import resize_area, to_map
+from varestorer.tokenizer.quantizer import resize_area, to_map
 from varestorer.transformer import VARTransformer
 from varestorer.utils.color import match_color
 from varestorer.utils.device import to_device

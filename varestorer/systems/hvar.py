@@ -26,12 +26,12 @@ from varestorer.systems.acceleration import Acceleration
 from varestorer.systems.base import Request, RestoredBatch, System
 from varestorer.tokenizer import MultiScaleTokenizer, ScaleSchedule, TokenizerConfig
 from varestorer.tokenizer.autoencoder import init_weights as init_tokenizer_weights
-from varestorer.tokenizer.residual import resize_bicubic, to_tokens
+from varestorer.tokenizer.quantizer import resize_bicubic, to_tokens
 from varestorer.transformer import Context, TransformerConfig, VARTransformer
 from varestorer.transformer.adapters import assign_plain
 from varestorer.transformer.generation import Generation, MultiStepGenerator, Prefix, SamplingOptions
 from varestorer.transformer.heads import Noise, keyed_noise
-from varestorer.transformer.masks import BlockCausal
+from varestorer.transformer.layout import BlockCausal
 from varestorer.utils.device import to_device
 from varestorer.utils.errors import UserError
 from varestorer.utils.images import to_network

@@ -26,7 +26,7 @@ from varestorer.systems.base import Request, RestoredBatch, System
 from varestorer.tokenizer import MultiScaleTokenizer, ScaleSchedule, TokenizerConfig, TokenPyramid
 from varestorer.tokenizer.autoencoder import clamp_keeping_gradient
 from varestorer.tokenizer.autoencoder import init_weights as init_tokenizer_weights
-from varestorer.tokenizer.residual import to_map, to_tokens
+from varestorer.tokenizer.quantizer import to_map, to_tokens
 from varestorer.transformer import Context, PreparedCondition, TextFeatures, TransformerConfig, VARTransformer
 from varestorer.transformer.adapters import (
     TARGETS,
@@ -39,7 +39,7 @@ from varestorer.transformer.adapters import (
 )
 from varestorer.transformer.generation import Generation, MultiStepGenerator, Prefix, SamplingOptions
 from varestorer.transformer.heads import Noise, keyed_noise
-from varestorer.transformer.masks import MASKS, BlockCausal, prefix_causal_mask
+from varestorer.transformer.layout import MASKS, BlockCausal, prefix_causal_mask
 from varestorer.utils.errors import UsageError, UserError
 from varestorer.utils.finite import spread_nan
 from varestorer.utils.images import from_network, to_network

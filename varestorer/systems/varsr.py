@@ -27,14 +27,13 @@ from varestorer.systems.base import Request, RestoredBatch, System
 from varestorer.systems.varsr_files import network_of, published_sizes, tokenizer_of
 from varestorer.tokenizer import MultiScaleTokenizer, ScaleSchedule, TokenizerConfig, TokenPyramid
 from varestorer.tokenizer.autoencoder import init_weights as init_tokenizer_weights
-from varestorer.tokenizer.quantizers import CodebookQuantizer
-from varestorer.tokenizer.residual import to_map, to_tokens
+from varestorer.tokenizer.quantizer import CodebookQuantizer, to_map, to_tokens
 from varestorer.transformer import ClassLabels, Context, PreparedCondition, TransformerConfig, VARTransformer
 from varestorer.transformer.adapters import assign_plain
 from varestorer.transformer.blocks import EPS
 from varestorer.transformer.generation import Generation, MultiStepGenerator, Prefix, SamplingOptions
 from varestorer.transformer.heads import keyed_noise
-from varestorer.transformer.masks import BlockCausal
+from varestorer.transformer.layout import BlockCausal
 from varestorer.transformer.refiner import Refined, Refiner
 from varestorer.transformer.refiner import keyed_noise as keyed_normal_noise
 from varestorer.utils.errors import UserError

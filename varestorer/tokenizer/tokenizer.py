@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from varestorer.tokenizer.autoencoder import NORMS, Decoder, Encoder, clamp_keeping_gradient, conv3x3
-from varestorer.tokenizer.quantizers import BinarySphericalQuantizer, CodebookQuantizer
-from varestorer.tokenizer.residual import (
+from varestorer.tokenizer.quantizer import (
     REDUCTIONS,
     RESIZES,
     REUSES,
+    BinarySphericalQuantizer,
+    CodebookQuantizer,
     Corruption,
     MultiScaleQuantizer,
     Phi,

@@ -16,7 +16,7 @@ from varestorer.losses.build import perceptual_loss
 from varestorer.losses.pixel import l1_loss, mse_loss
 from varestorer.losses.preference import log_likelihood, preference_loss
 from varestorer.systems.hvar import HVAR
-from varestorer.tokenizer.quantizers import code_counts, perplexity, used_share
+from varestorer.tokenizer.quantizer import code_counts, perplexity, used_share
 from varestorer.training.scores import ImageScores
 from varestorer.training.task import Batch, Task, train_only
 from varestorer.transformer.generation import Prefix

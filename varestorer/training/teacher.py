@@ -8,7 +8,7 @@ from torch import Tensor
 from varestorer.losses.tokens import token_weights
 from varestorer.systems.varestorer import VARestorer
 from varestorer.tokenizer import TokenPyramid
-from varestorer.tokenizer.residual import Corruption
+from varestorer.tokenizer.quantizer import Corruption
 from varestorer.training.task import Batch, Task, train_only
 from varestorer.training.text import prompts_of
 from varestorer.transformer import TextFeatures

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from varestorer.losses.build import perceptual_loss
 from varestorer.losses.pixel import l1_loss, mse_loss
 from varestorer.systems.base import System
-from varestorer.tokenizer.quantizers import code_counts, perplexity, used_share, vq_losses
-from varestorer.tokenizer.residual import TokenPyramid
+from varestorer.tokenizer.quantizer import TokenPyramid, code_counts, perplexity, used_share, vq_losses
 from varestorer.training.adversary import Adversarial, Adversary
 from varestorer.training.scores import ImageScores
 from varestorer.training.task import Batch, Task, train_only

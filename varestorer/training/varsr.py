@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from varestorer.systems.base import Request
 from varestorer.systems.varsr import GOOD, VARSR
 from varestorer.tokenizer import TokenPyramid
-from varestorer.tokenizer.residual import to_map, to_tokens
+from varestorer.tokenizer.quantizer import to_map, to_tokens
 from varestorer.training.scores import ImageScores
 from varestorer.training.task import Batch, Task, train_only
 from varestorer.transformer import ClassLabels

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from varestorer.transformer.attention import CrossAttention
+from varestorer.transformer.blocks import CrossAttention
 from varestorer.utils.errors import UserError
 
 LAYERS = {"self_attention": "qkv|proj", "cross_attention": "q|kv|proj", "ffn": "fc1|fc2"}

@@ -11,13 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from varestorer.tokenizer.residual import MultiScaleQuantizer, Resize, RunningSum, to_map
+from varestorer.tokenizer.quantizer import MultiScaleQuantizer, Resize, RunningSum, to_map
 from varestorer.tokenizer.schedule import Scale, ScaleSchedule
-from varestorer.transformer.attention import LayerCache
+from varestorer.transformer.blocks import LayerCache
 from varestorer.transformer.conditions import ConditionInput
 from varestorer.transformer.heads import Noise
-from varestorer.transformer.layout import TokenLayout
-from varestorer.transformer.masks import BlockCausal, prefix_causal_mask
+from varestorer.transformer.layout import BlockCausal, TokenLayout, prefix_causal_mask
 from varestorer.transformer.model import PreparedCondition, VARTransformer
 from varestorer.utils.finite import spread_nan
 

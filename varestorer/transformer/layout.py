@@ -1,13 +1,16 @@
-"""Where tokens stand: their scale (level) and their position, rotary or of a learned table.
+"""Where tokens stand and which sees which: scales (levels), positions (rotary or learned), masks.
 
-The transformer takes a layout as an argument, so teacher, student and one step of generation are the same network.
-Shapes: `L` tokens, `D` head dimension.
+The transformer takes a layout and a mask as arguments, so teacher, student and one step of generation are the same
+network.
+
+Shapes: `L` tokens, `D` head dimension, `N` heads, `C` width. In a mask True means that the query (row) may look at the
+key (column).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import accumulate
@@ -19,7 +22,55 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from varestorer.tokenizer.schedule import Scale, ScaleSchedule
-from varestorer.transformer.rope import angles, grid_positions, rope_table, rotate, rotate_complex
+
+BASE = 10000.0
+
+
+def grid_positions(scale: Scale, reference: Scale, round_positions: bool = True) -> Tensor:
+    """(row, column) of each token of a scale, on the grid of a reference scale.
+
+    Args:
+        scale: (h, w) of the tokens.
+        reference: (H, W) of the grid that positions are measured on.
+        round_positions: to the nearest integer, halves to even (Infinity); False keeps fractions (VARSR).
+
+    Returns:
+        (h * w, 2) float32, row-major.
+    """
+    rows = torch.arange(scale[0], dtype=torch.float32) * reference[0] / scale[0]
+    columns = torch.arange(scale[1], dtype=torch.float32) * reference[1] / scale[1]
+    grid = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1).reshape(-1, 2)
+    return grid.round() if round_positions else grid
+
+
+def angles(positions_L2: Tensor, head_dim: int) -> Tensor:
+    """Angle of each pair of a head's channels: the first half turns with rows, the second with columns, (L, D/2)."""
+    num_frequencies = head_dim // 4
+    exponents = torch.arange(num_frequencies, dtype=torch.float32) * 4 / head_dim
+    frequencies = 1.0 / BASE**exponents
+    return (positions_L2[:, :, None] * frequencies).reshape(-1, head_dim // 2)
+
+
+@lru_cache(maxsize=16)
+@torch.inference_mode(False)  # what is kept must serve training too
+def rope_table(scales: tuple[Scale, ...], head_dim: int) -> tuple[Tensor, Tensor]:
+    """cos and sin of the tokens of all `scales` in order, measured on the last scale; each (L, D/2) float32."""
+    positions = torch.cat([grid_positions(scale, scales[-1]) for scale in scales])
+    table = angles(positions, head_dim)
+    return table.cos(), table.sin()
+
+
+def rotate(x_BNLD: Tensor, cos_LD: Tensor, sin_LD: Tensor) -> Tensor:
+    """Turn each pair of channels (2m, 2m + 1) by its token's angle: (a, b) -> (ca - sb, sa + cb)."""
+    even, odd = x_BNLD[..., 0::2], x_BNLD[..., 1::2]
+    turned = torch.stack((cos_LD * even - sin_LD * odd, sin_LD * even + cos_LD * odd), dim=-1)
+    return turned.flatten(-2)
+
+
+def rotate_complex(x_BNLD: Tensor, turns_LD: Tensor) -> Tensor:
+    """The same numbers by one complex product, for float32; `turns_LD` is cos + i sin, complex64."""
+    pairs = torch.view_as_complex(x_BNLD.unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * turns_LD).flatten(-2)
 
 
 @dataclass(frozen=True)
@@ -206,3 +257,82 @@ class LearnedPositions(nn.Module):
             reduced = [self.reduction(grid_1Chw, grid) for grid in layout.grids]
             rows_LC = torch.cat([rearrange(x, "1 c h w -> (h w) c") for x in reduced])
         return rows_LC[layout.rows_L]
+
+
+TOGETHER = 512
+"""Scales that end within so many tokens are attended in one masked call, each later one in a call of its own."""
+
+
+@dataclass(frozen=True)
+class BlockCausal:
+    """A token sees its own and all earlier blocks of a layout: `block_causal_mask` without the (L, L) matrix.
+
+    The queries of a scale look at the keys up to its end, so that attention needs no mask and leaves out what nobody
+    may see. The small scales, whose calls would cost more than their arithmetic, share one call with a small mask.
+
+    Attributes:
+        ends: tokens up to the end of the small scales, then up to the end of each later one.
+        first_LL: mask among the tokens of the small scales; None if that is a single one.
+    """
+
+    ends: tuple[int, ...]
+    first_LL: Tensor | None
+
+    @classmethod
+    def of(cls, layout: TokenLayout) -> BlockCausal:
+        """The mask of a sequence of scales, coarse to fine, perhaps with a prefix in front."""
+        ends = tuple(accumulate(layout.counts))
+        number = max(sum(end <= TOGETHER for end in ends), 1)
+        first_LL = _order_mask(layout.counts[:number], layout.levels_L.device) if number > 1 else None
+        return cls(ends[number - 1 :], first_LL)
+
+    def calls(self, queries: slice, num_keys: int) -> Iterator[tuple[slice, int, Tensor | None]]:
+        """The queries, the number of keys and the mask of each call of attention.
+
+        Args:
+            queries: consecutive tokens of the sequence that ask; the others are only seen.
+            num_keys: tokens of the sequence, and those before it (of a cache), which all may see.
+        """
+        before = num_keys - self.ends[-1]
+        first, stop, _ = queries.indices(self.ends[-1])
+        for start, end in zip((0, *self.ends), self.ends, strict=False):
+            asked = slice(max(start, first), min(end, stop))
+            if asked.start >= asked.stop:
+                continue
+            mask = self.first_LL if start == 0 else None
+            if mask is not None:
+                mask = F.pad(mask[asked], (before, 0), value=True) if before else mask[asked]
+            yield asked, before + end, mask
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)  # what is kept must serve training too
+def _order_mask(counts: tuple[int, ...], device: torch.device) -> Tensor:
+    """`block_causal_mask` of blocks of so many tokens."""
+    return block_causal_mask(torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))).to(device)
+
+
+def block_causal_mask(levels_L: Tensor) -> Tensor:
+    """A token sees its own and all coarser scales (VAR; the teacher): (L, L) bool."""
+    return levels_L[:, None] >= levels_L[None, :]
+
+
+def prefix_causal_mask(levels_L: Tensor, is_prefix_L: Tensor, dropped_B: Tensor | None = None) -> Tensor:
+    """All tokens see the prefix, which sees itself alone; otherwise a token sees its own and all coarser scales.
+
+    Args:
+        levels_L: scale of each token; the prefix has one of its own.
+        is_prefix_L: bool.
+        dropped_B: samples in which nobody but the prefix itself sees the prefix (for guidance).
+    Returns:
+        (L, L) bool, or (B, 1, L, L) where samples differ.
+    """
+    mask_LL = is_prefix_L[None, :] | (block_causal_mask(levels_L) & ~is_prefix_L[:, None])
+    if dropped_B is None:
+        return mask_LL
+    hidden_LL = is_prefix_L[None, :] & ~is_prefix_L[:, None]
+    return (mask_LL & ~(hidden_LL & dropped_B[:, None, None]))[:, None]
+
+
+MASKS = ("cross_scale", "causal")
+"""The student's attention by its name in configs: every token sees all (no mask at all), or `BlockCausal`."""

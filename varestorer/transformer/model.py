@@ -21,8 +21,7 @@ from torch import Tensor, nn
 
 from varestorer.tokenizer.schedule import Scale, ScaleSchedule
 from varestorer.transformer.adapters import adapters_are_on, adapters_off, switches
-from varestorer.transformer.attention import ALL, LayerCache
-from varestorer.transformer.blocks import Block, BlockContext, ffn_width, modulate
+from varestorer.transformer.blocks import ALL, Block, BlockContext, LayerCache, ffn_width, modulate
 from varestorer.transformer.conditions import (
     ClassCondition,
     ClassLabels,
@@ -36,12 +35,12 @@ from varestorer.transformer.heads import build_head
 from varestorer.transformer.layout import (
     GRID_REDUCTIONS,
     POSITIONS,
+    BlockCausal,
     LearnedPositions,
     PositionRule,
     TokenLayout,
     pyramid_layout,
 )
-from varestorer.transformer.masks import BlockCausal
 
 # Called with (block number, tokens) after each block; returns the tokens that go on.
 AfterBlock = Callable[[int, Tensor], Tensor]

@@ -275,12 +275,8 @@ def _given_weights(name: str, folder: str | Path | None) -> dict[str, Path]:
 @cache
 def _pyiqa() -> Any:
     """Import pyiqa without its chatter."""
-    from PIL import ImageFile
-
-    kept = ImageFile.LOAD_TRUNCATED_IMAGES
     with quiet():
         import pyiqa
-    ImageFile.LOAD_TRUNCATED_IMAGES = kept  # pyiqa 0.1.15 has Pillow read half a file as a whole one, without a word
     logging.getLogger("pyiqa").setLevel(logging.WARNING)
     return pyiqa
 

@@ -22,7 +22,7 @@ from varestorer.losses.pixel import mse_loss
 from varestorer.losses.preference import log_likelihood, preference_loss
 from varestorer.systems.hvar import enlarged_grid
 from varestorer.tokenizer import MultiScaleTokenizer, ScaleSchedule, TokenizerConfig, TokenPyramid
-from varestorer.tokenizer.residual import MultiScaleQuantizer, resize_bilinear, to_map, to_tokens
+from varestorer.tokenizer.quantizer import MultiScaleQuantizer, resize_bilinear, to_map, to_tokens
 from varestorer.transformer.heads import CodeHead
 from varestorer.transformer.layout import LearnedPositions, PositionRule, pyramid_layout
 from varestorer.utils.checks import Check, largest_error

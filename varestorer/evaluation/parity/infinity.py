@@ -15,13 +15,11 @@ from varestorer.conditioning.pyramid import Condition, PyramidConditioner
 from varestorer.evaluation.golden import GoldenFolder
 from varestorer.losses.tokens import token_weights
 from varestorer.tokenizer import MultiScaleTokenizer, ScaleSchedule, TokenPyramid
-from varestorer.tokenizer.residual import resize_area, resize_bilinear, to_map, to_tokens
+from varestorer.tokenizer.quantizer import resize_area, resize_bilinear, to_map, to_tokens
 from varestorer.transformer import TextFeatures, VARTransformer
 from varestorer.transformer.generation import MultiStepGenerator, SamplingOptions
 from varestorer.transformer.heads import BitHead
-from varestorer.transformer.layout import PositionRule, pyramid_layout
-from varestorer.transformer.masks import BlockCausal
-from varestorer.transformer.rope import rope_table
+from varestorer.transformer.layout import BlockCausal, PositionRule, pyramid_layout, rope_table
 from varestorer.utils.checks import Check, largest_error
 from varestorer.weights.restorers import restorer_from_state_dict, restorer_intermediates
 

@@ -21,13 +21,11 @@ from varestorer.systems.official_varsr import restore_tiled as restore_officiall
 from varestorer.systems.varsr import VARSR, Draws
 from varestorer.systems.varsr_golden import GoldenVARSR, image
 from varestorer.tokenizer import MultiScaleTokenizer, TokenPyramid
-from varestorer.tokenizer.quantizers import vq_losses
-from varestorer.tokenizer.residual import to_map, to_tokens
+from varestorer.tokenizer.quantizer import to_map, to_tokens, vq_losses
 from varestorer.transformer import ClassLabels, Context, VARTransformer
 from varestorer.transformer.diffusion import chain
 from varestorer.transformer.heads import keep_top_k, keep_top_p
-from varestorer.transformer.layout import TokenLayout
-from varestorer.transformer.masks import BlockCausal
+from varestorer.transformer.layout import BlockCausal, TokenLayout
 from varestorer.transformer.refiner import DATA_SCALE, Refiner, TrainingDraws, guided, time_features
 from varestorer.utils.checks import Check, largest_error
 from varestorer.utils.color import match_color, match_color_8bit

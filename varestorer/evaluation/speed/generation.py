@@ -22,8 +22,7 @@ from varestorer.systems.varestorer import VARestorer
 from varestorer.tokenizer import ScaleSchedule
 from varestorer.transformer import TransformerConfig
 from varestorer.transformer.generation import Generation, MultiStepGenerator, Prefix, SamplingOptions
-from varestorer.transformer.layout import PositionRule, pyramid_layout
-from varestorer.transformer.masks import BlockCausal
+from varestorer.transformer.layout import BlockCausal, PositionRule, pyramid_layout
 from varestorer.transformer.model import PreparedCondition
 from varestorer.utils.errors import UsageError
 from varestorer.utils.timing import Timing, in_turns

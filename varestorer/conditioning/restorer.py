@@ -40,7 +40,7 @@ class Restorer(nn.Module):
         network: the network; always in evaluation mode.
         multiple: sides the network sees are multiples of this (pixels).
         minimum: and at least this (pixels).
-        use_bf16: make its matrix products in bfloat16, as the released restoration does (spec E).
+        use_bf16: make its matrix products in bfloat16, as the released restoration does.
     """
 
     def __init__(self, network: nn.Module, multiple: int = 1, minimum: int = 1) -> None:

@@ -1,4 +1,4 @@
-"""A folder of golden files, and the tiny networks in it (spec H).
+"""A folder of golden files, and the tiny networks in it.
 
 `meta_va.json` holds the configuration, `meta_up.json` the settings of multi-step generation; safetensors hold weights
 under published names, inputs, intermediates and outputs. Any folder of that form works: the models are built from its

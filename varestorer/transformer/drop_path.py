@@ -19,7 +19,7 @@ def branch_factors(uniform_BD3: Tensor, rate: float) -> Tensor:
 
     Args:
         uniform_BD3: uniform noise in [0, 1).
-        rate: p of the last block, in [0, 1]; it grows linearly from 0 in the first (spec F).
+        rate: p of the last block, in [0, 1]; it grows linearly from 0 in the first (stochastic depth).
     """
     rates = torch.linspace(0, rate, uniform_BD3.shape[1], device=uniform_BD3.device)[:, None]
     return (uniform_BD3 >= rates) / (1 - rates).clamp(min=1e-6)

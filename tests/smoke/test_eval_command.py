@@ -165,12 +165,16 @@ def test_checkpoint(root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     class System(torch.nn.Linear):
         is_merged = False
         student_config = StudentConfig()
+        traits: dict[str, object] = {}
+        check_source = VARestorer.check_source
 
         def merge_adapters(self) -> None:
             self.is_merged = True
 
-        def restore(self, image: torch.Tensor, scale: int = 4, *, seed: int = 0, steps: str = "one") -> SimpleNamespace:
-            assert self.is_merged and steps == "one"
+        def restore(
+            self, image: torch.Tensor, scale: int = 4, *, seed: int = 0, steps: str | None = None
+        ) -> SimpleNamespace:
+            assert self.is_merged and steps is None
             return SimpleNamespace(image=resize(image, (image.shape[1] * scale, image.shape[2] * scale)))
 
     torch.manual_seed(0)

@@ -5,7 +5,6 @@ import torch
 from torch import Tensor, nn
 
 from varestorer.systems.varestorer import VARestorer
-from varestorer.training.distillation import tokens_of
 from varestorer.utils.seeds import torch_generator
 
 
@@ -29,7 +28,7 @@ def test_the_restorer_sees_and_gives_images_from_zero_to_one(tiny_system: VARest
     if way == "restoring":
         condition = tiny_system.condition(lq)
     else:
-        _, condition = tokens_of(tiny_system, degraded(1), lq)
+        _, condition = tiny_system.pair_tokens(degraded(1), lq)
     assert torch.allclose(restorer.seen, lq, atol=1e-6)
     assert torch.allclose(condition.image_B3HW, 2 * cleaned - 1, atol=1e-6)
     expected = tiny_system.encode(cleaned)
@@ -39,7 +38,7 @@ def test_the_restorer_sees_and_gives_images_from_zero_to_one(tiny_system: VARest
 @torch.no_grad()
 def test_of_a_pair_the_photograph_is_the_teachers_and_the_degraded_image_the_students(tiny_system: VARestorer) -> None:
     hq, lq = degraded(1), degraded(0)
-    photograph, condition = tokens_of(tiny_system, hq, lq)
+    photograph, condition = tiny_system.pair_tokens(hq, lq)
     for pyramid, image in ((photograph, hq), (condition.pyramid, lq)):
         expected = tiny_system.encode(image)
         assert all(torch.equal(a, b) for a, b in zip(pyramid.indices, expected.indices, strict=True))

@@ -16,7 +16,7 @@ from varestorer.losses.distillation import distribution_matching_loss
 from varestorer.losses.perceptual import gaussian_band, ms_ssim
 from varestorer.systems.varestorer import VARestorer
 from varestorer.tokenizer import ScaleSchedule
-from varestorer.training.distillation import DistillationTask, tokens_of
+from varestorer.training.distillation import DistillationTask
 from varestorer.training.optimisers import build_optimizer
 from varestorer.training.speed import REST, StepVariant, TrainStep, counted, made_up_batch, measure_steps
 from varestorer.training.task import to_device
@@ -73,7 +73,7 @@ def test_the_decoders_backward_pass_costs_no_more_than_its_forward_pass(tiny_sys
 
 def test_both_images_of_a_pair_in_one_pass_are_the_same_tokens(tiny_system: VARestorer) -> None:
     batch = batch_of(tiny_system, 3)
-    r_hq, seen = tokens_of(tiny_system, batch["hq"], batch["lq"])
+    r_hq, seen = tiny_system.pair_tokens(batch["hq"], batch["lq"])
     photograph, condition = tiny_system.encode(batch["hq"]), tiny_system.condition(batch["lq"])
     assert torch.equal(r_hq.labels(), photograph.labels())
     assert torch.allclose(r_hq.inputs(), photograph.inputs(), atol=1e-6)
@@ -88,7 +88,7 @@ def test_the_restorer_cleans_only_degraded_images(tiny_system: VARestorer) -> No
 
     tiny_system.restorer = Inverter()  # type: ignore[assignment]
     batch = batch_of(tiny_system)
-    r_hq, condition = tokens_of(tiny_system, batch["hq"], batch["lq"])
+    r_hq, condition = tiny_system.pair_tokens(batch["hq"], batch["lq"])
     assert torch.equal(r_hq.labels(), tiny_system.encode(batch["hq"]).labels())
     assert torch.equal(condition.pyramid.labels(), tiny_system.encode(1 - batch["lq"]).labels())
 

@@ -17,6 +17,7 @@ from varestorer.evaluation.evaluator import Evaluator
 from varestorer.evaluation.protocols import load_protocol
 from varestorer.evaluation.report import write_run_report
 from varestorer.systems.base import System
+from varestorer.systems.one_step import OneStepSystem
 from varestorer.systems.varestorer import VARestorer
 from varestorer.systems.varsr import VARSR
 from varestorer.transformer.adapters import init_adapters
@@ -83,9 +84,29 @@ def guided_methods(system: VARSR) -> dict[str, Callable[[Photograph], Tensor]]:
     }
 
 
+def one_step_methods(system: OneStepSystem) -> dict[str, Callable[[Photograph], Tensor]]:
+    """A student that reads a prefix beside its teacher, which goes scale by scale."""
+    undistilled = copy.deepcopy(system)
+    init_adapters(undistilled.transformer)
+    ways: dict[str, Callable[[Photograph], Tensor]] = {
+        "bicubic": lambda photo: resize(photo.lr, (photo.hq.shape[-2], photo.hq.shape[-1]), "bicubic"),
+        "multi-step": lambda photo: system.restore(photo.lr, SCALE, steps="multi").image,
+    }
+    if isinstance(system, VARSR) and system.refiner is not None:
+        plain = copy.copy(system)  # with the same networks
+        plain.sampling = replace(system.sampling, use_refiner=False)
+        ways["multi-step, no refiner"] = lambda photo: plain.restore(photo.lr, SCALE, steps="multi").image
+    return ways | {
+        UNDISTILLED: lambda photo: undistilled.restore(photo.lr, SCALE).image,
+        "one step": lambda photo: system.restore(photo.lr, SCALE).image,
+        "tokenizer ceiling": lambda photo: system.reconstruct(photo.hq),
+    }
+
+
 WAYS: dict[str, Callable[[Any], dict[str, Callable[[Photograph], Tensor]]]] = {
     "distilled": methods,
     "guided": guided_methods,
+    "one_step": one_step_methods,
 }
 
 

@@ -33,13 +33,14 @@ from varestorer.systems.acceleration import (
 from varestorer.tokenizer import MultiScaleTokenizer, ScaleSchedule, TokenPyramid
 from varestorer.tokenizer.quantizer import resize_area, to_map
 from varestorer.transformer import VARTransformer
+from varestorer.transformer.adapters import plain_state_dict
 from varestorer.utils.color import match_color
 from varestorer.utils.device import to_device
 from varestorer.utils.errors import UsageError, UserError
 from varestorer.utils.finite import check_finite
 from varestorer.utils.images import as_picture, from_network, is_grey, to_network
 from varestorer.utils.tiling import restore_tiled, restore_to_sizes, scaled_size
-from varestorer.weights.bundle import CONFIG, is_bundle, read_config, save_bundle
+from varestorer.weights.bundle import ADAPTERS, CONFIG, is_bundle, read_config, save_bundle
 from varestorer.weights.load import load_into
 from varestorer.weights.resolve import HOW, check_is_whole, is_published, locate, model_of_run
 from varestorer.weights.runs import is_run, latest_checkpoint, load_run_weights
@@ -177,8 +178,15 @@ class System(
         }
 
     def parts(self) -> dict[str, dict[str, Tensor]]:
-        """Tensors of each file of a bundle."""
-        return {part: dict(getattr(self, part).state_dict()) for part in ("tokenizer", "transformer")}
+        """Tensors of each file of a bundle: adapters, where there are any, in one of their own."""
+        network = plain_state_dict(self.transformer)
+        adapters = {name: tensor for name, tensor in network.items() if ".lora_" in name}
+        parts = {
+            "tokenizer": dict(self.tokenizer.state_dict()),
+            "transformer": {name: tensor for name, tensor in network.items() if name not in adapters},
+            ADAPTERS: adapters,
+        }
+        return {part: tensors for part, tensors in parts.items() if tensors}
 
     def initial_state(self) -> dict[str, Tensor]:
         """The weights that no file can give again: what was drawn at random."""

@@ -23,12 +23,13 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from varestorer.systems.acceleration import Acceleration
-from varestorer.systems.base import Request, RestoredBatch, System
+from varestorer.systems.base import Request, RestoredBatch
+from varestorer.systems.one_step import OneStepConfig, OneStepSystem
 from varestorer.tokenizer import MultiScaleTokenizer, ScaleSchedule, TokenizerConfig
 from varestorer.tokenizer.autoencoder import init_weights as init_tokenizer_weights
 from varestorer.tokenizer.quantizer import resize_bicubic, to_tokens
 from varestorer.transformer import Context, TransformerConfig, VARTransformer
-from varestorer.transformer.adapters import assign_plain
+from varestorer.transformer.adapters import adapters_off, assign_plain, init_adapters
 from varestorer.transformer.generation import Generation, MultiStepGenerator, Prefix, SamplingOptions
 from varestorer.transformer.heads import Noise, keyed_noise
 from varestorer.transformer.layout import BlockCausal
@@ -58,7 +59,7 @@ WHERE = {
 }
 
 
-class HVAR(System):
+class HVAR(OneStepSystem):
     """Tokenizer and transformer, with their weights.
 
     Args:
@@ -68,6 +69,7 @@ class HVAR(System):
             whose scales up to a target are decoded at the target's size although they were not made for it.
         transformer: arguments of `TransformerConfig`; what follows from the other parts need not be given.
         sampling: `top_k` and `top_p` of what is drawn (select=sample); the paper's notes leave them open.
+        student: arguments of `OneStepConfig`.
         weights: files of the parts "tokenizer" and "transformer": VAR's, a bundle or a run; a part without a file gets
             random weights.
         new_reading: take parts of a run or a bundle although they were trained for another list of scales or another
@@ -84,6 +86,7 @@ class HVAR(System):
         "tokenizer": TokenizerConfig,
         "transformer": TransformerConfig,
         "sampling": SamplingOptions,
+        "student": OneStepConfig,
     }
 
     def __init__(
@@ -92,6 +95,7 @@ class HVAR(System):
         tokenizer: dict[str, Any],
         transformer: dict[str, Any],
         sampling: dict[str, Any] | None = None,
+        student: dict[str, Any] | None = None,
         weights: dict[str, str | None] | None = None,
         new_reading: bool = False,
         seed: int = 0,
@@ -99,13 +103,15 @@ class HVAR(System):
         super().__init__()
         self.files = {part: shipped(file) for part, file in (weights or {}).items() if file}
         self.sampling = SamplingOptions(**(sampling or {}))
+        self.student_config = OneStepConfig(**(student or {}))
         self.nested = ScaleSchedule.build(**schedule)
         sizes = TokenizerConfig(**tokenizer)
         self.schedule = self.nested if sizes.reuse != "none" else replace(self.nested, targets=())
         self._options = {"schedule": dict(schedule), "sampling": dict(sampling or {})}
         with torch.device("meta"):
             self.tokenizer = MultiScaleTokenizer(sizes)
-            self.transformer = VARTransformer(TransformerConfig(**self._derived(sizes, transformer), **transformer))
+            config = TransformerConfig(**self._derived(sizes, transformer), **transformer)
+            self.transformer = self.make_transformer(config)
         self._check_sizes()
         for part, file in self.files.items():
             self._check_file(part, file, new_reading)
@@ -150,6 +156,9 @@ class HVAR(System):
         embed = self.transformer.prefix_embed
         assert embed is not None
         return Prefix(embed(to_tokens(features_BZhw)), self.schedule.latent_size)
+
+    def see(self, lq_B3tt: Tensor) -> Prefix:
+        return self.prefix_of(lq_B3tt)
 
     def context(self, batch_size: int) -> Context:
         """The one learned condition, for a batch."""
@@ -206,8 +215,7 @@ class HVAR(System):
     def accept(self, request: Request, uncertainty: bool) -> Request:
         if request.prompt is not None:
             raise UserError("H-VAR restores without words: leave prompt= out")
-        if request.steps not in (None, "one"):
-            raise UserError(f"H-VAR predicts all its scales in one pass: leave steps={request.steps} out")
+        self.is_one_step(request)
         if uncertainty and request.sides and request.sides[-1] != self.tile:
             raise UserError("uncertainty is that of all scales: ask for the largest size too, or leave it out")
         return replace(request, context=uncertainty)
@@ -215,10 +223,15 @@ class HVAR(System):
     def restore_squares(self, lq_B3tt: Tensor, numbers: list[int], request: Request) -> RestoredBatch:
         noise = keyed_noise(request.seed, numbers, "restore", self.device) if request.select == "sample" else None
         sides = request.sides or (self.tile,)
-        generation = self.generate(lq_B3tt, noise, self._num_scales(sides[-1]))
-        *smaller, largest = self.decode_sides(generation.indices, sides)
-        logits = torch.cat([*generation.logits.values()], dim=1) if request.context else None
-        return RestoredBatch(largest, generation.indices, logits, tuple(smaller))
+        if self.is_one_step(request):
+            tokens, logits = self.one_step_tokens(lq_B3tt, self.context(len(lq_B3tt)), noise)
+            indices = self.split(tokens)
+        else:
+            with adapters_off(self.transformer):
+                generation = self.generate(lq_B3tt, noise, self._num_scales(sides[-1]))
+            indices, logits = generation.indices, torch.cat([*generation.logits.values()], dim=1)
+        *smaller, largest = self.decode_sides(indices, sides)
+        return RestoredBatch(largest, indices, logits if request.context else None, tuple(smaller))
 
     @torch.inference_mode()
     def reconstruct_sizes(self, image: Tensor, batch: int = 8) -> list[Tensor]:
@@ -243,7 +256,7 @@ class HVAR(System):
     @property
     def config(self) -> dict[str, Any]:
         networks = {"tokenizer": asdict(self.tokenizer.config), "transformer": asdict(self.transformer.config)}
-        return {**self._options, **networks}
+        return {**self._options, **networks, "student": asdict(self.student_config)}
 
     @property
     def reading(self) -> dict[str, Any]:
@@ -278,12 +291,14 @@ class HVAR(System):
                 assign_plain(self.tokenizer, vqvae_tensors(wanted, levels, tensors, str(file)))
             else:
                 assign_plain(self.transformer, start_from_var(self.transformer, read_tensors(file), str(file)))
-        allocate(self)
+        drawn = allocate(self)
         if "tokenizer" not in self.files:
             init_tokenizer_weights(self.tokenizer, torch_generator(seed, "tokenizer"))
             self.tokenizer.quantizer.codebook.init_weights(torch_generator(seed, "codebook"))
         if "transformer" not in self.files:
             self.transformer.init_weights(torch_generator(seed, "transformer"))
+        if any(".lora_" in name for name in drawn):
+            init_adapters(self.transformer, torch_generator(seed, "adapters"))
 
 
 def start_from_var(transformer: VARTransformer, tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:

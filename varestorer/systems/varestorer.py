@@ -27,14 +27,20 @@ from varestorer.tokenizer import MultiScaleTokenizer, ScaleSchedule, TokenizerCo
 from varestorer.tokenizer.autoencoder import clamp_keeping_gradient
 from varestorer.tokenizer.autoencoder import init_weights as init_tokenizer_weights
 from varestorer.tokenizer.quantizer import to_map, to_tokens
-from varestorer.transformer import Context, PreparedCondition, TextFeatures, TransformerConfig, VARTransformer
+from varestorer.transformer import (
+    ClassLabels,
+    Context,
+    PreparedCondition,
+    TextFeatures,
+    TransformerConfig,
+    VARTransformer,
+)
 from varestorer.transformer.adapters import (
     TARGETS,
     adapters_off,
     attach_adapters,
     init_adapters,
     merge_adapters,
-    plain_state_dict,
     target_pattern,
 )
 from varestorer.transformer.generation import Generation, MultiStepGenerator, Prefix, SamplingOptions
@@ -44,7 +50,7 @@ from varestorer.utils.errors import UsageError, UserError
 from varestorer.utils.finite import spread_nan
 from varestorer.utils.images import from_network, to_network
 from varestorer.utils.seeds import torch_generator
-from varestorer.weights.bundle import ADAPTERS, RESTORER, shipped, tensors_file
+from varestorer.weights.bundle import RESTORER, shipped, tensors_file
 from varestorer.weights.files import read_entries
 from varestorer.weights.load import allocate, check_part, load_part
 from varestorer.weights.published import STUDENT_FILE
@@ -205,8 +211,24 @@ class VARestorer(System):
         """r_LQ: the student's input for degraded images in [0, 1] of side `tile`."""
         return self.conditioner(to_network(lq_B3HW), self.schedule)
 
+    @torch.no_grad()
+    def pair_tokens(self, hq_B3HW: Tensor, lq_B3HW: Tensor) -> tuple[TokenPyramid, Condition]:
+        """r_HQ, which the teacher sees, and r_LQ, which the student sees, by one pass through the encoder.
+
+        Args:
+            hq_B3HW: photographs in [0, 1] of side `tile`.
+            lq_B3HW: the same degraded; the restorer, if there is one, cleans them first.
+        """
+        cleaned = to_network(lq_B3HW if self.restorer is None else self.restorer(lq_B3HW))
+        hq, lq = self.tokenizer.encode(torch.cat([to_network(hq_B3HW), cleaned]), self.schedule).halves()
+        return hq, self.conditioner.from_pyramid(lq, self.schedule, cleaned)
+
     def teacher_logits(
-        self, pyramid: TokenPyramid, text: TextFeatures | Context, teacher: VARTransformer | None = None
+        self,
+        pyramid: TokenPyramid,
+        text: TextFeatures | ClassLabels | Context,
+        teacher: VARTransformer | None = None,
+        condition: Condition | None = None,
     ) -> Tensor:
         """p_T(r_k | r_<k): logits (B, L, Z, 2) of every scale, given the true coarser ones.
 
@@ -214,6 +236,7 @@ class VARestorer(System):
             pyramid: tokens of the photograph.
             text: of the prompts; a context must come from the network that is asked.
             teacher: a network of its own; None for the system's, adapters off.
+            condition: of the degraded image, which this teacher does not see.
         """
         layout = self.transformer.layout(self.schedule, pyramid.codes.device)
         mask = BlockCausal.of(layout)
@@ -381,7 +404,7 @@ class VARestorer(System):
         self,
         pyramid: TokenPyramid,
         lq_pyramid: TokenPyramid,
-        text: TextFeatures | Context,
+        text: TextFeatures | ClassLabels | Context,
         dropped_B: Tensor | None = None,
     ) -> Tensor:
         """Logits (B, L, Z, 2) of every scale, given the true coarser ones and the degraded image.
@@ -451,15 +474,8 @@ class VARestorer(System):
         }
 
     def parts(self) -> dict[str, dict[str, Tensor]]:
-        transformer = plain_state_dict(self.transformer)
-        adapters = {name: tensor for name, tensor in transformer.items() if ".lora_" in name}
-        parts = {
-            "tokenizer": dict(self.tokenizer.state_dict()),
-            "transformer": {name: tensor for name, tensor in transformer.items() if name not in adapters},
-            ADAPTERS: adapters,
-            RESTORER: {} if self.restorer is None else dict(self.restorer.published_state_dict()),
-        }
-        return {part: tensors for part, tensors in parts.items() if tensors}
+        restorer = {} if self.restorer is None else {RESTORER: dict(self.restorer.published_state_dict())}
+        return super().parts() | restorer
 
     def merge_adapters(self) -> Self:
         """Fold the adapters into the base weights; what is left is the student alone."""

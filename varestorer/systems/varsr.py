@@ -23,13 +23,14 @@ from torch import Tensor, nn
 from varestorer.conditioning.prefix_encoder import PrefixEncoder
 from varestorer.systems import official_varsr
 from varestorer.systems.acceleration import Acceleration
-from varestorer.systems.base import Request, RestoredBatch, System
-from varestorer.systems.varsr_files import network_of, published_sizes, tokenizer_of
+from varestorer.systems.base import Request, RestoredBatch
+from varestorer.systems.one_step import OneStepConfig, OneStepSystem
+from varestorer.systems.varsr_files import adapters_of, network_of, published_sizes, tokenizer_of
 from varestorer.tokenizer import MultiScaleTokenizer, ScaleSchedule, TokenizerConfig, TokenPyramid
 from varestorer.tokenizer.autoencoder import init_weights as init_tokenizer_weights
 from varestorer.tokenizer.quantizer import CodebookQuantizer, to_map, to_tokens
-from varestorer.transformer import ClassLabels, Context, PreparedCondition, TransformerConfig, VARTransformer
-from varestorer.transformer.adapters import assign_plain
+from varestorer.transformer import ClassLabels, Context, PreparedCondition, TransformerConfig
+from varestorer.transformer.adapters import adapters_off, assign_plain, init_adapters, plain_state_dict
 from varestorer.transformer.blocks import EPS
 from varestorer.transformer.generation import Generation, MultiStepGenerator, Prefix, SamplingOptions
 from varestorer.transformer.heads import keyed_noise
@@ -37,10 +38,11 @@ from varestorer.transformer.layout import BlockCausal
 from varestorer.transformer.refiner import Refined, Refiner
 from varestorer.transformer.refiner import keyed_noise as keyed_normal_noise
 from varestorer.utils.errors import UserError
+from varestorer.utils.finite import spread_nan
 from varestorer.utils.images import to_network
 from varestorer.utils.seeds import torch_generator
 from varestorer.weights.bundle import shipped
-from varestorer.weights.load import allocate
+from varestorer.weights.load import allocate, fitting
 
 GROWTHS: dict[str, Callable[[int, int], float]] = {
     "linear": lambda k, last: k / last,
@@ -111,7 +113,7 @@ class Draws:
     normals: tuple[Tensor, ...] = ()
 
 
-class VARSR(System):
+class VARSR(OneStepSystem):
     """Tokenizer, transformer, prefix encoder and refiner, with their weights.
 
     Args:
@@ -122,6 +124,7 @@ class VARSR(System):
         prefix: `channels` of the `PrefixEncoder`; None for a model of classes, which restores nothing.
         refiner: `width` and `depth` of the `Refiner`; None for none.
         sampling: arguments of `SamplingConfig`.
+        student: arguments of `OneStepConfig`.
         weights: files of the parts "tokenizer" and "transformer" (with prefix encoder and refiner): published ones or
             runs. From a model of classes a restorer takes what fits; the rest is drawn.
         seed: of the random weights.
@@ -135,6 +138,7 @@ class VARSR(System):
         "prefix": PrefixEncoder,
         "refiner": Refiner,
         "sampling": SamplingConfig,
+        "student": OneStepConfig,
     }
 
     def __init__(
@@ -145,6 +149,7 @@ class VARSR(System):
         prefix: dict[str, Any] | None = None,
         refiner: dict[str, Any] | None = None,
         sampling: dict[str, Any] | None = None,
+        student: dict[str, Any] | None = None,
         weights: dict[str, str | None] | None = None,
         seed: int = 0,
     ) -> None:
@@ -152,12 +157,13 @@ class VARSR(System):
         self.files = {part: shipped(file) for part, file in (weights or {}).items() if file}
         self.schedule = ScaleSchedule.build(**schedule)
         self.sampling = SamplingConfig(**(sampling or {}))
+        self.student_config = OneStepConfig(**(student or {}))
         self._options = {"schedule": dict(schedule), "prefix": prefix, "refiner": refiner}
         sizes = TokenizerConfig(**tokenizer)
         config = TransformerConfig(**(self._derived(sizes, transformer, prefix is not None) | transformer))
         with torch.device("meta"):
             self.tokenizer = MultiScaleTokenizer(sizes)
-            self.transformer = VARTransformer(config)
+            self.transformer = self.make_transformer(config)
             self.prefix_encoder = None if prefix is None else PrefixEncoder(config.width, **prefix)
             self.refiner = None if refiner is None else Refiner(sizes.latent_width, config.width, **refiner)
             self.refiner_norm = None if refiner is None else nn.LayerNorm(config.width, eps=EPS)
@@ -238,6 +244,12 @@ class VARSR(System):
         mask = BlockCausal.of(layout)
         return self.transformer.hidden(inputs_BLZ, context, layout, mask, asked=asked, prefix_BPC=tokens)
 
+    def see(self, lq_B3tt: Tensor) -> Prefix:
+        self._check_restores()
+        prefix = self.prefix_of(to_network(lq_B3tt))
+        assert prefix is not None
+        return prefix
+
     def refiner_condition(self, hidden_BlC: Tensor, indices_Bhw: Tensor) -> tuple[Tensor, Tensor]:
         """z of the tokens of the last scale (B, l, C), and their codes (B, l, Z).
 
@@ -313,18 +325,20 @@ class VARSR(System):
         self._check_restores()
         if request.prompt is not None:
             raise UserError("VARSR restores without words: leave prompt= out")
-        if request.steps is not None:
-            raise UserError(
-                f"VARSR always predicts its {len(self.schedule)} scales one after the other: leave steps= out "
-                "(model.sampling.refiner_steps sets those of the refiner)"
-            )
-        return replace(request, context=self.qualities or self.prepare(self._good(1)))
+        if self.is_one_step(request):
+            return replace(request, context=self.transformer.prepare(ClassLabels(self._good(1))))
+        with adapters_off(self.transformer):
+            return replace(request, context=self.qualities or self.prepare(self._good(1)))
 
     def restore_squares(self, lq_B3tt: Tensor, numbers: list[int], request: Request) -> RestoredBatch:
         draws = self.draws(numbers, request.seed, request.select == "sample")
         prepared = request.context.for_each(len(numbers))
         run = self.graphs or (lambda function, *inputs: function(*inputs))
-        restored, is_finite = run(self._restore, prepared, lq_B3tt, draws)
+        if self.is_one_step(request):
+            restored, is_finite = run(self._restore_in_one_step, prepared, lq_B3tt, draws)
+        else:
+            with adapters_off(self.transformer):
+                restored, is_finite = run(self._restore, prepared, lq_B3tt, draws)
         if is_finite is not None:
             Refined(restored.images_B3HW, is_finite).check()
         return restored
@@ -335,6 +349,15 @@ class VARSR(System):
         logits = torch.cat([x[: len(images)] for x in predicted.generation.logits.values()], dim=1)
         is_finite = None if predicted.refined is None else predicted.refined.is_finite_n
         return RestoredBatch(images, predicted.generation.indices, logits), is_finite
+
+    def _restore_in_one_step(
+        self, prepared: PreparedCondition, lq_B3tt: Tensor, draws: Draws
+    ) -> tuple[RestoredBatch, None]:
+        uniforms = draws.uniforms
+        noise = None if uniforms is None else lambda k, shape: uniforms[k].view(shape)
+        tokens, logits = self.one_step_tokens(lq_B3tt, prepared, noise)
+        images = self.decode(spread_nan(self.codes(tokens), logits))
+        return RestoredBatch(images, self.split(tokens), logits), None
 
     @torch.inference_mode()
     def make(self, classes: Sequence[int], seed: int = 0, select: str = "sample") -> RestoredBatch:
@@ -401,19 +424,20 @@ class VARSR(System):
 
     def _speed_up(self, chosen: Acceleration) -> None:
         super()._speed_up(chosen)
-        if self.prefix_encoder is not None:
+        if self.prefix_encoder is not None and not self.student_config.lora_rank:
             self.qualities = self.prepare(self._good(1))  # the weights rest from now on
 
     # ---- the networks: sizes, weights
 
     @property
     def config(self) -> dict[str, Any]:
-        parts = {"tokenizer": self.tokenizer.config, "transformer": self.transformer.config, "sampling": self.sampling}
+        parts = {"tokenizer": self.tokenizer.config, "transformer": self.transformer.config}
+        parts |= {"sampling": self.sampling, "student": self.student_config}
         return self._options | {name: asdict(part) for name, part in parts.items()}  # type: ignore[call-overload]
 
     def network(self) -> dict[str, Tensor]:
         """All but the tokenizer by the names of `weights.published.varsr`: the transformer's have no prefix."""
-        state = self.state_dict()
+        state = {n: t for n, t in plain_state_dict(self).items() if ".lora_" not in n}
         return {name.removeprefix("transformer."): t for name, t in state.items() if not name.startswith("tokenizer.")}
 
     def load_network(self, tensors: dict[str, Tensor]) -> None:
@@ -422,7 +446,7 @@ class VARSR(System):
         assign_plain(self, {n if n.startswith(others) else f"transformer.{n}": t for n, t in tensors.items()})
 
     def parts(self) -> dict[str, dict[str, Tensor]]:
-        return {"tokenizer": dict(self.tokenizer.state_dict()), "transformer": self.network()}
+        return super().parts() | {"transformer": self.network()}
 
     @classmethod
     def from_published(cls, path: Path, tokenizer_file: str | None = None, restorer_file: str | None = None) -> Self:
@@ -459,6 +483,12 @@ class VARSR(System):
             if self.refiner_norm is not None:
                 self.refiner_norm.reset_parameters()
         self.load_network(given)
+        if self.student_config.has_teacher:
+            wanted = plain_state_dict(self.transformer)
+            held = fitting(adapters_of(self.files.get("transformer")), wanted, str(self.files.get("transformer")))
+            self._drawn |= allocate(self)
+            init_adapters(self.transformer, torch_generator(seed, "adapters"))
+            assign_plain(self.transformer, held)
 
     def initial_state(self) -> dict[str, Tensor]:
         """The weights that no file can give again: what was drawn at random."""

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from varestorer.tokenizer import MultiScaleTokenizer
+from varestorer.transformer.adapters import plain_name
 from varestorer.utils.errors import UserError
-from varestorer.weights.bundle import is_bundle, tensors_file
+from varestorer.weights.bundle import ADAPTERS, is_bundle, tensors_file
 from varestorer.weights.files import check_names_and_shapes, read_tensors
 from varestorer.weights.published.varsr import (
     LEVELS,
@@ -208,9 +209,20 @@ def _own(path: Path, part: str) -> dict[str, Tensor]:
     """A part of a bundle or a run, as `VARSR.parts` names it."""
     if is_bundle(path):
         return read_tensors(tensors_file(path, part))
-    held = load_run_weights(path)
+    held = {plain_name(name): tensor for name, tensor in load_run_weights(path).items() if ".lora_" not in name}
     names = [name for name in held if name.startswith("tokenizer.") == (part == "tokenizer")]
     return {name.removeprefix(f"{part}."): held[name] for name in names}
+
+
+def adapters_of(path: Path | None) -> dict[str, Tensor]:
+    """Adapters of a transformer in a bundle or a run, by their plain names; empty where there are none."""
+    if path is None or not (is_bundle(path) or is_run(path)):
+        return {}
+    if is_bundle(path):
+        file = tensors_file(path, ADAPTERS)
+        return read_tensors(file) if file.is_file() else {}
+    named = {plain_name(name): tensor for name, tensor in load_run_weights(path).items() if ".lora_" in name}
+    return {name.removeprefix("transformer."): tensor for name, tensor in named.items()}
 
 
 def _check_exists(path: Path, part: str, where: str) -> None:

@@ -12,12 +12,10 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
-from varestorer.conditioning.pyramid import Condition
 from varestorer.losses.build import perceptual_loss
 from varestorer.losses.distillation import distribution_matching_loss
 from varestorer.losses.pixel import mse_loss
 from varestorer.systems.varestorer import VARestorer
-from varestorer.tokenizer import TokenPyramid
 from varestorer.training.task import Batch, Task, train_only
 from varestorer.training.text import prompts_of
 from varestorer.transformer import VARTransformer
@@ -69,7 +67,7 @@ class DistillationTask(Task):
     of a second network, the whole student trains against a separate teacher.
 
     Args:
-        system: tokenizer, transformer with adapters.
+        system: with adapters in its transformer: a `VARestorer`, or a `VARSR` that is to become one-step.
         weights: arguments of `DistillationWeights`; L_KL and L_perc are not computed where theirs is 0.
         kl: arguments of `KLOptions`.
         perceptual: see `losses.build.perceptual_loss`.
@@ -118,10 +116,10 @@ class DistillationTask(Task):
         with self.watch("text"):
             context = system.transformer.context(text)
         with self.watch("tokens"):
-            r_hq, condition = tokens_of(system, hq, lq) if self.weights.kl else (None, system.condition(lq))
+            r_hq, condition = system.pair_tokens(hq, lq) if self.weights.kl else (None, system.condition(lq))
         with self.watch("teacher forward"), torch.no_grad():
             asked = context if self.teacher is None else text
-            teacher = None if r_hq is None else system.teacher_logits(r_hq, asked, self.teacher)
+            teacher = None if r_hq is None else system.teacher_logits(r_hq, asked, self.teacher, condition)
         with self.watch("student forward"):
             student = system.student_logits(condition, context)
         parts, head = {}, system.transformer.head
@@ -161,20 +159,6 @@ class DistillationTask(Task):
         """The student in one step, without noise."""
         restored = self.system.restore_batch(batch["lq"]).images_B3HW
         return {"LQ": batch["lq"], "student": restored, "HQ": batch["hq"]}
-
-
-@torch.no_grad()
-def tokens_of(system: VARestorer, hq_B3HW: Tensor, lq_B3HW: Tensor) -> tuple[TokenPyramid, Condition]:
-    """r_HQ, which the teacher sees, and r_LQ, which the student sees, by one pass through the encoder.
-
-    Args:
-        system: its restorer, if it has one, cleans the degraded images first.
-        hq_B3HW: photographs in [0, 1] of side `system.tile`.
-        lq_B3HW: the same degraded.
-    """
-    cleaned = to_network(lq_B3HW if system.restorer is None else system.restorer(lq_B3HW))
-    hq, lq = system.tokenizer.encode(torch.cat([to_network(hq_B3HW), cleaned]), system.schedule).halves()
-    return hq, system.conditioner.from_pyramid(lq, system.schedule, cleaned)
 
 
 def student_parameters(system: VARestorer, trained: str, teacher: VARTransformer | None) -> list[nn.Parameter]:

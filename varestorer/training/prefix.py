@@ -9,7 +9,7 @@ from varestorer.systems.varestorer import VARestorer
 from varestorer.tokenizer import TokenPyramid
 from varestorer.training.task import Batch, train_only
 from varestorer.training.teacher import TeacherTask
-from varestorer.transformer import TextFeatures
+from varestorer.transformer import ClassLabels, TextFeatures
 from varestorer.transformer.adapters import adapter_parameters
 from varestorer.utils.errors import UserError
 from varestorer.utils.seeds import uniform_per_sample
@@ -31,7 +31,7 @@ class PrefixTask(TeacherTask):
         self.prefix_drop = prefix_drop
         train_only(self, adapter_parameters(system.transformer).values())
 
-    def logits(self, pyramid: TokenPyramid, text: TextFeatures, batch: Batch) -> Tensor:
+    def logits(self, pyramid: TokenPyramid, text: TextFeatures | ClassLabels, batch: Batch) -> Tensor:
         with torch.no_grad():
             lq_pyramid = self.system.condition(batch["lq"]).pyramid
         if not self.training:

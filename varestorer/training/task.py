@@ -98,7 +98,7 @@ class Task(nn.Module, ABC):
         return {name.removeprefix(prefix): p for name, p in named if p.requires_grad and name.startswith(prefix)}
 
     def no_decay(self, name: str, parameter: nn.Parameter) -> bool:
-        """Whether weight decay leaves this parameter alone: by default biases, norms, embeddings and gains (as Infinity)."""
+        """Whether weight decay leaves this parameter alone: biases, norms, embeddings and gains, as in Infinity."""
         return parameter.ndim < 2 or UNDECAYED.search(name) is not None
 
     def frozen_state(self) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from varestorer.tokenizer import TokenPyramid
 from varestorer.tokenizer.quantizer import Corruption
 from varestorer.training.task import Batch, Task, train_only
 from varestorer.training.text import prompts_of
-from varestorer.transformer import TextFeatures
+from varestorer.transformer import ClassLabels, TextFeatures
 from varestorer.transformer.adapters import adapter_parameters
 from varestorer.transformer.drop_path import branch_factors, dropped_paths
 from varestorer.utils.errors import UserError
@@ -97,7 +97,7 @@ class TeacherTask(Task):
         draws = uniform_per_sample(shape, self.seed, keys, f"drop path/{step}", transformer.start.device)
         return branch_factors(draws, self.drop_path)
 
-    def logits(self, pyramid: TokenPyramid, text: TextFeatures, batch: Batch) -> Tensor:
+    def logits(self, pyramid: TokenPyramid, text: TextFeatures | ClassLabels, batch: Batch) -> Tensor:
         """Logits (B, L, Z, 2) of every scale, given the true coarser ones."""
         return self.system.teacher_logits(pyramid, text)
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from varestorer.systems.varestorer import VARestorer
 from varestorer.training.task import Batch
-from varestorer.transformer import TextFeatures
+from varestorer.transformer import ClassLabels, TextFeatures
 from varestorer.utils.errors import UserError
 from varestorer.utils.seeds import uniform_per_sample
 
 
-def prompts_of(batch: Batch, system: VARestorer, condition_drop: float, seed: int) -> TextFeatures:
+def prompts_of(batch: Batch, system: VARestorer, condition_drop: float, seed: int) -> TextFeatures | ClassLabels:
     """Features of the batch's prompts, some replaced by the null text; the null text where there are no prompts.
 
     A dropped prompt becomes the null text of its length; a sample without a prompt gets all of the null text, as in
@@ -26,6 +27,8 @@ def prompts_of(batch: Batch, system: VARestorer, condition_drop: float, seed: in
         UserError: features of another width than the model's.
     """
     keys = batch["key"]
+    if system.transformer.config.num_classes:  # qualities instead of words, and what is restored to is good
+        return ClassLabels(torch.zeros(len(keys), dtype=torch.int64, device=system.device))
     if "text" not in batch:
         return system.null_text(len(keys))
     null_TE = system.transformer.condition.null_features

@@ -120,7 +120,7 @@ def _load_from_bundle(module: nn.Module, part: str, bundle: Path, fold: bool, ne
         if rank == student["lora_rank"]:  # of another rank, another student is to be trained from this teacher
             check_names_and_shapes(adapters, held, str(tensors_file(bundle, ADAPTERS)))
         given |= held
-    assign_plain(module, _fitting(given, wanted, f"the bundle {bundle}"))
+    assign_plain(module, fitting(given, wanted, f"the bundle {bundle}"))
 
 
 def _load_from_run(module: nn.Module, part: str, run: Path, new_adapters: bool) -> None:
@@ -130,7 +130,7 @@ def _load_from_run(module: nn.Module, part: str, run: Path, new_adapters: bool) 
     weights = {plain_name(name.removeprefix(prefix)): t for name, t in held if name.startswith(prefix)}
     weights = _without_adapters(weights) if new_adapters else weights
     wanted = plain_state_dict(module)
-    given = _fitting({name: t for name, t in weights.items() if name in wanted}, wanted, f"the run {run}")
+    given = fitting({name: t for name, t in weights.items() if name in wanted}, wanted, f"the run {run}")
     missing = [name for name in _without_adapters(wanted) if name not in given]
     if missing:
         raise UserError(f"the run {run} does not hold a whole {part}: {missing[0]} and {len(missing) - 1} more missing")
@@ -140,7 +140,7 @@ def _load_from_run(module: nn.Module, part: str, run: Path, new_adapters: bool) 
     assign_plain(module, given)
 
 
-def _fitting(given: dict[str, Tensor], wanted: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+def fitting(given: dict[str, Tensor], wanted: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
     """What was given, without its adapters where they have another rank than is wanted."""
     adapters = given.keys() - _without_adapters(given).keys()
     if all(name in wanted and given[name].shape == wanted[name].shape for name in adapters):

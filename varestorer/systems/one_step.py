@@ -1,0 +1,191 @@
+"""One step for networks that read a prefix: VARestorer's distillation with VARSR or H-VAR as the teacher.
+
+Neither paper has it. The student is the teacher's network with adapters. It sees the degraded image twice, as the
+prefix and, as VARestorer's does (section 3.2), as tokens of all scales, each of which attends to all others.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from varestorer.systems.base import Request, System
+from varestorer.tokenizer.quantizer import TokenPyramid
+from varestorer.transformer import Context, PreparedCondition, TransformerConfig, VARTransformer
+from varestorer.transformer.adapters import (
+    adapters_off,
+    attach_adapters,
+    merge_adapters,
+    target_pattern,
+)
+from varestorer.transformer.generation import Prefix
+from varestorer.transformer.heads import Noise
+from varestorer.transformer.layout import BlockCausal
+from varestorer.utils.errors import UserError
+
+
+@dataclass(frozen=True)
+class OneStepConfig:
+    """The student of a network that reads a prefix.
+
+    Attributes:
+        lora_rank: of the adapters that are the student; 0: there is none, and the network restores as its paper says.
+        lora_targets: layers of the blocks that carry them, see `adapters.target_pattern`.
+        keep_codes: added to the logits of the degraded image's own codes.
+        merged: the adapters are folded into the base weights, so that no teacher is left.
+    """
+
+    lora_rank: int = 0
+    lora_targets: tuple[str, ...] = ("self_attention", "ffn")
+    keep_codes: float = 0.0
+    merged: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "lora_targets", tuple(self.lora_targets))
+        target_pattern(self.lora_targets)
+        if self.lora_rank < 0 or self.keep_codes < 0:
+            raise UserError("model.student.lora_rank and model.student.keep_codes must be 0 or more")
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether there are adapters to turn off."""
+        return self.lora_rank > 0 and not self.merged
+
+
+@dataclass(frozen=True)
+class Conditioned:
+    """What the student sees of the degraded image.
+
+    Attributes:
+        pyramid: its tokens.
+        prefix: tokens in front of all scales, which the teacher reads too.
+    """
+
+    pyramid: TokenPyramid
+    prefix: Prefix
+
+
+class OneStepSystem(System):
+    """A system whose network may have become one-step.
+
+    Attributes:
+        student_config: of the student; without one the class restores as its paper says.
+    """
+
+    student_config: OneStepConfig
+
+    @abstractmethod
+    def see(self, lq_B3tt: Tensor) -> Prefix:
+        """The prefix of degraded squares in [0, 1]."""
+
+    # ---- networks
+
+    def make_transformer(self, config: TransformerConfig) -> VARTransformer:
+        """The network, with adapters where there is a student."""
+        transformer = VARTransformer(config)
+        if self.student_config.has_teacher:
+            attach_adapters(transformer, self.student_config.lora_rank, True, self.student_config.lora_targets)
+        return transformer
+
+    def merge_adapters(self) -> Self:
+        if self.student_config.has_teacher:
+            merge_adapters(self.transformer)
+            self.student_config = replace(self.student_config, merged=True)
+        return self
+
+    # ---- what distillation asks for
+
+    @torch.no_grad()
+    def condition(self, lq_B3tt: Tensor) -> Conditioned:
+        """What the student sees of degraded squares in [0, 1]."""
+        return Conditioned(self.encode(lq_B3tt), self.see(lq_B3tt))
+
+    def pair_tokens(self, hq_B3HW: Tensor, lq_B3HW: Tensor) -> tuple[TokenPyramid, Conditioned]:
+        """What the teacher and the student see of photographs and their degraded images, both in [0, 1]."""
+        with torch.no_grad():
+            return self.encode(hq_B3HW), self.condition(lq_B3HW)
+
+    def teacher_logits(
+        self, pyramid: TokenPyramid, context: Context, teacher: VARTransformer | None, condition: Conditioned
+    ) -> Tensor:
+        """p_T(r_k | r_<k, prefix): logits (B, L, V) of all scales, given the photograph's coarser ones; adapters off.
+
+        Args:
+            pyramid: tokens of the photograph.
+            context: of the condition.
+            teacher: a network of its own; None for the system's.
+            condition: of the degraded image.
+        """
+        with adapters_off(self.transformer):
+            return self._all_scales(teacher or self.transformer, pyramid.inputs(), context, condition.prefix, True)
+
+    def student_logits(self, condition: Conditioned, context: Context | PreparedCondition) -> Tensor:
+        """p_S(r_k | r_LQ, prefix): logits (B, L, V) of all scales in one pass; every token sees every other."""
+        inputs = condition.pyramid.own_inputs()
+        logits = self._all_scales(self.transformer, inputs, context, condition.prefix, False)
+        if margin := self.student_config.keep_codes:
+            logits = logits + self.transformer.head.leaning(condition.pyramid.labels(), margin)
+        return logits
+
+    def _all_scales(
+        self, network: VARTransformer, inputs_BLZ: Tensor, context: Any, prefix: Prefix, is_causal: bool
+    ) -> Tensor:
+        layout = network.layout(self.schedule, inputs_BLZ.device, prefix.size)
+        mask = BlockCausal.of(layout) if is_causal else None
+        asked = slice(len(layout) - self.schedule.num_tokens, None)
+        return network(inputs_BLZ, context, layout, mask, asked=asked, prefix_BPC=prefix.tokens_BPC)
+
+    def residual(self, condition: Conditioned) -> None:
+        """Nothing of the student's input is kept beside its codes."""
+
+    def student_image(self, codes_BZhw: Tensor, residual: None = None) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1] of the student's codes."""
+        return self.tokenizer.decode(codes_BZhw)
+
+    @torch.inference_mode()
+    def restore_batch(self, lq_B3HW: Tensor, steps: str | None = None) -> Any:
+        """Restore squares of side `tile`, in [0, 1]; what is drawn is drawn with seed 0."""
+        return self.restore_squares(lq_B3HW, [*range(len(lq_B3HW))], self.accept(Request(steps=steps), False))
+
+    # ---- restoring
+
+    def is_one_step(self, request: Request) -> bool:
+        """Whether the student answers; else the network restores as its paper says.
+
+        Raises:
+            UserError: steps that this model has not.
+        """
+        steps, student = request.steps, self.student_config
+        if steps is None or (steps == "one" and student.lora_rank):
+            return student.lora_rank > 0
+        if steps == "multi" and student.has_teacher:
+            return False
+        if steps == "multi" and student.lora_rank:
+            raise UserError("steps=multi needs the teacher, and the adapters of this model are merged; leave it out")
+        raise UserError(
+            f"this model predicts its {len(self.schedule)} scales one after the other, leave steps={steps} out; "
+            "students of dmd_varsr and dmd_hvar have steps=one and steps=multi"
+        )
+
+    def one_step_tokens(
+        self, lq_B3tt: Tensor, context: Context | PreparedCondition, noise: Noise | None
+    ) -> tuple[Tensor, Tensor]:
+        """Chosen codes (B, L) of all scales, and the logits (B, L, V) they come from.
+
+        Args:
+            lq_B3tt: degraded squares in [0, 1].
+            context: of the condition.
+            noise: uniform noise per scale; None takes the likeliest codes.
+        """
+        logits = self.student_logits(self.condition(lq_B3tt), context)
+        select, batch = self.transformer.head.select, len(logits)
+        uniforms = [
+            None if noise is None else noise(k, (batch, count))
+            for k, count in enumerate(self.schedule.num_tokens_per_scale)
+        ]
+        pairs = zip(self.schedule.slices, uniforms, strict=True)
+        return torch.cat([select(logits[:, scale], uniform) for scale, uniform in pairs], dim=1), logits

@@ -182,7 +182,7 @@ def test_checkpoint(root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     asked = []
     monkeypatch.setattr(VARestorer, "from_pretrained", lambda ckpt: asked.append(ckpt) or system)
     assert run(root, "ckpt=outputs/a run, the best", "metrics=psnr") == 0
-    assert asked == ["outputs/a run, the best"]
+    assert asked == [Path("outputs/a run, the best")]
     assert "s per image" in capsys.readouterr().out
     assert run(root, "ckpt=outputs/a run, the best", "metrics=psnr") == 0
     with torch.no_grad():

@@ -12,6 +12,7 @@ from varestorer.commands.restore import COMMAND as RESTORE
 from varestorer.commands.train import COMMAND as TRAIN
 from varestorer.commands.train import stage_configs
 from varestorer.evaluation.comparison import UNDISTILLED
+from varestorer.systems import load
 from varestorer.systems.varestorer import VARestorer
 from varestorer.systems.varsr import VARSR
 from varestorer.utils.images import load_image, save_image
@@ -32,7 +33,8 @@ def lines_of(run: Path) -> list[dict]:
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_experiments_compose(compose: Callable[..., DictConfig], experiment: str) -> None:
-    cfg = compose("train", f"+experiment={experiment}", "data.root=null")
+    more = ["model.weights.transformer=outputs/run"] if experiment.endswith("_small") else []
+    cfg = compose("train", f"+experiment={experiment}", "data.root=null", *more)
     OmegaConf.resolve(cfg)
     assert stage_configs(cfg, [])
 
@@ -46,9 +48,10 @@ def test_paper_scale_experiments_have_the_papers_numbers(compose: Callable[..., 
 
 WITHOUT_STUDENT = ("tokenizer_bsq", "tokenizer_gan", "teacher_512", "teacher_scratch")
 WITHOUT_STUDENT += ("nano_restorer", "nano_tokenizer", "nano_teacher")
+PREFIXED = ("dmd_varsr", "dmd_hvar")  # one-step students of other papers
 OF_VARSR = tuple(name for name in EXPERIMENTS if name.startswith("varsr"))
 SMALL = ("quickstart", "quickstart_scratch", "smoke")
-OTHER_PAPERS = ("hvar", "varsr")  # their networks have tests of their own
+OTHER_PAPERS = ("hvar", "varsr", *PREFIXED)  # their networks have tests of their own
 PAPER_SCALE = [
     name for name in EXPERIMENTS if name not in (*SMALL, *WITHOUT_STUDENT) and not name.startswith(OTHER_PAPERS)
 ]
@@ -108,6 +111,29 @@ def test_varsr_experiments_train_at_test_size(experiment: str, pairs: Path, tmp_
         assert system.make([0]).images_B3HW.shape == (1, 3, 16, 16)
     else:
         assert system.restore(torch.rand(3, 9, 9), 2).image.shape == (3, 18, 18)
+
+
+STUDENTS = {
+    "varsr": ["model=varsr_tiny", "model.schedule.sides=[1,2,4]", "data.crop=16"],
+    "hvar": ["model=hvar_tiny", "data.crop=32"],
+}
+
+
+@pytest.mark.parametrize("paper", STUDENTS)
+def test_students_of_prefixed_networks_train_at_test_size(paper: str, pairs: Path, tmp_path: Path) -> None:
+    tiny = [*STUDENTS[paper], "logger=none", f"data.root={pairs / 'hr'}", *TINY_STEPS]
+    experiment = {"varsr": "varsr_isr", "hvar": "hvar"}[paper]
+    teacher, run, small = (tmp_path / name for name in ("teacher", "run", "small"))
+    assert TRAIN.main([f"+experiment={experiment}", *tiny, f"run_dir={teacher}"]) == 0
+    words = ["stages.student.task.perceptual=ms_ssim", f"run_dir={run}"]
+    assert TRAIN.main([f"+experiment=dmd_{paper}", *tiny, *words]) == 0
+    assert lines_of(run)[-1]["kl"] >= 0
+    assert load(run).restore(torch.rand(3, 9, 9), 2).image.shape == (3, 18, 18)
+    words = [*STUDENTS[paper], "trainer.max_steps=1", "trainer.batch_size=2", "trainer.num_workers=0"]
+    words += [f"model.weights.transformer={teacher}", f"run_dir={small}", "+report.heldout.crop=192"]
+    assert TRAIN.main([f"+experiment=dmd_{paper}_small", *words]) == 0
+    rows = json.loads((small / "report.json").read_text())["rows"]
+    assert {"multi-step", UNDISTILLED, "one step"} <= {row["method"] for row in rows}
 
 
 def test_the_varsr_quickstart_writes_its_report(tmp_path: Path) -> None:

@@ -167,8 +167,8 @@ class OneStepSystem(System):
         if steps == "multi" and student.lora_rank:
             raise UserError("steps=multi needs the teacher, and the adapters of this model are merged; leave it out")
         raise UserError(
-            f"this model predicts its {len(self.schedule)} scales one after the other, leave steps={steps} out; "
-            "students of dmd_varsr and dmd_hvar have steps=one and steps=multi"
+            f"this model predicts its {len(self.schedule)} scales one after the other: leave steps= out, got "
+            f"steps={steps}; students of dmd_varsr and dmd_hvar have steps=one and steps=multi"
         )
 
     def one_step_tokens(

@@ -35,7 +35,8 @@ class Enlarger:
 
     restorer = None
     tile, tiles, schedule = 64, (32, 64), range(10)
-    check_source = VARestorer.check_source
+    check_source, check_official = VARestorer.check_source, VARestorer.check_official
+    restore_official = VARestorer.restore_official
 
     def __init__(self, text_width: int = 2048) -> None:
         self.calls: list[dict] = []

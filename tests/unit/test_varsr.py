@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 
@@ -13,7 +12,7 @@ from varestorer.systems.varsr import VARSR, SamplingConfig
 from varestorer.systems.varsr_files import VQVAE
 from varestorer.training.config import Schedule, TrainerConfig
 from varestorer.training.varsr import VARSRTask
-from varestorer.utils.errors import UserError
+from varestorer.utils.errors import UsageError, UserError
 
 SIZES = {
     "schedule": {"sides": [1, 2, 4]},
@@ -91,8 +90,20 @@ def test_sizes_that_do_not_fit_are_refused(change: dict, message: str) -> None:
 
 
 def test_compat_official_names_the_size_it_needs(system: VARSR) -> None:
-    with pytest.raises(UserError, match="works at 512 pixels, and this model at 16"):
-        system.restore_official(np.zeros((8, 8, 3), np.uint8))
+    with pytest.raises(UsageError, match="works at 512 pixels, and this model at 16"):
+        system.restore_official(torch.zeros(3, 8, 8))
+
+
+@pytest.mark.parametrize(("tiled", "size"), [(False, (512, 512)), (True, (36, 20))])
+def test_compat_official_is_the_released_loop(tiled: bool, size: tuple) -> None:
+    sides = {"schedule": {"sides": [1, 32]}, "tokenizer": SIZES["tokenizer"] | {"multipliers": [1, 1, 1, 1, 1]}}
+    system = VARSR(**{**SIZES, **sides, "prefix": {"channels": [4, 4, 4, 4, 4]}}).eval()
+    image = torch.rand(3, 9, 5)
+    restored = system.restore_official(image, 4, tiled=tiled, seed=1)
+    assert restored.shape == (3, *size) and torch.equal((restored * 255).round() / 255, restored)
+    assert torch.equal(restored, system.restore_official(image, 4, tiled=tiled, seed=1))
+    with pytest.raises(UserError, match="no words, and a whole scale"):
+        system.restore_official(image, 2.5)
 
 
 def test_prepared_qualities_serve_every_image(system: VARSR) -> None:

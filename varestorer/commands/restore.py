@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import random
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -233,10 +232,8 @@ def check_fit(system: VARestorer, options: RestoreOptions) -> None:
         )
     if options.steps != "multi":
         system.check_source(locate(options.ckpt, {}))
-    if options.compat and student is None:
-        raise UsageError("compat=official is for students like the released one, and this model is of another paper")
-    if options.compat and (traits := system.student_config.unreleased):
-        raise UsageError(f"compat=official is for students like the released one, and this has student.{traits[0]}")
+    if options.compat:
+        system.check_official()
     if options.steps.isdecimal() and int(options.steps) > num_scales:
         raise UsageError(f"steps must be one, multi or 1 to {num_scales} for this model, got steps={options.steps}")
 
@@ -288,26 +285,15 @@ def bind(system: VARestorer, options: RestoreOptions, texts: Texts) -> RestoreIm
         if prompt is not None and text is None:
             details["prompt_used"] = False
         if options.compat:
-            return Restored(restore_officially(system, image_3HW, scale, text, options, seed), details=details)
+            is_tiled = options.tile is not None
+            official = system.restore_official(image_3HW, scale, prompt=text, tiled=is_tiled, seed=seed)
+            return Restored(official, details=details)
         result = system.restore(image_3HW, scale, prompt=text, seed=seed, **chosen)
         maps_KHW = result.uncertainty_KHW
         smaller = {size_label(size): image for size, image in result.smaller.items()} if options.sizes else {}
         return Restored(result.image, None if maps_KHW is None else maps_KHW.mean(dim=0), details, smaller)
 
     return run
-
-
-def restore_officially(
-    system: VARestorer, image_3HW: Tensor, scale: float, text: Tensor | None, options: RestoreOptions, seed: int
-) -> Tensor:
-    """`compat=official`: the released script draws from global generators, so here alone they are seeded."""
-    import torch
-
-    from varestorer.systems.official import restore_official
-
-    random.seed(seed)
-    torch.manual_seed(seed)
-    return restore_official(system, image_3HW, scale, prompt=text, tiled=options.tile is not None)
 
 
 def summary(report: FolderReport) -> str:

@@ -476,6 +476,32 @@ class System(
             UsageError: says what to give instead.
         """
 
+    def check_official(self) -> None:
+        """Refuse `restore_official` where the authors released no script, or one for other models than this.
+
+        Raises:
+            UsageError: says why.
+        """
+        raise UsageError(f"compat=official: no script for models of {self.name} was released; leave it out")
+
+    def restore_official(
+        self, image_3HW: Tensor, scale: float = 4, *, prompt: Tensor | None = None, tiled: bool = False, seed: int = 0
+    ) -> Tensor:
+        """An image in [0, 1] as the script of the paper's authors restores it, its faults included.
+
+        Args:
+            image_3HW: RGB in [0, 1]; rounded to 8 bits first.
+            scale: enlargement.
+            prompt: text features (T, E), where the model reads text.
+            tiled: overlapping squares instead of the whole, squashed to one.
+            seed: of whatever is drawn.
+
+        Returns:
+            (3, H', W') in [0, 1], multiples of 1/255.
+        """
+        self.check_official()
+        raise NotImplementedError
+
     def _save_pretrained(self, save_directory: Path) -> None:
         if self.acceleration is not None:
             raise UserError("an accelerated system cannot be saved: its weights were rounded; save it before")

@@ -16,6 +16,7 @@ Arrays end in `3` because Pillow's do.
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +24,6 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from varestorer.systems.varestorer import VARestorer
 from varestorer.transformer import TextFeatures
 from varestorer.utils.errors import UserError
 from varestorer.utils.finite import check_finite, spread_nan
@@ -36,7 +36,7 @@ LEAST_WEIGHT = 1e-8  # sums of blending weights are raised to it before the divi
 
 @torch.inference_mode()
 def restore_official(
-    system: VARestorer, image_3HW: Tensor, scale: float = 4, *, prompt: Tensor | None = None, tiled: bool = False
+    system: Any, image_3HW: Tensor, scale: float = 4, *, prompt: Tensor | None = None, tiled: bool = False
 ) -> Tensor:
     """Restore an image as the released script does.
 
@@ -65,7 +65,7 @@ def restore_official(
     return _to_float(restored_HW3).to(image_3HW.device)
 
 
-def _own_features(system: VARestorer, prompt: Tensor | None) -> Tensor:
+def _own_features(system: Any, prompt: Tensor | None) -> Tensor:
     """A copy of the prompt's features, or of the null text, that may be overwritten."""
     null_TE = system.transformer.condition.null_features
     features_TE = null_TE if prompt is None else prompt
@@ -75,13 +75,13 @@ def _own_features(system: VARestorer, prompt: Tensor | None) -> Tensor:
     return features_TE.detach().to(system.device, torch.float32, copy=True)
 
 
-def _squashed(system: VARestorer, image_HW3: np.ndarray, features_TE: Tensor) -> np.ndarray:
+def _squashed(system: Any, image_HW3: np.ndarray, features_TE: Tensor) -> np.ndarray:
     """The whole image as one square, whatever its aspect."""
     square_tt3 = _lanczos(image_HW3, (system.tile, system.tile))
     return _lanczos(restore_square(system, _to_float(square_tt3), features_TE), image_HW3.shape[:2])
 
 
-def _tiled(system: VARestorer, image_HW3: np.ndarray, features_TE: Tensor) -> np.ndarray:
+def _tiled(system: Any, image_HW3: np.ndarray, features_TE: Tensor) -> np.ndarray:
     """Squares that share a quarter of their side (released: 128 of 512), each restored alone, blended by a Gaussian."""
     tile, margin = system.tile, system.tile // 4
     height, width = image_HW3.shape[:2]
@@ -104,7 +104,7 @@ def _tiled(system: VARestorer, image_HW3: np.ndarray, features_TE: Tensor) -> np
 
 
 @torch.inference_mode()
-def restore_square(system: VARestorer, square_3tt: Tensor, features_TE: Tensor) -> np.ndarray:
+def restore_square(system: Any, square_3tt: Tensor, features_TE: Tensor) -> np.ndarray:
     """One forward pass: perhaps drop the prompt, clean and tokenise, predict, draw the bits, decode, truncate.
 
     Args:
@@ -127,7 +127,7 @@ def restore_square(system: VARestorer, square_3tt: Tensor, features_TE: Tensor) 
     return rearrange((image_3tt * 255).to(torch.uint8).cpu(), "c h w -> h w c").numpy()
 
 
-def draw_bits(system: VARestorer, logits_BLZ2: Tensor) -> Tensor:
+def draw_bits(system: Any, logits_BLZ2: Tensor) -> Tensor:
     """Bits (B, L, Z) bool of all scales, sampled with noise of PyTorch's global CPU generator, scale by scale."""
     bits = []
     for tokens in system.schedule.slices:

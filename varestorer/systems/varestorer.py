@@ -9,6 +9,7 @@ Shapes: `B` batch, `H W` pixels, `t` side of a square, `L` tokens of all scales,
 
 from __future__ import annotations
 
+import random
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -21,6 +22,7 @@ from torch import Tensor
 from varestorer.conditioning.pyramid import INPUTS, Condition, PyramidConditioner
 from varestorer.conditioning.restorer import Restorer, new_restorer
 from varestorer.conditioning.text_encoder import DEFAULT_NAME, DEFAULT_WIDTH, TextEncoder
+from varestorer.systems import official
 from varestorer.systems.acceleration import Acceleration
 from varestorer.systems.base import Request, RestoredBatch, System
 from varestorer.tokenizer import MultiScaleTokenizer, ScaleSchedule, TokenizerConfig, TokenPyramid
@@ -510,6 +512,17 @@ class VARestorer(System):
         """Refuse a published teacher where a student is asked; runs and bundles may hold students without adapters."""
         if self.student_config.lora_rank == 0 and is_published(path):
             raise UsageError(f"ckpt={path} is a teacher without adapters; use steps=multi, or give {STUDENT_FILE}")
+
+    def check_official(self) -> None:
+        if traits := self.student_config.unreleased:
+            raise UsageError(f"compat=official is for students like the released one, and this has student.{traits[0]}")
+
+    def restore_official(
+        self, image_3HW: Tensor, scale: float = 4, *, prompt: Tensor | None = None, tiled: bool = False, seed: int = 0
+    ) -> Tensor:
+        random.seed(seed)  # the script draws from both global generators
+        torch.manual_seed(seed)
+        return official.restore_official(self, image_3HW, scale, prompt=prompt, tiled=tiled)
 
     def _speed_up(self, chosen: Acceleration) -> None:
         if self.restorer is not None and self.device.type == "cpu":

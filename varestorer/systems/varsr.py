@@ -16,8 +16,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-import numpy as np
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from varestorer.conditioning.prefix_encoder import PrefixEncoder
@@ -37,9 +37,9 @@ from varestorer.transformer.heads import keyed_noise
 from varestorer.transformer.layout import BlockCausal
 from varestorer.transformer.refiner import Refined, Refiner
 from varestorer.transformer.refiner import keyed_noise as keyed_normal_noise
-from varestorer.utils.errors import UserError
+from varestorer.utils.errors import UsageError, UserError
 from varestorer.utils.finite import spread_nan
-from varestorer.utils.images import to_network
+from varestorer.utils.images import as_picture, to_network, to_uint8
 from varestorer.utils.seeds import torch_generator
 from varestorer.weights.bundle import shipped
 from varestorer.weights.load import allocate, fitting
@@ -382,38 +382,38 @@ class VARSR(OneStepSystem):
             predicted.refined.check()
         return RestoredBatch(self.decode(predicted.codes), predicted.generation.indices)
 
-    @torch.inference_mode()
-    def restore_official(
-        self, lq_HW3: np.ndarray, scale: int = 4, color: str = "adain", seed: int = 0, tiled: bool = False
-    ) -> np.ndarray:
-        """An image as the released scripts restore it, see `official_varsr`.
-
-        Args:
-            lq_HW3: uint8.
-            scale: enlargement of the tiled mode; the other one makes squares of side `tile`.
-            color: see `utils.color`.
-            seed: of the refiner's noise, which is keyed by the tiles' numbers.
-            tiled: overlapping tiles, blended as latents; else the image is squashed to a square.
-
-        Returns:
-            uint8, (scale H, scale W, 3) or (tile, tile, 3).
-        """
+    def check_official(self) -> None:
         self._check_restores()
         if self.tile != official_varsr.SIDE:
-            raise UserError(f"compat=official works at {official_varsr.SIDE} pixels, and this model at {self.tile}")
-        numbers, good = iter(range(2**31)), self.prepare(self._good(1))
+            raise UsageError(f"compat=official works at {official_varsr.SIDE} pixels, and this model at {self.tile}")
+
+    @torch.inference_mode()
+    def restore_official(
+        self, image_3HW: Tensor, scale: float = 4, *, prompt: Tensor | None = None, tiled: bool = False, seed: int = 0
+    ) -> Tensor:
+        """As the released scripts, see `official_varsr`; the colors are matched by their default, AdaIN."""
+        self.check_official()
+        if prompt is not None or scale != int(scale):
+            raise UserError("compat=official of VARSR takes no words, and a whole scale")
+        numbers = iter(range(2**31))
+        with adapters_off(self.transformer):
+            good = self.prepare(self._good(1))
 
         def encode(tiles_t3HW: Tensor) -> Tensor:
             draws = self.draws([next(numbers) for _ in tiles_t3HW], seed, is_sampled=False)
             prefix = self.prefix_of(tiles_t3HW.to(self.device))
-            predicted = self.predict(good.for_each(len(tiles_t3HW)), prefix, draws)
+            with adapters_off(self.transformer):
+                predicted = self.predict(good.for_each(len(tiles_t3HW)), prefix, draws)
             if predicted.refined is not None:
                 predicted.refined.check()
             return predicted.codes
 
+        lq_HW3 = rearrange(to_uint8(as_picture(image_3HW).cpu()), "c h w -> h w c").numpy()
         if tiled:
-            return official_varsr.restore_tiled(lq_HW3, encode, self.tokenizer.decode, scale, color)
-        return official_varsr.restore_square(lq_HW3, encode, self.tokenizer.decode, color)
+            restored_HW3 = official_varsr.restore_tiled(lq_HW3, encode, self.tokenizer.decode, int(scale))
+        else:
+            restored_HW3 = official_varsr.restore_square(lq_HW3, encode, self.tokenizer.decode)
+        return rearrange(torch.from_numpy(restored_HW3), "h w c -> c h w").to(image_3HW) / 255
 
     def _good(self, batch_size: int) -> Tensor:
         return torch.full((batch_size,), GOOD, device=self.device)

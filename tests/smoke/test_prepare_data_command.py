@@ -10,6 +10,7 @@ import torch
 
 from varestorer.commands.entry import compose
 from varestorer.commands.prepare_data import COMMAND
+from varestorer.data import BicubicDegradation, quality_crops
 from varestorer.data.benchmarks import BENCHMARKS
 from varestorer.utils.images import load_image, resize, save_image
 
@@ -151,3 +152,44 @@ def test_photographs_are_packed_into_shards(tmp_path: Path, photos: Path, capsys
 def test_a_folder_with_another_layout_fails_the_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert COMMAND.main(["dataset=realsr", f"data.root={tmp_path}"]) == 1
     assert "verdict: NOT usable as realsr; problems named above: 1 of the folder" in capsys.readouterr().out
+
+
+def scored(tmp_path: Path, rows: list[str]) -> list[str]:
+    for name in ("a.jpg", "b.png", "c.jpg", "d.jpg"):
+        save_image(tmp_path / "iqa" / "sub" / name, torch.rand(3, 8, 8))
+    (tmp_path / "scores.csv").write_text("\n".join(["image,sd,MOS", *rows]) + "\n")
+    return [f"split={tmp_path / 'lists'}", f"source={tmp_path / 'iqa'}", f"scores={tmp_path / 'scores.csv'}"]
+
+
+def test_good_and_bad_pictures_are_told_apart_by_scores(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    # least 10, largest 100: with a share of 0.6 what is below 70 is bad, 70 itself is good
+    words = scored(tmp_path, ["a.jpg,1,10", "sub/b.png,1,69.9", "c,1,70", "d.jpg,1,100", "e.jpg,1,20", "f.jpg,1,none"])
+    assert COMMAND.main([*words, "set=koniq"]) == 0
+    out = capsys.readouterr().out
+    assert "2 good, 2 bad (score below 70)" in out and "1 of" in out and "e.jpg" in out and "f.jpg" in out
+    links = {kind: sorted(p.name for p in (tmp_path / "lists" / kind).rglob("*.*")) for kind in ("good", "bad")}
+    assert links == {"good": ["c.jpg", "d.jpg"], "bad": ["a.jpg", "b.png"]}
+    data = quality_crops(str(tmp_path / "lists/good"), str(tmp_path / "lists/bad"), 8, BicubicDegradation(), seed=0)
+    assert {data[number]["label"] for number in range(40)} == {0, 1}
+    assert COMMAND.main([*words, "set=koniq"]) == 0  # again: the same links
+    assert COMMAND.main([*words, "column=MOS", "share=0.7"]) == 1  # b is good then
+    assert "of an earlier split" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "status", "message"),
+    [
+        (["set=koniq2"], 2, "set must be one of spaq"),
+        (["set=livec"], 2, "give column=NAME"),
+        (["column=mos", "share=0.5"], 1, "has no column 'mos'; it has image, sd, MOS"),
+        (["column=image", "share=0.5"], 1, "no number in the column of scores"),
+        (["column=MOS", "share=0"], 1, "2 good and 0 bad pictures"),
+        (["set=koniq", "make=x"], 2, "make= and split= are two commands"),
+    ],
+)
+def test_scores_that_cannot_be_used(
+    tmp_path: Path, more: list[str], status: int, message: str, capsys: pytest.CaptureFixture[str]
+):
+    words = scored(tmp_path, ["a.jpg,1,10", "b.png,1,90"])
+    assert COMMAND.main([*words, *more]) == status
+    assert message in capsys.readouterr().err

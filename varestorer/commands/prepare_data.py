@@ -1,4 +1,4 @@
-"""`prepare_data`: where the test sets come from, whether a folder is one, making one; packing photographs."""
+"""`prepare_data`: where the test sets come from, whether a folder is one, making one; photographs to train on."""
 
 from __future__ import annotations
 
@@ -18,22 +18,26 @@ from varestorer.data.degradation import Degradation
 from varestorer.data.making import Recipe, make_test_set
 from varestorer.data.manifest import MANIFEST, Manifest
 from varestorer.data.packing import pack
-from varestorer.utils.errors import UsageError
+from varestorer.data.quality import SCORE_SETS, link_split, split_by_scores
+from varestorer.utils.errors import UsageError, UserError
 from varestorer.utils.files import expand_user
 from varestorer.utils.locks import locked
+from varestorer.utils.scanning import first_names
 
 SHOWN_KINDS = 4
 WIDTH = 110
 MEGABYTE = 1_000_000
 
 HELP = """
-Explain the test sets, check a folder before its figures are believed, make a test set, or pack photographs to train on.
+Explain the test sets, check a folder before its figures are believed, make a test set, pack photographs to train on,
+or tell good ones from bad ones by a table of scores.
 
 usage: python scripts/prepare_data.py                                     what sets there are
        python scripts/prepare_data.py dataset=NAME                        where one comes from, what its folder holds
        python scripts/prepare_data.py dataset=NAME data.root=FOLDER       check a folder
        python scripts/prepare_data.py make=FOLDER source=PHOTOS_FOLDER    make pairs out of good photographs
        python scripts/prepare_data.py shard=FOLDER source=PHOTOS_FOLDER   pack photographs into tar files
+       python scripts/prepare_data.py split=FOLDER source=PHOTOS_FOLDER scores=FILE.csv set=koniq   good and bad ones
 
 check
   dataset=NAME        what it should be; folder and images are for sets of your own
@@ -65,6 +69,15 @@ shard
   shard_mb=500        a tar file is closed before its photographs get larger than so many million bytes
   text=FOLDER         of scripts/precompute_text.py: its captions and features are packed too (data.text=shards)
 
+split
+  split=FOLDER        new folder for good/ and bad/, of links to the pictures; to train VARSR with data.root=FOLDER/good
+                      (or better photographs) data.bad=FOLDER/bad
+  source=FOLDER       pictures of a data set of image quality
+  scores=FILE.csv     a header, then a picture a row: its name in the first column, and its score
+  set=NAME            column and share of spaq, koniq, kadid, flive_patch or ava; share of livec and flive
+  column=NAME         of the scores, where set= does not know it
+  share=0.6           bad is a score below the least one plus this share of the largest (VARSR's rule)
+
 Exit status: 0 all well; 1 the check found something, or the set could not be made; 2 the command was wrong.
 """
 
@@ -89,6 +102,11 @@ class PrepareOptions:
     shard: str | None = None
     shard_mb: int = 500
     text: str | None = None
+    split: str | None = None
+    scores: str | None = None
+    set: str | None = None
+    column: str | None = None
+    share: float | None = None
     count: int = 3000
     crop: int = 512
     seed: int = 0
@@ -113,6 +131,8 @@ def prepare_data(cfg: DictConfig) -> int:
         return make(options)
     if options.shard:
         return shard(options)
+    if options.split:
+        return split(options)
     if not options.dataset:
         say(overview())
         return OK
@@ -148,15 +168,20 @@ def check_writing_options(options: PrepareOptions) -> None:
     Raises:
         UsageError: names the keys.
     """
-    if options.make and options.shard:
-        raise UsageError("make= (test pairs) and shard= (tar files to train on) are two commands: give one of them")
-    out = options.make or options.shard
-    if bool(out) != bool(options.source):
-        where = "make=FOLDER or shard=FOLDER (where the set goes)"
+    given = [key for key in ("make", "shard", "split") if getattr(options, key)]
+    if len(given) > 1:
+        raise UsageError(f"{given[0]}= and {given[1]}= are two commands: give one of them")
+    out = bool(given)
+    if out != bool(options.source):
+        where = "make=FOLDER, shard=FOLDER or split=FOLDER (where the set goes)"
         raise UsageError(f"{where} and source=FOLDER (good photographs) go together: give both")
     if out and (options.dataset or options.data.root or options.manifest):
         others = "leave out dataset=, data.root= and manifest=, which check one"
-        raise UsageError(f"make= and shard= make a set of their own: {others}")
+        raise UsageError(f"make=, shard= and split= make a set of their own: {others}")
+    if bool(options.split) != bool(options.scores):
+        raise UsageError("split=FOLDER and scores=FILE.csv (the pictures' scores) go together: give both")
+    if (options.set or options.column or options.share is not None) and not options.split:
+        raise UsageError("set=, column= and share= go with split=FOLDER")
     if options.text and not options.shard:
         raise UsageError("text= goes with shard=: the folder of texts to pack beside the photographs")
 
@@ -298,6 +323,43 @@ def shard(options: PrepareOptions) -> int:
     lines += [
         f"{packing.num_photographs} photographs in {len(packing.shards)} shards in {root}; next:",
         f"  python scripts/train.py +experiment=NAME data=shards data.root={root_quoted}",
+    ]
+    say("\n".join(lines))
+    return OK
+
+
+def split(options: PrepareOptions) -> int:
+    """Tell good pictures from bad ones and say how many there are of each; returns the exit status.
+
+    Raises:
+        UsageError: scores that nobody knows how to read, or no such file.
+        UserError: no picture is good, or none is bad.
+    """
+    root, source = _two_folders("split", options.split, options.source)
+    scores = expand_user(options.scores or "")
+    if not scores.is_file():
+        raise UsageError(f"scores={scores} is no file; give the CSV of the pictures' scores")
+    if options.set is not None and options.set not in SCORE_SETS:
+        raise UsageError(f"set must be one of {', '.join(SCORE_SETS)}, got set={options.set}")
+    known = SCORE_SETS.get(options.set or "")
+    column = known.column if options.column is None and known is not None else options.column
+    share = known.share if options.share is None and known is not None else options.share
+    if column is None or share is None:
+        raise UsageError("give column=NAME (of the scores) and share= (of the largest score), or set= that knows both")
+    found = split_by_scores(source, scores, column, share)
+    missing = f"{len(found.missing)} of {scores} are not in {source}: {first_names(found.missing)}"
+    if not found.good or not found.bad:
+        counts = f"{len(found.good)} good and {len(found.bad)} bad pictures"
+        raise UserError(f"{counts} at a threshold of {found.threshold:g}: {missing if found.missing else 'see share='}")
+    with locked(root):
+        link_split(found, source, root)
+    lines = [f"skipped: {missing}"] if found.missing else []
+    if found.unscored:
+        lines.append(f"skipped: {len(found.unscored)} without a number for a score: {first_names(found.unscored)}")
+    good, bad = (quote(str(root / name)) for name in ("good", "bad"))
+    lines += [
+        f"{len(found.good)} good, {len(found.bad)} bad (score below {found.threshold:g}) in {root}; next:",
+        f"  python scripts/train.py +experiment=varsr_isr data.root={good} data.bad={bad}",
     ]
     say("\n".join(lines))
     return OK

@@ -2,13 +2,133 @@
 
 from __future__ import annotations
 
+import csv
+import math
+import os
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 from varestorer.data.datasets import PhotoCrops
 from varestorer.data.degradation import Degrade
 from varestorer.data.mixture import Mixture
+from varestorer.utils.errors import UserError
+from varestorer.utils.images import list_images
+from varestorer.utils.scanning import first_names
 
 GOOD, BAD = 0, 1
+
+
+@dataclass(frozen=True)
+class ScoreSet:
+    """How VARSR reads the scores of a data set of image quality.
+
+    Attributes:
+        share: pictures are bad whose score is below the least score plus this share of the largest.
+        column: of the scores, from 0; negative: from the last; None: they come in a file of another kind, or under a
+            name that has to be given.
+    """
+
+    share: float
+    column: int | None
+
+
+# the released script takes FLIVE's patches by one column and their threshold from another; here both are the last
+SCORE_SETS = {
+    "spaq": ScoreSet(0.4, 1),
+    "koniq": ScoreSet(0.6, -1),
+    "livec": ScoreSet(0.6, None),
+    "kadid": ScoreSet(0.6, 2),
+    "flive": ScoreSet(0.6, None),
+    "flive_patch": ScoreSet(0.5, -1),
+    "ava": ScoreSet(0.32, 1),
+}
+
+
+@dataclass(frozen=True)
+class Split:
+    """Pictures of a folder by their scores.
+
+    Attributes:
+        threshold: scores below it are bad.
+        good, bad: files.
+        missing: names in the scores that the folder has not.
+        unscored: names whose score is no number.
+    """
+
+    threshold: float
+    good: list[Path]
+    bad: list[Path]
+    missing: list[str]
+    unscored: list[str]
+
+
+def split_by_scores(images: Path, scores: Path, column: int | str, share: float) -> Split:
+    """Tell good pictures from bad ones by a table of scores (as VARSR chooses its negative samples).
+
+    Args:
+        images: folder, subfolders included.
+        scores: CSV with a header; its first column names the pictures, with or without folder and ending.
+        column: of the scores: its name or its number.
+        share: see `ScoreSet`.
+
+    Raises:
+        UserError: no such column, or no score of any picture.
+    """
+    with scores.open(newline="", encoding="utf-8-sig") as file:
+        header, *rows = [row for row in csv.reader(file) if row] or [[]]
+    if isinstance(column, str) and column not in header:
+        raise UserError(f"{scores} has no column {column!r}; it has {', '.join(header)}")
+    number = header.index(column) if isinstance(column, str) else column
+    if not -len(header) <= number < len(header):
+        raise UserError(f"{scores} has {len(header)} columns, not a column {number + 1}; name the one with the scores")
+    found: dict[str, float] = {}
+    unscored = []
+    for row in rows:
+        try:
+            found[row[0]] = float(row[number])
+        except (ValueError, IndexError):
+            unscored.append(row[0])
+    found = {name: score for name, score in found.items() if math.isfinite(score)}
+    if not found:
+        raise UserError(f"{scores} holds no number in the column of scores; name another one with column=")
+    by_name: dict[str, Path] = {}
+    for path in list_images(images):
+        inside = path.relative_to(images)
+        for name in (path.stem, path.name, inside.with_suffix("").as_posix(), inside.as_posix()):
+            by_name[name] = path
+    threshold = min(found.values()) + share * max(found.values())
+    known = {name: by_name[name] for name in found if name in by_name}
+    return Split(
+        threshold,
+        sorted({path for name, path in known.items() if found[name] >= threshold}),
+        sorted({path for name, path in known.items() if found[name] < threshold}),
+        [name for name in found if name not in by_name],
+        unscored,
+    )
+
+
+def link_split(split: Split, images: Path, root: Path) -> None:
+    """Make `root/good` and `root/bad` of links to the pictures, subfolders kept.
+
+    Raises:
+        UserError: there are other files already.
+    """
+    for name, paths in (("good", split.good), ("bad", split.bad)):
+        for path in paths:
+            link = root / name / path.relative_to(images)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            target = os.path.abspath(path)
+            if not link.is_symlink():
+                link.symlink_to(target)
+            elif os.readlink(link) != target:
+                raise UserError(f"{link} leads elsewhere; give split= another folder, or remove this one")
+    for name, paths in (("good", split.good), ("bad", split.bad)):
+        others = {p.relative_to(root / name) for p in (root / name).rglob("*") if not p.is_dir()}
+        if others := others - {path.relative_to(images) for path in paths}:
+            raise UserError(
+                f"{root / name} holds {first_names(map(str, sorted(others)))} of an earlier split; give another folder"
+            )
 
 
 def quality_crops(

@@ -11,12 +11,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from varestorer.commands.entry import compose
 from varestorer.commands.eval import COMMAND
 from varestorer.evaluation.evaluator import Evaluator
 from varestorer.evaluation.sources import BicubicSource
+from varestorer.systems.hvar import HVAR
 from varestorer.systems.varestorer import StudentConfig, VARestorer
+from varestorer.training import config as _schemas  # noqa: F401  # that of training names them
 from varestorer.utils.images import load_image, resize, save_image
 from varestorer.weights.bundle import DEFAULT
 
@@ -53,6 +56,34 @@ def test_bicubic(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert all(float(row["seconds"]) > 0 for row in rows)
     assert sorted(path.name for path in (out / "images").iterdir()) == ["0.png", "1.png", "2.png"]
     assert "bicubic" in (out / "table.md").read_text()
+
+
+def test_a_smaller_size_is_scored_against_reduced_references(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for i in range(3):
+        save_image(root.parent / "half" / f"{i}.png", resize(load_image(root / "hr" / f"{i}.png"), (24, 32), "area"))
+    assert run(root, f"predictions={root.parent / 'half'}", "size=2", "metrics=[psnr]") == 0
+    summary = json.loads((root.parent / "out" / "summary.json").read_text())
+    assert summary["dataset"] == "folder_x2" and summary["metrics"]["psnr"]["mean"] > 70  # the same but for rounding
+    assert run(root, f"predictions={root.parent / 'half'}", "metrics=[psnr]", f"out={root.parent / 'b'}") == 1
+    for words, message in [(["size=5"], "at most scale=4"), (["size=2", "method=bicubic"], "size= goes with ckpt=")]:
+        assert run(root, *words) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_one_pass_of_hvar_is_scored_at_each_size(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = compose("train", ["system=hvar", "model=hvar_tiny"]).model
+    sizes = {name: OmegaConf.to_container(model[name]) for name in ("schedule", "tokenizer", "transformer")}
+    HVAR(**sizes).save_pretrained(tmp_path / "hvar")
+    for size in (1, 4):
+        words = [f"ckpt={tmp_path / 'hvar'}", f"size={size}", "metrics=[psnr]", f"out={tmp_path / str(size)}"]
+        assert run(root, *words) == 0
+    names = [json.loads((tmp_path / s / "summary.json").read_text())["dataset"] for s in ("1", "4")]
+    assert names == ["folder_x1", "folder"]
+    assert load_image(tmp_path / "1" / "images" / "0.png").shape == (3, 12, 16)
+    assert run(root, f"ckpt={tmp_path / 'hvar'}", "size=3", "metrics=[psnr]") == 2
+    assert "sizes must be of 1, 2, 4" in capsys.readouterr().err
 
 
 def test_missing_prediction_is_named_and_the_rest_scored(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -50,8 +50,8 @@ def test_table_3_without_runs_is_the_published_one(tmp_path: Path, capsys: pytes
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["table=4"], "table must be 1, 2 or 3, got 4"),
-        (["table=one"], "table: Value 'one'"),
+        (["table=4"], "table must be 1, 2, 3, varsr, got 4"),
+        (["table=one"], "table must be 1, 2, 3, varsr, got one"),
         (["table=2", "model=nano", "repeats=x"], "repeats: Value 'x'"),
         (["table=2", "model=nano", "repeats=0"], "repeats must be at least 1, got repeats=0"),
         ([], "no value for table"),

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from varestorer.evaluation.cost import Cost, Measurement
-from varestorer.evaluation.paper_tables import SystemRecord, read_records, table_1, table_2, table_3
+from varestorer.evaluation.paper_tables import SystemRecord, read_records, table_1, table_2, table_3, table_varsr
 from varestorer.evaluation.tables import Table
 from varestorer.utils.errors import UsageError
 
@@ -67,6 +67,15 @@ def test_table_1_under_another_protocol_has_no_published_rows(tmp_path: Path) ->
     (table,) = table_1(read_records([str(save(tmp_path / "run", "realsr", "stablesr_y", psnr=25.15))]))
     assert {row.cells["method"] for row in table.rows} == {"run"}
     assert any("No rows were published under stablesr_y" in note for note in table.notes)
+
+
+def test_varsr_stands_beside_what_was_published_under_its_protocol(tmp_path: Path) -> None:
+    runs = [f"refined={save(tmp_path / 'a', 'realsr', 'varsr', lpips=0.3)}"]
+    (table,) = table_varsr(read_records([*runs, f"plain={save(tmp_path / 'b', 'realsr', 'varsr', lpips=0.4)}"]))
+    assert {"refined", "plain", "VARSR", "H-VAR"} <= {row.cells["method"] for row in table.rows}
+    assert "ablations" in table.title
+    with pytest.raises(UsageError, match="is under protocol=varsr"):
+        table_varsr(read_records([str(save(tmp_path / "c", "realsr"))]))
 
 
 def test_means_over_a_part_of_the_set_compete_for_no_mark(tmp_path: Path) -> None:

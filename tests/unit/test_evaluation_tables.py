@@ -16,6 +16,9 @@ PUBLISHED = {
     "varestorer_table1": 24,
     "varestorer_table2": 7,
     "varestorer_table3_ablation_div2k": 4,
+    "hvar_table": 5,
+    "hvar_scales": 3,
+    "hvar_dpo": 4,
     "measured_baselines_realsr": 3,
 }
 
@@ -26,7 +29,7 @@ def test_published_tables_are_complete_and_numeric(name: str, count: int) -> Non
     assert len(rows) == count
     for row in rows:
         for column, text in row.items():
-            if column not in ("dataset", "method", "variant") and text:
+            if column not in ("dataset", "method", "variant", "metric", "preference") and text:
                 float(text)
 
 
@@ -43,6 +46,9 @@ def test_published_tables_equal_the_shared_ones(shared: Path) -> None:
     ("name", "digest"),
     [
         ("measured_baselines_realsr", "ddc9016dd0066d65dcaa3bc2d3a715265d3a0db54b7edf01ec54d05c81942b21"),
+        ("hvar_dpo", "6548e93870791f6d2a02b014abfde36376e2cbb4212761bc26c35e9d985756e5"),
+        ("hvar_scales", "5f8a38f3f13e4f5b2a038e94d6135f6a7b31e6662970f11b7c54d9dc0126c748"),
+        ("hvar_table", "7601297e00974539b1241fe2690494a5234946f4c8602a51cd38b86ec8d87ace"),
         ("varestorer_table1", "bbcad33480276dfde7cf7e6d71c11a954979a38cba3dd4b6a14a7731a19b4376"),
         ("varestorer_table2", "2a70c6f438f1e4e1fb35d5797ec53f0c06f6abe63eb2f15247a64efd55031079"),
         ("varestorer_table3_ablation_div2k", "5e3c5a98003af58abab1835c9534fde96c68d7f1a0316f3e807a4c4c70068d01"),
@@ -65,6 +71,19 @@ def test_rows_of_another_protocol_or_set_never_mix() -> None:
     for dataset, protocol in (("div2k", "stablesr_y"), ("folder", "varestorer"), ("realsr", "my own")):
         assert not published_rows(dataset, protocol, names)
     assert not measured_rows("realsr", "my own", names)
+
+
+def test_rows_of_hvar_stand_under_its_protocol_at_their_size() -> None:
+    def rows(dataset: str) -> dict[str, dict]:
+        names = ["psnr", "lpips", "fid"]
+        return {r.cells["method"]: {n: r.cells.get(n) for n in names} for r in published_rows(dataset, "varsr", names)}
+
+    assert rows("realsr")["H-VAR"] == {"psnr": "25.55", "lpips": "0.256", "fid": None}
+    assert rows("realsr")["H-VAR without preference"]["lpips"] == "0.310"
+    assert rows("realsr_x1")["H-VAR"] == {"psnr": "22.09", "lpips": "0.199", "fid": None}
+    assert rows("realsr_x2")["VARSR"]["lpips"] == "0.450" and rows("drealsr_x2")["H-VAR"]["psnr"] == "27.65"
+    assert rows("div2k")["VARSR-d16"] == {"psnr": None, "lpips": "0.495", "fid": "45.96"}
+    assert not rows("realsr_x3") and not rows("folder")
 
 
 def test_figures_have_four_digits() -> None:

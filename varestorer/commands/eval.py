@@ -18,6 +18,7 @@ from varestorer.evaluation.progress import Progress
 from varestorer.evaluation.protocols import Protocol, load_protocol
 from varestorer.evaluation.records import write_records
 from varestorer.evaluation.results import Evaluation, Pair
+from varestorer.evaluation.samples import reduced_references
 from varestorer.evaluation.sources import (
     BicubicSource,
     FolderSource,
@@ -55,6 +56,8 @@ what is scored
                          score the references after they passed the bits of a model's tokenizer: the ceiling of what
                          it can restore; without model_path of the shipped model
   steps=one|K|multi      of ckpt: the student at once; the last K-1 scales, or all fine ones, by the teacher
+  size=1|2|...           of ckpt or predictions: score the smaller result that enlarges so many times (H-VAR gives
+                         several from one pass), against references reduced to its size; default: scale
   precision=fp32|bf16|auto
                          of ckpt, as scripts/restore.py restores (there auto); default: as the weights are stored
 
@@ -105,6 +108,7 @@ class EvalOptions:
     metric_weights: str | None = None
     offline: bool | None = None
     scale: int = 4
+    size: float | None = None
     seed: int = 0
     batch: int | None = None
     limit: int | None = None
@@ -142,6 +146,10 @@ def check_options(options: EvalOptions) -> None:
         value = getattr(options, key)
         if value is not None and value < 1:
             raise UsageError(f"{key} must be at least 1, got {key}={value}")
+    if options.size is not None and not 0 < options.size <= options.scale:
+        raise UsageError(f"size must be above 0 and at most scale={options.scale}, got size={options.size:g}")
+    if options.size is not None and options.method is not None:
+        raise UsageError("size= goes with ckpt= or predictions=: other methods give one size")
     for key in ("dataset", "protocol"):
         value = getattr(options, key)
         if not isinstance(value, dict) or "name" not in value:
@@ -158,19 +166,24 @@ def _run(options: EvalOptions, processes: Processes) -> int:
 
 
 def _evaluate(options: EvalOptions, whole: list[Pair], out: Path, processes: Processes) -> int:
+    is_smaller = options.size is not None and options.size != options.scale
+    dataset = options.dataset["name"] + (f"_x{options.size:g}" if is_smaller else "")
+    if is_smaller:
+        assert options.size is not None
+        with processes.main_first():
+            whole = reduced_references(whole, options.size / options.scale, out / "references")
     pairs = whole[: options.limit]
     asked = _metrics(options)
     source = _source(options, whole, processes)
     evaluator = _evaluator(options, asked, processes, has_references=any(hq for _, _, hq in pairs))
     progress = Progress(out, _settings(options, evaluator, source, processes))
     keep = None if options.predictions else progress.images
-    evaluation = evaluator.evaluate(
-        pairs, source, options.dataset["name"], keep, progress=progress, processes=processes
-    )
+    evaluation = evaluator.evaluate(pairs, source, dataset, keep, progress=progress, processes=processes)
     unmet = [name for name in asked or [] if name in evaluation.summary()["unavailable"]]
     if processes.is_main:
         files = write_records(evaluation, out)
-        files += write_report(evaluation, out, source.method, options.dataset.get("pairs"), options.scale)
+        enlargement = options.size or options.scale
+        files += write_report(evaluation, out, source.method, options.dataset.get("pairs"), enlargement)
         if options.wandb:
             log_to_wandb(evaluation, out, source.method, asdict(options))
         say(summary_text(evaluation, unmet))
@@ -283,7 +296,12 @@ def _system(options: EvalOptions, processes: Processes) -> KnownSource:
         system.accelerate(acceleration)
     elif is_one_step:
         system.merge_adapters()
-    return SystemSource(system, options.scale, options.seed, settings, options.steps)
+    if options.size is not None:
+        try:
+            system.sides_of([options.size], options.scale)
+        except UserError as error:
+            raise UsageError(str(error)) from error
+    return SystemSource(system, options.scale, options.seed, settings, options.steps, options.size)
 
 
 def _evaluator(options: EvalOptions, asked: list[str] | None, processes: Processes, has_references: bool) -> Evaluator:
@@ -314,6 +332,7 @@ def _settings(options: EvalOptions, evaluator: Evaluator, source: KnownSource, p
         "metrics": [evaluator.ids[name] for name in evaluator.columns],
         "metric weights": weights,
         "seed": options.seed,
+        **({} if options.size is None else {"size": options.size}),
         "device": processes.device.type,
         **source.settings,
     }

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from varestorer.systems.varestorer import VARestorer
 
 PAPER_MODEL = "2b"  # the paper's, which has a restorer in front although the config names no file
+TITLES = {number: f"Table {number} of VARestorer" for number in ("1", "2", "3")} | {"varsr": "VARSR and its ablations"}
 MAX_TIMED_ON_CPU = 1e9  # parameters
 
 HELP = """
@@ -35,6 +36,7 @@ usage: python scripts/tables.py table=1 "runs=['ours=outputs/eval/realsr_1','our
   table=1          ten metrics on DIV2K-Val, DRealSR and RealSR
   table=2          parameters, FLOPs by torch's counter, seconds and peak memory, as a whole and by stages
   table=3          ablations on DIV2K-Val
+  table=varsr      VARSR and its ablations, under its protocol
   runs=[...]       folders of scripts/eval.py (their out=), each maybe with the name of its row: 'label=folder';
                    all under one protocol, for means under two cannot be compared
 options of table 2
@@ -55,7 +57,7 @@ class TablesOptions:
     """The keys of `configs/tables.yaml`, explained there; values of another type are refused."""
 
     model: Any = None
-    table: int = MISSING
+    table: Any = MISSING
     runs: list[str] | None = None
     ckpt: str | None = None
     text_encoder: str | None = None
@@ -76,14 +78,14 @@ def tables(cfg: DictConfig) -> int:
 
     options = typed(TablesOptions, cfg)
     number = str(options.table)
-    if number not in ("1", "2", "3"):
-        raise UsageError(f"table must be 1, 2 or 3, got {number}")
+    if number not in TITLES:
+        raise UsageError(f"table must be {', '.join(TITLES)}, got {number}")
     if options.repeats < 1:
         raise UsageError(f"repeats must be at least 1, got repeats={options.repeats}")
     out = expand_user(options.out)
     check_writable(out, "out")
     found = _tables(options, number)
-    title = f"Table {number} of VARestorer"
+    title = TITLES[number]
     written = write_tables(found, title, out, f"table{number}")
     say(to_markdown(found, title))
     say(f"wrote {', '.join(path.name for path in written)} to {out}")
@@ -91,13 +93,15 @@ def tables(cfg: DictConfig) -> int:
 
 
 def _tables(options: TablesOptions, number: str) -> list[Table]:
-    from varestorer.evaluation.paper_tables import read_records, table_1, table_2, table_3
+    from varestorer.evaluation.paper_tables import read_records, table_1, table_2, table_3, table_varsr
 
     if number != "2" and (_model_names() or options.ckpt is not None):
         raise UsageError(f"model= and ckpt= are for table=2; table={number} takes runs=")
     records = read_records(_listed(options.runs))
     if number == "1":
         return table_1(records)
+    if number == "varsr":
+        return table_varsr(records)
     return table_3(records) if number == "3" else table_2(system_records(options), records)
 
 

@@ -19,7 +19,7 @@ NUM_CROPS = 2
 SHOWN_BY_BROWSERS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp"})
 
 
-def write_gallery(evaluation: Evaluation, out: Path, method: str, scale: int = 4) -> Path | None:
+def write_gallery(evaluation: Evaluation, out: Path, method: str, scale: float = 4) -> Path | None:
     """Write `gallery.html`, which opens from its folder: pictures from elsewhere are copied to `gallery/`.
 
     Args:
@@ -50,7 +50,7 @@ def spread(rows: list[Row], count: int) -> list[Row]:
     return [rows[number * len(rows) // count] for number in range(count)]
 
 
-def _picture(row: Row, out: Path, method: str, scale: int) -> str:
+def _picture(row: Row, out: Path, method: str, scale: float) -> str:
     """One image of the page; what is the same place is found at the size of the restored image."""
     files = {"LQ": row.lq, method: row.image, "HQ": row.reference}
     images = {label: load_image(path) for label, path in files.items() if path is not None}
@@ -61,7 +61,7 @@ def _picture(row: Row, out: Path, method: str, scale: int) -> str:
             image = images[label]
             source = _link(path, out, fitting_name(row.name, f"_{role}.png"))
             columns.append(PictureColumn(label, source, enlarge(image, height, width), image.shape[-1] < width))
-    crops = sorted(detailed_crops(columns[-1].image, NUM_CROPS, scale), key=lambda crop: crop.left)
+    crops = sorted(detailed_crops(columns[-1].image, NUM_CROPS, max(1, round(scale))), key=lambda crop: crop.left)
     scores = ", ".join(f"{name} {figure(value)}" for name, value in row.scores.items())
     note = f"{width} x {height}" + (f"; {scores}" if scores else "")
     return html_picture(row.name, note, columns, crops)

@@ -22,7 +22,7 @@ def write_report(
     out: Path,
     method: str = "this run",
     expected_pairs: int | None = None,
-    scale: int = 4,
+    scale: float = 4,
 ) -> list[Path]:
     """Write `table.md`, `table.tex`, `table.html`, `gallery.html` and `scatter.png`.
 

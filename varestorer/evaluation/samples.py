@@ -15,7 +15,8 @@ from varestorer.utils.ahead import make_ahead
 from varestorer.utils.errors import UserError
 from varestorer.utils.files import file_sha256, fitting_name
 from varestorer.utils.finite import check_finite
-from varestorer.utils.images import load_image, made_from, save_image
+from varestorer.utils.images import load_image, made_from, resize, save_image
+from varestorer.utils.tiling import scaled_size
 
 log = logging.getLogger(__name__)
 
@@ -123,6 +124,28 @@ class SampleReader:
         path = self.keep / fitting_name(name, ".png")
         save_image(path, candidate.image, source=lq_digest)
         return path
+
+
+def reduced_references(pairs: Sequence[Pair], factor: float, folder: Path) -> list[Pair]:
+    """The pairs with their references reduced (area), for results that are smaller than the whole.
+
+    Args:
+        pairs: name, low-quality file, high-quality file or None.
+        factor: side of a reduced reference over that of the reference.
+        folder: gets them, `<name>.png`; those of the same files are there already.
+    """
+    found: list[Pair] = []
+    for name, lq, hq in pairs:
+        path = folder / fitting_name(name, ".png")
+        try:
+            if hq is not None and made_from(path) != (digest := file_sha256(hq)):
+                image = load_image(hq)
+                size = scaled_size(image.shape[-2], image.shape[-1], factor)
+                save_image(path, resize(image, size, "area"), source=digest)
+        except UserError:  # it is named where it is scored
+            path = hq or path
+        found.append((name, lq, None if hq is None else path))
+    return found
 
 
 def check_sizes(image_3HW: Tensor, reference_3HW: Tensor | None) -> None:

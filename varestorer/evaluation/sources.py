@@ -193,6 +193,7 @@ class SystemSource:
         seed: each image gets a seed of its own, derived from this one and its name.
         settings: what is known of the system, such as the digest of its weights.
         steps: as `VARestorer.restore` takes them.
+        size: side of the result over that of the input, of a system that gives several from one pass; None: `scale`.
     """
 
     def __init__(
@@ -202,13 +203,15 @@ class SystemSource:
         seed: int = 0,
         settings: dict[str, Any] | None = None,
         steps: str | int = "one",
+        size: float | None = None,
     ) -> None:
         self.system = system
+        self.sizes = {} if size is None else {"sizes": [size]}
         self.scale = scale
         self.seed = seed
         self.steps = steps
         self.method = f"{type(system).__name__} (this run{'' if steps == 'one' else f', steps={steps}'})"
-        self.settings = {**(settings or {}), "scale": scale, "seed": seed, "steps": str(steps)}
+        self.settings = {**(settings or {}), "scale": scale, "seed": seed, "steps": str(steps), **self.sizes}
         self.runs_ahead = getattr(getattr(system, "device", None), "type", "cpu") != "cpu"
 
     def __call__(self, name: str, lq_path: Path) -> Candidate:
@@ -226,6 +229,7 @@ class SystemSource:
                 scale=self.scale,
                 seed=seed,
                 steps=None if self.steps == "one" else self.steps,
+                **self.sizes,
             )
             return timed(lambda: restored().image, lq_path)
 

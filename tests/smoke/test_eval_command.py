@@ -11,15 +11,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from omegaconf import OmegaConf
+from hydra.utils import instantiate
 
 from varestorer.commands.entry import compose
 from varestorer.commands.eval import COMMAND
 from varestorer.evaluation.evaluator import Evaluator
 from varestorer.evaluation.sources import BicubicSource
-from varestorer.systems.hvar import HVAR
 from varestorer.systems.varestorer import StudentConfig, VARestorer
-from varestorer.training import config as _schemas  # noqa: F401  # that of training names them
 from varestorer.utils.images import load_image, resize, save_image
 from varestorer.weights.bundle import DEFAULT
 
@@ -71,11 +69,11 @@ def test_a_smaller_size_is_scored_against_reduced_references(root: Path, capsys:
 
 
 def test_one_pass_of_hvar_is_scored_at_each_size(
-    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    root: Path, tmp_path: Path, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = compose("train", ["system=hvar", "model=hvar_tiny"]).model
-    sizes = {name: OmegaConf.to_container(model[name]) for name in ("schedule", "tokenizer", "transformer")}
-    HVAR(**sizes).save_pretrained(tmp_path / "hvar")
+    instantiate(request.getfixturevalue("compose")("train", "system=hvar", "model=hvar_tiny").model).save_pretrained(
+        tmp_path / "hvar"
+    )
     for size in (1, 4):
         words = [f"ckpt={tmp_path / 'hvar'}", f"size={size}", "metrics=[psnr]", f"out={tmp_path / str(size)}"]
         assert run(root, *words) == 0

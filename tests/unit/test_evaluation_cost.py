@@ -1,9 +1,12 @@
 """Parameters, operations, seconds and memory of a system, stage by stage."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig
 from text_models import save_t5
 
 from varestorer.evaluation.cost import add_published_restorer, cost_of, measure, num_trained, spent_by
@@ -106,7 +109,7 @@ def test_measured_stages_are_the_counted_ones(tiny_system: VARestorer) -> None:
 
 def test_spending_is_summed_over_calls_and_hooks_are_removed() -> None:
     module, reading = torch.nn.Identity(), iter(range(100))
-    with spent_by({"x": module}, lambda: float(next(reading))) as spent:
+    with spent_by({"x": [module]}, lambda: float(next(reading))) as spent:
         module(torch.zeros(1))
         module(torch.zeros(1))
     module(torch.zeros(1))
@@ -119,3 +122,35 @@ def test_peak_memory_sees_what_is_freed_again() -> None:
         pytest.skip("this system does not tell the memory of a process")
     assert 60e6 < peak < 140e6
     assert peak_memory(lambda: None, torch.device("meta")) is None
+
+
+def test_the_counter_agrees_with_the_formulas_of_varsr_and_hvar(compose: Callable[..., DictConfig]) -> None:
+    # by formula, in multiply-adds: prefix encoder; both halves of the blocks and the head; refiner whose condition and
+    # time are embedded once; decoder of 512 pixels
+    wanted = {
+        "varsr": {"prefix encoder": 0.073, "transformer": 5.45, "refiner": 0.692, "VAE decoder": 0.791},
+        "hvar": {"VAE encoder": 0.433, "transformer": 1.307, "VAE decoder": 0.791},
+    }
+    for name, stages in wanted.items():
+        with torch.device("meta"):
+            system = instantiate(compose("train", f"system={name}").model)
+        counted = {stage: cost.flops / 2e12 for stage, cost in cost_of(system).items()}
+        assert stages == pytest.approx({stage: counted[stage] for stage in stages}, rel=0.015)
+
+
+def test_what_trains_is_all_but_the_tokenizer_or_the_adapters_alone(
+    compose: Callable[..., DictConfig],
+) -> None:
+    with torch.device("meta"):
+        model = compose("train", "system=varsr", "model=varsr_tiny").model
+        system, student = instantiate(model), instantiate(model, student={"lora_rank": 2})
+    whole = sum(p.numel() for p in system.parameters())
+    assert num_trained(system) == whole - sum(p.numel() for p in system.tokenizer.parameters())
+    assert num_trained(student) == sum(p.numel() for n, p in student.named_parameters() if ".lora_" in n) > 0
+
+
+def test_a_network_that_is_called_in_parts_is_timed(compose: Callable[..., DictConfig]) -> None:
+    system = instantiate(compose("train", "system=varsr", "model=varsr_tiny").model).eval()
+    found = measure({"varsr": system}, repeats=1)["varsr"]
+    assert set(found.stages) == {"prefix encoder", "VAE encoder", "transformer", "refiner", "VAE decoder"}
+    assert found.stages["refiner"] > 0 and found.stages["transformer"] > 0 and found.stages["VAE encoder"] == 0

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import statistics
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from varestorer.conditioning.restorer import PUBLISHED_SIZES, Restorer, new_restorer
 from varestorer.evaluation.memory import peak_memory
+from varestorer.systems.base import System
 from varestorer.systems.varestorer import VARestorer
 from varestorer.tokenizer.autoencoder import init_weights as init_tokenizer_weights
 from varestorer.transformer.adapters import init_adapters
@@ -56,7 +57,7 @@ class Measurement:
 
     Attributes:
         seconds: of the whole.
-        stages: seconds of each network's pass, measured in runs of their own; what is made of the text is in none.
+        stages: seconds of each network, measured in runs of their own; what lies between is the transformer's.
         peak_bytes: weights and working memory; None where it cannot be told.
     """
 
@@ -65,18 +66,7 @@ class Measurement:
     peak_bytes: int | None
 
 
-def stages(system: VARestorer) -> dict[str, nn.Module]:
-    """The networks of a system in the order in which an image passes them."""
-    found = {
-        RESTORER: system.restorer,
-        ENCODER: system.tokenizer.encoder,
-        TRANSFORMER: system.transformer,
-        DECODER: system.tokenizer.decoder,
-    }
-    return {name: module for name, module in found.items() if module is not None}
-
-
-def cost_of(system: VARestorer, text_encoder: nn.Module | None = None, prompt_tokens: int = 512) -> dict[str, Cost]:
+def cost_of(system: System, text_encoder: nn.Module | None = None, prompt_tokens: int = 512) -> dict[str, Cost]:
     """Count what restoring one square of side `tile` costs, stage by stage.
 
     Adapters count as they are: merged they cost nothing.
@@ -90,28 +80,33 @@ def cost_of(system: VARestorer, text_encoder: nn.Module | None = None, prompt_to
     """
     twin = without_weights(system)
     flops = flops_of(twin)
-    costs = {name: Cost(_num_parameters(module), flops[name]) for name, module in stages(twin).items()}
+    costs = {name: Cost(sum(map(_num_parameters, modules)), flops[name]) for name, modules in twin.networks.items()}
     if text_encoder is not None:
         costs[TEXT] = _text_cost(text_encoder, prompt_tokens)
     return costs
 
 
-def flops_of(twin: VARestorer, text: Any = None) -> dict[str, int]:
+def flops_of(twin: Any, **options: Any) -> dict[str, int]:
     """Operations of each stage for one square, by torch's counter.
 
     Args:
         twin: a system on the meta device.
-        text: as `restore_batch` takes it; None for no prompt, of which all is computed anew.
+        options: of `restore_batch`.
     Returns:
-        stage -> operations; those that are made of the text, in whatever order, count as the transformer's.
+        stage -> operations; what lies between the networks, and what is made of the condition, in whatever order,
+        count as the transformer's.
     """
     image_13tt = torch.empty(1, 3, twin.tile, twin.tile, device="meta")
     with FlopCounterMode(display=False) as counter:
-        with spent_by(stages(twin), counter.get_total_flops) as spent:
-            twin.restore_batch(image_13tt, text=text)
-    others = {name: int(flops) for name, flops in spent.items() if name != TRANSFORMER}
-    whole = counter.get_total_flops()
-    return {name: others.get(name, whole - sum(others.values())) for name in spent}
+        with spent_by(twin.networks, counter.get_total_flops) as spent:
+            twin.restore_batch(image_13tt, **options)
+    return {name: int(flops) for name, flops in _with_rest(spent, counter.get_total_flops()).items()}
+
+
+def _with_rest(spent: Mapping[str, float], whole: float) -> dict[str, float]:
+    """What was spent outside all networks counts as the transformer's, which is not always called as a whole."""
+    others = sum(value for name, value in spent.items() if name != TRANSFORMER)
+    return {name: whole - others if name == TRANSFORMER else value for name, value in spent.items()}
 
 
 def add_published_restorer(system: VARestorer, seed: int = 0) -> None:
@@ -160,19 +155,21 @@ def random_system(sizes: Mapping[str, Any], device: torch.device, seed: int = 0)
     return system.eval().requires_grad_(False)
 
 
-def num_trained(system: VARestorer) -> int:
-    """Parameters that the paper's training changes: the adapters, or the whole transformer where it has none.
+def num_trained(system: System) -> int:
+    """Parameters that the paper's training changes: the adapters, or, where it has none, all but the frozen parts.
 
     Of a merged system, those of the adapters it had.
     """
     if system.student_config.merged:
         with torch.device("meta"):
-            system = VARestorer(**system.config | {"student": asdict(replace(system.student_config, merged=False))})
+            student = asdict(replace(system.student_config, merged=False))
+            system = type(system)(**system.config | {"student": student})
     adapters = [p.numel() for name, p in system.transformer.named_parameters() if ".lora_" in name]
-    return sum(adapters) or _num_parameters(system.transformer)
+    frozen = (*system.tokenizer.parameters(), *system.networks.get(RESTORER, [nn.Identity()])[0].parameters())
+    return sum(adapters) or _num_parameters(system) - sum(p.numel() for p in frozen)
 
 
-def measure(systems: Mapping[str, VARestorer], repeats: int = 5) -> dict[str, Measurement]:
+def measure(systems: Mapping[str, System], repeats: int = 5) -> dict[str, Measurement]:
     """Time systems in turns, so that a machine's moods meet all of them, after one run that does not count.
 
     Args:
@@ -188,13 +185,15 @@ def measure(systems: Mapping[str, VARestorer], repeats: int = 5) -> dict[str, Me
         for name, system in systems.items():
             clock = Clock(system.device)
             wholes[name].append(clock.time(partial(system.restore_batch, images[name])))
-            with spent_by(stages(system), clock.mark, clock.between) as spent:
+            start = clock.mark()
+            with spent_by(system.networks, clock.mark, clock.between) as spent:
                 system.restore_batch(images[name])
-            parts[name].append(spent)
+                end = clock.mark()
+            parts[name].append(_with_rest(spent, clock.between(start, end)))
     return {
         name: Measurement(
             seconds=statistics.median(wholes[name]),
-            stages={stage: statistics.median(part[stage] for part in parts[name]) for stage in stages(system)},
+            stages={stage: statistics.median(part[stage] for part in parts[name]) for stage in system.networks},
             peak_bytes=_peak(system, images[name]),
         )
         for name, system in systems.items()
@@ -203,14 +202,14 @@ def measure(systems: Mapping[str, VARestorer], repeats: int = 5) -> dict[str, Me
 
 @contextmanager
 def spent_by(
-    modules: Mapping[str, nn.Module],
+    modules: Mapping[str, Iterable[nn.Module]],
     reading: Callable[[], Any],
     between: Callable[[Any, Any], float] = lambda start, end: end - start,
 ) -> Iterator[dict[str, float]]:
     """How much a growing reading (a clock, a counter) grows inside each module, summed over its calls.
 
     Args:
-        modules: by name; a call inside another module's call counts for that other one.
+        modules: some by name; a call inside another module's call counts for that other one.
         reading: asked before and after each call.
         between: how much it grew from one reading to a later one; asked when the block ends.
     Yields:
@@ -230,8 +229,9 @@ def spent_by(
         if not running:
             readings[name].append(reading())
 
-    hooks = [module.register_forward_pre_hook(partial(before, name)) for name, module in modules.items()]
-    hooks += [module.register_forward_hook(after) for module in modules.values()]
+    named = [(name, module) for name, some in modules.items() for module in some]
+    hooks = [module.register_forward_pre_hook(partial(before, name)) for name, module in named]
+    hooks += [module.register_forward_hook(after) for _, module in named]
     try:
         yield spent
     finally:
@@ -241,13 +241,13 @@ def spent_by(
         spent[name] = sum(map(between, taken[::2], taken[1::2]))
 
 
-def without_weights(system: VARestorer) -> VARestorer:
+def without_weights(system: Any) -> Any:
     """A system of the same sizes on the meta device."""
     if system.device.type == "meta":
         return copy.deepcopy(system).eval().requires_grad_(False)
     with torch.device("meta"):
-        twin = VARestorer(**system.config)
-    if system.restorer is not None:
+        twin = type(system)(**system.config)
+    if isinstance(system, VARestorer) and system.restorer is not None:
         twin.restorer = copy.deepcopy(system.restorer).to("meta")
     return twin.eval().requires_grad_(False)
 
@@ -264,12 +264,12 @@ def _num_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _image(system: VARestorer) -> Tensor:
+def _image(system: System) -> Tensor:
     side = system.tile
     return torch.rand(1, 3, side, side, generator=torch_generator(0, "cost")).to(system.device)
 
 
-def _peak(system: VARestorer, image_13tt: Tensor) -> int | None:
+def _peak(system: System, image_13tt: Tensor) -> int | None:
     working = peak_memory(lambda: system.restore_batch(image_13tt), system.device)
     weights = num_bytes(system.state_dict().values())
     return None if working is None else weights + working

@@ -132,6 +132,7 @@ class System(
         tokenizer: images to tokens and back.
         transformer: predicts the tokens.
         files: part -> the file its weights came from.
+        student_config: what makes a one-step student of the transformer.
         acceleration: how it was accelerated; None if it was not.
         graphs: of `restore_batch`, where CUDA graphs were asked for.
     """
@@ -142,6 +143,7 @@ class System(
     tokenizer: MultiScaleTokenizer
     transformer: VARTransformer
     files: dict[str, Path]
+    student_config: Any
     acceleration: Acceleration | None = None
     graphs: BatchGraphs | None = None
 
@@ -192,6 +194,19 @@ class System(
         """The weights that no file can give again: what was drawn at random."""
         from_files = tuple(f"{part}." for part in self.files)
         return {name: tensor for name, tensor in self.state_dict().items() if not name.startswith(from_files)}
+
+    @abstractmethod
+    def restore_batch(self, lq_B3HW: Tensor) -> RestoredBatch:
+        """Restore squares (B, 3, t, t) in [0, 1] of side `tile` in the system's own way."""
+
+    @property
+    def networks(self) -> dict[str, Sequence[nn.Module]]:
+        """Stage -> the modules that are called in it, in the order in which an image passes them."""
+        return {
+            "VAE encoder": [self.tokenizer.encoder],
+            "transformer": [self.transformer],
+            "VAE decoder": [self.tokenizer.decoder],
+        }
 
     # ---- what all share
 

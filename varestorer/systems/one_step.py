@@ -13,7 +13,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from varestorer.systems.base import Request, System
+from varestorer.systems.base import Request, RestoredBatch, System
 from varestorer.tokenizer.quantizer import TokenPyramid
 from varestorer.transformer import Context, PreparedCondition, TransformerConfig, VARTransformer
 from varestorer.transformer.adapters import (
@@ -147,7 +147,7 @@ class OneStepSystem(System):
         return self.tokenizer.decode(codes_BZhw)
 
     @torch.inference_mode()
-    def restore_batch(self, lq_B3HW: Tensor, steps: str | None = None) -> Any:
+    def restore_batch(self, lq_B3HW: Tensor, steps: str | None = None) -> RestoredBatch:
         """Restore squares of side `tile`, in [0, 1]; what is drawn is drawn with seed 0."""
         return self.restore_squares(lq_B3HW, [*range(len(lq_B3HW))], self.accept(Request(steps=steps), False))
 

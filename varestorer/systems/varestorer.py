@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from varestorer.conditioning.pyramid import INPUTS, Condition, PyramidConditioner
 from varestorer.conditioning.restorer import Restorer, new_restorer
@@ -474,6 +474,10 @@ class VARestorer(System):
             "transformer": asdict(self.transformer.config),
             "student": asdict(self.student_config),
         }
+
+    @property
+    def networks(self) -> dict[str, Sequence[nn.Module]]:
+        return super().networks if self.restorer is None else {"restorer": [self.restorer], **super().networks}
 
     def parts(self) -> dict[str, dict[str, Tensor]]:
         restorer = {} if self.restorer is None else {RESTORER: dict(self.restorer.published_state_dict())}

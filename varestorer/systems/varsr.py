@@ -430,6 +430,13 @@ class VARSR(OneStepSystem):
     # ---- the networks: sizes, weights
 
     @property
+    def networks(self) -> dict[str, Sequence[nn.Module]]:
+        found = {"prefix encoder": [self.prefix_encoder] if self.prefix_encoder is not None else [], **super().networks}
+        decoder = found.pop("VAE decoder")
+        found |= {"refiner": [] if self.refiner is None else self.refiner.layers, "VAE decoder": decoder}
+        return {stage: modules for stage, modules in found.items() if modules}
+
+    @property
     def config(self) -> dict[str, Any]:
         parts = {"tokenizer": self.tokenizer.config, "transformer": self.transformer.config}
         parts |= {"sampling": self.sampling, "student": self.student_config}

@@ -101,7 +101,7 @@ class Refined:
         Raises:
             UserError: a step gave NaN or infinity; names the first.
         """
-        if not bool(self.is_finite_n.all()):
+        if not self.is_finite_n.is_meta and not bool(self.is_finite_n.all()):
             step, num_steps = int(self.is_finite_n.logical_not().nonzero()[0]), len(self.is_finite_n)
             t = int(chain(num_steps).timesteps[num_steps - 1 - step])
             raise UserError(
@@ -166,6 +166,12 @@ class Refiner(nn.Module):
         self.blocks = nn.ModuleList(RefinerBlock(width) for _ in range(depth))
         self.head_modulation = nn.Linear(width, 2 * width)
         self.head = nn.Linear(width, 2 * channels)
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """All that is called, one by one: time and condition once, the rest in every step."""
+        ends = [self.time_embed, self.cond_embed, self.word_embed, self.head_modulation, self.head]
+        return [*ends, *self.blocks]
 
     @property
     def _blocks(self) -> Iterable[RefinerBlock]:

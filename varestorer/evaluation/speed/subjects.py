@@ -71,7 +71,7 @@ def subject(system: VARestorer, acceleration: Acceleration) -> Subject:
     """
     merge = acceleration.merge
     twin = without_weights(system)
-    counted = flops_of(twin.merge_adapters() if merge else twin, text_of(twin, 1, merge))
+    counted = flops_of(twin.merge_adapters() if merge else twin, text=text_of(twin, 1, merge))
     formula = formula_flops(twin, keeps_text=merge)
     return Subject(system.accelerate(acceleration), counted, formula, merge)
 

@@ -1,5 +1,6 @@
 """Reading picture files of every kind, and naming the bad ones; the files are made here, some byte by byte."""
 
+import itertools
 import os
 import struct
 import warnings
@@ -476,6 +477,7 @@ def test_a_cmyk_profile_is_applied(tmp_path: Path, suffix: str) -> None:
         (CMYK, cmyk_profile()[:-1000], "CMYK"),
         (CMYK, icc(b"prtr", b"CMYK", b"Lab ", {}), "CMYK"),
     ],
+    ids=itertools.count(),  # profiles hold the time, and every process must name the tests alike
 )
 def test_a_profile_that_does_not_fit_is_left_out(
     tmp_path: Path, image: Image.Image, profile: bytes, space: str

@@ -4,20 +4,25 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from varestorer.commands.parity import COMMAND, comparisons
 from varestorer.evaluation.parity import varsr
 from varestorer.evaluation.parity.varsr import Group
+from varestorer.systems import official_varsr
 from varestorer.systems.varsr import VARSR
 from varestorer.systems.varsr_files import class_to_restoration
 from varestorer.systems.varsr_golden import GoldenVARSR
-from varestorer.tokenizer.quantizer import MultiScaleQuantizer, phi_index
+from varestorer.tokenizer import quantizer
+from varestorer.tokenizer.quantizer import RESIZES, MultiScaleQuantizer, phi_index
 from varestorer.training.parity_varsr import compare_training
 from varestorer.training.varsr import VARSRTask
+from varestorer.transformer import blocks, layout
 from varestorer.transformer.refiner import DATA_SCALE, Refiner
 from varestorer.utils.checks import Check
 from varestorer.weights.published.varsr import published_varsr_name
@@ -88,6 +93,41 @@ def test_a_planted_error_is_found(
 ) -> None:
     monkeypatch.setattr(where, name, change(getattr(where, name)))
     assert found in {check.name for check in one_group(golden, stem) if not check.ok}
+
+
+def by_halves(_: Callable) -> Callable:
+    def rotate(x: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
+        one, two = x.chunk(2, dim=-1)
+        turned = torch.complex(one, two) * turns
+        return torch.cat([turned.real, turned.imag], dim=-1)
+
+    return rotate
+
+
+def off_center(_: Callable) -> Callable:
+    bell = torch.exp(-((torch.arange(32, dtype=torch.float64) - 15.5) / 32).square() / 0.02)
+    return lambda: torch.outer(bell, bell)
+
+
+SLIPS: dict[str, tuple[Any, str, Callable, str]] = {
+    "GELU by erf": (F, "gelu", lambda gelu: lambda x, approximate="none": gelu(x), "varsr"),
+    "eps of the norms": (F, "layer_norm", lambda norm: lambda *a, eps=1e-5: norm(*a[:4], eps=1e-5), "varsr"),
+    "halves instead of pairs rotate": (layout, "rotate_complex", by_halves, "varsr"),
+    "scales without a limit": (blocks, "MAX_LOG_SCALE", lambda _: 100.0, "isr10"),
+    "bilinear sums": (RESIZES, "bicubic", lambda _: RESIZES["bilinear"], "varsr_vae"),
+    "nearest ticks": (quantizer, "phi_index", lambda _: lambda k, count, convs=4: min(k, convs - 1), "varsr_vae"),
+    "tiles weighed evenly": (official_varsr, "tile_weights", off_center, "tiles"),
+}
+
+
+@pytest.mark.parametrize("slip", SLIPS)
+def test_slips_of_a_second_implementation_are_found(golden: Path, monkeypatch: pytest.MonkeyPatch, slip: str) -> None:
+    where, name, change, stem = SLIPS[slip]
+    if isinstance(where, dict):
+        monkeypatch.setitem(where, name, change(where[name]))
+    else:
+        monkeypatch.setattr(where, name, change(getattr(where, name)))
+    assert [check.name for check in one_group(golden, stem) if not check.ok]
 
 
 def test_planted_errors_of_training_are_found(golden: Path, monkeypatch: pytest.MonkeyPatch) -> None:

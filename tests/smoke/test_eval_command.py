@@ -171,10 +171,8 @@ def test_checkpoint(root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
         def merge_adapters(self) -> None:
             self.is_merged = True
 
-        def restore(
-            self, image: torch.Tensor, scale: int = 4, *, seed: int = 0, steps: str | None = None
-        ) -> SimpleNamespace:
-            assert self.is_merged and steps is None
+        def restore(self, image: torch.Tensor, scale: int = 4, **options: object) -> SimpleNamespace:
+            assert self.is_merged and options["steps"] is None
             return SimpleNamespace(image=resize(image, (image.shape[1] * scale, image.shape[2] * scale)))
 
     torch.manual_seed(0)

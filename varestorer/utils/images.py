@@ -7,19 +7,20 @@ Outside networks a picture is RGB float32 (3, H, W) in [0, 1]; inside it is in [
 import os
 import re
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from einops import rearrange
-from PIL import Image, PngImagePlugin, features
+from PIL import Image, ImageFile, ImageOps, PngImagePlugin, features
 from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
-from varestorer.utils.decoding import decode, decode_visible
+from varestorer.utils.decoding import Decoded, decode, decode_visible
 from varestorer.utils.errors import UserError
 from varestorer.utils.files import atomic_write
 from varestorer.utils.finite import check_finite, is_finite
@@ -205,7 +206,7 @@ def save_image(
     channels = torch.cat([band.detach() for band in (img_CHW, alpha_1HW) if band is not None])
     check_finite(channels, f"the picture for {path}")
     _check_values(channels, f"cannot write {path}: wanted floats in [0, 1]")
-    array = rearrange(to_uint8(channels).cpu(), "c h w -> h w c").numpy()
+    array = to_levels(channels)
     options = dict(format_.options)
     if source is not None and format_ is _PNG:
         options["pnginfo"] = PngImagePlugin.PngInfo()
@@ -233,6 +234,42 @@ def as_picture(image: Any) -> Tensor:
         raise ValueError(f"{wanted} the shape {tuple(image.shape)}: {_shape_hint(image)}")
     _check_values(image, wanted.removesuffix("; got"))
     return image.float().clamp(0, 1)
+
+
+def from_anything(image: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
+    """What people have pictures in, as a tensor, and how a result of any size becomes what they gave.
+
+    Args:
+        image: a path, a PIL image (upright by its EXIF, transparency kept), uint8 NumPy (H, W, 3), or as `as_picture`.
+    Returns:
+        (3, H, W) float32 in [0, 1]; and a function of such a tensor, which for a path gives a PIL image.
+    Raises:
+        ValueError: anything else.
+        UserError: a file that cannot be read.
+    """
+    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
+        return rearrange(torch.tensor(image), "h w c -> c h w").float() / 255, to_levels
+    if isinstance(image, str | os.PathLike):
+        with open_image(image) as file:
+            decoded = decode(file)
+    elif isinstance(image, Image.Image):
+        decoded = decode(cast(ImageFile.ImageFile, ImageOps.exif_transpose(image)))  # a copy, of no format
+    else:
+        return as_picture(image), lambda picture: picture
+    return torch.from_numpy(decoded.rgb_CHW), partial(_to_pillow, decoded)
+
+
+def _to_pillow(decoded: Decoded, image_3HW: Tensor) -> Image.Image:
+    """A result with the transparency and the profile of its input."""
+    size = (image_3HW.shape[1], image_3HW.shape[2])
+    bands = image_3HW[:1] if decoded.is_grey and is_grey(image_3HW) else image_3HW
+    if decoded.alpha_HW is not None:
+        bands = torch.cat([bands, resize(torch.from_numpy(decoded.alpha_HW)[None], size).to(bands)])
+    levels = to_levels(bands)
+    result = Image.fromarray(levels[..., 0] if len(bands) == 1 else levels)
+    if decoded.icc_profile:
+        result.info["icc_profile"] = decoded.icc_profile
+    return result
 
 
 def _shape_hint(image: Tensor) -> str:
@@ -290,6 +327,11 @@ def heat_map(values_HW: Tensor) -> Tensor:
 def to_uint8(img: Tensor) -> Tensor:
     """[0, 1] to uint8, clamped and rounded to the nearest level (half to even); any shape."""
     return (img.float().clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def to_levels(img_CHW: Tensor) -> np.ndarray:
+    """[0, 1] to what image libraries take: uint8 (H, W, C)."""
+    return rearrange(to_uint8(img_CHW).cpu(), "c h w -> h w c").numpy()
 
 
 def to_network(img: Tensor) -> Tensor:

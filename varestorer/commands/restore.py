@@ -42,8 +42,9 @@ what, where, by what
   output=FOLDER      results: <stem>.png in the same subfolders, and restore.json with an entry for each input
   output=better.jpg  of one image, the result itself
   ckpt=MODEL         a bundle's folder, a run of scripts/train.py (its newest EMA weights), the published
-                     varestorer.pth with its companions beside it, or a bundle's name on the Hugging Face hub;
-                     default: nano, a small model that comes with the package
+                     varestorer.pth (hub EvanEternal/VARestorer) or VARSR.pth (hub qyp2000/VARSR) with its companions
+                     beside it, or a bundle's name on the Hugging Face hub; default: nano, a small
+                     model that comes with the package
   scale=4            how many times larger the result is; 1 keeps the size
   width=PIXELS       of the result, instead of scale; likewise height=PIXELS (both: to fit in) and megapixels=N
   trained_scale=4    what the model was trained for: less than it is made at it, and reduced

@@ -184,9 +184,12 @@ def test_wrong_words_are_2(configs: Path, capsys, words: list[str], told: str):
         (["seed=[1"], "seed=[1: no viable alternative at input '[1'"),
         (["experiment=real"], "'experiment' needs a +: +experiment=real"),
         (["other=real"], "no key 'other'; see --help"),
+        (["--input", "a b.jpg", "--run-dir=y"], "keys are written without dashes here: input=a b.jpg run_dir=y"),
+        (["-i", "photo.jpg"], "keys are written without dashes here: input=photo.jpg"),
         (["--nosuch"], "unrecognized arguments: --nosuch; see --help"),
         (
             ["+experiment=unreal"],
+            "no 'unreal' here; did you mean real?\n"
             "In 'toy': Could not find 'experiment/unreal'\nAvailable options in 'experiment':\n\treal",
         ),
     ],

@@ -19,7 +19,7 @@ from varestorer.evaluation.evaluator import Evaluator
 from varestorer.evaluation.sources import BicubicSource
 from varestorer.systems.varestorer import StudentConfig, VARestorer
 from varestorer.utils.images import load_image, resize, save_image
-from varestorer.weights.bundle import DEFAULT
+from varestorer.weights import DEFAULT
 
 pytestmark = pytest.mark.smoke
 
@@ -200,10 +200,8 @@ def test_checkpoint(root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
         def merge_adapters(self) -> None:
             self.is_merged = True
 
-        def restore(
-            self, image: torch.Tensor, scale: int = 4, *, seed: int = 0, steps: str | None = None
-        ) -> SimpleNamespace:
-            assert self.is_merged and steps is None
+        def restore(self, image: torch.Tensor, scale: int = 4, **options: object) -> SimpleNamespace:
+            assert self.is_merged and options["steps"] is None
             return SimpleNamespace(image=resize(image, (image.shape[1] * scale, image.shape[2] * scale)))
 
     torch.manual_seed(0)

@@ -19,7 +19,7 @@ from varestorer.conditioning.text_encoder import TextEncoder
 from varestorer.systems.acceleration import Acceleration
 from varestorer.systems.varestorer import StudentConfig, VARestorer
 from varestorer.utils.images import load_image
-from varestorer.weights.bundle import DEFAULT
+from varestorer.weights import DEFAULT
 
 pytestmark = pytest.mark.smoke
 
@@ -473,3 +473,37 @@ def test_help_names_every_key_of_the_config(capsys: pytest.CaptureFixture[str]) 
     shown = capsys.readouterr().out
     for key in compose("restore"):
         assert f"{key}=" in shown
+
+
+@pytest.mark.parametrize(
+    ("word", "size"),
+    [("scale=2", (10, 6)), ("width=30", (30, 18)), ("height=9", (15, 9)), ("megapixels=0.00006", (10, 6))],
+)
+def test_the_size_that_is_asked_for_comes_out_as_a_file(
+    bundle: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], word: str, size: tuple[int, int]
+) -> None:
+    result = tmp_path / "new" / "better.webp"
+    given = [f"input={photos / 'a.png'}", f"output={result}", f"ckpt={bundle}", "device=cpu", "quality=80", word]
+    assert COMMAND.main(given) == 0
+    with Image.open(result) as file:
+        assert file.format == "WEBP" and file.size == size
+    assert [path.name for path in result.parent.iterdir()] == ["better.webp"]
+    assert f"a.png: 5 x 3 -> {size[0]} x {size[1]} pixels, squares: 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["width=9", "scale=2"], "width says the size of the result, and so do scale"),
+        (["width=9", "megapixels=1"], "megapixels and width contradict"),
+        (["height=0"], "height must be above 0"),
+        (["format=gif"], "format must be png or jpg or webp or avif or tif, got format=gif"),
+        (["quality=80"], "quality=80 is for jpg, webp and avif, and results are png"),
+        (["quality=101", "format=jpg"], "quality must be 1 to 100"),
+    ],
+)
+def test_impossible_sizes_and_formats_leave_nothing_behind(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], message: str
+) -> None:
+    assert COMMAND.main(words(photos, tmp_path / "out", *more)) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "out").exists()

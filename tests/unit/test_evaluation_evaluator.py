@@ -202,7 +202,7 @@ def test_system_gets_scale_and_a_seed_per_image(pairs: list[Pair]) -> None:
     seen = {}
 
     class System:
-        def restore(self, image: Tensor, scale: int = 4, *, seed: int = 0, steps: str = "one") -> SimpleNamespace:
+        def restore(self, image: Tensor, scale: int = 4, *, seed: int = 0, **_: object) -> SimpleNamespace:
             seen[seed] = scale
             return SimpleNamespace(image=resize(image, (image.shape[1] * scale, image.shape[2] * scale)))
 

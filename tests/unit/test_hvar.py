@@ -119,7 +119,7 @@ def test_odd_scales_and_sampling_and_uncertainty() -> None:
     result = system.restore(image, 3, sizes=[0.75, 1.5, 3], uncertainty=True, select="sample", seed=3)
     assert [tuple(x.shape[1:]) for x in result.smaller.values()] == [(10, 7), (20, 14)]
     assert result.uncertainty_KHW.shape == (6, 39, 27)
-    assert torch.equal(result.image, system.restore(image, 3, select="sample", seed=3).image)
+    assert torch.equal(result.image, system.restore(image, 3, trained_scale=3, select="sample", seed=3).image)
     assert not torch.equal(result.image, system.restore(image, 3, select="sample", seed=4).image)
     for wrong in ({"prompt": "a dog"}, {"steps": 3}, {"uncertainty": True, "sizes": [0.75]}):
         with pytest.raises(UserError):

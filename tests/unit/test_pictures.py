@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageCms, features
 
 from varestorer.utils.errors import UserError
-from varestorer.utils.image_files import open_image
+from varestorer.utils.image_files import READS_HEIC, open_image
 from varestorer.utils.images import IMAGE_EXTENSIONS, as_picture, is_grey, load_image, load_picture, save_image
 
 BIG = 100_000  # pixels a side in headers of pictures that are too large
@@ -493,7 +493,7 @@ def test_a_profile_that_does_not_fit_is_left_out(
 def test_extensions_are_those_that_pillow_reads() -> None:
     reads = Image.registered_extensions().keys()
     assert {extension for extension in IMAGE_EXTENSIONS if extension not in {*reads, ".jpe", ".jfif"}} == set()
-    assert {".png", ".jpg", ".gif", ".tif", ".bmp"} <= IMAGE_EXTENSIONS and ".heic" not in IMAGE_EXTENSIONS
+    assert {".png", ".jpg", ".gif", ".tif", ".bmp"} <= IMAGE_EXTENSIONS and (".heic" in IMAGE_EXTENSIONS) == READS_HEIC
     assert (".jp2" in IMAGE_EXTENSIONS) == features.check("jpg_2000")
 
 

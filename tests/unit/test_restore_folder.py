@@ -8,6 +8,8 @@ import threading
 import time
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageCms
@@ -16,8 +18,10 @@ from torch import Tensor
 from varestorer.systems import folder
 from varestorer.systems.folder import FolderReport, Restored, RestoreImage, restore_files
 from varestorer.systems.plan import Job, plan_restoration, target_names
+from varestorer.utils.deep_files import write_16_bits
 from varestorer.utils.errors import UsageError, UserError
-from varestorer.utils.images import Picture, heat_map, load_image, load_picture, resize, save_image
+from varestorer.utils.image_files import READS_HEIC
+from varestorer.utils.images import Picture, Writing, heat_map, load_image, load_picture, resize, save_image
 from varestorer.utils.seeds import derive_seed
 
 
@@ -99,16 +103,19 @@ def test_bad_files_are_named_and_the_rest_goes_on(tmp_path: Path, caplog: pytest
     (source / "truncated.png").write_bytes((source / "good.png").read_bytes()[:60])
     (source / "empty.jpg").write_bytes(b"")
     (source / "text.png").write_text("hello")
-    (source / "notes.txt").write_text("hello")
+    (source / "notes.cr2").write_text("hello")
+    for name in ("notes.txt", "good.xmp", "good.MP4", ".DS_Store"):
+        (source / name).write_text("hello")
     (source / ".hidden").write_text("hello")
     with caplog.at_level(logging.WARNING):
         report, entries = run(source, tmp_path / "out")
     assert report.num_restored == 1
-    assert set(report.failed) == {"truncated.png", "empty.jpg", "text.png", "notes.txt"}
+    assert set(report.failed) == {"truncated.png", "empty.jpg", "text.png", "notes.cr2"}
     assert files_in(tmp_path / "out") == {"good.png", "restore.json"}
     for name in report.failed:
         assert set(entries[name]) == {"error"}
         assert name in caplog.text
+    assert "3 side files are left alone: good.MP4, good.xmp, notes.txt" in caplog.text
 
 
 def test_a_folder_that_cannot_be_read_fails_and_what_systems_leave_is_skipped(tmp_path: Path, monkeypatch) -> None:
@@ -366,8 +373,93 @@ def test_wrong_commands_are_usage_errors(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"empty has no images"):
         plan_restoration(tmp_path / "empty", tmp_path / "out")
     image = write_image(tmp_path / "a.png")
-    with pytest.raises(UsageError, match=r"a\.png is a file"):
+    with pytest.raises(UsageError, match=r"would overwrite the input .*a\.png"):
         plan_restoration(image, image)
+    (tmp_path / "notes").write_text("")
+    with pytest.raises(UsageError, match=r"notes is a file"):
+        plan_restoration(image, tmp_path / "notes")
+    with pytest.raises(UsageError, match=r"better\.jpg is a file, and input=.* a folder"):
+        plan_restoration(tmp_path, tmp_path / "better.jpg")
+    with pytest.raises(UsageError, match=r"better\.jpg and format=png contradict"):
+        plan_restoration(image, tmp_path / "better.jpg", ending=".png")
+
+
+def test_one_picture_may_become_a_file_of_any_name_and_format(tmp_path: Path) -> None:
+    source = write_image(tmp_path / "a.png")
+    for ending, kind in {"jpg": "JPEG", "webp": "WEBP", "avif": "AVIF", "tif": "TIFF", "png": "PNG"}.items():
+        plan = plan_restoration(source, tmp_path / "out" / f"better.{ending}")
+        report = restore_files(plan, double)
+        assert report.path == tmp_path / "out" / f"better.{ending}" and report.num_restored == 1
+        with Image.open(report.path) as file:
+            assert file.format == kind and file.size == (12, 8)
+        assert restore_files(plan, double).num_skipped == 1
+    write_image(source, value=120)
+    assert restore_files(plan, double).num_restored == 1  # of another file than before
+    assert "restore.json" not in files_in(tmp_path)
+
+
+def photo_of_a_camera(path: Path, size: tuple[int, int] = (6, 4)) -> None:
+    exif = Image.Exif()
+    exif[0x0110], exif[0x0112], exif[0x0131] = "Camera 5", 6, "Firmware 1"  # model, turned by a quarter, software
+    exif[0x8769] = {0x9003: "2024:05:06 07:08:09", 0xA002: 6, 0x927C: b"maker"}
+    exif[0x8825] = {1: "N", 2: (48.0, 8.0, 0.0)}
+    path.parent.mkdir(exist_ok=True)
+    Image.new("RGB", size, (200, 90, 40)).save(path, exif=exif, dpi=(300, 300))
+
+
+@pytest.mark.parametrize("ending", [".jpg", ".png", ".webp", ".avif", ".tif"])
+def test_date_camera_and_resolution_stay_and_the_place_only_if_asked(tmp_path: Path, ending: str) -> None:
+    photo_of_a_camera(tmp_path / "in" / "a.jpg")
+    for gps in (False, True):
+        plan = plan_restoration(tmp_path / "in", tmp_path / f"out{gps}", ending=ending)
+        restore_files(plan, double, writing=Writing(gps=gps))
+        with Image.open(tmp_path / f"out{gps}" / f"a{ending}") as file:
+            exif = file.getexif()
+            assert file.size == (8, 12) and exif.get(0x0112, 1) == 1  # turned, once
+            assert exif[0x0110] == "Camera 5" and "Firmware" not in str(exif.get(0x0131))
+            taken = exif.get_ifd(0x8769)
+            assert taken[0x9003] == "2024:05:06 07:08:09" and 0xA002 not in taken and 0x927C not in taken
+            assert bool(exif.get_ifd(0x8825)) == gps
+            if ending in (".jpg", ".png", ".tif"):
+                assert file.info["dpi"] == pytest.approx((300, 300), abs=0.1)
+
+
+@pytest.mark.parametrize("ending", [".png", ".tif"])
+def test_sixteen_bits_come_back_as_sixteen(tmp_path: Path, ending: str) -> None:
+    def ramp(image_3HW: Tensor, job: Job, seed: int) -> Restored:
+        ramp_W = torch.linspace(0, 1, 3000)  # more levels than eight bits have
+        return Restored(torch.stack([ramp_W, ramp_W.flip(0), ramp_W / 2])[:, None].repeat(1, 2, 1))
+
+    deep = np.full((4, 6, 3), 12345, dtype=np.uint16)
+    (tmp_path / "in").mkdir()
+    write_16_bits(tmp_path / "in" / f"rgb{ending}", deep, {})
+    write_16_bits(tmp_path / "in" / f"rgba{ending}", np.dstack([deep, deep[..., :1]]), {})
+    Image.fromarray(deep[..., 0]).save(tmp_path / "in" / f"grey{ending}")
+    plan = plan_restoration(tmp_path / "in", tmp_path / "out", ending=ending)
+    assert restore_files(plan, ramp).num_restored == 3
+    wanted = (torch.linspace(0, 1, 3000) * 65535).round()
+    for name in ("rgb", "rgba"):
+        file = str(tmp_path / "out" / f"{name}{ending}")
+        got = cv2.imread(file, cv2.IMREAD_UNCHANGED)  # BGR
+        assert got.dtype == np.uint16 and got.shape == (2, 3000, len(name))
+        assert np.array_equal(got[1, :, 2], wanted.numpy().astype(np.uint16))
+        assert load_picture(file).bits == 16
+
+
+@pytest.mark.skipif(not READS_HEIC, reason="pillow-heif is not installed")
+def test_heic_is_read(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    Image.new("RGB", (64, 48), (200, 90, 40)).save(tmp_path / "in" / "a.heic")
+    _, entries = run(tmp_path / "in", tmp_path / "out")
+    assert entries["a.heic"]["output"] == "a.png"
+    assert (load_image(tmp_path / "out" / "a.png")[:, 20, 20] * 255 - torch.tensor([200.0, 90, 40])).abs().max() < 4
+
+
+def test_without_its_reader_heic_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("varestorer.utils.image_files.READS_HEIC", False)
+    (tmp_path / "a.heic").write_bytes(b"some")
+    report = restore_files(plan_restoration(tmp_path / "a.heic", tmp_path / "out"), double)
+    assert "pip install pillow-heif" in report.failed["a.heic"]
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
@@ -399,7 +491,7 @@ def test_alpha_is_resized_and_kept_with_the_colour_profile(tmp_path: Path) -> No
 def test_a_grey_file_comes_back_with_one_channel_and_others_as_they_were(tmp_path: Path) -> None:
     grey = Image.linear_gradient("L").resize((8, 6))
     (tmp_path / "in").mkdir()
-    kinds = {"L": "L", "1": "L", "LA": "LA", "I;16": "L", "RGB": "RGB", "RGBA": "RGBA"}
+    kinds = {"L": "L", "1": "L", "LA": "LA", "I;16": "I;16", "RGB": "RGB", "RGBA": "RGBA"}
     for number, mode in enumerate(kinds):
         grey.convert(mode).save(tmp_path / "in" / f"{number}.png")
     run(tmp_path / "in", tmp_path / "out")
@@ -578,7 +670,7 @@ def test_no_more_than_a_few_pictures_are_held(tmp_path: Path, monkeypatch: pytes
 def test_failures_are_listed_in_the_order_of_the_files(tmp_path: Path) -> None:
     for name in ("1.png", "3.png"):
         write_image(tmp_path / "in" / name)
-    for name in ("2.png", "10.png", "0.txt"):
+    for name in ("2.png", "10.png", "0.cr2"):
         (tmp_path / "in" / name).write_text("no image")
     report, _ = run(tmp_path / "in", tmp_path / "out")
-    assert list(report.failed) == ["0.txt", "2.png", "10.png"]
+    assert list(report.failed) == ["0.cr2", "2.png", "10.png"]

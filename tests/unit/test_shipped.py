@@ -11,9 +11,9 @@ from varestorer.data.embedded import embedded_photographs
 from varestorer.systems.varestorer import VARestorer
 from varestorer.utils.images import resize
 from varestorer.utils.iqa import create_metric, missing_weights
+from varestorer.weights import DEFAULT
 from varestorer.weights.bundle import (
     ASSETS,
-    DEFAULT,
     adapter_tensors,
     named_or_default,
     read_config,

@@ -13,7 +13,7 @@ from varestorer.systems.varestorer import VARestorer
 from varestorer.tokenizer import MultiScaleTokenizer, TokenizerConfig, TokenPyramid
 from varestorer.transformer import TextFeatures
 from varestorer.utils.images import resize
-from varestorer.weights.bundle import DEFAULT
+from varestorer.weights import DEFAULT
 
 NUMBERS = {
     "restorer": [0.2914, 0.5167, 0.4481, 0.4933, 0.4843, 0.5546, 0.6086, 0.5955, 0.3773],

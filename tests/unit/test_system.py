@@ -10,8 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from varestorer.conditioning.restorer import new_restorer
+from varestorer.systems.base import REDUCE
 from varestorer.systems.official import restore_official
 from varestorer.systems.varestorer import VARestorer
 from varestorer.tokenizer.quantizer import to_tokens
@@ -22,7 +24,7 @@ from varestorer.training.tokenizer import TokenizerTask
 from varestorer.transformer.heads import gumbel, keyed_noise
 from varestorer.transformer.layout import long_layout
 from varestorer.utils.errors import UserError
-from varestorer.utils.images import is_grey, to_uint8
+from varestorer.utils.images import is_grey, resize, to_levels, to_uint8
 from varestorer.utils.seeds import torch_generator
 from varestorer.weights.bundle import adapter_tensors, put_adapters, save_adapters, student_of
 from varestorer.weights.storage import atomic_folder, write_json, write_tensors
@@ -110,10 +112,49 @@ def test_grey_stays_grey_and_colour_does_not(tiny_system: VARestorer, options: d
     assert not is_grey(tiny_system.restore(image(20, 13), 2, **options).image)
 
 
+@pytest.mark.parametrize("scale", [0.5, 1, 1.5, 3])
+def test_less_than_the_trained_scale_is_made_at_it_and_reduced(tiny_system: VARestorer, scale: float) -> None:
+    photo = image(12, 8)
+    whole = tiny_system.restore(photo, 4).image
+    wanted = resize(whole, (round(12 * scale), round(8 * scale)), REDUCE)
+    assert torch.equal(tiny_system.restore(photo, scale).image, wanted)
+    plain = tiny_system.restore(photo, scale, trained_scale=scale).image
+    assert plain.shape == wanted.shape and not torch.equal(plain, wanted)
+
+
+def test_each_kind_of_picture_comes_back_as_it_came(tiny_system: VARestorer, tmp_path: Path) -> None:
+    levels = (image(6, 9) * 255).round().byte().permute(1, 2, 0).numpy()
+    pil = Image.fromarray(levels)
+    pil.save(tmp_path / "a.png")
+    wanted = to_levels(tiny_system.restore(torch.from_numpy(levels).permute(2, 0, 1) / 255).image)
+    array, from_pil, from_path = (one.image for one in tiny_system.restore([levels, pil, tmp_path / "a.png"]))
+    assert isinstance(array, np.ndarray) and np.array_equal(array, wanted)
+    assert isinstance(from_pil, Image.Image) and np.array_equal(np.asarray(from_pil), wanted)
+    assert isinstance(from_path, Image.Image) and np.array_equal(np.asarray(from_path), wanted)
+    with pytest.raises(ValueError, match="wanted one RGB picture"):
+        tiny_system.restore(levels.astype(np.float32))
+
+
+def test_a_pil_image_keeps_transparency_and_grey_and_is_turned_once(tiny_system: VARestorer) -> None:
+    clear = tiny_system.restore(Image.new("RGBA", (4, 3), (10, 20, 30, 77))).image
+    assert clear.mode == "RGBA" and clear.size == (16, 12) and clear.getpixel((5, 5))[3] == 77
+    turned = Image.new("L", (4, 3), 90)
+    turned.getexif()[0x0112] = 6
+    result = tiny_system.restore(turned).image
+    assert result.mode == "L" and result.size == (12, 16) and turned.size == (4, 3)
+
+
+def test_progress_counts_squares(tiny_system: VARestorer) -> None:
+    seen: list[tuple[int, int]] = []
+    tiny_system.restore(image(20, 11), 4, batch=4, progress=lambda *now: seen.append(now))
+    total = seen[0][1]
+    assert total > 4 and seen == [*((done, total) for done in range(0, total, 4)), (total, total)]
+
+
 def test_grey_is_the_mean_of_what_the_channels_would_be(tiny_system: VARestorer) -> None:
     grey = torch.zeros(3, 32, 32)
     channels = tiny_system.restore_batch(grey[None]).images_B3HW[0]
-    assert torch.allclose(tiny_system.restore(grey, 1).image[0], channels.mean(0), atol=1e-6)
+    assert torch.allclose(tiny_system.restore(grey, 1, trained_scale=1).image[0], channels.mean(0), atol=1e-6)
 
 
 def test_another_range_or_scale_is_refused_by_every_door(tiny_system: VARestorer) -> None:

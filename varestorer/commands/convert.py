@@ -39,8 +39,10 @@ to a bundle: a folder with config.json, *.safetensors and a model card, for ckpt
   input=MODEL            the published varestorer.pth (its companions beside it), a bundle, a run of
                          scripts/train.py, or adapters (with base=)
   output=FOLDER          the bundle
-  tokenizer=FILE         the published tokenizer, where it is not beside the input (infinity_vae_d32reg.pth)
-  restorer=FILE          the restorer, where it is not beside the input (general_swinir_v1.ckpt)
+  tokenizer=FILE         the published tokenizer, where it is not beside the input (infinity_vae_d32reg.pth,
+                         hub FoundationVision/Infinity)
+  restorer=FILE          the restorer, where it is not beside the input (general_swinir_v1.ckpt,
+                         hub lxq007/DiffBIR)
   adapters=separate      separate: beside the transformer; merged: folded into it, faster, but without a teacher;
                          only: write adapters.safetensors and nothing else
   base=MODEL             what the adapters of input=adapters.safetensors are put onto: a bundle, or a published

@@ -24,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 import varestorer
 from varestorer.commands.quoting import Keys, expand_home, quote_value
-from varestorer.commands.wrong_words import check_words, describe
+from varestorer.commands.wrong_words import check_dashes, check_words, describe
 from varestorer.utils.errors import UsageError, UserError
 
 LOG = logging.getLogger(__name__)
@@ -260,6 +260,7 @@ def hydra_words(command: Command, words: Sequence[str], folder: Path) -> list[st
     """
     from hydra._internal.utils import get_args_parser
 
+    check_dashes(words, command.keys(folder))
     parser = get_args_parser()
     parser.error = _refuse_option  # type: ignore[method-assign]
     given = parser.parse_intermixed_args(list(words))

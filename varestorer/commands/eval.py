@@ -30,7 +30,7 @@ from varestorer.evaluation.sources import (
 from varestorer.evaluation.wandb_log import log_to_wandb
 from varestorer.utils.errors import UsageError, UserError
 from varestorer.utils.files import expand_user
-from varestorer.weights.bundle import DEFAULT
+from varestorer.weights import DEFAULT
 
 log = logging.getLogger(__name__)
 

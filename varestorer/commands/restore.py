@@ -2,42 +2,58 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import re
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import MISSING, DictConfig
 
 from varestorer.commands.entry import FAILED, OK, Command, say, typed
 from varestorer.utils.errors import UsageError, UserError
-from varestorer.weights.bundle import DEFAULT
+from varestorer.weights import DEFAULT
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from varestorer.systems.acceleration import Acceleration
     from varestorer.systems.folder import FolderReport, Restored, RestoreImage
-    from varestorer.systems.plan import Job
+    from varestorer.systems.plan import Job, Plan
     from varestorer.systems.prompts import Texts
     from varestorer.systems.varestorer import VARestorer
+
+LOG = logging.getLogger(__name__)
+FORMATS = ("png", "jpg", "webp", "avif", "tif")
+TARGETS = ("width", "height", "megapixels")  # in place of scale
+BAR = "{desc}: {percentage:3.0f}% {n_fmt}/{total_fmt}{unit} [{elapsed}, {remaining} left]"
 
 HELP = """
 Restore images: larger, sharper, and without noise and compression marks.
 
-usage: python scripts/restore.py input=FILE_OR_FOLDER output=FOLDER [ckpt=MODEL] [key=value ...]
+usage: python scripts/restore.py input=FILE_OR_FOLDER output=FILE_OR_FOLDER [ckpt=MODEL] [key=value ...]
 
 what, where, by what
   input=PATH         an image, or a folder of images (subfolders included)
   output=FOLDER      results: <stem>.png in the same subfolders, and restore.json with an entry for each input
+  output=better.jpg  of one image, the result itself
   ckpt=MODEL         a bundle's folder, a run of scripts/train.py (its newest EMA weights), the published
-                     varestorer.pth with its companions beside it, or a bundle's name on the Hugging Face hub;
-                     default: nano, a small model that comes with the package
+                     varestorer.pth (hub EvanEternal/VARestorer) or VARSR.pth (hub qyp2000/VARSR) with its companions
+                     beside it, or a bundle's name on the Hugging Face hub; default: nano, a small
+                     model that comes with the package
   scale=4            how many times larger the result is; 1 keeps the size
+  width=PIXELS       of the result, instead of scale; likewise height=PIXELS (both: to fit in) and megapixels=N
+  trained_scale=4    what the model was trained for: less than it is made at it, and reduced
   sizes=[1,2,4]      enlargements that are written, for models that give several in one pass (H-VAR: a quarter of
                      scale, half and all of it): the largest as <stem>.png, others as <stem>.x1.png, <stem>.x2.png;
                      default: scale alone
   overwrite=false    restore again what has a result already; what was made from another file than the input is anyway
+  format=png         png | jpg | webp | avif | tif; quality=1..100 of jpg, webp, avif (95, without loss, 90).
+                     Date, camera, resolution and color profile stay, and 16 bits where the format can (png, tif)
+  gps=false          true: keep the place of the EXIF too
   max_pixels=N       read images of up to N pixels (otherwise Pillow's limit holds)
   device=auto        auto | cpu | cuda | cuda:N | mps
 
@@ -86,6 +102,13 @@ class RestoreOptions:
     output: str = MISSING
     ckpt: str | None = None
     scale: float = 4
+    width: int | None = None
+    height: int | None = None
+    megapixels: float | None = None
+    trained_scale: float = 4
+    format: str | None = None
+    quality: int | None = None
+    gps: bool = False
     sizes: list[float] | None = None
     prompt: str | None = None
     caption: str = "none"
@@ -129,11 +152,14 @@ def restore(cfg: DictConfig) -> int:
     device = pick_device(options.device)
     limit_threads()
     sizes = sorted(set(options.sizes or ()))
-    plan = plan_restoration(options.input, options.output, tuple(size_label(size) for size in sizes[:-1]))
+    labels = tuple(size_label(size) for size in sizes[:-1])
+    plan = plan_restoration(options.input, options.output, labels, options.format and f".{options.format}")
+    check_quality(plan, options.quality)
     check_writable(plan.output, "output")
     from varestorer.systems import load
     from varestorer.systems.folder import restore_files
     from varestorer.systems.prompts import TextOptions, find_texts
+    from varestorer.utils.images import Writing
 
     # on the CPU its files are only mapped: weights take no memory before they are used
     merge = options.steps == "one" and options.compat is None
@@ -147,7 +173,8 @@ def restore(cfg: DictConfig) -> int:
         system.accelerate(means(options))
     run = bind(system, options, texts)
     settings = settings_of(options, system.acceleration)
-    report = restore_files(plan, run, options.seed, settings, options.overwrite, options.max_pixels)
+    writing = Writing(quality=options.quality, gps=options.gps)
+    report = restore_files(plan, run, options.seed, settings, options.overwrite, options.max_pixels, writing)
     say(summary(report))
     return FAILED if report.failed else OK
 
@@ -166,6 +193,12 @@ def check_options(options: RestoreOptions) -> None:
             options.sizes is None or (options.sizes and all(0 < size < math.inf for size in options.sizes)),
             "a list of numbers above 0, such as [1,2,4]",
         ),
+        **{
+            key: (getattr(options, key) is None or 0 < getattr(options, key) < math.inf, "above 0")
+            for key in ("width", "height", "megapixels", "trained_scale")
+        },
+        "format": (options.format in (None, *FORMATS), " or ".join(FORMATS)),
+        "quality": (options.quality is None or 1 <= options.quality <= 100, "1 to 100"),
         "caption": (options.caption in ("auto", "none"), "auto or none"),
         "select": (options.select in ("argmax", "sample"), "argmax or sample"),
         "steps": (re.fullmatch(r"one|multi|[1-9]\d*", options.steps), "one, multi or a number from 1"),
@@ -181,6 +214,11 @@ def check_options(options: RestoreOptions) -> None:
     for key, (holds, wanted) in rules.items():
         if not holds:
             raise UsageError(f"{key} must be {wanted}, got {key}={getattr(options, key)}")
+    targets = [key for key in TARGETS if getattr(options, key) is not None]
+    if targets and (options.scale != RestoreOptions.scale or options.sizes or options.compat):
+        raise UsageError(f"{targets[0]} says the size of the result, and so do scale, sizes and compat: leave them out")
+    if len(targets) > 1 and "megapixels" in targets:
+        raise UsageError(f"megapixels and {targets[0]} contradict each other: leave one of them out")
     if options.prompt and options.caption == "auto":
         raise UsageError("prompt and caption=auto contradict each other: give the text, or have images described")
     if options.uncertainty and options.steps == "multi":
@@ -203,6 +241,17 @@ def check_options(options: RestoreOptions) -> None:
     changed = [f"{key}={getattr(options, key)}" for key in own if getattr(options, key) != getattr(RestoreOptions, key)]
     if options.compat and changed:
         raise UsageError(f"compat=official does everything the released way: leave out {' '.join(changed)}")
+
+
+def check_quality(plan: Plan, quality: int | None) -> None:
+    """Refuse a quality where nothing is lost.
+
+    Raises:
+        UsageError: names the formats that have one.
+    """
+    ending = Path(plan.jobs[0].target).suffix.lower() if plan.jobs else ""
+    if quality is not None and ending not in (".jpg", ".jpeg", ".webp", ".avif"):
+        raise UsageError(f"quality={quality} is for jpg, webp and avif, and results are {ending[1:]}: add format=jpg")
 
 
 def check_fit(system: VARestorer, options: RestoreOptions) -> None:
@@ -250,12 +299,24 @@ def settings_of(options: RestoreOptions, acceleration: Acceleration | None) -> d
     """What decides how a result looks, besides image and seed: the entries of `restore.json` hold it."""
     keys = ("select", "steps", "color", "tile", "overlap", "compat")
     ckpt = DEFAULT if options.ckpt is None else options.ckpt
-    settings = {"scale": whole(options.scale), "ckpt": ckpt, **{key: getattr(options, key) for key in keys}}
+    size = {key: wish for key in TARGETS if (wish := getattr(options, key)) is not None}
+    size = size or {"scale": whole(options.scale)}
+    settings = {**size, "ckpt": ckpt, **{key: getattr(options, key) for key in keys}}
+    if options.trained_scale != RestoreOptions.trained_scale:
+        settings["trained_scale"] = options.trained_scale
     if acceleration is not None:
         settings |= {"precision": acceleration.precision, "linears": acceleration.linears}
     if options.sizes is not None:
         settings["sizes"] = [whole(size) for size in options.sizes]
     return settings if options.caption == "auto" else settings | {"prompt": options.prompt}
+
+
+def scale_of(options: RestoreOptions, height: int, width: int) -> float:
+    """The enlargement of an image of this size (pixels) that is asked for."""
+    if options.megapixels is not None:
+        return math.sqrt(options.megapixels * 1e6 / (height * width))
+    factors = [wish / side for wish, side in ((options.width, width), (options.height, height)) if wish is not None]
+    return min(factors, default=whole(options.scale))
 
 
 def whole(scale: float) -> float:
@@ -272,14 +333,15 @@ def bind(system: VARestorer, options: RestoreOptions, texts: Texts) -> RestoreIm
     """Bind the options, so that only an image, its job and its seed are missing."""
     from varestorer.systems.folder import Restored
 
-    scale = whole(options.scale)
-    keys = ("select", "steps", "color", "tile", "overlap", "batch", "uncertainty", "sizes")
+    keys = ("select", "steps", "color", "tile", "overlap", "batch", "uncertainty", "sizes", "trained_scale")
     wishes = {key: getattr(options, key) for key in keys}
     wishes["steps"] = None if options.steps == "one" else options.steps  # the way of the system
     chosen: dict[str, Any] = {key: value for key, value in wishes.items() if value is not None}
 
     def run(image_3HW: Tensor, job: Job, seed: int) -> Restored:
         prompt = texts.prompts.get(job.name)
+        height, width = image_3HW.shape[-2:]
+        scale = scale_of(options, height, width)
         text = None if prompt is None else texts.features.get(prompt)
         details: dict[str, Any] = {"prompt": prompt}
         if prompt is not None and text is None:
@@ -288,7 +350,8 @@ def bind(system: VARestorer, options: RestoreOptions, texts: Texts) -> RestoreIm
             is_tiled = options.tile is not None
             official = system.restore_official(image_3HW, scale, prompt=text, tiled=is_tiled, seed=seed)
             return Restored(official, details=details)
-        result = system.restore(image_3HW, scale, prompt=text, seed=seed, **chosen)
+        with squares(job.name, (height, width), scale) as progress:
+            result = system.restore(image_3HW, scale, prompt=text, seed=seed, progress=progress, **chosen)
         maps_KHW = result.uncertainty_KHW
         smaller = {size_label(size): image for size, image in result.smaller.items()} if options.sizes else {}
         return Restored(result.image, None if maps_KHW is None else maps_KHW.mean(dim=0), details, smaller)
@@ -296,8 +359,32 @@ def bind(system: VARestorer, options: RestoreOptions, texts: Texts) -> RestoreIm
     return run
 
 
+@contextmanager
+def squares(name: str, size: tuple[int, int], scale: float) -> Iterator[Callable[[int, int], None]]:
+    """Show how many squares of an image of `size` are done, and the time left; what is ahead is said first."""
+    from tqdm.auto import tqdm
+
+    from varestorer.utils.tiling import scaled_size
+
+    height, width = scaled_size(*size, scale)
+    with ExitStack() as stack:
+        bar: tqdm | None = None
+
+        def show(done: int, total: int) -> None:
+            nonlocal bar
+            if bar is None:
+                LOG.info("%s: %d x %d -> %d x %d pixels, squares: %d", name, *size[::-1], width, height, total)
+                bar = stack.enter_context(tqdm(desc=name, total=total, unit=" squares", leave=False, bar_format=BAR))
+            bar.update(done - bar.n)
+            bar.refresh()
+
+        yield show
+
+
 def summary(report: FolderReport) -> str:
     """What was done, what failed and why, and where it all is."""
+    from varestorer.systems.plan import REPORT_NAME
+
     lines = [f"failed: {name}: {reason}" for name, reason in report.failed.items()]
     counts = [f"{report.num_restored} restored"]
     if report.num_skipped:
@@ -305,7 +392,8 @@ def summary(report: FolderReport) -> str:
         counts.append(f"{report.num_skipped} had a result already{others} (overwrite=true restores them again)")
     if report.failed:
         counts.append(f"{len(report.failed)} failed")
-    places = f"results in {report.path.parent}, details in {report.path}"
+    is_report = report.path.name == REPORT_NAME
+    places = f"results in {report.path.parent}, details in {report.path}" if is_report else f"see {report.path}"
     return "\n".join([*lines, f"{', '.join(counts)}; {places}"])
 
 

@@ -16,6 +16,8 @@ SHOWN = 3
 LIKE = 0.7  # of two keys, 1 if they are the same
 NOISE = ("object_type=", "reference_type=", "See https://hydra.cc")
 FULL_KEY = "full_key:"
+SHORT = {"-i": "input", "-o": "output"}
+INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")  # what Hydra's own -i takes
 
 
 def check_words(words: Sequence[str], keys: Sequence[str]) -> None:
@@ -33,6 +35,24 @@ def check_words(words: Sequence[str], keys: Sequence[str]) -> None:
             continue
         is_input = "input" in keys and not equals and not any(other.startswith("input=") for other in words)
         raise UsageError(f"{word!r} is not key=value; {f'did you mean input={word}?' if is_input else 'see --help'}")
+
+
+def check_dashes(words: Sequence[str], keys: Sequence[str]) -> None:
+    """Answer options written as other programs have them, `--input x` or `-i x`, with the form that they have here.
+
+    Raises:
+        UsageError: names the right words.
+    """
+    right = []
+    for word, following in zip(words, [*words[1:], ""], strict=False):
+        name, _, value = word.partition("=")
+        key = SHORT.get(name) if following not in INFO else None
+        key = name[2:].replace("-", "_") if name.startswith("--") else key
+        if key in keys:
+            value = value or ("" if following.startswith("-") else following)
+            right.append(f"{key}={value or 'true'}")
+    if right:
+        raise UsageError(f"keys are written without dashes here: {' '.join(right)}")
 
 
 def describe(error: BaseException, groups: Sequence[str] = ()) -> str:
@@ -81,6 +101,14 @@ def _dotted(config: Any, prefix: str = "") -> Iterator[str]:
             yield from _dotted(value, f"{name}.")
 
 
+def _guess(lines: Sequence[str]) -> list[str]:
+    """A line with the choice of a group that was probably meant."""
+    wanted = re.search(r"Could not find '[^']*?([^/']+)'", "\n".join(lines))
+    choices = [line.strip() for line in lines if line.startswith("\t")]
+    near = get_close_matches(wanted[1], choices, n=1) if wanted else []
+    return [f"no {wanted[1]!r} here; did you mean {near[0]}?"] if wanted and near else []
+
+
 def _shortened(text: str) -> str:
     """The lines that a user can do something with, as one; lists of choices stay as they are."""
     lines, key = [], ""
@@ -93,7 +121,7 @@ def _shortened(text: str) -> str:
         elif not stripped.startswith(NOISE):
             lines.append(line.rstrip())
     if any(line.startswith("Available options") for line in lines):
-        return "\n".join(lines)
+        return "\n".join([*_guess(lines), *lines])
     whole = " ".join(f"{line.strip()}{'' if line.endswith(('.', ':', ',', ';')) else ';'}" for line in lines)
     whole = whole.removesuffix(";")
     return whole if not key or re.search(rf"\b{re.escape(key)}\b", whole) else f"{key}: {whole}"

@@ -81,7 +81,7 @@ class KnownSource(Protocol):
 class Restorer(Protocol):
     """What `SystemSource` needs of a system: `systems.VARestorer` is one."""
 
-    def restore(self, image: Any, scale: int = 4, *, seed: int = 0, steps: str | int | None = None) -> Any:
+    def restore(self, image: Any, scale: int = 4, **options: Any) -> Any:
         """Restore one (3, h, w) image in [0, 1]; the result has `image`, (3, h * scale, w * scale)."""
         ...
 
@@ -188,7 +188,7 @@ class SystemSource:
     """Restores the low-quality image with a system.
 
     Args:
-        system: has `restore(image_3HW, scale=, seed=, steps=)`.
+        system: has `restore(image_3HW, scale=, trained_scale=, seed=, steps=)`.
         scale: side of the output over side of the input.
         seed: each image gets a seed of its own, derived from this one and its name.
         settings: what is known of the system, such as the digest of its weights.
@@ -227,6 +227,7 @@ class SystemSource:
                 self.system.restore,
                 lq_3hw,
                 scale=self.scale,
+                trained_scale=self.scale,  # the network itself is measured
                 seed=seed,
                 steps=None if self.steps == "one" else self.steps,
                 **self.sizes,

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, overload
 
 import torch
 import torch.nn.functional as F
@@ -38,13 +38,14 @@ from varestorer.utils.color import match_color
 from varestorer.utils.device import to_device
 from varestorer.utils.errors import UsageError, UserError
 from varestorer.utils.finite import check_finite
-from varestorer.utils.images import as_picture, from_network, is_grey, to_network
-from varestorer.utils.tiling import restore_tiled, restore_to_sizes, scaled_size
+from varestorer.utils.images import as_picture, from_anything, from_network, is_grey, resize, to_network
+from varestorer.utils.tiling import num_tiles, restore_tiled, restore_to_sizes, scaled_size
 from varestorer.weights.bundle import ADAPTERS, CONFIG, is_bundle, read_config, save_bundle
 from varestorer.weights.load import load_into
 from varestorer.weights.resolve import HOW, check_is_whole, is_published, locate, model_of_run
 from varestorer.weights.runs import is_run, latest_checkpoint, load_run_weights
 
+REDUCE = "area"  # on held-out photographs at x1.5 and x2 better than Lanczos in PSNR and LPIPS
 DEVICE_PIXELS = 2**25  # of a result that is put together on the device; larger ones are on the host
 PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -54,15 +55,16 @@ class Restoration:
     """A restored image.
 
     Attributes:
-        image: (3, H, W) float32 in [0, 1]; of several sizes the largest.
+        image: of the kind that was given, see `from_anything`: (3, H, W) float32 in [0, 1], a PIL image (for a path
+            too), or uint8 (H, W, 3); of several sizes the largest.
         uncertainty_KHW: where the network guessed, at each scale: mean entropy of a token, 0 (decided) to 1 (any symbol
             is as likely), up-sampled to the image; None unless asked for.
         smaller: the other sizes asked for, by their enlargement, smallest first.
     """
 
-    image: Tensor
+    image: Any
     uncertainty_KHW: Tensor | None = None
-    smaller: dict[float, Tensor] = field(default_factory=dict)
+    smaller: dict[float, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -290,18 +292,45 @@ class System(
         maps = [F.interpolate(x, size=size, mode="bilinear", align_corners=False) for x in self.split(entropy_BL1)]
         return torch.cat(maps, dim=1)
 
+    @overload
+    def restore(self, image: list[Any], scale: float = ..., **options: Any) -> list[Restoration]: ...
+
+    @overload
+    def restore(self, image: Any, scale: float = ..., **options: Any) -> Restoration: ...
+
+    def restore(self, image: Any, scale: float = 4, **options: Any) -> Restoration | list[Restoration]:
+        """Restore an image of any size, or a list of them, and give back what was given.
+
+        Args:
+            image: a path, a PIL image, uint8 NumPy (H, W, 3), or a float tensor (3, H, W) in [0, 1], see
+                `from_anything`; or a list of such.
+            scale: see `restore_picture`, as the options.
+
+        Raises:
+            ValueError: an image or a scale of another kind or range; says what was wanted and what came.
+            UserError: see `restore_picture`; a file that cannot be read.
+        """
+        if isinstance(image, list):
+            return [self.restore(one, scale, **options) for one in tuple(image)]
+        picture, back = from_anything(image)
+        result = self.restore_picture(picture, scale, **options)
+        smaller = {size: back(one) for size, one in result.smaller.items()}
+        return Restoration(back(result.image), result.uncertainty_KHW, smaller)
+
     @torch.inference_mode()
-    def restore(
+    def restore_picture(
         self,
         image: Tensor,
         scale: float = 4,
         *,
+        trained_scale: float = 4,
         color: str = "none",
         tile: int | None = None,
         overlap: int | None = None,
         batch: int = 8,
         uncertainty: bool = False,
         sizes: Sequence[float] | None = None,
+        progress: Callable[[int, int], None] | None = None,
         **request: Any,
     ) -> Restoration:
         """Restore an image of any size; it is enlarged first, and padded or tiled, never squashed.
@@ -311,6 +340,8 @@ class System(
         Args:
             image: (3, H, W) float in [0, 1], see `as_picture`; 8-bit, NumPy, (H, W, 3) and other ranges are refused.
             scale: enlargement, above 0.
+            trained_scale: enlargement that the model was trained for. A smaller one is made at this one and reduced
+                (as by Real-ESRGAN's outscale): squares sharper than in training come out wrecked. Not with `sizes`.
             color: "adain" or "wavelet" gives each tile the colors of the input, see `utils.color`; "none" does not.
             tile: side of the squares, pixels, one of `tiles`; None for the one the model was trained on.
             overlap: pixels shared by neighboring tiles; None for a quarter of a tile.
@@ -318,6 +349,7 @@ class System(
             uncertainty: whether to return it; costs K channels of the size of the result.
             sizes: enlargements that are returned, from one pass: `scale`, and what part of it the model's `sides` are
                 of `tile`. None for `scale` alone.
+            progress: is called with the squares done and all there are, first with none done.
             request: `prompt`, `seed`, `select` and `steps`, see `Request`.
 
         Raises:
@@ -326,8 +358,17 @@ class System(
                 not finite.
         """
         image = as_picture(image)
+        height, width = image.shape[-2:]
+        wanted = scaled_size(height, width, scale)
+        if sizes is None:
+            scale = max(scale, trained_scale)
         system = self if tile is None else self.at_tile(tile)
         sides = system.sides_of(sizes, scale)
+        size = scaled_size(height, width, scale)
+        overlap = system.tile // 4 if overlap is None else overlap
+        total = num_tiles(size, system.tile, overlap, system.step)
+        if progress is not None:
+            progress(0, total)
         asked = self.accept(Request(**request, sides=sides), uncertainty)
 
         def run(tiles_B3tt: Tensor, numbers: list[int]) -> list[Tensor]:
@@ -337,11 +378,10 @@ class System(
             images = [match_color(image, resize_area(tiles, (side, side)), color) for image, side in pairs]
             if uncertainty and restored.logits is not None:
                 images[-1] = torch.cat([images[-1], system.uncertainty(restored.logits)], dim=1)
+            if progress is not None:
+                progress(numbers[-1] + 1, total)
             return [to_device(image, tiles_B3tt.device) for image in images]
 
-        height, width = image.shape[-2:]
-        size = scaled_size(height, width, scale)
-        overlap = system.tile // 4 if overlap is None else overlap
         place = self.device if size[0] * size[1] <= DEVICE_PIXELS else image.device
         factors = [whole_number(scale * side / system.tile) for side in sides]
         results = [(scaled_size(height, width, factor), side) for factor, side in zip(factors, sides, strict=True)]
@@ -351,6 +391,8 @@ class System(
             if is_grey(image):
                 whole[:3] = whole[:3].mean(dim=0)
         *smaller, channels = (to_device(whole.clamp_(0, 1), image.device) for whole in tiled)
+        if wanted != size:
+            channels = resize(channels, wanted, REDUCE)
         others = dict(zip(factors, smaller, strict=False))
         return Restoration(channels[:3], channels[3:] if uncertainty else None, others)
 

@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,18 @@ from varestorer.utils.ahead import make_ahead
 from varestorer.utils.device import usable_cores
 from varestorer.utils.errors import UserError, reason
 from varestorer.utils.files import file_sha256, read_text, write_json
-from varestorer.utils.images import Picture, heat_map, is_grey, load_picture, made_from, natural_key, resize, save_image
+from varestorer.utils.images import (
+    Picture,
+    Writing,
+    heat_map,
+    holds_alpha,
+    is_grey,
+    load_picture,
+    made_from,
+    natural_key,
+    resize,
+    save_image,
+)
 from varestorer.utils.locks import locked
 from varestorer.utils.seeds import derive_seed
 
@@ -70,7 +81,7 @@ class FolderReport:
     """What became of the files of a plan.
 
     Attributes:
-        path: the report, `restore.json`.
+        path: the report, `restore.json`; the result itself where one file was asked for.
         num_restored: images restored now.
         num_skipped: images left alone because their result was there.
         failed: name -> reason.
@@ -91,12 +102,13 @@ def restore_files(
     settings: Mapping[str, Any] | None = None,
     overwrite: bool = False,
     max_pixels: int | None = None,
+    writing: Writing | None = None,
 ) -> FolderReport:
     """Restore the files of a plan and write `restore.json` beside the results.
 
     Each image's seed is derived from `seed` and its name, so its result depends neither on the other files
-    nor on their order. Transparency is resized and kept, and so is a colour profile; grey is
-    written as one channel. Results appear whole or not
+    nor on their order. Transparency is resized and kept where the format holds it, and so are a color
+    profile, EXIF and resolution; gray is written as one channel, more than 8 bits as 16. Results appear whole or not
     at all. If the run is interrupted, what was restored by then is written, and so is the report; it keeps earlier
     entries whose results are still there, and those of runs that write to the same folder at the same time. A result
     that was made from another file than the one that is there now is made again. One that is left in place, but was
@@ -109,11 +121,12 @@ def restore_files(
         settings: what else the entries say of how images were restored, e.g. the scale.
         overwrite: restore again what has a result.
         max_pixels: larger inputs are refused; None: above Pillow's limit (about 179 million pixels).
+        writing: how results are written; their EXIF, resolution and bits are those of their inputs.
     Raises:
         UserError: the output folder or the report cannot be written.
     """
-    path = plan.output / REPORT_NAME
-    before = _read_report(path)
+    path = plan.output / (REPORT_NAME if plan.has_report else plan.jobs[0].target)
+    before = _read_report(path) if plan.has_report else {}
     earlier = _of_results(path, before)
     entries: dict[str, Entry] = {name: {"error": why} for name, why in plan.rejected.items()}
     pending = plan.pending(overwrite)
@@ -126,17 +139,19 @@ def restore_files(
         elif not overwrite and (plan.output / job.target).exists():
             logger.info("%s was made from another file than %s, and is made again", job.target, job.source)
     others = _other_settings(entries, {"seed": seed, **(settings or {})})
-    runner = _Runner(plan.output, restore, seed, settings or {}, max_pixels, entries)
+    runner = _Runner(plan.output, restore, seed, settings or {}, max_pixels, entries, writing or Writing())
     try:
         with logging_redirect_tqdm():
             for name, why in plan.rejected.items():
                 logger.warning("%s: %s", name, why)
             for target, difference in others.items():
                 logger.warning("%s was made with %s; overwrite=true makes it again", target, difference)
-            for _ in tqdm(runner.run(pending), total=len(pending), unit=" images", bar_format=_BAR):
+            done = runner.run(pending)
+            for _ in tqdm(done, total=len(pending), unit=" images", bar_format=_BAR, disable=len(pending) < 2):
                 continue
     finally:
-        _add_to_report(path, before, entries)
+        if plan.has_report:
+            _add_to_report(path, before, entries)
     names = [*plan.rejected, *(job.name for job in plan.jobs)]  # threads may end in another order
     failed = {name: entries[name]["error"] for name in names if "error" in entries[name]}
     num_skipped = sum("skipped" in entry for entry in entries.values())
@@ -199,6 +214,7 @@ class _Runner:
     settings: Mapping[str, Any]
     max_pixels: int | None
     entries: dict[str, Entry]
+    writing: Writing
 
     def run(self, jobs: Iterable[Job]) -> Iterator[None]:
         """Yield as files are done. Restoring is this thread's; reading is one file ahead, writing some behind."""
@@ -248,12 +264,14 @@ class _Runner:
             if restored.uncertainty is not None:
                 written.append(self.output / job.heat_map)
                 save_image(written[-1], heat_map(restored.uncertainty))
+            writing = replace(self.writing, bits=picture.bits, exif=picture.exif, dpi=picture.dpi)
             images = [(beside(job.target, label), image) for label, image in restored.smaller.items()]
             for target, image in [*images, (job.target, restored.image)]:
-                alpha = None if picture.alpha is None else resize(picture.alpha, (image.shape[1], image.shape[2]))
+                alpha = picture.alpha if holds_alpha(target) else None
+                alpha = None if alpha is None else resize(alpha, (image.shape[1], image.shape[2]))
                 kept = image[:1] if picture.is_grey and is_grey(image) else image
                 written.append(self.output / target)
-                save_image(written[-1], kept, alpha, picture.icc_profile, source)
+                save_image(written[-1], kept, alpha, picture.icc_profile, source, writing)
         except BaseException:
             for path in written[:-1]:
                 path.unlink(missing_ok=True)

@@ -29,6 +29,7 @@ class Decoded:
         icc_profile: an RGB profile that belongs to these colours.
         notes: what was left out or changed, for the user to know.
         is_grey: the file holds one channel of grey, or a palette of greys.
+        bits: of a sample in the file: 8, or 16 for more than 8.
     """
 
     rgb_CHW: np.ndarray
@@ -36,6 +37,7 @@ class Decoded:
     icc_profile: bytes | None
     notes: list[str]
     is_grey: bool
+    bits: int = 8
 
 
 def decode(file: ImageFile.ImageFile) -> Decoded:
@@ -51,7 +53,7 @@ def decode(file: ImageFile.ImageFile) -> Decoded:
     if file.format == "TIFF":
         check_tiff(file)
     _scale_key(file)
-    is_stored_grey = _is_stored_grey(file)
+    is_stored_grey, bits = _is_stored_grey(file), _bits(file)
     file.load()
     notes += _turn_upright(file)
     image = _simplify(file)
@@ -64,7 +66,7 @@ def decode(file: ImageFile.ImageFile) -> Decoded:
     if _is_numeric(image.mode) and rgb.max() < 1 / 16:
         notes.append("very dark: if its samples use fewer bits than they have, its MaxSampleValue must say so")
     rgb = rgb if alpha is None else _cover_hidden(rgb, alpha)
-    return Decoded(rgb, alpha, kept_profile, notes + profile_notes, is_grey)
+    return Decoded(rgb, alpha, kept_profile, notes + profile_notes, is_grey, bits)
 
 
 def decode_visible(file: ImageFile.ImageFile) -> np.ndarray:
@@ -133,6 +135,14 @@ def _is_stored_grey(file: ImageFile.ImageFile) -> bool:
     """Whether it holds one channel of grey; call before it is decoded. Pillow turns grey PNGs of 16 bits into RGBA."""
     is_wide = file.format == "PNG" and bool(file.tile) and str(file.tile[0][3]).startswith("LA")
     return is_wide or file.mode in ("1", "L", "LA", "La") or _is_numeric(file.mode)
+
+
+def _bits(file: ImageFile.ImageFile) -> int:
+    """8, or 16 where its samples have more; call before it is decoded, as Pillow keeps 8 of the 16 bits of colours."""
+    if _is_numeric(file.mode):
+        return 16
+    is_deep = file.format in ("PNG", "TIFF") and bool(file.tile) and ";16" in str(file.tile[0][3])
+    return 16 if is_deep else 8
 
 
 def _is_palette_of_greys(file: ImageFile.ImageFile, rgb_CHW: np.ndarray) -> bool:

@@ -32,6 +32,21 @@ BROKEN_IMAGE_ERRORS = (
 
 _ONE_AT_A_TIME = RLock()
 
+HEIC = (".heic", ".heif")
+HEIC_HINT = "HEIC is read through pillow-heif: pip install pillow-heif (the extra [heic]), or convert it to JPEG"
+
+
+def _register_heif() -> bool:
+    try:
+        import pillow_heif
+    except ImportError:
+        return False
+    pillow_heif.register_heif_opener()
+    return True
+
+
+READS_HEIC = _register_heif()
+
 
 class RefusedImageError(ValueError):
     """A file that is no use, though Pillow might not mind; the message says why and what to do."""
@@ -53,6 +68,8 @@ def open_image(path: str | os.PathLike, max_pixels: int | None = None) -> Iterat
     path = Path(path)
     try:
         _check_file(path)
+        if path.suffix.lower() in HEIC and not READS_HEIC:
+            raise RefusedImageError(HEIC_HINT)
         with _ONE_AT_A_TIME, warnings.catch_warnings(action="ignore"), _open(path, max_pixels) as file:
             yield file
     except FileNotFoundError as error:

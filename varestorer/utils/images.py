@@ -7,23 +7,26 @@ Outside networks a picture is RGB float32 (3, H, W) in [0, 1]; inside it is in [
 import os
 import re
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
+from math import inf
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from einops import rearrange
-from PIL import Image, PngImagePlugin, features
+from PIL import ExifTags, Image, ImageFile, ImageOps, PngImagePlugin, features
 from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
-from varestorer.utils.decoding import decode, decode_visible
+from varestorer.utils.decoding import Decoded, decode, decode_visible
+from varestorer.utils.deep_files import write_16_bits
 from varestorer.utils.errors import UserError
 from varestorer.utils.files import atomic_write
 from varestorer.utils.finite import check_finite, is_finite
-from varestorer.utils.image_files import open_image
+from varestorer.utils.image_files import BROKEN_IMAGE_ERRORS, HEIC, READS_HEIC, open_image
 from varestorer.utils.scanning import Scan, report_unused, scan_folder
 
 
@@ -32,6 +35,7 @@ def _readable_extensions() -> frozenset[str]:
     optional = {"webp": ".webp", "avif": ".avif", "jpg_2000": ".jp2"}
     known = features.modules.keys() | features.codecs.keys()
     found = [extension for name, extension in optional.items() if name in known and features.check(name)]
+    found += HEIC if READS_HEIC else ()
     return frozenset([*".png .apng .jpg .jpeg .jpe .jfif .bmp .gif .tif .tiff .ppm .pgm .pnm".split(), *found])
 
 
@@ -40,6 +44,7 @@ ROUNDING = 1e-3  # what a picture may lie beyond [0, 1]
 
 SOURCE = "Source-SHA256"
 """Text of a PNG that was made from another picture: the `file_sha256` of that one."""
+_SOFTWARE = f"varestorer {SOURCE} {{}}"
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,9 @@ class Picture:
         icc_profile: an RGB profile that says what the colours mean; None: sRGB.
         note: what was left out or changed (other frames, a colour profile); None if nothing was.
         is_grey: the file holds grey alone, so its three channels are equal.
+        bits: of a sample in the file: 8, or 16 for more than 8.
+        exif: when and by which camera it was taken, and where; without orientation, which is applied.
+        dpi: pixels per inch, across and down.
     """
 
     image: Tensor
@@ -59,6 +67,9 @@ class Picture:
     icc_profile: bytes | None
     note: str | None
     is_grey: bool = False
+    bits: int = 8
+    exif: Image.Exif | None = None
+    dpi: tuple[float, float] | None = None
 
 
 def natural_key(text: str) -> list[tuple[int, int | str]]:
@@ -111,15 +122,63 @@ def load_picture(path: str | os.PathLike, max_pixels: int | None = None) -> Pict
     """
     with open_image(path, max_pixels) as file:
         decoded = decode(file)
+        exif, dpi = exif_of(file), file.info.get("dpi")
     alpha = None if decoded.alpha_HW is None else torch.from_numpy(decoded.alpha_HW)[None]
     note = "; ".join(decoded.notes) or None
-    return Picture(torch.from_numpy(decoded.rgb_CHW), alpha, decoded.icc_profile, note, decoded.is_grey)
+    image = torch.from_numpy(decoded.rgb_CHW)
+    return Picture(image, alpha, decoded.icc_profile, note, decoded.is_grey, decoded.bits, exif, dpi)
 
 
 def load_image(path: str | os.PathLike) -> Tensor:
     """(3, H, W) float32 in [0, 1]: the colours of `load_picture`; also refuses what is wholly transparent."""
     with open_image(path) as file:
         return torch.from_numpy(decode_visible(file))
+
+
+def exif_of(file: Image.Image) -> Image.Exif | None:
+    """Date, camera and place of a decoded file: nothing that tells of its pixels, as sizes, thumbnails, maker notes."""
+    try:
+        given = file.getexif()
+        kept = Image.Exif()
+        for tag in _CAMERA_TAGS & given.keys():
+            kept[tag] = given[tag]
+        for place in (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo):
+            entries = {tag: value for tag, value in given.get_ifd(place).items() if tag not in _PIXEL_TAGS}
+            if entries:
+                kept[place] = entries
+        kept.tobytes()
+    except BROKEN_IMAGE_ERRORS:
+        return None
+    return kept if len(kept) else None
+
+
+_CAMERA_TAGS = {
+    *(ExifTags.Base.Make, ExifTags.Base.Model, ExifTags.Base.DateTime),
+    *(ExifTags.Base.Artist, ExifTags.Base.Copyright, ExifTags.Base.ImageDescription),
+}
+_PIXEL_TAGS = {
+    *(ExifTags.Base.ExifImageWidth, ExifTags.Base.ExifImageHeight, ExifTags.Base.ColorSpace),
+    *(ExifTags.Base.MakerNote, ExifTags.IFD.Interop),
+}
+
+
+@dataclass(frozen=True)
+class Writing:
+    """What else a written picture is to be, or says.
+
+    Attributes:
+        quality: 1 to 100 of a format that loses; None: 95 of JPEG, 90 of AVIF, and WebP without loss.
+        bits: 16 where the format can, which are PNG and TIFF; others have 8.
+        exif: see `Picture`.
+        dpi: likewise.
+        gps: whether the place of the EXIF is written too.
+    """
+
+    quality: int | None = None
+    bits: int = 8
+    exif: Image.Exif | None = None
+    dpi: tuple[float, float] | None = None
+    gps: bool = False
 
 
 @dataclass(frozen=True)
@@ -131,40 +190,48 @@ class _Format:
         options: of Pillow's writer.
         holds_alpha: whether it can.
         holds_profile: whether it can.
+        holds_16_bits: whether it can.
     """
 
     name: str
     options: dict[str, Any]
     holds_alpha: bool = True
     holds_profile: bool = True
+    holds_16_bits: bool = False
 
 
 # of photographs run lengths leave as little as zlib's search for repeats does, in a quarter of the time
-_PNG = _Format("PNG", {"compress_type": zlib.Z_RLE})
+_PNG = _Format("PNG", {"compress_type": zlib.Z_RLE}, holds_16_bits=True)
 _JPEG = _Format("JPEG", {"quality": 95, "subsampling": 0}, holds_alpha=False)
-_TIFF = _Format("TIFF", {"compression": "tiff_adobe_deflate"})
-_WRITTEN = {
+_TIFF = _Format("TIFF", {"compression": "tiff_adobe_deflate"}, holds_16_bits=True)
+_WRITTEN: dict[str, _Format] = {
     ".png": _PNG,
     ".jpg": _JPEG,
     ".jpeg": _JPEG,
     ".tif": _TIFF,
     ".tiff": _TIFF,
     ".webp": _Format("WEBP", {"lossless": True, "exact": True}),
+    ".avif": _Format("AVIF", {"quality": 90}),
     ".bmp": _Format("BMP", {}, holds_alpha=False, holds_profile=False),
 }
+
+
+WRITTEN_EXTENSIONS = frozenset(_WRITTEN)
 
 
 def made_from(path: str | os.PathLike) -> str | None:
     """The `source` that `save_image` wrote into a picture.
 
-    It is inside the file, so that it is there as soon as the picture is, and goes where the picture goes.
+    It is inside the file (a text of a PNG, the EXIF's software of others), so that it is there as soon as the picture
+    is, and goes where the picture goes.
 
     Returns:
         None: the picture does not say, or cannot be read.
     """
     try:
         with open_image(path) as file:
-            return file.info.get(SOURCE)
+            software = re.fullmatch(_SOFTWARE.format("(.*)"), str(file.getexif().get(ExifTags.Base.Software)))
+            return file.info.get(SOURCE) or (software[1] if software else None)
     except UserError:
         return None
 
@@ -175,15 +242,17 @@ def save_image(
     alpha_1HW: Tensor | None = None,
     icc_profile: bytes | None = None,
     source: str | None = None,
+    writing: Writing | None = None,
 ) -> None:
-    """Write a picture in [0, 1] with 8 bits (rounded, not truncated), whole or not at all.
+    """Write a picture in [0, 1] with 8 bits, or 16 (rounded, not truncated), whole or not at all.
 
     Args:
-        path: the file; its extension says the format: PNG, TIFF, WebP (without loss), BMP or JPEG (quality 95).
+        path: the file; its extension says the format: PNG, TIFF, WebP, AVIF, BMP or JPEG.
         img_CHW: RGB, or one channel of grey; as `as_picture` takes it.
         alpha_1HW: transparency of the same size.
         icc_profile: what the colours mean; None: sRGB.
         source: `file_sha256` of what it was made from, for `made_from`.
+        writing: what else.
     Raises:
         ValueError: no picture in [0, 1], another extension, or what its format cannot hold; nothing is written.
         UserError: values that are not finite, or the file cannot be written; names it.
@@ -205,14 +274,40 @@ def save_image(
     channels = torch.cat([band.detach() for band in (img_CHW, alpha_1HW) if band is not None])
     check_finite(channels, f"the picture for {path}")
     _check_values(channels, f"cannot write {path}: wanted floats in [0, 1]")
-    array = rearrange(to_uint8(channels).cpu(), "c h w -> h w c").numpy()
+    writing = writing or Writing()
+    options = _options(format_, writing, source) | ({"icc_profile": icc_profile} if icc_profile else {})
+    is_deep = format_.holds_16_bits and writing.bits == 16
+    array = _to_16_bits(channels) if is_deep else to_levels(channels)
+    with atomic_write(path) as temporary:
+        if array.shape[2] == 1:
+            Image.fromarray(array[..., 0]).save(temporary, format=format_.name, **options)
+        elif is_deep:
+            write_16_bits(temporary, array, options)
+        else:
+            Image.fromarray(array).save(temporary, format=format_.name, **options)
+
+
+def _options(format_: _Format, writing: Writing, source: str | None) -> dict[str, Any]:
+    """Arguments of Pillow's writer, but for the profile."""
     options = dict(format_.options)
+    if writing.quality is not None and format_.name in ("JPEG", "WEBP", "AVIF"):
+        options |= {"quality": writing.quality} | ({"lossless": False} if format_.name == "WEBP" else {})
+    exif = Image.Exif()
+    for tag, value in (writing.exif or {}).items():
+        if tag != ExifTags.IFD.GPSInfo or writing.gps:
+            exif[tag] = value
     if source is not None and format_ is _PNG:
         options["pnginfo"] = PngImagePlugin.PngInfo()
         options["pnginfo"].add_text(SOURCE, source)
-    with atomic_write(path) as temporary:
-        image = Image.fromarray(array[..., 0] if array.shape[2] == 1 else array)
-        image.save(temporary, format=format_.name, icc_profile=icc_profile, **options)
+    elif source is not None:
+        exif[ExifTags.Base.Software] = _SOFTWARE.format(source)
+    if len(exif):
+        options["exif"] = exif.tobytes()
+        if format_ is _TIFF and ExifTags.IFD.Exif in exif:
+            options.pop("compression")  # libtiff writes no nested tables, Pillow's own writer does, but compresses not
+    if writing.dpi is not None and all(0 < value < inf for value in writing.dpi):
+        options["dpi"] = writing.dpi
+    return options
 
 
 def as_picture(image: Any) -> Tensor:
@@ -233,6 +328,42 @@ def as_picture(image: Any) -> Tensor:
         raise ValueError(f"{wanted} the shape {tuple(image.shape)}: {_shape_hint(image)}")
     _check_values(image, wanted.removesuffix("; got"))
     return image.float().clamp(0, 1)
+
+
+def from_anything(image: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
+    """What people have pictures in, as a tensor, and how a result of any size becomes what they gave.
+
+    Args:
+        image: a path, a PIL image (upright by its EXIF, transparency kept), uint8 NumPy (H, W, 3), or as `as_picture`.
+    Returns:
+        (3, H, W) float32 in [0, 1]; and a function of such a tensor, which for a path gives a PIL image.
+    Raises:
+        ValueError: anything else.
+        UserError: a file that cannot be read.
+    """
+    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
+        return rearrange(torch.tensor(image), "h w c -> c h w").float() / 255, to_levels
+    if isinstance(image, str | os.PathLike):
+        with open_image(image) as file:
+            decoded = decode(file)
+    elif isinstance(image, Image.Image):
+        decoded = decode(cast(ImageFile.ImageFile, ImageOps.exif_transpose(image)))  # a copy, of no format
+    else:
+        return as_picture(image), lambda picture: picture
+    return torch.from_numpy(decoded.rgb_CHW), partial(_to_pillow, decoded)
+
+
+def _to_pillow(decoded: Decoded, image_3HW: Tensor) -> Image.Image:
+    """A result with the transparency and the profile of its input."""
+    size = (image_3HW.shape[1], image_3HW.shape[2])
+    bands = image_3HW[:1] if decoded.is_grey and is_grey(image_3HW) else image_3HW
+    if decoded.alpha_HW is not None:
+        bands = torch.cat([bands, resize(torch.from_numpy(decoded.alpha_HW)[None], size).to(bands)])
+    levels = to_levels(bands)
+    result = Image.fromarray(levels[..., 0] if len(bands) == 1 else levels)
+    if decoded.icc_profile:
+        result.info["icc_profile"] = decoded.icc_profile
+    return result
 
 
 def _shape_hint(image: Tensor) -> str:
@@ -290,6 +421,22 @@ def heat_map(values_HW: Tensor) -> Tensor:
 def to_uint8(img: Tensor) -> Tensor:
     """[0, 1] to uint8, clamped and rounded to the nearest level (half to even); any shape."""
     return (img.float().clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def to_levels(img_CHW: Tensor) -> np.ndarray:
+    """[0, 1] to what image libraries take: uint8 (H, W, C)."""
+    return rearrange(to_uint8(img_CHW).cpu(), "c h w -> h w c").numpy()
+
+
+def _to_16_bits(img_CHW: Tensor) -> np.ndarray:
+    """[0, 1] to uint16 (H, W, C)."""
+    levels = (img_CHW.float().clamp(0, 1) * 65535).round().to(torch.int32).cpu()
+    return rearrange(levels, "c h w -> h w c").numpy().astype(np.uint16)
+
+
+def holds_alpha(path: str | os.PathLike) -> bool:
+    """Whether the format that a file name says holds transparency."""
+    return _WRITTEN[Path(path).suffix.lower()].holds_alpha
 
 
 def to_network(img: Tensor) -> Tensor:

@@ -73,6 +73,12 @@ def tile_positions(length: int, tile: int, overlap: int, step: int = 1) -> list[
     return [*range(0, last, max((tile - overlap) // step * step, step)), last]
 
 
+def num_tiles(size: tuple[int, int], tile: int, overlap: int, step: int = 1) -> int:
+    """How many tiles cover (height, width); arguments as of `tile_positions`, which also says what it raises."""
+    rows, columns = (tile_positions(length, tile, overlap, step) for length in size)
+    return len(rows) * len(columns)
+
+
 def gaussian_window(tile: int, overlap: int = 0) -> Tensor:
     """The released VARestorer's profile p, exp(-((i - (t-1)/2) / t)^2 / 0.02), over its maximum.
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from varestorer.transformer.adapters import assign_plain, plain_state_dict
 from varestorer.utils.errors import UserError, reason
 from varestorer.utils.files import file_sha256, write_json, write_text
+from varestorer.weights import DEFAULT
 from varestorer.weights.card import model_card
 from varestorer.weights.files import check_names_and_shapes, read_metadata, read_tensors, save_tensors
 from varestorer.weights.runs import is_run, latest_checkpoint
@@ -59,8 +60,6 @@ def read_config(bundle: Path) -> dict[str, Any]:
 
 
 ASSETS = Path(__file__).parents[1] / "assets"
-DEFAULT = "nano"
-"""The model that restores where no other is named."""
 CARD = "README.md"
 
 

@@ -1,0 +1,65 @@
+"""Writing colors of 16 bits, which Pillow cannot."""
+
+import struct
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import ExifTags, Image
+
+
+def write_16_bits(path: Path, array_HWC: np.ndarray, options: dict[str, Any]) -> None:
+    """Write uint16 gray with alpha, RGB or RGBA as PNG or TIFF, as the path's suffix says.
+
+    Args:
+        path: the file.
+        array_HWC: uint16.
+        options: as Pillow's writers take them; of EXIF a TIFF gets what it has tags of its own for.
+    Raises:
+        OSError: it cannot be written.
+    """
+    if path.suffix.lower() == ".png":
+        path.write_bytes(_png(array_HWC, options))
+        return
+    import tifffile
+
+    exif = Image.Exif()
+    exif.load(options.get("exif", b""))
+    own = (ExifTags.Base.Make, ExifTags.Base.Model, ExifTags.Base.Artist, ExifTags.Base.Copyright)
+    tifffile.imwrite(
+        path,
+        array_HWC,
+        photometric="rgb" if array_HWC.shape[2] >= 3 else "minisblack",
+        extrasamples=["unassalpha"] if array_HWC.shape[2] in (2, 4) else None,
+        planarconfig="contig",
+        compression="zlib",
+        iccprofile=options.get("icc_profile"),
+        software=exif.get(ExifTags.Base.Software, False),
+        datetime=exif.get(ExifTags.Base.DateTime),
+        resolution=options.get("dpi"),
+        resolutionunit="inch" if "dpi" in options else None,
+        metadata=None,
+        extratags=[(int(tag), "s", 0, str(exif[tag]), True) for tag in own if tag in exif],
+    )
+
+
+def _png(array_HWC: np.ndarray, options: dict[str, Any]) -> bytes:
+    height, width, channels = array_HWC.shape
+    rows = np.ascontiguousarray(array_HWC.astype(">u2")).view(np.uint8).reshape(height, -1)
+    filtered = np.full((height, rows.shape[1] + 1), 2, dtype=np.uint8)  # 2: each byte less the one above
+    filtered[0, 1:], filtered[1:, 1:] = rows[0], rows[1:] - rows[:-1]
+    color = {2: 4, 3: 2, 4: 6}[channels]
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, color, 0, 0, 0))]
+    if "icc_profile" in options:
+        chunks.append((b"iCCP", b"ICC Profile\0\0" + zlib.compress(options["icc_profile"])))
+    if "dpi" in options:
+        chunks.append((b"pHYs", struct.pack(">IIB", *(round(value / 0.0254) for value in options["dpi"]), 1)))
+    if "exif" in options:
+        chunks.append((b"eXIf", options["exif"].removeprefix(b"Exif\0\0")))
+    chunks += [(kind, data) for kind, data, *_ in options["pnginfo"].chunks] if "pnginfo" in options else []
+    chunks += [(b"IDAT", zlib.compress(filtered.tobytes())), (b"IEND", b"")]
+    framed = (
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
+    )
+    return b"".join([b"\x89PNG\r\n\x1a\n", *framed])

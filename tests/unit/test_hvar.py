@@ -253,3 +253,13 @@ def test_unknown_parts_and_shares_are_refused() -> None:
         HVARTokenizerTask(tiny(), perceptual="ms_ssim", trained=["head"])
     with pytest.raises(UserError, match="skip must be from 0 to 1"):
         HVARTokenizerTask(tiny(), perceptual="ms_ssim", skip=2)
+
+
+def test_low_resolution_images_are_enlarged_linearly(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[torch.Tensor] = []
+    system, image = tiny(), torch.rand(3, 8, 8)
+    restore = system.restore_squares
+    monkeypatch.setattr(system, "restore_squares", lambda lq, *rest: seen.append(lq) or restore(lq, *rest))
+    system.restore(image, 4)
+    whole = torch.nn.functional.interpolate(image[None], size=(32, 32), mode="bilinear")
+    torch.testing.assert_close(seen[0], whole, atol=1e-6, rtol=0)

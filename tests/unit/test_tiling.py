@@ -18,6 +18,7 @@ from varestorer.utils.tiling import (
     gaussian_window,
     ramp_window,
     restore_tiled,
+    restore_to_sizes,
     scaled_size,
     tile_positions,
 )
@@ -148,6 +149,17 @@ def test_tiles_are_crops_of_the_enlarged_image(shape: tuple[int, int], size: tup
     for top, left in ((0, 0), (size[0] - tile, size[1] - tile), ((size[0] - tile) // 3, (size[1] - tile) // 2)):
         expected = whole[:, top : top + tile, left : left + tile]
         torch.testing.assert_close(enlarged_tile(image, size, top, left, tile), expected, atol=1e-6, rtol=0)
+
+
+def test_bilinear_tiles_are_crops_of_torchs_bilinear_image() -> None:
+    image = torch.rand(3, 9, 7, generator=torch.Generator().manual_seed(0))
+    whole = torch.nn.functional.interpolate(image[None], size=(36, 28), mode="bilinear")[0]
+
+    def run(tiles: torch.Tensor, numbers: list[int]) -> list[torch.Tensor]:
+        return [tiles]
+
+    (restored,) = restore_to_sizes(image, (36, 28), 16, 4, 2, run, [((36, 28), 16)], enlarge="bilinear")
+    torch.testing.assert_close(restored, whole, atol=1e-6, rtol=0)
 
 
 def test_enlarged_tiles_are_clamped_and_smaller_images_mirrored_after_enlarging() -> None:

@@ -129,6 +129,7 @@ class System(
 
     Attributes:
         name: of the paper's system, as configs and bundles call it.
+        enlarge: how images are enlarged before they are restored, see `utils.tiling.ENLARGE`.
         makers: entry of `config` -> what takes it, for checks of a bundle.
         schedule: the scales.
         tokenizer: images to tokens and back.
@@ -141,6 +142,7 @@ class System(
 
     name: ClassVar[str]
     makers: ClassVar[dict[str, Callable[..., Any]]]
+    enlarge: ClassVar[str] = "bicubic"
     schedule: ScaleSchedule
     tokenizer: MultiScaleTokenizer
     transformer: VARTransformer
@@ -385,7 +387,8 @@ class System(
         place = self.device if size[0] * size[1] <= DEVICE_PIXELS else image.device
         factors = [whole_number(scale * side / system.tile) for side in sides]
         results = [(scaled_size(height, width, factor), side) for factor, side in zip(factors, sides, strict=True)]
-        tiled = restore_to_sizes(to_device(image, place), size, system.tile, overlap, batch, run, results, system.step)
+        squares = size, system.tile, overlap, batch, run, results, system.step
+        tiled = restore_to_sizes(to_device(image, place), *squares, enlarge=self.enlarge)
         for whole in tiled:
             check_finite(whole, "the result")
             if is_grey(image):

@@ -81,6 +81,7 @@ class HVAR(OneStepSystem):
     """
 
     name = "hvar"
+    enlarge = "bilinear"  # as the notes of the paper say
     makers: ClassVar[dict[str, Callable[..., Any]]] = {
         "schedule": ScaleSchedule.build,
         "tokenizer": TokenizerConfig,

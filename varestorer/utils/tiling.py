@@ -26,8 +26,8 @@ MAX_RESULT_PIXELS = 2**30  # 12 GiB of float32; beyond it a scale is taken for a
 Window = Callable[[int, int], Tensor]
 """(side of a tile, overlap) -> positive weights (t,), float64; they need not sum to one."""
 
-Bicubic = Callable[[int, int, int, int, torch.device], tuple[slice, Tensor]]
-"""`_bicubic`, with or without a memory."""
+Resample = Callable[[int, int, int, int, torch.device], tuple[slice, Tensor]]
+"""`bicubic` or `bilinear`, with or without a memory."""
 
 RunTiles = Callable[[Tensor, list[int]], Tensor]
 """(tiles_B3tt, their numbers in row-major order) -> restored tiles (B, C, t, t), any number of channels."""
@@ -153,9 +153,9 @@ class _Grid:
 
 
 def enlarged_tile(
-    image_3HW: Tensor, size: tuple[int, int], top: int, left: int, tile: int, bicubic: Bicubic | None = None
+    image_3HW: Tensor, size: tuple[int, int], top: int, left: int, tile: int, resample: Resample | None = None
 ) -> Tensor:
-    """One square of `resize(image, size, "bicubic")`, made from the pixels that it needs alone.
+    """One square of `resize(image, size)`, made from the pixels that it needs alone.
 
     Weights are computed in float64. Torch resizes float32 images with float32 positions, and Pillow takes its box in
     float32: far from the corner, and at scales that are not powers of two, both drift (by 1e-3 near pixel 50,000).
@@ -166,7 +166,7 @@ def enlarged_tile(
         top: first row of the square.
         left: first column of the square.
         tile: side of the square; beyond the enlarged image it holds the mirror image.
-        bicubic: remembers the weights of other tiles; None computes them.
+        resample: `bilinear` or, where None, `bicubic`; the weights of other tiles may be remembered.
     Returns:
         (3, t, t) float32 in [0, 1].
     """
@@ -174,27 +174,51 @@ def enlarged_tile(
     if tuple(image_3HW.shape[-2:]) == tuple(size):
         piece = image_3HW[:, top:bottom, left:right].float()
     else:
-        bicubic = bicubic or _bicubic
-        rows, from_rows = bicubic(image_3HW.shape[-2], size[0], top, bottom, image_3HW.device)
-        columns, from_columns = bicubic(image_3HW.shape[-1], size[1], left, right, image_3HW.device)
+        resample = resample or bicubic
+        rows, from_rows = resample(image_3HW.shape[-2], size[0], top, bottom, image_3HW.device)
+        columns, from_columns = resample(image_3HW.shape[-1], size[1], left, right, image_3HW.device)
         piece = (from_rows @ image_3HW[:, rows, columns].float() @ from_columns.T).clamp(0, 1)
     return pad_reflect(piece, 0, top + tile - bottom, 0, left + tile - right)
 
 
-def _bicubic(length: int, target: int, start: int, stop: int, device: torch.device) -> tuple[slice, Tensor]:
+def bicubic(length: int, target: int, start: int, stop: int, device: torch.device) -> tuple[slice, Tensor]:
     """Pixels start to stop of `length` pixels resized to `target` (Keys' kernel, a = -0.5, widened when shrinking).
 
     Returns:
         the source pixels needed, S of them, and their weights (stop - start, S), float32, which sum to one.
     """
+    return _weights(_keys, 2, length, target, start, stop, device)
+
+
+def bilinear(length: int, target: int, start: int, stop: int, device: torch.device) -> tuple[slice, Tensor]:
+    """As `bicubic`, with weights that fall off linearly."""
+    return _weights(lambda x: (1 - x).clamp(min=0), 1, length, target, start, stop, device)
+
+
+def _keys(x: Tensor) -> Tensor:
+    near, far = (1.5 * x - 2.5) * x**2 + 1, ((2.5 - 0.5 * x) * x - 4) * x + 2
+    return torch.where(x < 1, near, torch.where(x < 2, far, 0.0))
+
+
+def _weights(
+    kernel: Callable[[Tensor], Tensor],
+    reach: int,
+    length: int,
+    target: int,
+    start: int,
+    stop: int,
+    device: torch.device,
+) -> tuple[slice, Tensor]:
+    """See `bicubic`; `kernel` of the distance is 0 from `reach` on."""
     step = length / target
     width = max(step, 1.0)
     centre = (torch.arange(start, stop, dtype=torch.float64) + 0.5) * step
-    source = slice(max(floor(centre[0] - 2 * width), 0), min(ceil(centre[-1] + 2 * width), length))
-    x = ((torch.arange(source.start, source.stop) + 0.5 - centre[:, None]) / width).abs()
-    near, far = (1.5 * x - 2.5) * x**2 + 1, ((2.5 - 0.5 * x) * x - 4) * x + 2
-    weights = torch.where(x < 1, near, torch.where(x < 2, far, 0.0))
+    source = slice(max(floor(centre[0] - reach * width), 0), min(ceil(centre[-1] + reach * width), length))
+    weights = kernel(((torch.arange(source.start, source.stop) + 0.5 - centre[:, None]) / width).abs())
     return source, (weights / weights.sum(dim=1, keepdim=True)).float().to(device)
+
+
+ENLARGE: dict[str, Resample] = {"bicubic": bicubic, "bilinear": bilinear}
 
 
 def restore_tiled(
@@ -241,6 +265,7 @@ def restore_to_sizes(
     results: Sequence[tuple[tuple[int, int], int]],
     step: int = 1,
     window: Window = ramp_window,
+    enlarge: str = "bicubic",
 ) -> list[Tensor]:
     """As `restore_tiled`, with a function that restores each tile to several sizes; each is put together in its own.
 
@@ -254,6 +279,7 @@ def restore_to_sizes(
         results: of each one (height, width) of the whole, and the side of a tile in it, `tile` at most.
         step: tiles lie at multiples of it, so that their borders are whole pixels in every size.
         window: see `restore_tiled`.
+        enlarge: "bicubic" or "bilinear".
     Returns:
         (C, *size) of each result.
     Raises:
@@ -276,9 +302,11 @@ def restore_to_sizes(
         down, across = (_Axis.cover(axis, side, shared, window, exact) for axis in axes)
         grids.append(_Grid(down, across, side))
     outputs = [image_3HW.new_zeros((0, *whole), dtype=torch.float32) for whole, _ in results]
-    bicubic = lru_cache(maxsize=128)(_bicubic)  # the tiles of a row share their weights, and so do those of a column
+    resample = lru_cache(maxsize=128)(
+        ENLARGE[enlarge]
+    )  # the tiles of a row share their weights, and so do those of a column
     for numbers in _batched(range(len(corners)), batch):
-        tiles_B3tt = torch.stack([enlarged_tile(image_3HW, size, *corners[n], tile, bicubic) for n in numbers])
+        tiles_B3tt = torch.stack([enlarged_tile(image_3HW, size, *corners[n], tile, resample) for n in numbers])
         restored = zip(outputs, grids, run(tiles_B3tt, numbers), strict=True)
         outputs = [_blended(output_CHW, grid, numbers, pieces) for output_CHW, grid, pieces in restored]
     return outputs

@@ -144,6 +144,11 @@ def test_the_varsr_quickstart_writes_its_report(tmp_path: Path) -> None:
     rows = json.loads((tmp_path / "run" / "report.json").read_text())["rows"]
     ways = ["bicubic", "negative-prompted", "unguided", "guided", "refined", "tokenizer ceiling"]
     assert [row["method"] for row in rows] == ways
+    again = ["resume=auto", "report.ways=curve"]
+    assert TRAIN.main(["+experiment=varsr_quickstart", f"run_dir={tmp_path / 'run'}", *words, *again]) == 0
+    rows = json.loads((tmp_path / "run" / "report.json").read_text())["rows"]
+    assert [row["method"] for row in rows[:2]] == ["guidance 0, no refiner", "guidance 3, no refiner"]
+    assert rows[-1]["method"] == "50 refiner steps" and all(row["seconds"] > 0 for row in rows)
 
 
 def test_ablations_change_what_they_say(compose: Callable[..., DictConfig]) -> None:

@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,12 +77,36 @@ def guided_methods(system: VARSR) -> dict[str, Callable[[Photograph], Tensor]]:
     bad, plain = (variant(guidance=0.0, use_refiner=False) for _ in range(2))
     bad.qualities = bad.prepare(torch.tensor([system.transformer.config.num_classes - 1], device=system.device))
     columns = {"negative-prompted": bad, "unguided": plain, "guided": variant(use_refiner=False), "refined": system}
-    ways = {name: lambda photo, one=one: one.restore(photo.lr, SCALE).image for name, one in columns.items()}
+    ways = {name: partial(_restored, one) for name, one in columns.items()}
     return {
         "bicubic": lambda photo: resize(photo.lr, (photo.hq.shape[-2], photo.hq.shape[-1]), "bicubic"),
         **ways,
         "tokenizer ceiling": lambda photo: system.reconstruct(photo.hq),
     }
+
+
+def curve_methods(system: VARSR) -> dict[str, Callable[[Photograph], Tensor]]:
+    """What guidance and the refiner's steps buy: quality against seconds, one of them changed at a time."""
+    trained = system.sampling
+    chosen: dict[str, dict[str, float | bool]] = {
+        f"guidance {trained.guidance * factor:g}, no refiner": {
+            "guidance": trained.guidance * factor,
+            "use_refiner": False,
+        }
+        for factor in (0, 0.5, 1, 2)
+    }
+    if system.refiner is not None:
+        chosen |= {f"{steps} refiner steps": {"refiner_steps": steps} for steps in (1, 2, 5, 10, 20, 50)}
+    ways: dict[str, Callable[[Photograph], Tensor]] = {}
+    for name, sampling in chosen.items():
+        other = copy.copy(system)  # with the same networks
+        other.sampling = replace(trained, **sampling)  # type: ignore[arg-type]
+        ways[name] = partial(_restored, other)
+    return ways
+
+
+def _restored(system: System, photo: Photograph) -> Tensor:
+    return system.restore(photo.lr, SCALE).image
 
 
 def one_step_methods(system: OneStepSystem) -> dict[str, Callable[[Photograph], Tensor]]:
@@ -106,6 +131,7 @@ def one_step_methods(system: OneStepSystem) -> dict[str, Callable[[Photograph], 
 WAYS: dict[str, Callable[[Any], dict[str, Callable[[Photograph], Tensor]]]] = {
     "distilled": methods,
     "guided": guided_methods,
+    "curve": curve_methods,
     "one_step": one_step_methods,
 }
 

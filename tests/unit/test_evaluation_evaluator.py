@@ -18,6 +18,7 @@ from pyiqa.utils.img_util import scandir_images
 from torch import Tensor
 
 from varestorer.evaluation.evaluator import Evaluator
+from varestorer.evaluation.intervals import mean_interval
 from varestorer.evaluation.protocols import PROTOCOLS, load_protocol
 from varestorer.evaluation.records import write_records
 from varestorer.evaluation.results import Evaluation, Pair, Row
@@ -124,6 +125,8 @@ def test_bicubic_evaluation_adds_up(pairs: list[Pair], tmp_path: Path) -> None:
     assert summary["metrics"]["psnr"] == {
         "mean": statistics.fmean(values),
         "std": statistics.pstdev(values),
+        "ci95": [*mean_interval(values)],
+        "worst_tenth": min(values),
         "n": 3,
         "id": "psnr",
         "weights_sha256": None,
@@ -291,7 +294,7 @@ def test_metric_of_the_whole_set_sees_just_the_scored_images(pairs: list[Pair], 
         save_image(made / f"{name}.png", torch.rand(3, 48, 64))
     result = judge.evaluate(pairs, FolderSource(made))
     assert names == [["a.png", "b.png"], ["a.png", "b.png"]]  # c has no prediction
-    entry = {"mean": 12.5, "std": None, "n": 2, "id": "fid", "weights_sha256": "abc"}
+    entry = {"mean": 12.5, "std": None, "ci95": None, "worst_tenth": None, "n": 2, "id": "fid", "weights_sha256": "abc"}
     assert result.summary()["metrics"]["fid"] == entry
     del judge.metrics["psnr"]
     assert judge.evaluate(pairs, FolderSource(made)).summary()["n"] == 2

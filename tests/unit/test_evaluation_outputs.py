@@ -56,7 +56,8 @@ def test_means_over_other_images_win_nothing() -> None:
 def test_figures_rest_on_spread_number_and_weights() -> None:
     rows = (Row("a", {"psnr": 30.0}), Row("b", {"psnr": 40.0}), Row("c", errors=("broken",)))
     table = figures_table(evaluation(rows, "psnr"))
-    assert [cell.text for cell in table.shown()[0]] == ["psnr", "35.0000", "5.0000", "2", "psnr", "ab" * 8]
+    wanted = ["psnr", "35.0000", "30.0000 to 40.0000", "5.0000", "30.0000", "2", "psnr", "ab" * 8]
+    assert [cell.text for cell in table.shown()[0]] == wanted
     assert table.notes == ("musiq is not available: no <weights>",)
 
 

@@ -78,6 +78,23 @@ def test_varsr_stands_beside_what_was_published_under_its_protocol(tmp_path: Pat
         table_varsr(read_records([str(save(tmp_path / "c", "realsr"))]))
 
 
+def test_our_methods_are_compared_image_by_image(tmp_path: Path) -> None:
+    runs = []
+    for name, shift in (("one", 0.0), ("two", 0.5)):
+        folder = save(tmp_path / name, "realsr", psnr=30.0 + shift)
+        lines = [f"{n}.png,{30 + n % 7 + shift * (n % 10 != 0)}" for n in range(100)]
+        (folder / "per_image.csv").write_text("\n".join(["image,psnr", *lines]) + "\n")
+        runs.append(f"{name}={folder}")
+    table, pairs = table_1(read_records(runs))
+    (row,) = pairs.rows
+    assert (row.cells["methods"], row.cells["difference"], row.cells["images won"]) == (
+        "one - two",
+        "-0.4500",
+        "0 of 100",
+    )
+    assert "≈" not in str(row.cells["95 %"])
+
+
 def test_means_over_a_part_of_the_set_compete_for_no_mark(tmp_path: Path) -> None:
     (table,) = table_1(read_records([f"ours={save(tmp_path / 'a', 'realsr', n=7, psnr=90.0)}"]))
     assert shown(table, "ours", "realsr")["psnr"] == ("90.00", "")

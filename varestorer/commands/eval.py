@@ -201,7 +201,7 @@ def summary_text(evaluation: Evaluation, unmet: list[str] | None = None) -> str:
     summary = evaluation.summary()
     lines = [f"{summary['dataset']}, protocol {summary['protocol']}: {summary['n']} images scored"]
     for name, m in summary["metrics"].items():
-        spread = "" if m["std"] is None else f" +- {m['std']:.4f}"
+        spread = "" if m["ci95"] is None else ", 95 %: {:.4f} to {:.4f}".format(*m["ci95"])
         lines.append(f"  {name:8} {m['mean']:9.4f}{spread}  (n={m['n']}, {m['id']})")
     if evaluation.seconds_per_image is not None:
         lines.append(f"  {evaluation.seconds_per_image:.3f} s per image")

@@ -81,11 +81,13 @@ def figures_table(evaluation: Evaluation) -> Table:
     rows = []
     for name, entry in summary["metrics"].items():
         weights = (entry["weights_sha256"] or "none")[:16]
-        spread = {key: None if entry[key] is None else f"{entry[key]:.4f}" for key in ("mean", "std")}
+        spread = {key: None if entry[key] is None else f"{entry[key]:.4f}" for key in ("mean", "std", "worst_tenth")}
+        interval = None if entry["ci95"] is None else "{:.4f} to {:.4f}".format(*entry["ci95"])
+        spread |= {"95 % of the mean": interval, "worst tenth": spread["worst_tenth"]}
         rows.append(TableRow({**entry, **spread, "metric": name, "weights (SHA-256)": weights}))
     columns = (
         Column("metric", is_text=True),
-        *(Column(name) for name in ("mean", "std", "n")),
+        *(Column(name) for name in ("mean", "95 % of the mean", "std", "worst tenth", "n")),
         *(Column(name, is_text=True) for name in ("id", "weights (SHA-256)")),
     )
     missing = tuple(f"{name} is not available: {reason}" for name, reason in summary["unavailable"].items())

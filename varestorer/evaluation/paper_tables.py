@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,12 @@ from varestorer.evaluation.baselines import (
     read_published,
 )
 from varestorer.evaluation.cost import Cost, Measurement
+from varestorer.evaluation.intervals import paired
+from varestorer.evaluation.progress import PER_IMAGE, read_rows
 from varestorer.evaluation.protocols import PROTOCOLS
 from varestorer.evaluation.records import SUMMARY
 from varestorer.evaluation.renderers import LEGEND
-from varestorer.evaluation.tables import Cell, Column, Table, TableRow
+from varestorer.evaluation.tables import LEVEL, Cell, Column, Table, TableRow
 from varestorer.utils.errors import UsageError, reason
 from varestorer.utils.files import expand_user
 from varestorer.utils.iqa import metric_config
@@ -52,11 +55,13 @@ class EvaluationRecord:
         label: name of its row.
         folder: where it is.
         summary: content of its `summary.json`.
+        scores: metric -> image -> score, of its `per_image.csv`.
     """
 
     label: str
     folder: Path
     summary: dict[str, Any]
+    scores: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @property
     def dataset(self) -> str:
@@ -145,7 +150,12 @@ def _read_record(run: str) -> EvaluationRecord:
         raise UsageError(
             f"runs: {folder} has no {SUMMARY} of scripts/eval.py ({reason(error)}); give its out= folder"
         ) from error
-    return EvaluationRecord(label or str(summary.get("method", folder.name)), folder, summary)
+    scores: dict[str, dict[str, float]] = {}
+    for row in read_rows(folder / PER_IMAGE):
+        for name in summary["metrics"]:
+            if row.get(name):
+                scores.setdefault(name, {})[row["image"]] = float(row[name])
+    return EvaluationRecord(label or str(summary.get("method", folder.name)), folder, summary, scores)
 
 
 def table_1(records: Sequence[EvaluationRecord]) -> list[Table]:
@@ -166,7 +176,8 @@ def table_1(records: Sequence[EvaluationRecord]) -> list[Table]:
                 group.append(TableRow({"method": label}, is_ours=True, group=dataset))
         rows += group
     columns = (Column("method", is_text=True), *_metric_columns(records, metrics))
-    return [Table(columns, tuple(rows), f"Table 1, protocol {protocol}", tuple(notes.lines))]
+    beside = Table(columns, tuple(rows), f"Table 1, protocol {protocol}", tuple(notes.lines))
+    return [beside, *pairs_table(records, metrics)]
 
 
 def table_varsr(records: Sequence[EvaluationRecord]) -> list[Table]:
@@ -179,8 +190,8 @@ def table_varsr(records: Sequence[EvaluationRecord]) -> list[Table]:
         if record.summary["protocol"] != "varsr":
             raise UsageError(f"table=varsr is under protocol=varsr, and {record.folder} is not; score it so")
     note = "The figures of VARSR's own ablations are not among the published tables at hand: rows of ours alone."
-    (table,) = table_1(records)
-    return [replace(table, title="VARSR and its ablations, protocol varsr", notes=(*table.notes, note))]
+    table, *pairs = table_1(records)
+    return [replace(table, title="VARSR and its ablations, protocol varsr", notes=(*table.notes, note)), *pairs]
 
 
 def table_3(records: Sequence[EvaluationRecord]) -> list[Table]:
@@ -200,7 +211,8 @@ def table_3(records: Sequence[EvaluationRecord]) -> list[Table]:
     ]
     ours = [_our_row(record, ABLATION_METRICS, "", notes) for record in records]
     columns = (Column("method", is_text=True), *_metric_columns(records, ABLATION_METRICS))
-    return [Table(columns, (*published, *ours), "Table 3: ablations on DIV2K-Val", tuple(notes.lines))]
+    beside = Table(columns, (*published, *ours), "Table 3: ablations on DIV2K-Val", tuple(notes.lines))
+    return [beside, *pairs_table(records, ABLATION_METRICS)]
 
 
 def table_2(systems: Sequence[SystemRecord], records: Sequence[EvaluationRecord] = ()) -> list[Table]:
@@ -290,7 +302,27 @@ def _our_row(record: EvaluationRecord, metrics: Sequence[str], group: str, notes
         wanted = NUM_IMAGES[record.dataset]
         notes.add(f"{name}: {record.summary['n']} of {wanted} images, so its figures compete for no mark.")
     cells = {"method": record.label} | {metric: record.means.get(metric) for metric in metrics}
-    return TableRow(cells, is_ours=True, is_ranked=record.is_whole, group=group)
+    return TableRow(cells, is_ours=True, is_ranked=record.is_whole, group=group, scores=record.scores)
+
+
+def pairs_table(records: Sequence[EvaluationRecord], metrics: Sequence[str]) -> list[Table]:
+    """Our methods in pairs, on the images that both were scored on; no table where there is no pair."""
+    rows = []
+    lower = {column.name: bool(column.lower_is_better) for column in _metric_columns(records, metrics)}
+    for one, other in combinations(records, 2):
+        for metric in metrics if one.dataset == other.dataset else ():
+            found = paired(one.scores.get(metric, {}), other.scores.get(metric, {}), lower[metric])
+            if found is not None:
+                cells: dict[str, Cell] = {
+                    "methods": f"{one.label} - {other.label}",
+                    "metric": metric,
+                    "difference": f"{found.mean:+.4f}",
+                    "95 %": f"{found.low:+.4f} to {found.high:+.4f}{' ' + LEVEL if found.is_tie else ''}",
+                    "images won": f"{found.wins} of {found.n}",
+                }
+                rows.append(TableRow(cells, group=one.dataset))
+    columns = tuple(Column(name, is_text=True) for name in ("methods", "metric", "difference", "95 %", "images won"))
+    return [Table(columns, tuple(rows), "In pairs, image by image")] if rows else []
 
 
 def _protocol(records: Sequence[EvaluationRecord]) -> str:

@@ -70,9 +70,9 @@ class Progress:
         Args:
             columns: metrics that a row must have.
         """
-        digests = {original_name(cells["image"]): cells["digests"] or "" for cells in _read(self.folder / FILES)}
+        digests = {original_name(cells["image"]): cells["digests"] or "" for cells in read_rows(self.folder / FILES)}
         rows = {}
-        for cells in _read(self.path):
+        for cells in read_rows(self.path):
             try:
                 scores = {name: float(cells[name]) for name in columns}
                 seconds = float(cells["seconds"]) if cells["seconds"] else None
@@ -129,7 +129,7 @@ def _append(path: Path, lines: Iterable[Sequence[str]]) -> None:
         raise UserError(f"cannot write {path}: {reason(error)}; check the folder and its free space") from error
 
 
-def _read(path: Path) -> list[dict[str, str]]:
+def read_rows(path: Path) -> list[dict[str, str]]:
     """The lines of a table; none if there is none."""
     try:
         text = read_text(path)

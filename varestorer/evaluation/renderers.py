@@ -8,12 +8,15 @@ from pathlib import Path
 
 from markupsafe import Markup
 
-from varestorer.evaluation.tables import BEST, SECOND, Shown, Table
+from varestorer.evaluation.tables import BEST, LEVEL, SECOND, Shown, Table
 from varestorer.evaluation.templates import render
 from varestorer.utils.files import write_text
 
 OURS = "▸"
-LEGEND = f"Best in bold, second underlined; {OURS} this evaluation; ↑ higher is better, ↓ lower is better."
+LEGEND = (
+    f"Best in bold, second underlined; {LEVEL} level: the 95 % interval of the paired difference holds zero; {OURS} "
+    "this evaluation; ↑ higher is better, ↓ lower is better."
+)
 
 LATEX_CHARACTERS = {
     "\\": r"\textbackslash{}",
@@ -27,6 +30,7 @@ LATEX_CHARACTERS = {
     "–": "--",
     "×": r"$\times$",
     "²": r"$^2$",
+    LEVEL: r"$\approx$",
     OURS: r"$\triangleright$",
     **{character: f"\\{character}" for character in "&%$#_{}"},
 }

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from varestorer.evaluation.intervals import mean_interval, worst_tenth
 from varestorer.utils.iqa import Metric
 
 Pair = tuple[str, Path, Path | None]
@@ -80,7 +81,11 @@ class Evaluation:
         return statistics.fmean(times) if times else None
 
     def summary(self) -> dict[str, Any]:
-        """What `summary.json` holds; `std` is the population's, null for metrics of the whole set."""
+        """What `summary.json` holds.
+
+        `std` is the population's, `ci95` the 95 % interval of the mean, `worst_tenth` the mean of the worst tenth of
+        the images; all null for metrics of the whole set.
+        """
         unavailable = dict(self.unavailable)
         metrics: dict[str, Any] = {}
         for name, metric in self.metrics.items():
@@ -88,10 +93,13 @@ class Evaluation:
             entry = {"id": metric.id, "weights_sha256": metric.weights}
             if name in self.dataset_scores:
                 scored = sum(row.image is not None and not row.errors for row in self.rows)
-                metrics[name] = {"mean": self.dataset_scores[name], "std": None, "n": scored, **entry}
+                unknown = {"std": None, "ci95": None, "worst_tenth": None}
+                metrics[name] = {"mean": self.dataset_scores[name], **unknown, "n": scored, **entry}
             elif values:
                 mean, std = statistics.fmean(values), statistics.pstdev(values)
-                metrics[name] = {"mean": mean, "std": std, "n": len(values), **entry}
+                worst = worst_tenth(values, self.columns[name])
+                spread = {"std": std, "ci95": [*mean_interval(values)], "worst_tenth": worst}
+                metrics[name] = {"mean": mean, **spread, "n": len(values), **entry}
             else:
                 unavailable.setdefault(name, "no image could be scored")
         return {

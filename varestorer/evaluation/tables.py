@@ -6,10 +6,13 @@ One model for every table of the project; `renderers` turns it into Markdown, La
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from varestorer.evaluation.intervals import paired
 
 MISSING = "–"
-BEST, SECOND = "best", "second"
+BEST, SECOND, TIE = "best", "second", "tie"
+LEVEL = "≈"
 
 Cell = str | float | int | None
 """What stands in a table. In a column of figures a text is a figure as somebody else printed it."""
@@ -59,17 +62,19 @@ class TableRow:
         is_ours: whether it is marked as ours.
         is_ranked: whether it competes for the marks; not where its figures are means over other images.
         group: rows of one group stand under its name, and only they are compared.
+        scores: column -> image -> score, where they are known: figures whose paired difference is not sure are level.
     """
 
     cells: Mapping[str, Cell]
     is_ours: bool = False
     is_ranked: bool = True
     group: str = ""
+    scores: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Shown:
-    """A cell as it is shown: its text, `BEST`, `SECOND` or no mark, and whether it is words."""
+    """A cell as it is shown: its text, `BEST`, `SECOND`, `TIE` or no mark, and whether it is words."""
 
     text: str
     mark: str
@@ -93,7 +98,7 @@ class Table:
     notes: tuple[str, ...] = ()
 
     def marks(self) -> list[dict[str, str]]:
-        """For each row, column -> `BEST` or `SECOND`; figures that are printed alike share a mark."""
+        """For each row, column -> `BEST`, `SECOND`, or `TIE` with the best; figures printed alike share a mark."""
         marks: list[dict[str, str]] = [{} for _ in self.rows]
         for group in dict.fromkeys(row.group for row in self.rows):
             ranked = [n for n, row in enumerate(self.rows) if row.group == group and row.is_ranked]
@@ -112,11 +117,26 @@ class Table:
             return {}
         order = sorted(set(figures.values()), reverse=not column.lower_is_better)
         places = dict(zip(order, (BEST, SECOND), strict=False))
-        return {number: places[value] for number, value in figures.items() if value in places}
+        marks = {number: places[value] for number, value in figures.items() if value in places}
+        leaders = [number for number, mark in marks.items() if mark == BEST]
+        level = {n for first in leaders for n in figures if n not in leaders and self._is_tie(column, first, n)}
+        if level:  # with several that nobody can tell apart, none is best or second
+            marks = {number: mark for number, mark in marks.items() if mark == BEST} | dict.fromkeys(level, TIE)
+            marks |= dict.fromkeys(leaders, TIE)
+        return marks
+
+    def _is_tie(self, column: Column, one: int, other: int) -> bool:
+        first, second = (self.rows[number].scores.get(column.name, {}) for number in (one, other))
+        found = paired(first, second, bool(column.lower_is_better))
+        return found is not None and found.is_tie
 
     def shown(self) -> list[list[Shown]]:
         """All cells as they are shown, row by row."""
         return [
-            [Shown(printed(row.cells.get(c.name)), marks.get(c.name, ""), c.is_text) for c in self.columns]
+            [self._shown(row.cells.get(c.name), marks.get(c.name, ""), c.is_text) for c in self.columns]
             for row, marks in zip(self.rows, self.marks(), strict=True)
         ]
+
+    @staticmethod
+    def _shown(cell: Cell, mark: str, is_text: bool) -> Shown:
+        return Shown(printed(cell) + (f" {LEVEL}" if mark == TIE else ""), mark, is_text)

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,10 +16,12 @@ from hydra.utils import instantiate
 
 from varestorer.commands.entry import compose
 from varestorer.commands.eval import COMMAND
+from varestorer.data.benchmarks import BENCHMARKS
+from varestorer.data.manifest import joint_hash, pixel_hash
 from varestorer.evaluation.evaluator import Evaluator
 from varestorer.evaluation.sources import BicubicSource
 from varestorer.systems.varestorer import StudentConfig, VARestorer
-from varestorer.utils.images import load_image, resize, save_image
+from varestorer.utils.images import load_image, resize, save_image, to_uint8
 from varestorer.weights import DEFAULT
 
 pytestmark = pytest.mark.smoke
@@ -82,6 +85,18 @@ def test_one_pass_of_hvar_is_scored_at_each_size(
     assert load_image(tmp_path / "1" / "images" / "0.png").shape == (3, 12, 16)
     assert run(root, f"ckpt={tmp_path / 'hvar'}", "size=3", "metrics=[psnr]") == 2
     assert "sizes must be of 1, 2, 4" in capsys.readouterr().err
+
+
+def test_a_known_set_under_another_name_is_refused(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hashes = {str(i): pixel_hash(to_uint8(load_image(root / "lr" / f"{i}.png"))) for i in range(3)}
+    realsr = replace(BENCHMARKS["realsr"], pairs=3, pixels={"lr": joint_hash(hashes), "hr": ""})
+    monkeypatch.setitem(BENCHMARKS, "realsr", realsr)
+    assert run(root, "method=bicubic", "metrics=[psnr]", dataset="drealsr") == 2
+    assert "holds the pixels of realsr, not of drealsr" in capsys.readouterr().err
+    assert run(root, "method=bicubic", "metrics=[psnr]", dataset="realsr") == 0
+    assert run(root, "method=bicubic", "metrics=[psnr]", f"out={root.parent / 'own'}") == 0  # as a folder of one's own
 
 
 def test_missing_prediction_is_named_and_the_rest_scored(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

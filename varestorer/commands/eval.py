@@ -10,6 +10,7 @@ from typing import Any
 from omegaconf import MISSING, DictConfig
 
 from varestorer.commands.entry import FAILED, OK, Command, say, typed
+from varestorer.data.checking import known_set
 from varestorer.data.folders import find_images_or_pairs, find_pairs
 from varestorer.evaluation.evaluator import Evaluator
 from varestorer.evaluation.outputs import write_report
@@ -36,6 +37,7 @@ log = logging.getLogger(__name__)
 
 SOURCES = ("ckpt", "predictions", "method")
 METHODS = ("bicubic", "spandrel", "tokenizer")
+PUBLISHED_SETS = ("div2k", "drealsr", "realsr", "reallr200")
 SHOWN_FAILURES = 20
 BATCH_ON_ACCELERATORS = 8
 
@@ -224,6 +226,12 @@ def _pairs(options: EvalOptions) -> list[Pair]:
         pairs = [*(find_pairs(options.data.root) if needs_pairs else find_images_or_pairs(options.data.root))]
     except UserError as error:
         raise UsageError(str(error)) from error
+    known = known_set({name: lq for name, lq, _ in pairs}) if options.dataset["name"] in PUBLISHED_SETS else None
+    if known is not None and known.name != options.dataset["name"]:
+        raise UsageError(
+            f"data.root={options.data.root} holds the pixels of {known.name}, not of {options.dataset['name']}, whose "
+            f"published figures would stand beside them: give dataset={known.name}"
+        )
     if options.method == "tokenizer":
         pairs = [(name, hq, hq) for name, _, hq in pairs if hq is not None]
     expected = options.dataset.get("pairs")

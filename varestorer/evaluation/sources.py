@@ -210,7 +210,8 @@ class SystemSource:
         self.scale = scale
         self.seed = seed
         self.steps = steps
-        self.method = f"{type(system).__name__} (this run{'' if steps == 'one' else f', steps={steps}'})"
+        named = (settings or {}).get("ckpt", type(system).__name__)  # not the paper's name: it is another's model
+        self.method = f"{named}{'' if steps == 'one' else f', steps={steps}'}"
         self.settings = {**(settings or {}), "scale": scale, "seed": seed, "steps": str(steps), **self.sizes}
         self.runs_ahead = getattr(getattr(system, "device", None), "type", "cpu") != "cpu"
 

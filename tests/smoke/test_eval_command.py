@@ -19,6 +19,7 @@ from varestorer.commands.eval import COMMAND
 from varestorer.data.benchmarks import BENCHMARKS
 from varestorer.data.manifest import joint_hash, pixel_hash
 from varestorer.evaluation.evaluator import Evaluator
+from varestorer.evaluation.protocols import load_protocol
 from varestorer.evaluation.sources import BicubicSource
 from varestorer.systems.varestorer import StudentConfig, VARestorer
 from varestorer.utils.images import load_image, resize, save_image, to_uint8
@@ -97,6 +98,24 @@ def test_a_known_set_under_another_name_is_refused(
     assert "holds the pixels of realsr, not of drealsr" in capsys.readouterr().err
     assert run(root, "method=bicubic", "metrics=[psnr]", dataset="realsr") == 0
     assert run(root, "method=bicubic", "metrics=[psnr]", f"out={root.parent / 'own'}") == 0  # as a folder of one's own
+
+
+def test_two_files_are_compared_without_a_data_set(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    image, reference = root / "hr" / "0.png", root / "hr" / "1.png"
+    assert COMMAND.main([f"image={image}", f"reference={reference}", "metrics=[psnr,ssim]", "device=cpu"]) == 0
+    out = capsys.readouterr().out
+    judge = Evaluator(load_protocol("varestorer"), ["psnr"])
+    psnr = judge.score(load_image(image), load_image(reference)).values["psnr"]
+    assert f"psnr     {psnr:9.4f}" in out and "ssim" in out
+    for words, status, message in [
+        ([f"image={image}"], 2, "image= and reference= go together"),
+        ([f"image={image}", f"reference={reference}", "dataset=folder"], 2, "leave out dataset="),
+        ([f"image={image}", f"reference={root / 'lr' / '0.png'}"], 1, "the image is 64x48 and its reference 16x12"),
+        ([f"image={image}", f"reference={root / 'none.png'}"], 1, "none.png"),
+        ([f"data.root={root}"], 2, "dataset= is missing"),
+    ]:
+        assert COMMAND.main([*words, "device=cpu", "offline=true"]) == status
+        assert message in capsys.readouterr().err
 
 
 def test_missing_prediction_is_named_and_the_rest_scored(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

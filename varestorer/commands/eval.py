@@ -10,6 +10,7 @@ from typing import Any
 from omegaconf import MISSING, DictConfig
 
 from varestorer.commands.entry import FAILED, OK, Command, say, typed
+from varestorer.data.benchmarks import BENCHMARKS
 from varestorer.data.checking import known_set
 from varestorer.data.folders import find_images_or_pairs, find_pairs
 from varestorer.evaluation.evaluator import Evaluator
@@ -19,7 +20,7 @@ from varestorer.evaluation.progress import Progress
 from varestorer.evaluation.protocols import Protocol, load_protocol
 from varestorer.evaluation.records import write_records
 from varestorer.evaluation.results import Evaluation, Pair
-from varestorer.evaluation.samples import reduced_references
+from varestorer.evaluation.samples import check_sizes, reduced_references
 from varestorer.evaluation.sources import (
     BicubicSource,
     FolderSource,
@@ -31,6 +32,7 @@ from varestorer.evaluation.sources import (
 from varestorer.evaluation.wandb_log import log_to_wandb
 from varestorer.utils.errors import UsageError, UserError
 from varestorer.utils.files import expand_user
+from varestorer.utils.images import load_image
 from varestorer.weights import DEFAULT
 
 log = logging.getLogger(__name__)
@@ -45,6 +47,7 @@ HELP = """
 Score restored images against their references, per image and on average.
 
 usage: python scripts/eval.py dataset=NAME data.root=FOLDER [ckpt=... | predictions=... | method=...]
+       python scripts/eval.py image=FILE reference=FILE [protocol=...] [metrics=...]    one image against another
 
 what is scored
   ckpt=MODEL             restore the data set with this network and score it: a run's folder, a bundle's folder or
@@ -91,15 +94,17 @@ Exit status: 0 all well; 1 an image, or a metric asked for with metrics=, failed
 class DataOptions:
     """Where the data set is."""
 
-    root: str = MISSING
+    root: str | None = None
 
 
 @dataclass
 class EvalOptions:
     """The keys of `configs/eval.yaml`, explained there; values of another type are refused."""
 
-    dataset: Any = MISSING
+    dataset: Any = None
     protocol: Any = MISSING
+    image: str | None = None
+    reference: str | None = None
     ckpt: str | None = None
     predictions: str | None = None
     method: str | None = None
@@ -133,7 +138,7 @@ def run_eval(cfg: DictConfig) -> int:
     check_options(options)
     processes = Processes.start(options.device)
     try:
-        return _run(options, processes)
+        return _run(options, processes) if options.image is None else _compare(options, processes)
     finally:
         processes.end()
 
@@ -152,10 +157,53 @@ def check_options(options: EvalOptions) -> None:
         raise UsageError(f"size must be above 0 and at most scale={options.scale}, got size={options.size:g}")
     if options.size is not None and options.method is not None:
         raise UsageError("size= goes with ckpt= or predictions=: other methods give one size")
+    if options.image is not None or options.reference is not None:
+        check_two_files(options)
+        return
+    if options.dataset is None:
+        raise UsageError(f"dataset= is missing: which data set it is, one of {', '.join(BENCHMARKS)}")
+    if options.data.root is None:
+        raise UsageError("no value for data.root: add data.root=FOLDER, where the data set is")
     for key in ("dataset", "protocol"):
         value = getattr(options, key)
         if not isinstance(value, dict) or "name" not in value:
             raise UsageError(f"{key} must be a config with a name, got {key}={value!r}")
+
+
+def check_two_files(options: EvalOptions) -> None:
+    """Refuse what does not go with image= and reference=.
+
+    Raises:
+        UsageError: names the key.
+    """
+    if options.image is None or options.reference is None:
+        raise UsageError("image= and reference= go together: give both files")
+    given = [key for key in ("dataset", "ckpt", "predictions", "method") if getattr(options, key) is not None]
+    if given:
+        raise UsageError(f"image= and reference= compare two files: leave out {given[0]}=")
+
+
+def _compare(options: EvalOptions, processes: Processes) -> int:
+    """Score one image against another and say so; nothing is written.
+
+    Raises:
+        UserError: a file cannot be read, or they have two sizes.
+    """
+    image, reference = (load_image(expand_user(str(path))) for path in (options.image, options.reference))
+    check_sizes(image, reference)
+    asked = _metrics(options)
+    evaluator = _evaluator(options, asked, processes, has_references=True)
+    scores = evaluator.score(image, reference)
+    unavailable = (
+        evaluator.unavailable
+        | {name: "compares folders" for name in evaluator.metrics if name not in {**scores.values, **scores.errors}}
+        | scores.errors
+    )
+    lines = [f"{options.image} against {options.reference}, protocol {evaluator.protocol.name}:"]
+    lines += [f"  {name:8} {value:9.4f}  ({evaluator.ids[name]})" for name, value in scores.values.items()]
+    lines += [f"  {name:8} unavailable: {why}" for name, why in unavailable.items()]
+    say("\n".join(lines))
+    return FAILED if any(name in unavailable for name in asked or []) else OK
 
 
 def _run(options: EvalOptions, processes: Processes) -> int:
@@ -223,7 +271,7 @@ def _pairs(options: EvalOptions) -> list[Pair]:
     pairs: list[Pair]
     try:
         needs_pairs = options.dataset.get("reference", False)
-        pairs = [*(find_pairs(options.data.root) if needs_pairs else find_images_or_pairs(options.data.root))]
+        pairs = [*(find_pairs(str(options.data.root)) if needs_pairs else find_images_or_pairs(str(options.data.root)))]
     except UserError as error:
         raise UsageError(str(error)) from error
     known = known_set({name: lq for name, lq, _ in pairs}) if options.dataset["name"] in PUBLISHED_SETS else None
@@ -335,7 +383,7 @@ def _settings(options: EvalOptions, evaluator: Evaluator, source: KnownSource, p
     weights = {name: metric.weights[:16] for name, metric in evaluator.metrics.items() if metric.weights}
     return {
         "dataset": options.dataset["name"],
-        "data.root": str(expand_user(options.data.root).resolve()),
+        "data.root": str(expand_user(str(options.data.root)).resolve()),
         "protocol": evaluator.protocol.name,
         "metrics": [evaluator.ids[name] for name in evaluator.columns],
         "metric weights": weights,

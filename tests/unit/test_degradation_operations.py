@@ -11,6 +11,7 @@ from varestorer.data.degradation.operations import (
     compress_jpeg,
     resample,
     round_to_8bit,
+    sharpen,
 )
 from varestorer.utils.images import pad_reflect
 
@@ -27,6 +28,18 @@ def smooth_image(side=64):
 
 def rng(seed=0):
     return np.random.default_rng(seed)
+
+
+def test_sharpening_steepens_edges_and_leaves_halos():
+    step = torch.full((3, 16, 32), 0.3)
+    step[:, :, 16:] = 0.7
+    sharp = sharpen(step, 0.8, 1.0)
+    assert torch.equal(sharpen(step, 0.0, 1.0), step)
+    assert torch.allclose(sharp[:, :, :8], step[:, :, :8], atol=1e-6)
+    detail = step - blur(step, gaussian_kernel(7, 1.0))
+    assert torch.allclose(sharp, step + 0.8 * detail, atol=1e-6)
+    assert sharp.min() < 0.25 and sharp.max() > 0.75
+    assert sharpen(torch.ones(3, 8, 8), 5.0, 1.0).max() <= 1
 
 
 @pytest.mark.parametrize("size", [(48, 40), (12, 12), (3, 30), (1, 1), (37, 61)])

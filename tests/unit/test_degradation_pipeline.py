@@ -9,7 +9,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from varestorer.data import BicubicDegradation, Degradation
-from varestorer.data.degradation import RandomBlur, RandomNoise, RandomResize
+from varestorer.data.degradation import RandomBlur, RandomNoise, RandomResize, pipeline
 from varestorer.data.degradation.operations import compress_jpeg
 from varestorer.utils.errors import UserError
 
@@ -293,3 +293,16 @@ def test_bicubic_rounds_the_small_picture_too():
         return (out * 255).round() / 255
 
     assert torch.equal(BicubicDegradation()(photo()), resized(resized(photo(), 16), 64))
+
+
+def test_telephones_sharpen_before_the_last_jpeg_and_others_draw_nothing_for_it(monkeypatch):
+    amounts = []
+    monkeypatch.setattr(pipeline, "sharpen", lambda img, amount, sigma: amounts.append((amount, sigma)) or img)
+    plain, telephone = Degradation(), Degradation(sharpen_prob=0.5)
+    spoiled = [telephone(photo(), rng(seed)) for seed in range(40)]
+    assert 10 < len(amounts) < 30 and all(0.3 <= a <= 1.2 and 0.6 <= s <= 1.5 for a, s in amounts)
+    same = [seed for seed in range(40) if torch.equal(spoiled[seed], plain(photo(), rng(seed)))]
+    assert len(same) < 40
+    amounts.clear()
+    Degradation(sharpen_prob=0.0)(photo(), rng(0))
+    assert not amounts

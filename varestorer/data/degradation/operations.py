@@ -5,6 +5,8 @@ blur and bicubic resizing may leave [0, 1] a little, as in Real-ESRGAN; noise an
 from the given NumPy generator.
 """
 
+import math
+
 import numpy as np
 import torch
 from scipy import fft
@@ -12,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torchvision.io import decode_jpeg, encode_jpeg
 
+from varestorer.data.degradation.kernels import gaussian_kernel
 from varestorer.utils.images import pad_reflect, to_uint8
 
 LUMA = torch.tensor([0.2989, 0.5870, 0.1140])
@@ -35,6 +38,12 @@ def blur(img_CHW: Tensor, kernel: Tensor) -> Tensor:
     # the circular wrap of the FFT only reaches what is cut off here
     blurred = fft.irfft2(spectrum, s=shape)[..., :height, :width]
     return torch.from_numpy(np.ascontiguousarray(blurred))
+
+
+def sharpen(img_CHW: Tensor, amount: float, sigma: float) -> Tensor:
+    """Unsharp mask: add `amount` times what a Gaussian blur of `sigma` pixels takes away; halos are kept."""
+    kernel = gaussian_kernel(2 * math.ceil(3 * sigma) + 1, sigma)
+    return (img_CHW + amount * (img_CHW - blur(img_CHW, kernel))).clamp(0, 1)
 
 
 def resample(img_CHW: Tensor, size: tuple[int, int], mode: str) -> Tensor:

@@ -24,6 +24,7 @@ from varestorer.data.degradation.operations import (
     compress_jpeg,
     resample,
     round_to_8bit,
+    sharpen,
 )
 from varestorer.utils.errors import UserError
 from varestorer.utils.images import resize
@@ -181,6 +182,9 @@ class Degradation(_Step):
         final_sinc_prob: probability of the final sinc filter.
         final_sinc_cutoff: its cut-off, radians a pixel.
         final_sinc_size: its side, odd numbers of this range.
+        sharpen_prob: probability of sharpening the small picture, as telephones do, with halos.
+        sharpen: how much of the detail is added again (unsharp mask).
+        sharpen_sigma: what counts as detail, pixels of the small picture.
         jpeg2: quality of the second JPEG.
         enlarge_modes: methods to draw from for the last resize; [bicubic] is how test images are enlarged.
     """
@@ -196,6 +200,9 @@ class Degradation(_Step):
     final_sinc_prob: float = 0.8
     final_sinc_cutoff: Range = (math.pi / 3, math.pi)
     final_sinc_size: tuple[int, int] = (7, 21)
+    sharpen_prob: float = 0.0
+    sharpen: Range = (0.3, 1.2)
+    sharpen_sigma: Range = (0.6, 1.5)
     jpeg2: tuple[int, int] = (60, 100)
     enlarge_modes: tuple[str, ...] = RESAMPLING
 
@@ -221,6 +228,9 @@ class Degradation(_Step):
         x = resample(x, small, mode)
         if sinc is not None:
             x = blur(x, sinc)
+        # nothing is drawn where it is off, so that other presets keep their pictures
+        if self.sharpen_prob and rng.random() < self.sharpen_prob:
+            x = sharpen(x, _uniform(rng, self.sharpen), _uniform(rng, self.sharpen_sigma))
         if is_jpeg_last:
             x = compress_jpeg(x, quality)
         return round_to_8bit(resample(x, size, _draw_mode(rng, self.enlarge_modes)))

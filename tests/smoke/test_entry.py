@@ -20,7 +20,7 @@ from varestorer.commands.quoting import quote_value
 from varestorer.commands.train import COMMAND as TRAIN
 from varestorer.utils.errors import UsageError, UserError
 
-TOYS = Path(__file__).parents[1] / "unit"  # toy_training.py
+TOYS = Path(__file__).parents[1]  # toy_training.py
 
 
 @pytest.fixture(autouse=True)

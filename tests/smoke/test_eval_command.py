@@ -16,8 +16,8 @@ from hydra.utils import instantiate
 
 from varestorer.commands.entry import compose
 from varestorer.commands.eval import COMMAND
-from varestorer.data.benchmarks import BENCHMARKS
-from varestorer.data.manifest import joint_hash, pixel_hash
+from varestorer.data.testsets.fingerprints import joint_hash, pixel_hash
+from varestorer.data.testsets.known import BENCHMARKS
 from varestorer.evaluation.evaluator import Evaluator
 from varestorer.evaluation.protocols import load_protocol
 from varestorer.evaluation.sources import BicubicSource

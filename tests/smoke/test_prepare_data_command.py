@@ -11,7 +11,7 @@ import torch
 from varestorer.commands.entry import compose
 from varestorer.commands.prepare_data import COMMAND
 from varestorer.data import BicubicDegradation, quality_crops
-from varestorer.data.benchmarks import BENCHMARKS
+from varestorer.data.testsets.known import BENCHMARKS
 from varestorer.utils.images import load_image, resize, save_image
 
 pytestmark = pytest.mark.smoke

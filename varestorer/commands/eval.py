@@ -10,15 +10,14 @@ from typing import Any
 from omegaconf import MISSING, DictConfig
 
 from varestorer.commands.entry import FAILED, OK, Command, say, typed
-from varestorer.data.benchmarks import BENCHMARKS
-from varestorer.data.checking import known_set
 from varestorer.data.folders import find_images_or_pairs, find_pairs
+from varestorer.data.testsets.checking import known_set
+from varestorer.data.testsets.known import BENCHMARKS
 from varestorer.evaluation.evaluator import Evaluator
 from varestorer.evaluation.outputs import write_report
 from varestorer.evaluation.processes import Processes
-from varestorer.evaluation.progress import Progress
+from varestorer.evaluation.progress import Progress, write_records
 from varestorer.evaluation.protocols import Protocol, load_protocol
-from varestorer.evaluation.records import write_records
 from varestorer.evaluation.results import Evaluation, Pair
 from varestorer.evaluation.samples import check_sizes, reduced_references
 from varestorer.evaluation.sources import (
@@ -297,7 +296,7 @@ def _source(options: EvalOptions, pairs: list[Pair], processes: Processes) -> Kn
     if options.method == "bicubic":
         return BicubicSource(options.scale)
     if options.method == "spandrel":
-        from varestorer.evaluation.spandrel import SpandrelSource
+        from varestorer.evaluation.sources import SpandrelSource
 
         return SpandrelSource(str(options.model_path), options.scale, processes.device)
     return _system(options, processes)

@@ -12,13 +12,13 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from varestorer.commands.entry import FAILED, OK, Command, say, typed
-from varestorer.data.benchmarks import BENCHMARKS, Benchmark
-from varestorer.data.checking import Check, check_test_set
 from varestorer.data.degradation import Degradation
-from varestorer.data.making import Recipe, make_test_set
-from varestorer.data.manifest import MANIFEST, Manifest
 from varestorer.data.packing import pack
 from varestorer.data.quality import SCORE_SETS, link_split, split_by_scores
+from varestorer.data.testsets.checking import Check, check_test_set
+from varestorer.data.testsets.fingerprints import MANIFEST, Manifest
+from varestorer.data.testsets.known import BENCHMARKS, Benchmark
+from varestorer.data.testsets.making import Recipe, make_test_set
 from varestorer.utils.errors import UsageError, UserError
 from varestorer.utils.files import expand_user
 from varestorer.utils.locks import locked

@@ -74,7 +74,7 @@ def tables(cfg: DictConfig) -> int:
     Raises:
         UserError: a folder or a model cannot be read; UsageError: the command asks for the impossible.
     """
-    from varestorer.evaluation.renderers import to_markdown, write_tables
+    from varestorer.evaluation.tables import to_markdown, write_tables
 
     options = typed(TablesOptions, cfg)
     number = str(options.table)

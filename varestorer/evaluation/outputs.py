@@ -1,20 +1,41 @@
-"""What an evaluation leaves to be read: tables beside the published rows, a page of pictures, a plot."""
+"""What an evaluation leaves to be read: tables beside the published rows, a page of pictures, a plot.
+
+The plot is the plane of perception and distortion: how faithful methods are against how good their images look.
+"""
 
 from __future__ import annotations
 
 import logging
+import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
+from urllib.parse import quote
 
-from varestorer.evaluation.baselines import measured_rows, published_rows
-from varestorer.evaluation.gallery import write_gallery
-from varestorer.evaluation.renderers import LEGEND, write_tables
-from varestorer.evaluation.results import Evaluation
-from varestorer.evaluation.scatter import DISTORTION, PERCEPTION, write_scatter
-from varestorer.evaluation.tables import Column, Table, TableRow
+from varestorer.evaluation.paper_tables import measured_rows, published_rows
+from varestorer.evaluation.pictures import HINT, PictureColumn, detailed_crops, enlarge, html_picture, render
+from varestorer.evaluation.results import Evaluation, Row
+from varestorer.evaluation.tables import LEGEND, Column, Table, TableRow, figure, write_tables
+from varestorer.utils.files import atomic_write, fitting_name, name_bytes, write_text
+from varestorer.utils.images import load_image, save_image
 
 log = logging.getLogger(__name__)
-
 SCATTER = "scatter.png"
+GALLERY, COPIES = "gallery.html", "gallery"
+MAX_PICTURES = 30
+NUM_CROPS = 2
+SHOWN_BY_BROWSERS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp"})
+DISTORTION = ("psnr", "lpips")
+PERCEPTION = ("niqe", "musiq", "clipiqa")
+OURS, OTHERS = "#c2410c", "#1f4e79"
+LABEL_PLACES = [
+    ((x if side == "left" else -x, y), side)
+    for distance in range(8)
+    for y in (12 * distance, -12 * distance)
+    for side in ("left", "right")
+    for x in [8 + 2 * distance]
+]
+"""Where a label may stand (points from its point) and which of its sides is there, nearest first."""
 
 
 def write_report(
@@ -92,3 +113,159 @@ def figures_table(evaluation: Evaluation) -> Table:
     )
     missing = tuple(f"{name} is not available: {reason}" for name, reason in summary["unavailable"].items())
     return Table(columns, tuple(rows), "Our figures", missing)
+
+
+def write_gallery(evaluation: Evaluation, out: Path, method: str, scale: float = 4) -> Path | None:
+    """Write `gallery.html`, which opens from its folder: pictures from elsewhere are copied to `gallery/`.
+
+    Args:
+        evaluation: what was scored; of many images `MAX_PICTURES`, evenly spread, are shown.
+        out: its folder.
+        method: name of the restored column.
+        scale: side of the restored image over that of the LQ image.
+    Returns:
+        The page; None when no scored image has a file.
+    Raises:
+        UserError: a picture cannot be read, or the page not be written.
+    """
+    rows = spread([row for row in evaluation.rows if row.image is not None], MAX_PICTURES)
+    if not rows:
+        return None
+    pictures = [_picture(row, out, method, scale) for row in rows]
+    introduction = f"{len(rows)} of {len(evaluation.rows)} images, evenly spread."
+    title = f"{evaluation.dataset}: {method}"
+    page = render("gallery.html", title=title, introduction=introduction, hint=HINT, pictures=pictures)
+    write_text(out / GALLERY, page)
+    return out / GALLERY
+
+
+def spread(rows: list[Row], count: int) -> list[Row]:
+    """At most `count` of the rows, evenly spread, the first always among them."""
+    if len(rows) <= count:
+        return rows
+    return [rows[number * len(rows) // count] for number in range(count)]
+
+
+def _picture(row: Row, out: Path, method: str, scale: float) -> str:
+    """One image of the page; what is the same place is found at the size of the restored image."""
+    files = {"LQ": row.lq, method: row.image, "HQ": row.reference}
+    images = {label: load_image(path) for label, path in files.items() if path is not None}
+    height, width = images[method].shape[-2:]
+    columns = []
+    for role, (label, path) in zip(("lq", "restored", "hq"), files.items(), strict=True):
+        if path is not None:
+            image = images[label]
+            source = _link(path, out, fitting_name(row.name, f"_{role}.png"))
+            columns.append(PictureColumn(label, source, enlarge(image, height, width), image.shape[-1] < width))
+    crops = sorted(detailed_crops(columns[-1].image, NUM_CROPS, max(1, round(scale))), key=lambda crop: crop.left)
+    scores = ", ".join(f"{name} {figure(value)}" for name, value in row.scores.items())
+    note = f"{width} x {height}" + (f"; {scores}" if scores else "")
+    return html_picture(row.name, note, columns, crops)
+
+
+def _link(path: Path, out: Path, name: str) -> str:
+    """Relative URL of a picture; it is copied into `out` when it lies elsewhere, or browsers do not show it."""
+    shown = path.suffix.lower() in SHOWN_BY_BROWSERS
+    target = path.resolve()
+    if not (shown and target.is_relative_to(out.resolve())):
+        target = out.resolve() / COPIES / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix.lower() == ".png":
+            with atomic_write(target) as temporary:
+                shutil.copyfile(path, temporary)
+        else:
+            save_image(target, load_image(path))
+    return quote(name_bytes(target.relative_to(out.resolve()).as_posix()))
+
+
+def plane(rows: Sequence[TableRow]) -> tuple[str, str] | None:
+    """The first measures of distortion and perception that our row and another one both have.
+
+    Args:
+        rows: whose cells are figures by the names of metrics.
+    """
+    for distortion in DISTORTION:
+        for perception in PERCEPTION:
+            has = [{distortion, perception} <= _scores(row).keys() for row in rows]
+            if any(found and row.is_ours for found, row in zip(has, rows, strict=True)) and sum(has) > 1:
+                return distortion, perception
+    return None
+
+
+def write_scatter(
+    path: Path, rows: Sequence[TableRow], lower_is_better: Mapping[str, bool], title: str
+) -> tuple[str, str] | None:
+    """Draw the methods in the plane that `plane` finds; better is up and right, ours stands out.
+
+    Args:
+        path: a PNG.
+        rows: with a `method` and figures by the names of metrics.
+        lower_is_better: direction of each metric.
+        title: of the picture.
+    Returns:
+        The metrics across and up; None, and nothing is written, when there is no such plane.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    names = plane(rows)
+    if names is None:
+        return None
+    figure = Figure(figsize=(8, 5.5), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    drawn = sorted((row for row in rows if set(names) <= _scores(row).keys()), key=lambda row: not row.is_ours)
+    points = [(_scores(row)[names[0]], _scores(row)[names[1]]) for row in drawn]
+    for row, (x, y) in zip(drawn, points, strict=True):
+        marker, size = ("*", 160) if row.is_ours else ("o", 36)
+        axes.scatter([x], [y], color=_colour(row), s=size, marker=marker, zorder=4 if row.is_ours else 3)
+    for name, side, invert in zip(names, "xy", (axes.invert_xaxis, axes.invert_yaxis), strict=True):
+        axes.set(**{f"{side}label": f"{name} (better {'→' if side == 'x' else '↑'})"})
+        if lower_is_better[name]:
+            invert()
+    axes.margins(0.15)
+    axes.grid(alpha=0.25)
+    axes.set_title(title, fontsize=10)
+    figure.canvas.draw()  # settles where things are, so that labels can keep clear of each other
+    _label(axes, drawn, points)
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary)
+    return names
+
+
+def _label(axes: Any, rows: Sequence[TableRow], points: Sequence[tuple[float, float]]) -> None:
+    """Name each point at the nearest place where the name covers no other name and no point."""
+    pixels = axes.transData.transform(points)
+    placed: list[Any] = []
+    for row, point in zip(rows, points, strict=True):
+        style = {"color": _colour(row), "weight": "bold" if row.is_ours else "normal"}
+        label = axes.annotate(
+            str(row.cells["method"]),
+            point,
+            textcoords="offset points",
+            xytext=(0, 0),
+            fontsize=8,
+            va="center",
+            parse_math=False,
+            in_layout=False,
+            **style,
+        )
+        for offset, side in LABEL_PLACES:
+            label.set(position=offset, ha=side)
+            box = label.get_window_extent().padded(1)
+            inside = axes.bbox.x0 <= box.x0 and box.x1 <= axes.bbox.x1
+            if inside and not box.count_overlaps(placed) and not box.count_contains(pixels):
+                break
+        placed.append(box)
+        line = {"arrowstyle": "-", "color": _colour(row), "linewidth": 0.5, "alpha": 0.6}
+        axes.annotate("", point, xytext=offset, textcoords="offset points", arrowprops=line, in_layout=False)
+
+
+def _colour(row: TableRow) -> str:
+    return OURS if row.is_ours else OTHERS
+
+
+def _scores(row: TableRow) -> dict[str, float]:
+    """The figures of a row that the planes are made of."""
+    found = {name: row.cells.get(name) for name in (*DISTORTION, *PERCEPTION)}
+    return {name: float(value) for name, value in found.items() if value is not None}

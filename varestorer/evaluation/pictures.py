@@ -1,6 +1,6 @@
-"""Pictures on a page: columns side by side, and under each the places with the most detail, enlarged.
+"""HTML pages, and the pictures on them: columns side by side, the places with the most detail enlarged.
 
-Shapes: `H W` pixels of a whole picture.
+Every value is escaped. Shapes: `H W` pixels of a whole picture.
 """
 
 from __future__ import annotations
@@ -8,14 +8,16 @@ from __future__ import annotations
 import base64
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
 from io import BytesIO
+from typing import TYPE_CHECKING, Any
 
 import torch
 from einops import rearrange
 from markupsafe import Markup
 from torch import Tensor
 
-from varestorer.evaluation.templates import render
 from varestorer.utils.images import to_uint8
 
 MIN_SIDE, MAX_SIDE = 24, 72
@@ -131,3 +133,26 @@ def png_url(image_3HW: Tensor) -> str:
     array = rearrange(to_uint8(image_3HW.detach()).cpu(), "c h w -> h w c").numpy()
     Image.fromarray(array).save(buffer, format="PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+
+def render(template: str, **values: Any) -> Markup:
+    """Fill a template.
+
+    Args:
+        template: its file name, such as `gallery.html`.
+        values: what it names; `Markup` is HTML already, everything else is escaped.
+    """
+    return Markup(_environment().get_template(template).render(**values))
+
+
+@cache
+def _environment() -> Environment:
+    from jinja2 import Environment, FunctionLoader, StrictUndefined
+
+    folder = files("varestorer.evaluation")
+    loader = FunctionLoader(lambda name: folder.joinpath(name).read_text(encoding="utf-8"))
+    return Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)

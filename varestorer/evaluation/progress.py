@@ -15,7 +15,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from varestorer.evaluation.results import Row
+from varestorer.evaluation.results import Evaluation, Row
 from varestorer.utils.errors import UsageError, UserError, reason
 from varestorer.utils.files import atomic_write, original_name, printable, read_text, write_json
 
@@ -163,3 +163,23 @@ def _plain(value: Any) -> str:
     if isinstance(value, dict):
         return f"[{', '.join(f'{name}: {entry}' for name, entry in value.items())}]"
     return f"[{', '.join(map(str, value))}]" if isinstance(value, list) else str(value)
+
+
+SUMMARY = "summary.json"
+
+
+def write_records(evaluation: Evaluation, folder: Path) -> list[Path]:
+    """Write the records of an evaluation.
+
+    Args:
+        evaluation: the scores.
+        folder: made when it is not there; older records in it are replaced.
+    Returns:
+        The files written.
+    Raises:
+        UserError: a file cannot be written; names it.
+    """
+    names = [name for name, metric in evaluation.metrics.items() if not metric.is_of_folders]
+    write_rows(folder / PER_IMAGE, names, evaluation.rows)
+    write_json(folder / SUMMARY, evaluation.summary(), indent=2)
+    return [folder / PER_IMAGE, folder / SUMMARY]

@@ -21,10 +21,9 @@ from varestorer.evaluation.pictures import (
     enlarge,
     html_picture,
     png_url,
+    render,
 )
-from varestorer.evaluation.renderers import html_table
-from varestorer.evaluation.tables import Column, Table, TableRow, printed
-from varestorer.evaluation.templates import render
+from varestorer.evaluation.tables import Column, Table, TableRow, html_table, printed
 from varestorer.utils.files import write_text
 
 Picture = Mapping[str, Tensor]

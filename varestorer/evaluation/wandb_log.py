@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from varestorer.evaluation.gallery import MAX_PICTURES, SHOWN_BY_BROWSERS, spread
+from varestorer.evaluation.outputs import MAX_PICTURES, SHOWN_BY_BROWSERS, spread
 from varestorer.evaluation.results import Evaluation, Row
 from varestorer.utils.images import load_image
 from varestorer.utils.wandb_run import open_wandb_run

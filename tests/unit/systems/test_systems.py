@@ -17,7 +17,7 @@ from varestorer.systems.varestorer import VARestorer
 from varestorer.systems.varsr import VARSR
 from varestorer.utils.errors import UserError
 
-PACKAGE = Path(__file__).parents[2] / "varestorer"
+PACKAGE = Path(__file__).parents[3] / "varestorer"
 
 
 @pytest.fixture(params=list(SYSTEMS))

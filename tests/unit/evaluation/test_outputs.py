@@ -12,11 +12,18 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from varestorer.evaluation.gallery import MAX_PICTURES, spread, write_gallery
-from varestorer.evaluation.outputs import comparison_table, figures_table, write_report
+from varestorer.evaluation.outputs import (
+    MAX_PICTURES,
+    comparison_table,
+    figures_table,
+    plane,
+    spread,
+    write_gallery,
+    write_report,
+    write_scatter,
+)
 from varestorer.evaluation.pictures import detailed_crops
 from varestorer.evaluation.results import Evaluation, Row
-from varestorer.evaluation.scatter import plane, write_scatter
 from varestorer.evaluation.tables import TableRow
 from varestorer.evaluation.wandb_log import log_to_wandb
 from varestorer.utils.images import resize, save_image

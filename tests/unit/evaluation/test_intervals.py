@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 from varestorer.evaluation.intervals import mean_interval, paired, worst_tenth
-from varestorer.evaluation.renderers import to_latex, to_markdown
-from varestorer.evaluation.tables import BEST, SECOND, TIE, Column, Table, TableRow
+from varestorer.evaluation.tables import BEST, SECOND, TIE, Column, Table, TableRow, to_latex, to_markdown
 
 
 def test_the_interval_is_that_of_the_normal_mean_and_repeats() -> None:

@@ -13,7 +13,7 @@ from varestorer.data.degradation import RandomBlur, RandomNoise, RandomResize, p
 from varestorer.data.degradation.operations import compress_jpeg
 from varestorer.utils.errors import UserError
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "degradation"
+CONFIGS = Path(__file__).resolve().parents[4] / "configs" / "degradation"
 
 
 @lru_cache

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from varestorer.evaluation.golden import GoldenFolder
+from varestorer.evaluation.parity.infinity import GoldenFolder
 from varestorer.systems import official
 from varestorer.systems.official import draw_bits, restore_official, restore_square
 from varestorer.systems.varestorer import VARestorer

@@ -8,9 +8,9 @@ from pathlib import Path
 from PIL import ImageFile
 from tqdm.auto import tqdm
 
-from varestorer.data.benchmarks import BENCHMARKS, Benchmark
 from varestorer.data.folders import Listing, list_test_set
-from varestorer.data.manifest import Manifest, joint_hash, pixel_hash
+from varestorer.data.testsets.fingerprints import Manifest, joint_hash, pixel_hash
+from varestorer.data.testsets.known import BENCHMARKS, Benchmark
 from varestorer.utils.errors import UserError
 from varestorer.utils.image_files import open_image
 from varestorer.utils.images import load_image, natural_key, to_uint8

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from varestorer.evaluation.evaluator import Evaluator
 from varestorer.evaluation.intervals import mean_interval
+from varestorer.evaluation.progress import write_records
 from varestorer.evaluation.protocols import PROTOCOLS, load_protocol
-from varestorer.evaluation.records import write_records
 from varestorer.evaluation.results import Evaluation, Pair, Row
 from varestorer.evaluation.sources import BicubicSource, Candidate, FolderSource, SystemSource
 from varestorer.utils.errors import UsageError, UserError

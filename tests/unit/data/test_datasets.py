@@ -13,7 +13,7 @@ from varestorer.data.datasets import EpochOrder
 from varestorer.utils.errors import UserError
 from varestorer.utils.images import load_image, resize, save_image
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 
 
 def position_picture(height, width):

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from varestorer.evaluation.comparison import photographs
-from varestorer.evaluation.renderers import html_table
 from varestorer.evaluation.report import methods_table, series, smooth, write_run_report
+from varestorer.evaluation.tables import html_table
 
 
 def make(path: Path) -> str:

@@ -13,7 +13,7 @@ from PIL import Image
 from varestorer.data import BicubicDegradation, Degradation, Mixture, PairedCrops, PhotoCrops, build_loader
 from varestorer.utils.errors import UserError
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 
 
 class Counted:

@@ -7,9 +7,19 @@ from pathlib import Path
 import pytest
 
 from varestorer.evaluation import baselines
-from varestorer.evaluation.baselines import measured_rows, published_rows, read_published
-from varestorer.evaluation.renderers import to_html, to_latex, to_markdown, write_tables
-from varestorer.evaluation.tables import BEST, SECOND, Column, Table, TableRow, figure
+from varestorer.evaluation.paper_tables import measured_rows, published_rows, read_published
+from varestorer.evaluation.tables import (
+    BEST,
+    SECOND,
+    Column,
+    Table,
+    TableRow,
+    figure,
+    to_html,
+    to_latex,
+    to_markdown,
+    write_tables,
+)
 from varestorer.utils.files import file_sha256
 
 PUBLISHED = {

@@ -27,7 +27,7 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> dict:
     """What two processes with `fully_shard` over gloo found; a process of its own may fork."""
     folder = tmp_path_factory.mktemp("sharded")
     here = Path(__file__)
-    words = [str(folder), str(here.parent), str(here.parents[2])]
+    words = [str(folder), str(here.parents[2]), str(here.parents[3])]
     done = subprocess.run(
         [sys.executable, "-c", SPAWN, *words], capture_output=True, text=True, timeout=300, check=False
     )

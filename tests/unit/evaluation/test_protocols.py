@@ -1,6 +1,6 @@
 """The protocols of the papers, frozen: metric by metric, with the network and the options that each names."""
 
-from varestorer.evaluation.baselines import measured_rows
+from varestorer.evaluation.paper_tables import measured_rows
 from varestorer.evaluation.protocols import PROTOCOLS
 
 LUMA = {"test_y_channel": True, "color_space": "ycbcr"}

@@ -13,18 +13,18 @@ import torch
 import yaml
 from PIL import Image
 
-from varestorer.data import making
-from varestorer.data.benchmarks import BENCHMARKS
-from varestorer.data.checking import Check, check_test_set
 from varestorer.data.degradation import Degradation
 from varestorer.data.degradation.operations import resample
-from varestorer.data.making import Recipe, make_test_set, plan_cut_outs
-from varestorer.data.manifest import MANIFEST, Manifest, joint_hash, pixel_hash
+from varestorer.data.testsets import making
+from varestorer.data.testsets.checking import Check, check_test_set
+from varestorer.data.testsets.fingerprints import MANIFEST, Manifest, joint_hash, pixel_hash
+from varestorer.data.testsets.known import BENCHMARKS
+from varestorer.data.testsets.making import Recipe, make_test_set, plan_cut_outs
 from varestorer.utils.errors import UserError
 from varestorer.utils.images import load_image, save_image, to_uint8
 from varestorer.utils.seeds import numpy_generator
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "dataset"
+CONFIGS = Path(__file__).resolve().parents[3] / "configs" / "dataset"
 SMALL = replace(BENCHMARKS["realsr"], pairs=4, lq_side=8, pixels={})
 OPTIONS = {"seed": 3, "crop": 32}
 

@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from varestorer.commands.eval import COMMAND
+from varestorer.commands import run
 
 if __name__ == "__main__":
-    sys.exit(COMMAND.main(configs=Path(__file__).parents[1] / "configs"))
+    sys.exit(run("eval", sys.argv[1:], Path(__file__).parents[1] / "configs"))

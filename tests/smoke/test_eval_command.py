@@ -269,7 +269,7 @@ def test_precision_is_a_part_of_what_was_scored(
     [
         (["method=bicubic", "data.root=/nowhere"], "/nowhere"),
         (["method=bicubic", "metrics=[pnsr]"], "no metric 'pnsr'; did you mean psnr"),
-        (["method=nearest"], "method must be one of bicubic, spandrel, tokenizer, got 'nearest'"),
+        (["method=nearest"], "method must be one of bicubic, spandrel, tokenizer, got method=nearest"),
         (["method=spandrel"], "method=spandrel needs model_path=FILE"),
         (["method=spandrel", "model_path=/nowhere.pth"], "/nowhere.pth is no file"),
         (["method=bicubic", "batch=0"], "batch must be at least 1, got batch=0"),

@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
 
 COMMANDS = {
     "train": ("varestorer.commands.train", "train a network, such as the one-step student of the paper"),
@@ -57,8 +58,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         sys.stderr.write(f"error: no command {name!r}; there are {', '.join(COMMANDS)}\n")
         return USAGE_ERROR
+    return run(name, rest)
+
+
+def run(name: str, words: Sequence[str], configs: Path | None = None) -> int:
+    """Run a command.
+
+    Args:
+        name: of a command of the table.
+        words: after it.
+        configs: folder of configs; None for the package's.
+    """
+    if ("--help" in words or "-h" in words) and name in (entry := import_module("varestorer.commands.entry")).OPTIONS:
+        entry.say(entry.explain(name, configs or entry.config_dir()))
+        return 0
     module = import_module(COMMANDS[name][0])
-    return int(module.COMMAND.main(rest))
+    return int(module.COMMAND.main(words, configs))
 
 
 def overview() -> str:

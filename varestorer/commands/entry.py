@@ -15,7 +15,8 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import cache
 from pathlib import Path
 from typing import NoReturn, TypeVar, cast
 
@@ -23,6 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import varestorer
+from varestorer.commands.options import OPTIONS, check, help_text
 from varestorer.commands.quoting import Keys, expand_home, quote_value
 from varestorer.commands.wrong_words import check_dashes, check_words, describe
 from varestorer.utils.errors import UsageError, UserError
@@ -50,7 +52,7 @@ class Command:
         name: as typed after `varestorer`.
         config_name: of its config in `configs/`.
         function: takes the composed config, returns the exit status; raises `UserError` if it cannot.
-        help: the text of `--help`.
+        help: the text of `--help`; None for what its class in `commands/options.py` says.
         groups: folders of `configs/` whose choices the help lists.
         schema: the dataclass that says the types of its keys, if its config does not.
     """
@@ -58,7 +60,7 @@ class Command:
     name: str
     config_name: str
     function: Callable[[DictConfig], int]
-    help: str
+    help: str | None = None
     groups: tuple[str, ...] = ()
     schema: type | None = None
 
@@ -78,7 +80,7 @@ class Command:
         try:
             folder = (configs or config_dir()).resolve()
             if "--help" in words or "-h" in words:
-                say(self.help.strip() + "\n" + "".join(choices(folder, group) for group in self.groups))
+                say(explain(self.name, folder) if self.help is None else explained(self.help, folder, self.groups))
                 return OK
             return self._run(words, folder)
         except UserError as error:  # no configs
@@ -91,6 +93,7 @@ class Command:
         """Hand the words to Hydra; errors of the job come back as statuses, Hydra's own as exceptions."""
         import hydra
 
+        register_options()
         job = _Job(self.function)
         decorated = hydra.main(config_path=str(folder), config_name=self.config_name, version_base="1.3")(job)
         try:
@@ -104,6 +107,8 @@ class Command:
 
     def keys(self, folder: Path) -> list[str]:
         """Keys that the command's own config names."""
+        if self.name in OPTIONS:
+            return [item.name for item in fields(OPTIONS[self.name]) if item.name != "defaults"]  # type: ignore[arg-type]
         file = folder / f"{self.config_name}.yaml"
         return [str(key) for key in OmegaConf.load(file)] if file.is_file() else []
 
@@ -140,8 +145,21 @@ def typed(schema: type[Options], cfg: DictConfig) -> Options:
 
     Raises:
         omegaconf.errors.OmegaConfBaseException: becomes one line and exit status 2.
+        UsageError: a value outside of what its option may be.
     """
-    return cast(Options, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), cfg)))
+    plain = OmegaConf.to_container(cfg, resolve=True)  # of the class itself a key added with + would pass
+    options = cast(Options, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), plain)))
+    check(options)
+    return options
+
+
+@cache
+def register_options() -> None:
+    """Make the classes of `commands/options.py` configs of Hydra, each under its command's name."""
+    from hydra.core.config_store import ConfigStore
+
+    for name, options in OPTIONS.items():
+        ConfigStore.instance().store(name, options)
 
 
 def run_function(function: Callable[[DictConfig], int], cfg: DictConfig) -> int:
@@ -217,10 +235,26 @@ def compose(
     """
     import hydra
 
+    register_options()
     folder = (configs or config_dir()).resolve()
     keys = Keys(config_name, folder, schema, overrides)
     with hydra.initialize_config_dir(str(folder), version_base="1.3"):
         return hydra.compose(config_name, [quote_value(word, keys) for word in overrides])
+
+
+def explain(name: str, folder: Path) -> str:
+    """The text of a command's `--help`; nothing of the command itself is imported.
+
+    Args:
+        name: of a command whose options are in `commands/options.py`.
+        folder: of the configs.
+    """
+    return explained(help_text(OPTIONS[name]), folder, OPTIONS[name].GROUPS)
+
+
+def explained(text: str, folder: Path, groups: Sequence[str]) -> str:
+    """A help text, and the choices of groups after it."""
+    return text.strip() + "\n" + "".join(choices(folder, group) for group in groups)
 
 
 def choices(folder: Path, group: str) -> str:

@@ -3,39 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from omegaconf import MISSING, DictConfig
+from omegaconf import DictConfig
 
 from varestorer.commands.entry import FAILED, OK, Command, say, typed
+from varestorer.commands.options import ParityOptions
 
 if TYPE_CHECKING:
     from varestorer.utils.checks import Check
-
-HELP = """
-varestorer parity: compare the networks with golden tensors.
-
-usage: varestorer parity fixtures=FOLDER      (or: python scripts/parity.py fixtures=FOLDER)
-
-The folder holds meta_va.json (sizes of tiny networks), meta_up.json (settings of multi-step generation) and
-safetensors with weights under published names, inputs and outputs. A folder of VARSR holds STEM.io.safetensors,
-STEM.weights.safetensors and STEM.json, one of H-VAR hit.json with the hierarchical tokens, losses and positions.
-Networks are built from the folder's own sizes.
-For every golden tensor a line says its name, the largest error, the tolerance and whether that is ok.
-
-options
-  fixtures=FOLDER   the golden files
-
-Exit status: 0 all within tolerance, 1 at least one is over, 2 wrong command or unreadable folder.
-"""
-
-
-@dataclass
-class ParityOptions:
-    """The keys of `configs/parity.yaml`, explained there; values of another type are refused."""
-
-    fixtures: str = MISSING
 
 
 def parity(cfg: DictConfig) -> int:
@@ -70,4 +46,4 @@ def comparisons(folder: str) -> Iterator[Check]:
         yield from compare_training(folder)
 
 
-COMMAND = Command("parity", "parity", parity, HELP, schema=ParityOptions)
+COMMAND = Command("parity", "parity", parity, schema=ParityOptions)

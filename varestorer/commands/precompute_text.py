@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from omegaconf import MISSING, DictConfig
+from omegaconf import DictConfig
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from varestorer.commands.entry import FAILED, OK, Command, say, typed
+from varestorer.commands.options import PrecomputeTextOptions
 from varestorer.conditioning.captioner import DEFAULT_NAME as CAPTIONER
 from varestorer.conditioning.captioner import Captioner
 from varestorer.conditioning.pretrained import fingerprint, load_pretrained, local_folder
@@ -53,56 +52,6 @@ DESCRIBED = "described.json"  # the digest of each photograph that the captioner
 SHARD_SIZE = 256  # photographs
 FAILURES_SHOWN = 20
 
-HELP = """
-Make the prompts of training photographs and their text features, so that training needs neither BLIP nor T5.
-
-usage: python scripts/precompute_text.py data.root=PHOTOGRAPHS out=FOLDER [key=value ...]
-
-  data.root=FOLDER   the photographs: a folder (subfolders included), or one that holds hr, hq, gt, DIV2K_train_HR, ...
-  out=FOLDER         gets captions.json, index.json and shards/*.safetensors
-  captions=PATH      texts that are there already: a JSON file {"sub/a.png": "a dog on grass"}, or a folder of text
-                     files sub/a.txt (the photographs' own folder, where they lie beside them)
-  captioner=PATH     folder or hub name of what describes the other photographs (Salesforce/blip-image-captioning-large)
-  text_encoder=PATH  folder or hub name of the encoder the model was made for (google/flan-t5-xl)
-  dtype=fp16         fp16 | bf16 | fp32: how the features are kept
-  num_workers=4      processes that read photographs for the captioner, at most one a processor
-  device=auto        auto | cpu | cuda | cuda:N | mps
-
-Captions are about whole photographs; training shows squares of them, so a caption may name what a square does not
-show. An empty text ("") stands for the null text. With captions=PATH nothing is described: photographs without a text
-there (or in an earlier captions.json) are named and left out, and so are files that cannot be read.
-
-Interrupted, start it again: it goes on. captions.json may be corrected by hand; started again, the command encodes what
-has changed. About 80 kB are kept for each photograph (20 tokens of flan-t5-xl, fp16).
-
-Exit status: 0 all well; 1 a photograph got no text, or the command could not go on; 2 the command was wrong.
-
-examples:
-  python scripts/precompute_text.py data.root=DIV2K out=text/div2k
-  python scripts/train.py +experiment=dmd_div2k data.root=DIV2K data.text=text/div2k
-"""
-
-
-@dataclass
-class DataOptions:
-    """Which photographs."""
-
-    root: str = MISSING
-
-
-@dataclass
-class PrecomputeOptions:
-    """The keys of `configs/precompute_text.yaml`, explained there; values of another type are refused."""
-
-    data: DataOptions = field(default_factory=DataOptions)
-    out: str = MISSING
-    captions: str | None = None
-    captioner: str | None = None
-    text_encoder: str | None = None
-    dtype: str = "fp16"
-    num_workers: int = 4
-    device: str = "auto"
-
 
 def precompute_text(cfg: DictConfig) -> int:
     """Run the command: captions first, then features, so that memory never holds both networks.
@@ -115,7 +64,7 @@ def precompute_text(cfg: DictConfig) -> int:
         UsageError: an option that cannot be.
         UserError: no photographs, captioner, text encoder or captions; or `out` cannot be used.
     """
-    options = typed(PrecomputeOptions, cfg)
+    options = typed(PrecomputeTextOptions, cfg)
     check_options(options)
     device = pick_device(options.device)
     paths = hq_images(options.data.root)
@@ -128,7 +77,7 @@ def precompute_text(cfg: DictConfig) -> int:
 
 
 def make_texts(
-    options: PrecomputeOptions, photographs: Mapping[str, Path], out: Path, device: torch.device
+    options: PrecomputeTextOptions, photographs: Mapping[str, Path], out: Path, device: torch.device
 ) -> dict[str, str]:
     """Write captions and features of the photographs that have none yet.
 
@@ -150,25 +99,17 @@ def make_texts(
     return failed
 
 
-def check_options(options: PrecomputeOptions) -> None:
+def check_options(options: PrecomputeTextOptions) -> None:
     """Refuse what cannot be before anything is loaded.
 
     Raises:
         UsageError: names the key, what it was and what it may be.
     """
-    rules = {
-        "dtype": (options.dtype in DTYPES, ", ".join(DTYPES)),
-        "num_workers": (options.num_workers >= 0, "at least 0"),
-        "device": (re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", options.device), "auto, cpu, cuda, cuda:N or mps"),
-    }
-    for key, (holds, wanted) in rules.items():
-        if not holds:
-            raise UsageError(f"{key} must be {wanted}, got {key}={getattr(options, key)}")
     if options.captions and options.captioner:
         raise UsageError("captions and captioner contradict each other: give the texts, or have photographs described")
 
 
-def open_encoder(options: PrecomputeOptions, device: torch.device) -> tuple[TextEncoder, EncoderRecord]:
+def open_encoder(options: PrecomputeTextOptions, device: torch.device) -> tuple[TextEncoder, EncoderRecord]:
     """The encoder, not loaded yet, and what the index says of it.
 
     Raises:
@@ -378,6 +319,4 @@ def _read_text(path: Path) -> str | None:
         raise UserError(f"cannot read the caption {path} ({reason(error)}); wanted a text file in UTF-8") from error
 
 
-COMMAND = Command(
-    name="precompute_text", config_name="precompute_text", function=precompute_text, help=HELP, schema=PrecomputeOptions
-)
+COMMAND = Command("precompute_text", "precompute_text", precompute_text, schema=PrecomputeTextOptions)

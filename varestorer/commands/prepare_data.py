@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from pathlib import Path
 from shlex import quote
 from textwrap import fill
@@ -12,6 +11,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from varestorer.commands.entry import FAILED, OK, Command, say, typed
+from varestorer.commands.options import PrepareDataOptions
 from varestorer.data.degradation import Degradation
 from varestorer.data.packing import pack
 from varestorer.data.quality import SCORE_SETS, link_split, split_by_scores
@@ -28,91 +28,6 @@ SHOWN_KINDS = 4
 WIDTH = 110
 MEGABYTE = 1_000_000
 
-HELP = """
-Explain the test sets, check a folder before its figures are believed, make a test set, pack photographs to train on,
-or tell good ones from bad ones by a table of scores.
-
-usage: python scripts/prepare_data.py                                     what sets there are
-       python scripts/prepare_data.py dataset=NAME                        where one comes from, what its folder holds
-       python scripts/prepare_data.py dataset=NAME data.root=FOLDER       check a folder
-       python scripts/prepare_data.py make=FOLDER source=PHOTOS_FOLDER    make pairs out of good photographs
-       python scripts/prepare_data.py shard=FOLDER source=PHOTOS_FOLDER   pack photographs into tar files
-       python scripts/prepare_data.py split=FOLDER source=PHOTOS_FOLDER scores=FILE.csv set=koniq   good and bad ones
-
-check
-  dataset=NAME        what it should be; folder and images are for sets of your own
-  data.root=FOLDER    holds hr, hq, gt or test_HR beside lr, lq or test_LR; or images, for sets without references
-  manifest=FILE       compare the pixels with this file (default: manifest.json in the folder, if there is one)
-  scale=4             how much larger the good images have to be
-  Every image is decoded. Each file that does not pair, cannot be read, or has the wrong size, format or depth is named.
-
-make
-  make=FOLDER         new folder for hr/, lr/ and manifest.json; the same command goes on after an interruption
-  source=FOLDER       good photographs (subfolders included), such as DIV2K_valid_HR; broken and small ones are named
-  count=3000          pairs; every photograph gives equally many. It may be raised later: the first pairs stay
-  crop=512            side of the good images, pixels
-  seed=0              of crops and degradations
-  workers=2           processes (0: none besides this one); the pairs are the same for any number
-  degradation=realesrgan   its settings can be changed too: degradation.jpeg1=[30,95]
-
-  A pair depends on the seed and the name of its photograph. Crops are the same on every machine; the pixels of the bad
-  images are with the same versions of the libraries that manifest.json names. PNG files of equal pixels may differ in
-  their bytes (zlib), so the manifest holds hashes of pixels. To compare two machines, compare the two lines this
-  command ends with, or check the set of one with the manifest of the other.
-  Such a set is like DIV2K-Val but is not it: figures on it stand beside no published ones.
-
-shard
-  shard=FOLDER        new folder for shard-000000.tar, ... (as webdataset reads them) and index.json, to train with
-                      train.py data=shards data.root=FOLDER; the same command goes on after an interruption
-  source=FOLDER       good photographs (subfolders included); they are packed as the files they are, in the order of
-                      their names; those that cannot be opened are named and left out
-  shard_mb=500        a tar file is closed before its photographs get larger than so many million bytes
-  text=FOLDER         of scripts/precompute_text.py: its captions and features are packed too (data.text=shards)
-
-split
-  split=FOLDER        new folder for good/ and bad/, of links to the pictures; to train VARSR with data.root=FOLDER/good
-                      (or better photographs) data.bad=FOLDER/bad
-  source=FOLDER       pictures of a data set of image quality
-  scores=FILE.csv     a header, then a picture a row: its name in the first column, and its score
-  set=NAME            column and share of spaq, koniq, kadid, flive_patch or ava; share of livec and flive
-  column=NAME         of the scores, where set= does not know it
-  share=0.6           bad is a score below the least one plus this share of the largest (VARSR's rule)
-
-Exit status: 0 all well; 1 the check found something, or the set could not be made; 2 the command was wrong.
-"""
-
-
-@dataclass
-class DataOptions:
-    """The keys below `data`."""
-
-    root: str | None = None
-
-
-@dataclass
-class PrepareOptions:
-    """The keys of `configs/prepare_data.yaml`, explained there; values of another type are refused."""
-
-    degradation: Any
-    dataset: Any = None
-    data: DataOptions = field(default_factory=DataOptions)
-    manifest: str | None = None
-    make: str | None = None
-    source: str | None = None
-    shard: str | None = None
-    shard_mb: int = 500
-    text: str | None = None
-    split: str | None = None
-    scores: str | None = None
-    set: str | None = None
-    column: str | None = None
-    share: float | None = None
-    count: int = 3000
-    crop: int = 512
-    seed: int = 0
-    workers: int = 2
-    scale: int = 4
-
 
 def prepare_data(cfg: DictConfig) -> int:
     """Run the command.
@@ -125,7 +40,7 @@ def prepare_data(cfg: DictConfig) -> int:
         UsageError: keys that do not go together, values that cannot be, no such folder.
         UserError: the set cannot be made.
     """
-    options = typed(PrepareOptions, cfg)
+    options = typed(PrepareDataOptions, cfg)
     check_options(options)
     if options.make:
         return make(options)
@@ -143,15 +58,12 @@ def prepare_data(cfg: DictConfig) -> int:
     return check(benchmark, options)
 
 
-def check_options(options: PrepareOptions) -> None:
+def check_options(options: PrepareDataOptions) -> None:
     """Refuse what cannot be.
 
     Raises:
         UsageError: names the key, what it was and what it may be.
     """
-    for key, least in (("count", 1), ("crop", 1), ("scale", 1), ("workers", 0), ("shard_mb", 1)):
-        if getattr(options, key) < least:
-            raise UsageError(f"{key} must be at least {least}, got {key}={getattr(options, key)}")
     check_writing_options(options)
     if options.data.root and not options.dataset:
         raise UsageError(f"data.root= needs dataset=, what the folder should be: {', '.join(BENCHMARKS)}")
@@ -162,7 +74,7 @@ def check_options(options: PrepareOptions) -> None:
             raise UsageError(f"{key}={folder} is no folder; give one that exists")
 
 
-def check_writing_options(options: PrepareOptions) -> None:
+def check_writing_options(options: PrepareDataOptions) -> None:
     """Refuse what cannot be asked of make= and shard=.
 
     Raises:
@@ -236,7 +148,7 @@ def card(benchmark: Benchmark) -> str:
     return "\n".join([title, *lines, "", "next:", *(f"  {step}" for step in steps)])
 
 
-def check(benchmark: Benchmark, options: PrepareOptions) -> int:
+def check(benchmark: Benchmark, options: PrepareDataOptions) -> int:
     """Check a folder and say what was found; returns the exit status."""
     root = expand_user(cast(str, options.data.root))
     path = expand_user(options.manifest) if options.manifest else root / MANIFEST
@@ -278,13 +190,14 @@ def verdict(found: Check, benchmark: Benchmark, root: Path) -> str:
     )
 
 
-def make(options: PrepareOptions) -> int:
+def make(options: PrepareDataOptions) -> int:
     """Make a set and say what was made; returns the exit status.
 
     Raises:
         UsageError: a degradation of another kind, or a crop that is no multiple of the scale.
         UserError: the set cannot be made.
     """
+    options.degradation["scale"] = options.scale
     degradation = instantiate(options.degradation)
     if not isinstance(degradation, Degradation):
         raise UsageError(
@@ -308,7 +221,7 @@ def make(options: PrepareOptions) -> int:
     return OK
 
 
-def shard(options: PrepareOptions) -> int:
+def shard(options: PrepareDataOptions) -> int:
     """Pack photographs into tar files and say what was made; returns the exit status.
 
     Raises:
@@ -328,7 +241,7 @@ def shard(options: PrepareOptions) -> int:
     return OK
 
 
-def split(options: PrepareOptions) -> int:
+def split(options: PrepareDataOptions) -> int:
     """Tell good pictures from bad ones and say how many there are of each; returns the exit status.
 
     Raises:
@@ -379,4 +292,4 @@ def _listed(versions: dict[str, str]) -> str:
     return ", ".join(f"{name} {version}" for name, version in versions.items())
 
 
-COMMAND = Command("prepare_data", "prepare_data", prepare_data, HELP, groups=("dataset",), schema=PrepareOptions)
+COMMAND = Command("prepare_data", "prepare_data", prepare_data, schema=PrepareDataOptions)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import platform
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import MISSING, DictConfig
+from omegaconf import DictConfig
 
 from varestorer.commands.entry import OK, Command, say, typed
+from varestorer.commands.options import TablesOptions
 from varestorer.utils.errors import UsageError, reason
 from varestorer.utils.files import check_writable, expand_user
 
@@ -26,47 +26,6 @@ PAPER_MODEL = "2b"  # the paper's, which has a restorer in front although the co
 TITLES = {number: f"Table {number} of VARestorer" for number in ("1", "2", "3")} | {"varsr": "VARSR and its ablations"}
 MAX_TIMED_ON_CPU = 1e9  # parameters
 
-HELP = """
-Assemble a table of the paper: the published rows, and ours beside them.
-
-usage: python scripts/tables.py table=1 "runs=['ours=outputs/eval/realsr_1','ours=outputs/eval/div2k_1']"
-       python scripts/tables.py table=2 'model=[nano,2b]'
-       python scripts/tables.py table=3 "runs=['w/o KL=outputs/eval/div2k_2']"
-
-  table=1          ten metrics on DIV2K-Val, DRealSR and RealSR
-  table=2          parameters, FLOPs by torch's counter, seconds and peak memory, as a whole and by stages
-  table=3          ablations on DIV2K-Val
-  table=varsr      VARSR and its ablations, under its protocol
-  runs=[...]       folders of scripts/eval.py (their out=), each maybe with the name of its row: 'label=folder';
-                   all under one protocol, for means under two cannot be compared
-options of table 2
-  model=NAME       sizes from configs/model, with random weights: nano, 125m, 2b, or a list of them
-  ckpt=MODEL       a run of scripts/train.py, a bundle or the published student
-  text_encoder=DIR folder of a T5; its cost is counted too
-  measure=BOOL     time the networks; without it those of fewer than 1e9 parameters, on a GPU all
-  repeats=5 device=auto|cpu|cuda seed=0
-  out=FOLDER       default: outputs/tables
-
-Writes table<N>.md, .tex and .html to `out`. What nobody published or measured is a dash.
-Exit status: 0 all well; 1 something could not be read or written; 2 the command was wrong.
-"""
-
-
-@dataclass
-class TablesOptions:
-    """The keys of `configs/tables.yaml`, explained there; values of another type are refused."""
-
-    model: Any = None
-    table: Any = MISSING
-    runs: list[str] | None = None
-    ckpt: str | None = None
-    text_encoder: str | None = None
-    measure: bool | None = None
-    repeats: int = 5
-    device: str = "auto"
-    seed: int = 0
-    out: str = MISSING
-
 
 def tables(cfg: DictConfig) -> int:
     """Assemble the table that `cfg` asks for.
@@ -80,8 +39,6 @@ def tables(cfg: DictConfig) -> int:
     number = str(options.table)
     if number not in TITLES:
         raise UsageError(f"table must be {', '.join(TITLES)}, got {number}")
-    if options.repeats < 1:
-        raise UsageError(f"repeats must be at least 1, got repeats={options.repeats}")
     out = expand_user(options.out)
     check_writable(out, "out")
     found = _tables(options, number)
@@ -209,4 +166,4 @@ def _listed(value: Any) -> list[str]:
     return [str(item) for item in value] if isinstance(value, list) else [str(value)]
 
 
-COMMAND = Command("tables", "tables", tables, HELP, groups=("model",), schema=TablesOptions)
+COMMAND = Command("tables", "tables", tables, schema=TablesOptions)

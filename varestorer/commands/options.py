@@ -1,0 +1,486 @@
+"""Every option of the commands, declared once: its type, default, meaning, and what it may be.
+
+From these classes come Hydra's schema, `--help`, the checks of values and the tables of `configs/README.md`. Nothing
+slow is imported here, so that `--help` answers at once. (`train` has no class: its options are the groups of
+`configs/`, and those of a stage are in `training/config.py`.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import MISSING as NOTHING
+from dataclasses import Field, dataclass, field, fields, is_dataclass
+from textwrap import fill
+from typing import Any, ClassVar
+
+from omegaconf import MISSING
+
+from varestorer.utils.errors import UsageError
+
+WIDTH = 116
+DEVICES = "auto | cpu | cuda | cuda:N | mps"
+DTYPES = ("fp16", "bf16", "fp32")
+
+
+def option(
+    default: Any,
+    text: str = "",
+    shown: str | None = None,
+    *,
+    choices: tuple[str, ...] = (),
+    least: float | None = None,
+    above: float | None = None,
+    title: str = "",
+) -> Any:
+    """A field of a command's class.
+
+    Args:
+        default: also says what `--help` shows, unless it is null.
+        text: what it does; what null means.
+        shown: in place of the default.
+        choices: what it may be; null may be allowed beside them.
+        least: the smallest value.
+        above: what a value must be larger than.
+        title: of the part of `--help` that begins with it.
+    """
+    metadata = {"text": text, "shown": shown, "choices": choices, "least": least, "above": above, "title": title}
+    if isinstance(default, list | dict):
+        return field(default_factory=lambda: default.copy(), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+class CommandOptions:
+    """What a command's class says beside its options.
+
+    Attributes:
+        INTRO: what it does, and the ways to call it.
+        NOTES: what it writes, its exit status, examples.
+        GROUPS: folders of `configs/` whose choices the help lists.
+    """
+
+    INTRO: ClassVar[str] = ""
+    NOTES: ClassVar[str] = ""
+    GROUPS: ClassVar[tuple[str, ...]] = ()
+
+
+@dataclass
+class DatasetRoot:
+    """Below `data`, of a test set."""
+
+    root: str | None = option(
+        None,
+        "holds hr, hq, gt or test_HR beside lr, lq or test_LR; or images alone, for sets without references",
+        "FOLDER",
+    )
+
+
+@dataclass
+class EvalOptions(CommandOptions):
+    """Of `eval`."""
+
+    INTRO: ClassVar[str] = """
+Score restored images against their references, per image and on average.
+
+usage: python scripts/eval.py dataset=NAME data.root=FOLDER [ckpt=... | predictions=... | method=...]
+       python scripts/eval.py image=FILE reference=FILE [protocol=...] [metrics=...]    one image against another
+"""
+    NOTES: ClassVar[str] = """
+Writes per_image.csv, summary.json, tables and a page of pictures to `out`, restored images to its folder images/.
+`accelerate launch scripts/eval.py ...` (or torchrun) shares the work among processes; the figures are the same.
+Exit status: 0 all well; 1 an image, or a metric asked for with metrics=, failed; 2 the command was wrong.
+"""
+    GROUPS: ClassVar[tuple[str, ...]] = ("dataset", "protocol")
+
+    ckpt: str | None = option(
+        None,
+        "restore the data set with this network and score it: a run's folder, a bundle's folder or hub name, or the "
+        "published varestorer.pth; without it (and without predictions and method) the shipped model",
+        "MODEL",
+        title="what is scored",
+    )
+    predictions: str | None = option(
+        None,
+        "score images that somebody else made, matched by their path in the folder, or by a file stem that no other "
+        "image of the data set has",
+        "FOLDER",
+    )
+    method: str | None = option(
+        None,
+        "bicubic: the baseline below all others; spandrel: any super-resolution model that spandrel loads, in "
+        "float32, large images in tiles; tokenizer: the references after they passed the bits of a model's tokenizer, "
+        "the ceiling of what it can restore",
+        "NAME",
+        choices=("bicubic", "spandrel", "tokenizer"),
+    )
+    model_path: str | None = option(
+        None, "of method=spandrel its file; of method=tokenizer a MODEL as in ckpt (else the shipped one)", "PATH"
+    )
+    image: str | None = option(None, "one file, scored against reference=, without a data set", "FILE")
+    reference: str | None = option(None, "what image= is compared with", "FILE")
+    steps: str = option(
+        "one", "of ckpt: one: the student at once; K: the teacher predicts the last K-1 scales; multi: all fine ones"
+    )
+    size: float | None = option(
+        None,
+        "of ckpt or predictions: score the smaller result that enlarges so many times (H-VAR gives several from one "
+        "pass), against references reduced to its size; default: scale",
+        "FACTOR",
+        above=0,
+    )
+    precision: str | None = option(
+        None,
+        "of ckpt: fp32, bf16 or auto, as scripts/restore.py restores (there auto); default: as the weights are stored",
+        "NAME",
+        choices=("auto", "fp32", "bf16"),
+    )
+
+    dataset: Any = option(
+        None,
+        "which data set it is: decides which published rows stand beside ours",
+        "NAME",
+        title="on what, by what",
+    )
+    data: DatasetRoot = field(default_factory=DatasetRoot)
+    protocol: Any = option(
+        MISSING, "which metrics, in which convention (default: varestorer); never compare across two", "NAME"
+    )
+    metrics: Any = option(
+        None, "e.g. [psnr,ssim]: a subset of the protocol's, or any other metric of pyiqa by name", "[NAME,...]"
+    )
+    metric_weights: str | None = option(None, "searched for weight files of metrics before torch's cache", "FOLDER")
+    offline: bool | None = option(
+        None, "never touch the network; missing weights are listed, the other metrics run", "true"
+    )
+    batch: int | None = option(
+        None,
+        "images scored at once where sizes agree, by metrics that this does not change; default: 8, and 1 on the CPU, "
+        "where more is no faster",
+        "N",
+        least=1,
+    )
+    limit: int | None = option(None, "only the first N images", "N", least=1)
+    scale: int = option(4, "how much larger the references are", least=1)
+    seed: int = option(0, "of what is drawn")
+    device: str = option("auto", DEVICES)
+
+    out: str = option(
+        "outputs/eval/${oc.select:dataset.name,files}_${now:%Y-%m-%d_%H-%M-%S}",
+        "default: outputs/eval/DATASET_TIME. Images made and rows scored are kept there as it goes; the same command "
+        "again, with the same out=, does only what is missing. Other settings are refused the folder",
+        "FOLDER",
+        title="where",
+    )
+    wandb: bool = option(
+        False,
+        "true: also log figures, as eval/<dataset>/<metric>, and pictures to Weights & Biases (offline without "
+        "WANDB_API_KEY)",
+    )
+    defaults: list[Any] = field(default_factory=lambda: ["_self_", {"protocol": "varestorer"}, {"dataset": None}])
+
+
+@dataclass
+class TablesOptions(CommandOptions):
+    """Of `tables`."""
+
+    INTRO: ClassVar[str] = """
+Assemble a table of a paper: the published rows, and ours beside them.
+
+usage: python scripts/tables.py table=1 "runs=['ours=outputs/eval/realsr_1','ours=outputs/eval/div2k_1']"
+       python scripts/tables.py table=2 'model=[nano,2b]'
+       python scripts/tables.py table=3 "runs=['w/o KL=outputs/eval/div2k_2']"
+"""
+    NOTES: ClassVar[str] = """
+Writes table<N>.md, .tex and .html to `out`. What nobody published or measured is a dash.
+Exit status: 0 all well; 1 something could not be read or written; 2 the command was wrong.
+"""
+    GROUPS: ClassVar[tuple[str, ...]] = ("model",)
+
+    table: Any = option(
+        MISSING,
+        "1: ten metrics on DIV2K-Val, DRealSR and RealSR; 2: parameters, FLOPs by torch's counter, seconds and peak "
+        "memory, as a whole and by stages; 3: ablations on DIV2K-Val; varsr: VARSR and its ablations, under its "
+        "protocol",
+        "1|2|3|varsr",
+        title="which table",
+    )
+    runs: list[str] | None = option(
+        None,
+        "folders of scripts/eval.py (their out=), each maybe with the name of its row: 'label=folder'; all under one "
+        "protocol, for means under two cannot be compared",
+        "[...]",
+    )
+    out: str = option("outputs/tables", "folder of the tables")
+    model: Any = option(
+        None,
+        "sizes from configs/model, with random weights: nano, 125m, 2b, or a list of them",
+        "NAME",
+        title="of table 2",
+    )
+    ckpt: str | None = option(None, "a run of scripts/train.py, a bundle or the published student", "MODEL")
+    text_encoder: str | None = option(None, "folder of a T5; its cost is counted too", "FOLDER")
+    measure: bool | None = option(
+        None, "time the networks; without it those of fewer than 1e9 parameters, on a GPU all", "true|false"
+    )
+    repeats: int = option(5, "how often each network is timed", least=1)
+    device: str = option("auto", DEVICES)
+    seed: int = option(0, "of random weights")
+    defaults: list[Any] = field(default_factory=lambda: ["_self_", {"system": "varestorer"}, {"model": None}])
+    system: Any = option(None, "of model=; chosen by its name", "NAME")
+
+
+@dataclass
+class ParityOptions(CommandOptions):
+    """Of `parity`."""
+
+    INTRO: ClassVar[str] = """
+Compare the networks with golden tensors of the published ones.
+
+usage: python scripts/parity.py fixtures=FOLDER
+"""
+    NOTES: ClassVar[str] = """
+A folder of Infinity holds meta_va.json (sizes of tiny networks), meta_up.json (settings of multi-step generation) and
+safetensors with weights under published names, inputs and outputs. A folder of VARSR holds STEM.io.safetensors,
+STEM.weights.safetensors and STEM.json, one of H-VAR hit.json with the hierarchical tokens, losses and positions.
+Networks are built from the folder's own sizes. For every golden tensor a line says its name, the largest error, the
+tolerance and whether that is ok.
+
+Exit status: 0 all within tolerance, 1 at least one is over, 2 wrong command or unreadable folder.
+"""
+
+    fixtures: str = option(MISSING, "the golden files", "FOLDER", title="options")
+
+
+@dataclass
+class PrepareDataOptions(CommandOptions):
+    """Of `prepare_data`."""
+
+    GROUPS: ClassVar[tuple[str, ...]] = ("dataset",)
+
+    INTRO: ClassVar[str] = """
+Explain the test sets, check a folder before its figures are believed, make a test set, pack photographs to train on,
+or tell good ones from bad ones by a table of scores.
+
+usage: python scripts/prepare_data.py                                     what sets there are
+       python scripts/prepare_data.py dataset=NAME                        where one comes from, what its folder holds
+       python scripts/prepare_data.py dataset=NAME data.root=FOLDER       check a folder
+       python scripts/prepare_data.py make=FOLDER source=PHOTOS_FOLDER    make pairs out of good photographs
+       python scripts/prepare_data.py shard=FOLDER source=PHOTOS_FOLDER   pack photographs into tar files
+       python scripts/prepare_data.py split=FOLDER source=PHOTOS_FOLDER scores=FILE.csv set=koniq   good and bad ones
+"""
+    NOTES: ClassVar[str] = """
+A check decodes every image. Each file that does not pair, cannot be read, or has the wrong size, format or depth is
+named.
+
+A made pair depends on the seed and the name of its photograph. Crops are the same on every machine; the pixels of the
+bad images are with the same versions of the libraries that manifest.json names. PNG files of equal pixels may differ in
+their bytes (zlib), so the manifest holds hashes of pixels. To compare two machines, compare the two lines this
+command ends with, or check the set of one with the manifest of the other.
+Such a set is like DIV2K-Val but is not it: figures on it stand beside no published ones.
+
+Exit status: 0 all well; 1 the check found something, or the set could not be made; 2 the command was wrong.
+"""
+
+    dataset: Any = option(
+        None, "what it should be; folder and images are for sets of your own", "NAME", title="check a set"
+    )
+    data: DatasetRoot = field(default_factory=DatasetRoot)
+    manifest: str | None = option(
+        None, "compare the pixels with this file (default: manifest.json in the folder, if there is one)", "FILE"
+    )
+    scale: int = option(4, "how much larger the good images have to be, or are made", least=1)
+
+    source: str | None = option(
+        None,
+        "of make, shard and split: good photographs (subfolders included), such as DIV2K_valid_HR, or pictures of a "
+        "data set of image quality. Broken and small ones are named and left out",
+        "FOLDER",
+        title="make pairs",
+    )
+    make: str | None = option(
+        None,
+        "new folder for hr/, lr/ and manifest.json; the same command goes on after an interruption",
+        "FOLDER",
+    )
+    count: int = option(
+        3000,
+        "pairs; every photograph gives equally many. It may be raised later: the first pairs stay",
+        least=1,
+    )
+    crop: int = option(512, "side of the good images, pixels", least=1)
+    seed: int = option(0, "of crops and degradations")
+    workers: int = option(2, "processes (0: none besides this one); the pairs are the same for any number", least=0)
+    degradation: Any = option(
+        MISSING,
+        "how the bad images are made (default: realesrgan); its settings can be changed: degradation.jpeg1=[30,95]",
+        "NAME",
+    )
+
+    shard: str | None = option(
+        None,
+        "new folder for shard-000000.tar, ... (as webdataset reads them) and index.json, to train with train.py "
+        "data=shards data.root=FOLDER; photographs are packed as the files they are, in the order of their names",
+        "FOLDER",
+        title="pack photographs",
+    )
+    shard_mb: int = option(
+        500, "a tar file is closed before its photographs get larger than so many million bytes", least=1
+    )
+    text: str | None = option(
+        None,
+        "of scripts/precompute_text.py: its captions and features are packed too (data.text=shards)",
+        "FOLDER",
+    )
+
+    split: str | None = option(
+        None,
+        "new folder for good/ and bad/, of links to the pictures; to train VARSR with data.root=FOLDER/good (or better "
+        "photographs) data.bad=FOLDER/bad",
+        "FOLDER",
+        title="tell good from bad",
+    )
+    scores: str | None = option(
+        None, "a header, then a picture a row: its name in the first column, and its score", "FILE.csv"
+    )
+    set: str | None = option(
+        None, "column and share of spaq, koniq, kadid, flive_patch or ava; share of livec and flive", "NAME"
+    )
+    column: str | None = option(None, "of the scores, where set= does not know it", "NAME")
+    share: float | None = option(
+        None, "bad is a score below the least one plus this share of the largest (VARSR's rule)", "0.6"
+    )
+    defaults: list[Any] = field(default_factory=lambda: ["_self_", {"dataset": None}, {"degradation": "realesrgan"}])
+
+
+@dataclass
+class PhotographsRoot:
+    """Below `data`, of photographs to describe."""
+
+    root: str = option(
+        MISSING,
+        "the photographs: a folder (subfolders included), or one that holds hr, hq, gt, DIV2K_train_HR, ...",
+        "FOLDER",
+        title="options",
+    )
+
+
+@dataclass
+class PrecomputeTextOptions(CommandOptions):
+    """Of `precompute_text`."""
+
+    INTRO: ClassVar[str] = """
+Make the prompts of training photographs and their text features, so that training needs neither BLIP nor T5.
+
+usage: python scripts/precompute_text.py data.root=PHOTOGRAPHS out=FOLDER [key=value ...]
+"""
+    NOTES: ClassVar[str] = """
+Captions are about whole photographs; training shows squares of them, so a caption may name what a square does not
+show. An empty text ("") stands for the null text. With captions=PATH nothing is described: photographs without a text
+there (or in an earlier captions.json) are named and left out, and so are files that cannot be read.
+
+Interrupted, start it again: it goes on. captions.json may be corrected by hand; started again, the command encodes what
+has changed. About 80 kB are kept for each photograph (20 tokens of flan-t5-xl, fp16).
+
+Exit status: 0 all well; 1 a photograph got no text, or the command could not go on; 2 the command was wrong.
+
+examples:
+  python scripts/precompute_text.py data.root=DIV2K out=text/div2k
+  python scripts/train.py +experiment=dmd_div2k data.root=DIV2K data.text=text/div2k
+"""
+
+    data: PhotographsRoot = field(default_factory=PhotographsRoot)
+    out: str = option(MISSING, "gets captions.json, index.json and shards/*.safetensors", "FOLDER")
+    captions: str | None = option(
+        None,
+        'texts that are there already: a JSON file {"sub/a.png": "a dog on grass"}, or a folder of text files '
+        "sub/a.txt (the photographs' own folder, where they lie beside them)",
+        "PATH",
+    )
+    captioner: str | None = option(
+        None,
+        "folder or hub name of what describes the other photographs (Salesforce/blip-image-captioning-large)",
+        "PATH",
+    )
+    text_encoder: str | None = option(
+        None, "folder or hub name of the encoder the model was made for (google/flan-t5-xl)", "PATH"
+    )
+    dtype: str = option("fp16", "fp16 | bf16 | fp32: how the features are kept", choices=DTYPES)
+    num_workers: int = option(4, "processes that read photographs for the captioner, at most one a processor", least=0)
+    device: str = option("auto", DEVICES)
+
+
+OPTIONS: dict[str, type[CommandOptions]] = {
+    "eval": EvalOptions,
+    "tables": TablesOptions,
+    "parity": ParityOptions,
+    "prepare_data": PrepareDataOptions,
+    "precompute_text": PrecomputeTextOptions,
+}
+
+
+def listed(options: type, prefix: str = "") -> Iterator[tuple[str, Field[Any]]]:
+    """All options of a class with their keys; those of a part (`data`) by their dotted names."""
+    for item in fields(options):
+        part = item.default_factory() if item.default_factory is not NOTHING else None
+        if is_dataclass(part):
+            yield from listed(type(part), f"{prefix}{item.name}.")
+        elif item.metadata:
+            yield f"{prefix}{item.name}", item
+
+
+def help_text(options: type[CommandOptions]) -> str:
+    """What `--help` says of a command, without its groups."""
+    lines = [options.INTRO.strip()]
+    for key, item in listed(options):
+        if title := item.metadata["title"]:
+            lines.append(f"\n{title}")
+        head = f"  {key}={_shown(item)}"
+        gap = "" if len(head) > 20 else " " * (21 - len(head))
+        lines.append(
+            fill(
+                f"{head}{gap}  {item.metadata['text']}",
+                WIDTH,
+                subsequent_indent=" " * 23,
+                drop_whitespace=True,
+                break_on_hyphens=False,
+                break_long_words=False,
+            )
+        )
+    return "\n".join([*lines, "", options.NOTES.strip()]).strip()
+
+
+def markdown() -> str:
+    """The tables of options that end `configs/README.md`: a command a section, an option a row."""
+    lines = []
+    for name, options in OPTIONS.items():
+        rows = [(f"{key}={_shown(item)}", item.metadata["text"]) for key, item in listed(options)]
+        lines += [f"### {name}", "", "| option | meaning |", "|---|---|"]
+        lines += ["| `{}` | {} |".format(*(text.replace("|", "\\|") for text in row)) for row in rows]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def check(options: object, prefix: str = "") -> None:
+    """Refuse values outside of what an option may be.
+
+    Raises:
+        UsageError: names the key, what it was and what it may be.
+    """
+    for item in fields(options):  # type: ignore[arg-type]
+        value, key, rule = getattr(options, item.name), f"{prefix}{item.name}", item.metadata
+        if is_dataclass(value):
+            check(value, f"{key}.")
+        elif value is None or not rule:
+            continue
+        elif rule["choices"] and value not in rule["choices"]:
+            raise UsageError(f"{key} must be one of {', '.join(rule['choices'])}, got {key}={value}")
+        elif rule["least"] is not None and value < rule["least"]:
+            raise UsageError(f"{key} must be at least {rule['least']:g}, got {key}={value:g}")
+        elif rule["above"] is not None and not value > rule["above"]:
+            raise UsageError(f"{key} must be above {rule['above']:g}, got {key}={value:g}")
+
+
+def _shown(item: Field[Any]) -> str:
+    """What stands after `key=`."""
+    if item.metadata["shown"] is not None:
+        return str(item.metadata["shown"])
+    return str(item.default).lower() if isinstance(item.default, bool) else str(item.default)

@@ -215,7 +215,7 @@ def test_features_too_large_for_their_type_are_refused(
 @pytest.mark.parametrize(
     ("extra", "status", "message"),
     [
-        ("dtype=fp8", 2, "dtype must be fp16, bf16, fp32, got dtype=fp8"),
+        ("dtype=fp8", 2, "dtype must be one of fp16, bf16, fp32, got dtype=fp8"),
         ("num_workers=-1", 2, "num_workers must be at least 0"),
         ("device=tpu", 2, "device must be auto, cpu"),
         ("text=a", 2, "text"),

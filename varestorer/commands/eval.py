@@ -14,11 +14,12 @@ from varestorer.commands.options import EvalOptions
 from varestorer.data.folders import find_images_or_pairs, find_pairs
 from varestorer.data.testsets.checking import known_set
 from varestorer.data.testsets.known import BENCHMARKS
+from varestorer.evaluation.detective import explain, read_figures, report
 from varestorer.evaluation.evaluator import Evaluator
 from varestorer.evaluation.outputs import write_report
 from varestorer.evaluation.processes import Processes
 from varestorer.evaluation.progress import Progress, write_records
-from varestorer.evaluation.protocols import Protocol, load_protocol
+from varestorer.evaluation.protocols import Protocol, listed_protocols, load_protocol
 from varestorer.evaluation.results import Evaluation, Pair
 from varestorer.evaluation.samples import check_sizes, reduced_references
 from varestorer.evaluation.sources import (
@@ -44,7 +45,7 @@ BATCH_ON_ACCELERATORS = 8
 
 
 def run_eval(cfg: DictConfig) -> int:
-    """Evaluate as configured by `configs/eval.yaml`.
+    """Evaluate as the options say.
 
     Returns:
         Exit status: 1 when an image failed or a metric named in `metrics` could not run.
@@ -53,6 +54,9 @@ def run_eval(cfg: DictConfig) -> int:
         UserError: nothing could be evaluated at all.
     """
     options = typed(EvalOptions, cfg)
+    if options.protocol.get("name") == "list":
+        say(listed_protocols())
+        return OK
     check_options(options)
     processes = Processes.start(options.device)
     try:
@@ -123,6 +127,11 @@ def _compare(options: EvalOptions, processes: Processes) -> int:
 def _run(options: EvalOptions, processes: Processes) -> int:
     whole = _pairs(options)
     _check_source(options)
+    if options.explain is not None:
+        figures = read_figures(options.explain)
+        answers = explain(whole[: options.limit], _source(options, whole, processes), figures, options.scale)
+        say(report(figures, answers))
+        return OK
     # the default has the time in it, which each process reads for itself
     out = processes.of_main(expand_user(options.out))
     with processes.keeping(out):

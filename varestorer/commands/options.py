@@ -83,6 +83,7 @@ Score restored images against their references, per image and on average.
 
 usage: python scripts/eval.py dataset=NAME data.root=FOLDER [ckpt=... | predictions=... | method=...]
        python scripts/eval.py image=FILE reference=FILE [protocol=...] [metrics=...]    one image against another
+       python scripts/eval.py protocol=list                                             which paper uses which
 """
     NOTES: ClassVar[str] = """
 Writes per_image.csv, summary.json, tables and a page of pictures to `out`, restored images to its folder images/.
@@ -117,6 +118,12 @@ Exit status: 0 all well; 1 an image, or a metric asked for with metrics=, failed
     )
     image: str | None = option(None, "one file, scored against reference=, without a data set", "FILE")
     reference: str | None = option(None, "what image= is compared with", "FILE")
+    explain: str | None = option(
+        None,
+        "figures that a paper prints for these pictures: says which conventions (channel, border, rounding, crop, "
+        "file format, variant of the metric) give them, nearest first",
+        "'psnr=25.15,ssim=0.7341'",
+    )
     steps: str = option(
         "one", "of ckpt: one: the student at once; K: the teacher predicts the last K-1 scales; multi: all fine ones"
     )

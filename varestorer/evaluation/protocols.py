@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from varestorer.utils.errors import UsageError
+from varestorer.utils.iqa import metric_id
 
 LUMA_BT601 = {"test_y_channel": True, "color_space": "ycbcr"}
 
@@ -111,3 +112,21 @@ PROTOCOLS = {
         ),
     )
 }
+
+PAPERS = {
+    "varestorer": ("VARestorer",),
+    "stablesr_y": ("StableSR", "SeeSR", "OSEDiff", "TSD-SR"),
+    "varsr": ("VARSR", "H-VAR"),
+}
+"""Whose tables follow a protocol: measured on the outputs that OSEDiff's authors published, see the top."""
+
+
+def listed_protocols() -> str:
+    """Every protocol, whose it is, and the convention of each of its metrics."""
+    lines = []
+    for name, protocol in PROTOCOLS.items():
+        lines.append(f"{name}: {', '.join(PAPERS[name])}")
+        lines += [f"  {spec.name:8} {metric_id(spec.pyiqa_name, spec.options)}" for spec in protocol.metrics]
+    return "\n".join(
+        [*lines, "Plain psnr is on RGB, plain ssim on the luma of YIQ (pyiqa's defaults), both without crop."]
+    )

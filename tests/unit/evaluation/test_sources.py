@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from varestorer.evaluation import spandrel as module
+from varestorer.evaluation import sources as module
 from varestorer.evaluation.sources import SpandrelSource
 from varestorer.utils.errors import UsageError, UserError
 from varestorer.utils.images import save_image

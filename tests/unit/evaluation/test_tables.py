@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from varestorer.evaluation import baselines
+from varestorer.evaluation import paper_tables
 from varestorer.evaluation.paper_tables import measured_rows, published_rows, read_published
 from varestorer.evaluation.tables import (
     BEST,
@@ -65,7 +65,7 @@ def test_published_tables_equal_the_shared_ones(shared: Path) -> None:
     ],
 )
 def test_no_digit_of_the_published_figures_changes(name: str, digest: str) -> None:
-    files = {path.stem: path for path in Path(baselines.__file__).with_name("published").iterdir()}
+    files = {path.stem: path for path in Path(paper_tables.__file__).with_name("published").iterdir()}
     assert files.keys() == PUBLISHED.keys() and file_sha256(files[name]) == digest
 
 

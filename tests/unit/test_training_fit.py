@@ -371,13 +371,13 @@ def test_validation_scores_the_averages_on_held_out_pairs_and_changes_nothing(tm
     cfg = config(validate_every=3)
     fit(task, ToyPairs(), cfg, ADAMW, Run(tmp_path / "with", make_accelerator("cpu"), seed=1), validation=held_out)
     lines = metrics(tmp_path / "with")
-    assert [line["step"] for line in lines if "val_mse" in line] == [3, 6, 8]
-    plain = [{key: value for key, value in line.items() if not key.startswith("val_")} for line in lines]
+    assert [line["step"] for line in lines if "val/mse" in line] == [3, 6, 8]
+    plain = [{key: value for key, value in line.items() if not key.startswith("val/")} for line in lines]
     assert plain == metrics(tmp_path / "without")
     batch = collate([ToyPairs(9)[n] for n in range(4)])
     with torch.no_grad():
         expected = (system(batch["lq"]) - batch["hq"]).square().mean().item()
-    assert lines[-1]["val_mse"] == pytest.approx(expected)
+    assert lines[-1]["val/mse"] == pytest.approx(expected)
 
 
 def test_non_finite_gradient_names_the_parameter(tmp_path: Path):

@@ -67,9 +67,9 @@ class ToyTask(Task):
             other = other * torch.nan
         return {"loss": mse + 0.1 * other, "mse": mse, "l1": other}
 
-    def preview(self, batch: Batch) -> dict[str, Tensor]:
+    def restored(self, batch: Batch) -> dict[str, Tensor]:
         torch.rand(3)  # must not reach the training's generator
-        return {"LQ": batch["lq"], "output": self.system(batch["lq"]).clamp(0, 1), "HQ": batch["hq"]}
+        return {"output": self.system(batch["lq"]).clamp(0, 1)}
 
 
 class KilledError(Exception):

@@ -25,12 +25,12 @@ from varestorer.training import meter
 from varestorer.training.config import Precision, TrainerConfig
 from varestorer.training.ema import Ema
 from varestorer.training.fit import fit, make_accelerator
-from varestorer.training.loggers import NullLogger
 from varestorer.training.optimisers import build_optimizer
 from varestorer.training.run import Run
 from varestorer.training.stopping import StoppedError, StopRequest, leave_signals_to_parent
 from varestorer.utils.errors import UserError
 from varestorer.utils.images import save_image
+from varestorer.utils.loggers import Logger
 from varestorer.weights.runs import load_ema
 
 ADAMW = partial(torch.optim.AdamW, lr=0.02, betas=(0.9, 0.95), weight_decay=0.1)
@@ -270,7 +270,7 @@ def test_speed_memory_and_utilisation_are_measured(tmp_path: Path, monkeypatch):
     assert [line["loss"] for line in metrics(plain)] == [line["loss"] for line in metrics(tmp_path)]
 
 
-class KeptNumbers(NullLogger):
+class KeptNumbers(Logger):
     """A logger that keeps what it is told."""
 
     def __init__(self) -> None:

@@ -15,11 +15,11 @@ from varestorer.data.loader import collate
 from varestorer.training import scores as scores_module
 from varestorer.training.config import TrainerConfig
 from varestorer.training.fit import fit, make_accelerator
-from varestorer.training.loggers import open_wandb
 from varestorer.training.run import Run
 from varestorer.training.scores import ImageScores
 from varestorer.utils.errors import UsageError
 from varestorer.utils.iqa import Metric, MetricUnavailableError
+from varestorer.utils.loggers import open_wandb
 
 BATCHES = [collate([ToyPairs(9)[n] for n in numbers]) for numbers in ((0, 1, 2), (3,))]
 

@@ -14,6 +14,7 @@ from varestorer.data.benchmarks import BENCHMARKS
 from varestorer.data.checking import known_set
 from varestorer.data.folders import find_images_or_pairs, find_pairs
 from varestorer.evaluation.evaluator import Evaluator
+from varestorer.evaluation.logged import log_evaluation
 from varestorer.evaluation.outputs import write_report
 from varestorer.evaluation.processes import Processes
 from varestorer.evaluation.progress import Progress
@@ -29,10 +30,10 @@ from varestorer.evaluation.sources import (
     SystemSource,
     weights_digest,
 )
-from varestorer.evaluation.wandb_log import log_to_wandb
 from varestorer.utils.errors import UsageError, UserError
 from varestorer.utils.files import expand_user
 from varestorer.utils.images import load_image
+from varestorer.utils.loggers import Logger, open_loggers
 from varestorer.weights import DEFAULT
 
 log = logging.getLogger(__name__)
@@ -79,7 +80,9 @@ on what, by what
   scale=4 seed=0 device=auto
 
 where
-  wandb=true             also log figures and pictures to Weights & Biases (offline without WANDB_API_KEY)
+  logger=wandb|tensorboard|trackio
+                         also log figures, as eval/DATASET/METRIC, and pictures; several: logger=[wandb,tensorboard]
+                         (wandb is offline without WANDB_API_KEY)
   out=FOLDER             default: outputs/eval/DATASET_TIME. Images made and rows scored are kept there as it goes;
                          the same command again, with the same out=, does only what is missing. Other settings are
                          refused the folder.
@@ -122,7 +125,7 @@ class EvalOptions:
     precision: str | None = None
     device: str = "auto"
     out: str = MISSING
-    wandb: bool = False
+    logger: Any = None
 
 
 def run_eval(cfg: DictConfig) -> int:
@@ -234,11 +237,17 @@ def _evaluate(options: EvalOptions, whole: list[Pair], out: Path, processes: Pro
         files = write_records(evaluation, out)
         enlargement = options.size or options.scale
         files += write_report(evaluation, out, source.method, options.dataset.get("pairs"), enlargement)
-        if options.wandb:
-            log_to_wandb(evaluation, out, source.method, asdict(options))
+        log_evaluation(evaluation, source.method, _logger(options, out, source.method))
         say(summary_text(evaluation, unmet))
         say(f"wrote {', '.join(path.name for path in files)}{' and images/' if keep else ''} to {out}")
     return FAILED if evaluation.failures or unmet else OK
+
+
+def _logger(options: EvalOptions, out: Path, method: str) -> Logger:
+    from hydra.utils import instantiate
+
+    factories = instantiate(options.logger, _convert_="all")
+    return open_loggers(factories, out, {**asdict(options), "method": method})
 
 
 def summary_text(evaluation: Evaluation, unmet: list[str] | None = None) -> str:
@@ -406,4 +415,4 @@ def _protocol(options: EvalOptions) -> Protocol:
     return load_protocol(str(options.protocol["name"]), options.protocol.get("metrics"))
 
 
-COMMAND = Command("eval", "eval", run_eval, HELP, groups=("dataset", "protocol"), schema=EvalOptions)
+COMMAND = Command("eval", "eval", run_eval, HELP, groups=("dataset", "protocol", "logger"), schema=EvalOptions)

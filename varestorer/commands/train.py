@@ -18,6 +18,7 @@ from varestorer.training.config import Resume, Sharding, TrainConfig, TrainerCon
 from varestorer.training.stopping import StoppedError
 from varestorer.utils.errors import UsageError, UserError
 from varestorer.utils.locks import locked
+from varestorer.utils.loggers import open_loggers
 from varestorer.weights.runs import CONFIG
 
 if TYPE_CHECKING:
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 LOG = logging.getLogger(__name__)
 SECTIONS = ("trainer", "optimizer", "data")  # of the config, which a stage may change for itself
 HELDOUT_BATCH = 4
-NO_LOGGER = {"_target_": "varestorer.training.loggers.no_logger", "_partial_": True}
 
 HELP = """
 varestorer train: train a network, in one stage or several.
@@ -62,8 +62,8 @@ options
   trainer.precision=auto|fp32|bf16
   optimizer.lr=X             peak learning rate, for every stage
   stages.NAME.trainer.max_steps=N   the same for one stage
-  logger=wandb|none          curves beside metrics.jsonl; wandb is offline without WANDB_API_KEY;
-                             logger.artifacts=true sends checkpoints too
+  logger=wandb|tensorboard|trackio|none   curves beside metrics.jsonl, or several: logger=[wandb,tensorboard];
+                             wandb is offline without WANDB_API_KEY; logger.wandb.artifacts=true sends checkpoints too
 
 Any other key of the config can be set too: add --cfg job to see them all. -m runs several values in turn
 (seed=0,1,2). Several GPUs: accelerate launch scripts/train.py +experiment=NAME.
@@ -176,7 +176,7 @@ def open_run(cfg: DictConfig, stages: Mapping[str, DictConfig], accelerator: Acc
         config = {**whole_config(cfg, stages), "run_dir": folder[0], "environment": environment()}
         check_resumable(run.run_dir / CONFIG, config)
         run.write_config(config)
-        run.logger = instantiate(cfg.logger or NO_LOGGER, _convert_="all")(run.run_dir, config)
+        run.logger = open_loggers(instantiate(cfg.logger, _convert_="all"), run.run_dir, config)
         LOG.info("run folder: %s", run.run_dir)
     return run
 

@@ -99,7 +99,7 @@ class Training:
     def picture(self) -> torch.Tensor:
         self.task.eval()
         with self.ema.in_place(), together(self.task), torch.no_grad():
-            image = self.task.preview(batch_of([99]))["student"].clone()
+            image = self.task.restored(batch_of([99]))["student"].clone()
         self.task.train()
         return image
 

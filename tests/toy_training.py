@@ -7,14 +7,21 @@ from __future__ import annotations
 
 import atexit
 import gc
+import json
 import os
 import signal
 from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from varestorer.data.loader import collate
+from varestorer.training.config import TrainerConfig
+from varestorer.training.fit import fit, make_accelerator
+from varestorer.training.run import Run
 from varestorer.training.task import Batch, Task, train_only
 from varestorer.utils.seeds import torch_generator
 
@@ -67,9 +74,9 @@ class ToyTask(Task):
             other = other * torch.nan
         return {"loss": mse + 0.1 * other, "mse": mse, "l1": other}
 
-    def preview(self, batch: Batch) -> dict[str, Tensor]:
+    def restored(self, batch: Batch) -> dict[str, Tensor]:
         torch.rand(3)  # must not reach the training's generator
-        return {"LQ": batch["lq"], "output": self.system(batch["lq"]).clamp(0, 1), "HQ": batch["hq"]}
+        return {"output": self.system(batch["lq"]).clamp(0, 1)}
 
 
 class KilledError(Exception):
@@ -88,3 +95,27 @@ class ToyPairs(Dataset):
     def __getitem__(self, n: int) -> dict:
         hq = torch.rand(3, 4, 4, generator=torch_generator(self.seed, n))
         return {"hq": hq, "lq": (hq * 4).round() / 4, "name": f"picture_{n}.png", "key": n}
+
+
+ADAMW = partial(torch.optim.AdamW, lr=0.02, betas=(0.9, 0.95), weight_decay=0.1)
+
+
+def config(**changes) -> TrainerConfig:
+    values = {"max_steps": 8, "batch_size": 4, "num_workers": 0, "checkpoint_every": 3, "sample_every": 0}
+    return TrainerConfig(**{**values, "warmup_steps": 2, "ema_decay": 0.9, **changes})
+
+
+def train(folder: Path, cfg: TrainerConfig, preview: bool = False, **task_options) -> ToySystem:
+    """One stage of a run in `folder`, from the same start every time."""
+    torch.manual_seed(5)
+    system = ToySystem()
+    task = ToyTask(system, **task_options)
+    task.name = "toy"
+    batch = collate([ToyPairs(9)[n] for n in range(2)]) if preview else None
+    fit(task, ToyPairs(), cfg, ADAMW, Run(folder, make_accelerator("cpu"), seed=1), preview=batch)
+    return system
+
+
+def metrics(folder: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]

@@ -337,12 +337,19 @@ def test_every_choice_composes(dataset: str, protocol: str) -> None:
     assert cfg.out.startswith(f"outputs/eval/{dataset}_")
 
 
-def test_wandb_gets_the_figures(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_loggers_get_the_figures(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     logged: list[dict] = []
     run_of = SimpleNamespace(log=logged.append, finish=lambda: None)
-    monkeypatch.setattr("varestorer.evaluation.wandb_log.open_wandb_run", lambda *_: run_of)
+    monkeypatch.setattr("wandb.init", lambda **_: run_of)
+    out = root / "logged"
     assert run(root, "method=bicubic", "metrics=psnr") == 0
     assert logged == []
-    assert run(root, "method=bicubic", "metrics=psnr", "wandb=true") == 0
+    assert run(root, "method=bicubic", "metrics=psnr", "logger=[wandb,tensorboard]", f"out={out}") == 0
     assert logged[0].keys() == {"eval/folder/psnr"}
     assert len(logged[1]["eval/folder/images"].data) == 3
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(out / "tensorboard")).Reload()
+    (psnr,) = events.Scalars("eval/folder/psnr")
+    assert psnr.value == pytest.approx(logged[0]["eval/folder/psnr"])
+    assert [image.step for image in events.Images("eval/folder/images/HQ")] == [0, 1, 2]

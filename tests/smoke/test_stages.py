@@ -52,12 +52,12 @@ def lines_of(run: Path) -> list[dict]:
 def test_a_tokenizer_with_a_discriminator(photos: Path, tmp_path: Path) -> None:
     task = "stages.tokenizer.task"
     small = [f"{task}.adversarial.{key}" for key in ("start_step=2", "channels=8", "layers=2")]
-    words = [f"{task}.perceptual=ms_ssim", f"{task}.scores=[psnr]", "optimizer.lr=1e-3", *small]
+    words = [f"{task}.perceptual=ms_ssim", "scores=[psnr]", "optimizer.lr=1e-3", *small]
     lines = train("tokenizer_gan", photos, tmp_path / "run", *words)
     assert "realism" not in lines[0] and {"realism", "adaptive_weight"} <= lines[1].keys()
     assert {"discriminator", "usage_0", "usage_2", "bit_0", "bit_7"} <= lines[2].keys()
     assert lines[0]["discriminator"] != lines[2]["discriminator"]
-    assert lines[2]["val_psnr"] > 0 and "val_adversarial" not in lines[2]
+    assert lines[2]["val/psnr"] > 0 and "val/adversarial" not in lines[2]
     weights = load_ema(tmp_path / "run")
     assert {name.split(".")[0] for name in weights} == {"tokenizer"}  # averaged: the system's alone
     system = VARestorer.from_pretrained(tmp_path / "run")
@@ -69,13 +69,13 @@ def test_a_teacher_from_scratch(photos: Path, tmp_path: Path) -> None:
     words = [*(f"model.transformer.{size}" for size in sizes), "+stages.teacher.task.checkpoint_activations=true"]
     words.append("stages.teacher.task.drop_path=0.8")
     lines = train("teacher_scratch", photos, tmp_path / "run", *words)
-    assert {"cross_entropy_2", "accuracy_2", "val_loss", "val_cross_entropy_2", "val_accuracy_2"} <= lines[-1].keys()
+    assert {"cross_entropy_2", "accuracy_2", "val/loss", "val/cross_entropy_2", "val/accuracy_2"} <= lines[-1].keys()
 
 
 def test_a_student_whose_images_are_compared_one_by_one(photos: Path, tmp_path: Path) -> None:
     words = ["model.restorer=null", "stages.student.task.perceptual=ms_ssim", "optimizer.lr=1e-3"]
     lines = train("dmd_div2k", photos, tmp_path / "run", *words)
-    assert {"kl", "mse", "perceptual", "val_mse"} <= lines[-1].keys()
+    assert {"kl", "mse", "perceptual", "val/mse"} <= lines[-1].keys()
     weights = load_ema(tmp_path / "run")
     assert weights and all(".lora_" in name for name in weights)
     system = VARestorer.from_pretrained(tmp_path / "run")

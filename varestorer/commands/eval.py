@@ -16,6 +16,7 @@ from varestorer.data.testsets.checking import known_set
 from varestorer.data.testsets.known import BENCHMARKS
 from varestorer.evaluation.detective import explain, read_figures, report
 from varestorer.evaluation.evaluator import Evaluator
+from varestorer.evaluation.logged import log_evaluation
 from varestorer.evaluation.outputs import write_report
 from varestorer.evaluation.processes import Processes
 from varestorer.evaluation.progress import Progress, write_records
@@ -30,10 +31,10 @@ from varestorer.evaluation.sources import (
     SystemSource,
     weights_digest,
 )
-from varestorer.evaluation.wandb_log import log_to_wandb
 from varestorer.utils.errors import UsageError, UserError
 from varestorer.utils.files import expand_user
 from varestorer.utils.images import load_image
+from varestorer.utils.loggers import Logger, open_loggers
 from varestorer.weights import DEFAULT
 
 log = logging.getLogger(__name__)
@@ -157,11 +158,17 @@ def _evaluate(options: EvalOptions, whole: list[Pair], out: Path, processes: Pro
         files = write_records(evaluation, out)
         enlargement = options.size or options.scale
         files += write_report(evaluation, out, source.method, options.dataset.get("pairs"), enlargement)
-        if options.wandb:
-            log_to_wandb(evaluation, out, source.method, asdict(options))
+        log_evaluation(evaluation, source.method, _logger(options, out, source.method))
         say(summary_text(evaluation, unmet))
         say(f"wrote {', '.join(path.name for path in files)}{' and images/' if keep else ''} to {out}")
     return FAILED if evaluation.failures or unmet else OK
+
+
+def _logger(options: EvalOptions, out: Path, method: str) -> Logger:
+    from hydra.utils import instantiate
+
+    factories = instantiate(options.logger, _convert_="all")
+    return open_loggers(factories, out, {**asdict(options), "method": method})
 
 
 def summary_text(evaluation: Evaluation, unmet: list[str] | None = None) -> str:

@@ -90,7 +90,7 @@ Writes per_image.csv, summary.json, tables and a page of pictures to `out`, rest
 `accelerate launch scripts/eval.py ...` (or torchrun) shares the work among processes; the figures are the same.
 Exit status: 0 all well; 1 an image, or a metric asked for with metrics=, failed; 2 the command was wrong.
 """
-    GROUPS: ClassVar[tuple[str, ...]] = ("dataset", "protocol")
+    GROUPS: ClassVar[tuple[str, ...]] = ("dataset", "protocol", "logger")
 
     ckpt: str | None = option(
         None,
@@ -177,12 +177,15 @@ Exit status: 0 all well; 1 an image, or a metric asked for with metrics=, failed
         "FOLDER",
         title="where",
     )
-    wandb: bool = option(
-        False,
-        "true: also log figures, as eval/<dataset>/<metric>, and pictures to Weights & Biases (offline without "
-        "WANDB_API_KEY)",
+    logger: Any = option(
+        None,
+        "also log figures, as eval/<dataset>/<metric>, and pictures (default: none); several: [wandb,tensorboard]. "
+        "wandb is offline without WANDB_API_KEY",
+        "wandb|tensorboard|trackio",
     )
-    defaults: list[Any] = field(default_factory=lambda: ["_self_", {"protocol": "varestorer"}, {"dataset": None}])
+    defaults: list[Any] = field(
+        default_factory=lambda: ["_self_", {"protocol": "varestorer"}, {"dataset": None}, {"logger": "none"}]
+    )
 
 
 @dataclass

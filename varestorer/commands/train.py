@@ -18,6 +18,7 @@ from varestorer.training.config import Resume, Sharding, TrainConfig, TrainerCon
 from varestorer.training.stopping import StoppedError
 from varestorer.utils.errors import UsageError, UserError
 from varestorer.utils.locks import locked
+from varestorer.utils.loggers import open_loggers
 from varestorer.weights.runs import CONFIG
 
 if TYPE_CHECKING:
@@ -25,12 +26,12 @@ if TYPE_CHECKING:
     from torch import nn
 
     from varestorer.training.run import Run
+    from varestorer.training.scores import ImageScores
     from varestorer.training.task import Batch
 
 LOG = logging.getLogger(__name__)
 SECTIONS = ("trainer", "optimizer", "data")  # of the config, which a stage may change for itself
 HELDOUT_BATCH = 4
-NO_LOGGER = {"_target_": "varestorer.training.loggers.no_logger", "_partial_": True}
 
 HELP = """
 varestorer train: train a network, in one stage or several.
@@ -53,14 +54,16 @@ options
   trainer.batch_size=N       samples per step over all processes; trainer.accumulate=N does it in N parts
   trainer.checkpoint_every=N steps between checkpoints; trainer.sample_every=N between pictures
   trainer.keep_last=N        newest checkpoints to keep; trainer.keep_best=loss keeps the best one too, named in the
-                             stage's file `best` (trainer.keep_best_mode=min|max)
-  trainer.validate_every=N   steps between validations on the held-out pairs: val_loss, ... in metrics.jsonl
+                             stage's file `best` (trainer.keep_best_mode=auto|min|max)
+  trainer.validate_every=N   steps between validations on the held-out pairs: val/loss, ..., pictures and scores
+  scores=[psnr,musiq,...]    metrics of pyiqa of what the stage makes of them: val/psnr, ... (trainer.keep_best=musiq)
+  heldout.root=FOLDER heldout.limit=N   the held-out pairs; default: two photographs of scikit-learn
   trainer.skip_nonfinite=N   leave out up to N steps in a row whose loss or gradient is not finite; default 0
   trainer.precision=auto|fp32|bf16
   optimizer.lr=X             peak learning rate, for every stage
   stages.NAME.trainer.max_steps=N   the same for one stage
-  logger=wandb|none          curves beside metrics.jsonl; wandb is offline without WANDB_API_KEY;
-                             logger.artifacts=true sends checkpoints too
+  logger=wandb|tensorboard|trackio|none   curves beside metrics.jsonl, or several: logger=[wandb,tensorboard];
+                             wandb is offline without WANDB_API_KEY; logger.wandb.artifacts=true sends checkpoints too
 
 Any other key of the config can be set too: add --cfg job to see them all. -m runs several values in turn
 (seed=0,1,2). Several GPUs: accelerate launch scripts/train.py +experiment=NAME.
@@ -93,16 +96,26 @@ def train(cfg: DictConfig) -> int:
     accelerator = start_processes(cfg)
     check_stages(stages, accelerator.num_processes, accelerator.device)
     with ExitStack() as kept:
-        return train_in(open_run(cfg, stages, accelerator, kept), cfg, stages)
+        scores = image_scores(cfg, stages, accelerator)
+        return train_in(open_run(cfg, stages, accelerator, kept), cfg, stages, scores)
 
 
-def train_in(run: Run, cfg: DictConfig, stages: Mapping[str, DictConfig]) -> int:
+def image_scores(cfg: DictConfig, stages: Mapping[str, DictConfig], accelerator: Accelerator) -> ImageScores:
+    """The metrics that validations score pictures with; the first process fetches their weights."""
+    from varestorer.training.scores import ImageScores
+
+    validates = any(trainer_config(stage.trainer).validate_every for stage in stages.values())
+    with accelerator.main_process_first():
+        return ImageScores(cfg.scores if validates else (), accelerator.device, accelerator.is_main_process)
+
+
+def train_in(run: Run, cfg: DictConfig, stages: Mapping[str, DictConfig], scores: ImageScores) -> int:
     """Train the stages in the run's folder."""
     with run.stop.listening():
         try:
             system = build_system(cfg, run)
             for name, stage in stages.items():
-                train_stage(name, stage, system, run)
+                train_stage(name, stage, system, run, scores)
             written = write_report(cfg, system, run)
             run.mark_finished()
         except StoppedError as stopped:
@@ -163,7 +176,7 @@ def open_run(cfg: DictConfig, stages: Mapping[str, DictConfig], accelerator: Acc
         config = {**whole_config(cfg, stages), "run_dir": folder[0], "environment": environment()}
         check_resumable(run.run_dir / CONFIG, config)
         run.write_config(config)
-        run.logger = instantiate(cfg.logger or NO_LOGGER, _convert_="all")(run.run_dir, config)
+        run.logger = open_loggers(instantiate(cfg.logger, _convert_="all"), run.run_dir, config)
         LOG.info("run folder: %s", run.run_dir)
     return run
 
@@ -192,7 +205,7 @@ def build_system(cfg: DictConfig, run: Run) -> nn.Module:
     return system
 
 
-def train_stage(name: str, cfg: DictConfig, system: nn.Module, run: Run) -> None:
+def train_stage(name: str, cfg: DictConfig, system: nn.Module, run: Run, scores: ImageScores) -> None:
     """Train one stage; a stage that is finished already only gives its weights to the system."""
     from hydra.utils import instantiate
 
@@ -207,7 +220,7 @@ def train_stage(name: str, cfg: DictConfig, system: nn.Module, run: Run) -> None
     trainer = trainer_config(cfg.trainer)
     preview, *others = heldout_batches(cfg, dataset, trainer)
     validation = [preview, *others] if trainer.validate_every else []
-    fit(task, dataset, trainer, optimizer, run, preview=preview, validation=validation)
+    fit(task, dataset, trainer, optimizer, run, preview=preview, validation=validation, scores=scores)
 
 
 def heldout_batches(cfg: DictConfig, dataset: Any, trainer: TrainerConfig) -> list[Batch]:

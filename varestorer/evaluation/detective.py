@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from statistics import fmean
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,9 +29,9 @@ from varestorer.utils.images import load_image, to_uint8
 from varestorer.utils.iqa import METRIC_ERRORS, Metric, MetricUnavailableError, create_metric
 
 LOG = logging.getLogger(__name__)
-CHANNELS = {
+CHANNELS: dict[str, dict[str, Any]] = {
     "RGB": {"test_y_channel": False},
-    "luma of BT.601": LUMA_BT601,
+    "luma of BT.601": dict(LUMA_BT601),
     "luma of YIQ": {"test_y_channel": True, "color_space": "yiq"},
 }
 VARIANTS = {
@@ -64,7 +65,7 @@ class Convention:
 
     metric: str
     words: str
-    options: Mapping[str, object]
+    options: Mapping[str, Any]
     change: Change | None = None
     both: bool = False
 

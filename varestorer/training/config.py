@@ -49,6 +49,7 @@ class Sharding(StrEnum):
 class Best(StrEnum):
     """Which value of a metric is better."""
 
+    auto = "auto"
     min = "min"
     max = "max"
 
@@ -91,12 +92,14 @@ class TrainerConfig:
         final_lr_ratio: learning rate at the end of the cosine or the line, as a part of the peak.
         checkpoint_every: steps between checkpoints; one is always written at the end.
         keep_last: newest checkpoints of a stage that are kept.
-        keep_best: a key of `metrics.jsonl`, such as loss or val_mse; the checkpoint with the best mean of it over the
-            last `checkpoint_every` steps is kept too, and named in the stage's file `best`. null: newest ones only.
-        keep_best_mode: whether min or max is best.
+        keep_best: a key of `metrics.jsonl`, such as loss or val/mse, or one of the `scores`, such as musiq (val/musiq);
+            the checkpoint with the best mean of it over the last `checkpoint_every` steps is kept too, and named in the
+            stage's file `best`. null: newest ones only.
+        keep_best_mode: whether min or max is best; auto: max for a score that is better when it is higher, else min.
         sample_every: steps between preview pictures; 0 for one at the end only.
         validate_every: steps between validations, also at the end: the losses of all `heldout` pairs with the averaged
-            weights, as val_loss, val_mse, ...; 0 for none.
+            weights, as val/loss, val/mse, ..., the `scores` of what the stage makes of them free-running, as val/psnr,
+            val/musiq, ..., and pictures of it; 0 for none.
         skip_nonfinite: so many steps in a row may have a loss or gradient that is not finite; they do not touch the
             weights and are marked `skipped` in `metrics.jsonl`. One more stops the run; 0 stops at the first.
     """
@@ -116,7 +119,7 @@ class TrainerConfig:
     checkpoint_every: int = 500
     keep_last: int = 2
     keep_best: str | None = None
-    keep_best_mode: Best = Best.min
+    keep_best_mode: Best = Best.auto
     sample_every: int = 500
     validate_every: int = 0
     skip_nonfinite: int = 0
@@ -234,6 +237,7 @@ class TrainConfig:
     logger: Any = None
     weights_dir: str = "weights"
     stages: dict[str, StageConfig] = field(default_factory=dict)
+    scores: list[str] = field(default_factory=list)
     report: Any = None
 
 

@@ -155,10 +155,9 @@ class DistillationTask(Task):
         losses = {"mse": mse_loss(image, hq_B3HW)}
         return losses if self.perceptual is None else losses | {"perceptual": self.perceptual(image, hq_B3HW)}
 
-    def preview(self, batch: Batch) -> dict[str, Tensor]:
+    def restored(self, batch: Batch) -> dict[str, Tensor]:
         """The student in one step, without noise."""
-        restored = self.system.restore_batch(batch["lq"]).images_B3HW
-        return {"LQ": batch["lq"], "student": restored, "HQ": batch["hq"]}
+        return {"student": self.system.restore_batch(batch["lq"]).images_B3HW}
 
 
 def student_parameters(system: VARestorer, trained: str, teacher: VARTransformer | None) -> list[nn.Parameter]:

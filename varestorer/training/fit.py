@@ -18,6 +18,7 @@ from varestorer.data.workers import StopWaitingError, deaths_explained
 from varestorer.training.config import TrainerConfig
 from varestorer.training.optimisers import OptimizerFactory, set_learning_rate
 from varestorer.training.run import Run
+from varestorer.training.scores import ImageScores
 from varestorer.training.stage import Stage
 from varestorer.training.stopping import held_back, leave_signals_to_parent
 from varestorer.training.task import Task
@@ -37,6 +38,7 @@ def fit(
     *,
     preview: Mapping[str, Any] | None = None,
     validation: Sequence[Mapping[str, Any]] = (),
+    scores: ImageScores | None = None,
 ) -> None:
     """Train a task from scratch, or from the newest checkpoint of its stage in `run`, to `cfg.max_steps`.
 
@@ -49,14 +51,15 @@ def fit(
         optimizer: takes parameter groups, such as `functools.partial(torch.optim.AdamW, lr=1e-4)`.
         run: where metrics, pictures and checkpoints go.
         preview: fixed held-out batch for the pictures; None for no pictures.
-        validation: held-out batches for `cfg.validate_every`.
+        validation: held-out batches for `cfg.validate_every`; the first one's pictures are shown.
+        scores: metrics of their pictures.
     Raises:
         UserError: a loss or gradient is not finite (before it can reach the weights), or a file problem.
         UsageError: the batch size does not divide by the number of processes times `cfg.accumulate`, or
             `cfg.keep_best` names no metric.
         StoppedError: a signal came (`run.stop`) and a checkpoint was saved.
     """
-    stage = Stage.start(task, cfg, optimizer, run, contents_of(dataset) if run.is_main else None)
+    stage = Stage.start(task, cfg, optimizer, run, contents_of(dataset) if run.is_main else None, scores)
     trained = stage.trained
     if trained.step < cfg.max_steps:
         bar = _progress(task.name, trained.step, cfg.max_steps, run.is_main)

@@ -5,11 +5,10 @@ Shapes: `B` batch, `H W` pixels, `L` tokens of all scales, `K` scales, `Z` laten
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from varestorer.losses.build import perceptual_loss
@@ -17,7 +16,6 @@ from varestorer.losses.pixel import l1_loss, mse_loss
 from varestorer.losses.preference import log_likelihood, preference_loss
 from varestorer.systems.hvar import HVAR
 from varestorer.tokenizer.quantizer import code_counts, perplexity, used_share
-from varestorer.training.scores import ImageScores
 from varestorer.training.task import Batch, Task, train_only
 from varestorer.transformer.generation import Prefix
 from varestorer.utils.errors import UserError
@@ -44,7 +42,23 @@ class HierarchyWeights:
     commitment: float = 0.0
 
 
-class HVARTokenizerTask(Task):
+class NestedTask(Task):
+    """What both stages share: pictures of all sizes, each scored against HQ of its size; `psnr_64` is of 64 pixels."""
+
+    system: HVAR
+
+    def at_all_sizes(self, indices: list[Tensor]) -> dict[str, Tensor]:
+        """Images of the tokens, smallest first, by their size."""
+        return {f"{x.shape[-1]} pixels": x for x in self.system.decode_sides(indices, self.system.sides)}
+
+    def compared(self, batch: Batch, restored: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+        """The largest has the plain names."""
+        hq = self.system.tokenizer.reduced(to_network(batch["hq"]), self.system.nested)
+        pairs = [(x, from_network(target)) for x, target in zip(restored.values(), hq, strict=True)]
+        return {"" if x.shape == batch["hq"].shape else f"_{x.shape[-1]}": (x, target) for x, target in pairs}
+
+
+class HVARTokenizerTask(NestedTask):
     """Reconstruction at every target size, each from the tokens up to it; some samples pass without quantization.
 
     Args:
@@ -55,12 +69,13 @@ class HVARTokenizerTask(Task):
         trained: parts that train: "vocabulary", "phi", "decoder" (with the convolution before it) and "encoder" (with
             the one behind it). The paper keeps the encoder, which also makes the prefix. With a frozen decoder a
             skipped sample trains nothing.
-        scores: metrics of pyiqa that `validation` gives of the reconstruction at each size.
         seed: of the skips.
 
     Raises:
         UserError: an unknown part, or a share that is none.
     """
+
+    shows_lq = False
 
     def __init__(
         self,
@@ -69,7 +84,6 @@ class HVARTokenizerTask(Task):
         perceptual: str = "lpips-vgg",
         skip: float = 0.5,
         trained: Sequence[str] = ("vocabulary", "phi", "decoder"),
-        scores: Sequence[str] = ("psnr",),
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -77,7 +91,6 @@ class HVARTokenizerTask(Task):
         self.weights = HierarchyWeights(**(weights or {}))
         self.perceptual = perceptual_loss(perceptual) if self.weights.perceptual else None
         self.skip = skip
-        self.scores = ImageScores(scores)
         self.seed = seed
         if not 0 <= skip <= 1:
             raise UserError(f"the tokenizer's skip must be from 0 to 1, got {skip}")
@@ -137,25 +150,12 @@ class HVARTokenizerTask(Task):
         named = {f"usage_{k}": share for k, share in enumerate(used_share(counts_KV))}
         return named | {f"perplexity_{k}": worth for k, worth in enumerate(perplexity(counts_KV))}
 
-    def _reconstructed(self, batch: Batch) -> list[Tensor]:
-        """Images in [0, 1] of all sizes, smallest first."""
-        return self.system.decode_sides([*self.system.encode(batch["hq"]).indices], self.system.sides)
-
-    def validation(self, batch: Batch) -> dict[str, Tensor]:
-        """The losses, and metrics of the reconstruction at each size as it would be saved."""
-        wanted = self.system.tokenizer.reduced(to_network(batch["hq"]), self.system.nested)
-        found: dict[str, Tensor] = {}
-        for image, target in zip(self._reconstructed(batch), wanted, strict=True):
-            scores = self.scores(image, from_network(target))
-            found |= {f"{name}_{image.shape[-1]}": value for name, value in scores.items()}
-        return {**self(batch, 0), **found}
-
-    def preview(self, batch: Batch) -> dict[str, Tensor]:
-        """HQ beside its reconstructions, the smaller ones with repeated pixels."""
-        return _shown(self._reconstructed(batch), batch["hq"].shape[-1]) | {"HQ": batch["hq"]}
+    def restored(self, batch: Batch) -> dict[str, Tensor]:
+        """HQ, reconstructed at every size."""
+        return self.at_all_sizes([*self.system.encode(batch["hq"]).indices])
 
 
-class HVARTask(Task):
+class HVARTask(NestedTask):
     """Teacher-forced cross entropy of the photograph's tokens, and preference of them over the degraded image's own.
 
     Both sequences are read in one batch behind the same prefix, and the gradient goes through both.
@@ -213,13 +213,6 @@ class HVARTask(Task):
             parts[f"cross_entropy_{k}"] = loss_BL.detach()[:, tokens].mean()
         return {"loss": loss, **parts}
 
-    def preview(self, batch: Batch) -> dict[str, Tensor]:
+    def restored(self, batch: Batch) -> dict[str, Tensor]:
         """The degraded image restored to all sizes in one pass."""
-        indices = self.system.generate(batch["lq"]).indices
-        shown = _shown(self.system.decode_sides(indices, self.system.sides), batch["hq"].shape[-1])
-        return {"LQ": batch["lq"], **shown, "HQ": batch["hq"]}
-
-
-def _shown(images: Sequence[Tensor], side: int) -> dict[str, Tensor]:
-    """Images of several sizes by their side, enlarged to one by repeating pixels."""
-    return {f"{x.shape[-1]} pixels": F.interpolate(x, size=(side, side), mode="nearest") for x in images}
+        return self.at_all_sizes(self.system.generate(batch["lq"]).indices)

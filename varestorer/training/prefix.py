@@ -39,7 +39,6 @@ class PrefixTask(TeacherTask):
         draws = uniform_per_sample((), self.seed, batch["key"], "prefix drop", batch["lq"].device)
         return self.system.prefix_logits(pyramid, lq_pyramid, text, draws < self.prefix_drop)
 
-    def preview(self, batch: Batch) -> dict[str, Tensor]:
+    def restored(self, batch: Batch) -> dict[str, Tensor]:
         """The degraded image restored scale by scale."""
-        restored = self.system.restore_batch(batch["lq"]).images_B3HW
-        return {"LQ": batch["lq"], "multi-step": restored, "HQ": batch["hq"]}
+        return {"multi-step": self.system.restore_batch(batch["lq"]).images_B3HW}

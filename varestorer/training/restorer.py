@@ -50,7 +50,7 @@ class RestorerTask(Task):
     def forward(self, batch: Batch, step: int) -> dict[str, Tensor]:
         target = to_network(batch["hq"])
         with self.watch("restore"):
-            image = to_network(self._restored(batch))
+            image = to_network(self._clean(batch))
         with self.watch("losses"):
             parts = {"l1": l1_loss(image, target), "mse": mse_loss(image, target)}
             if self.perceptual is not None:
@@ -58,10 +58,10 @@ class RestorerTask(Task):
             weighted = [getattr(self.weights, name) * value for name, value in parts.items()]
         return {"loss": torch.stack(weighted).sum(), **parts}
 
-    def preview(self, batch: Batch) -> dict[str, Tensor]:
-        """The degraded image, what the restorer makes of it, and the photograph."""
-        return {"LQ": batch["lq"], "restorer": self._restored(batch).clamp(0, 1), "HQ": batch["hq"]}
+    def restored(self, batch: Batch) -> dict[str, Tensor]:
+        """What the restorer makes of the degraded image."""
+        return {"restorer": self._clean(batch).clamp(0, 1)}
 
-    def _restored(self, batch: Batch) -> Tensor:
+    def _clean(self, batch: Batch) -> Tensor:
         assert self.system.restorer is not None
         return self.system.restorer(batch["lq"])

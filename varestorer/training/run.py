@@ -19,11 +19,11 @@ import yaml
 from torch import Tensor
 
 import varestorer
-from varestorer.training.loggers import Logger, NullLogger
 from varestorer.training.stopping import StopRequest
 from varestorer.utils.errors import UsageError, UserError, reason
 from varestorer.utils.files import atomic_write
 from varestorer.utils.images import save_image
+from varestorer.utils.loggers import Logger
 from varestorer.weights import storage
 from varestorer.weights.runs import FOLDER
 
@@ -63,7 +63,7 @@ class Run:
         self.run_dir = run_dir
         self.accelerator = accelerator
         self.seed = seed
-        self.logger: Logger = logger or NullLogger()
+        self.logger: Logger = logger or Logger()
         self.stop = StopRequest()
         self.stages: list[str] = []
         self.accept_other_data = False

@@ -2,50 +2,76 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+import logging
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from varestorer.utils.errors import UsageError, reason
 from varestorer.utils.finite import is_finite
 from varestorer.utils.images import to_uint8
+from varestorer.utils.iqa import DATASET_METRICS, METRIC_ERRORS, Metric, MetricUnavailableError, create_metric
 
-if TYPE_CHECKING:
-    from varestorer.utils.iqa import Metric
+LOG = logging.getLogger(__name__)
 
 
 class ImageScores:
-    """Metrics of pyiqa by name, built when they are first asked for.
+    """Metrics of pyiqa by name. One that cannot run here is a warning, once, and has no figures: training goes on.
 
     Args:
-        names: such as `psnr`, `ssim`, `lpips`.
+        names: such as `psnr`, `lpips`, `musiq`.
+        device: where they run.
+        is_main: whether this process warns.
+    Attributes:
+        names: of all that were asked for.
+        metrics: those that run.
+    Raises:
+        UsageError: a name that pyiqa does not know, or a metric of whole folders (FID).
     """
 
-    def __init__(self, names: Sequence[str]) -> None:
-        self.names = tuple(names)
-        self._metrics: dict[tuple[str, torch.device], Metric] = {}
+    def __init__(self, names: Sequence[str] = (), device: torch.device | str = "cpu", is_main: bool = True) -> None:
+        self._level = logging.WARNING if is_main else logging.DEBUG
+        self.names = tuple(dict.fromkeys(names))
+        self.metrics: dict[str, Metric] = {}
+        for name in self.names:
+            if name in DATASET_METRICS:
+                raise UsageError(f"scores={name} compares folders of pictures: leave it to varestorer eval")
+            try:
+                self.metrics[name] = create_metric(name, device=device)
+            except MetricUnavailableError as error:
+                LOG.log(self._level, "training goes on without val/%s: %s", name, error)
 
-    def __call__(self, image_B3HW: Tensor, reference_B3HW: Tensor) -> dict[str, Tensor]:
-        """Means over the batch, in float32 under any autocast: scalars on the images' device; NaN for images with NaN.
+    def __call__(self, images: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+        """Mean of each metric over a batch, in float32 under any autocast; NaN for images with NaN.
 
         Args:
-            image_B3HW: in [0, 1]; rounded to 8 bits first, as when saved.
-            reference_B3HW: the same.
-        Raises:
-            MetricUnavailableError: a metric cannot run here (one line: what is missing).
+            images: what is put behind a metric's name -> (pictures, references), both (B,3,h,w) in [0, 1]; they are
+                rounded to 8 bits first, as when saved.
+        Returns:
+            scalars, such as `psnr` and, of the pictures `_64`, `psnr_64`.
         """
-        if not is_finite(image_B3HW):  # 8 bits would show it as black
-            return {name: image_B3HW.new_full((), torch.nan, dtype=torch.float32) for name in self.names}
-        image, reference = (to_uint8(images).float() / 255 for images in (image_B3HW, reference_B3HW))
-        with torch.autocast(image.device.type, enabled=False):
-            return {name: self._score(name, image, reference) for name in self.names}
+        found: dict[str, Tensor] = {}
+        for suffix, (pictures, references) in images.items():
+            finite = is_finite(pictures)  # 8 bits would show NaN as black
+            pair = [to_uint8(x).float() / 255 for x in (pictures, references)] if finite else []
+            for name in [*self.metrics]:
+                with torch.autocast(pictures.device.type, enabled=False):
+                    score = self._score(name, *pair) if finite else torch.tensor(torch.nan)
+                if score is not None:
+                    found[f"{name}{suffix}"] = score
+        return found
 
-    def _score(self, name: str, image_B3HW: Tensor, reference_B3HW: Tensor) -> Tensor:
-        from varestorer.utils.iqa import create_metric
+    def name_of(self, key: str) -> str | None:
+        """The metric asked for whose figure is called `psnr`, or `psnr_64`; None if there is none."""
+        return next((name for name in (key, key.rpartition("_")[0]) if name in self.names), None)
 
-        key = name, image_B3HW.device
-        if key not in self._metrics:
-            self._metrics[key] = create_metric(name, device=image_B3HW.device)
+    def _score(self, name: str, image_B3HW: Tensor, reference_B3HW: Tensor) -> Tensor | None:
+        """None, and the metric is given up, where it does not take these images."""
         pairs = zip(image_B3HW.split(1), reference_B3HW.split(1), strict=True)
-        return torch.cat([self._metrics[key](*pair) for pair in pairs]).mean().float().to(image_B3HW.device)
+        try:
+            return torch.cat([self.metrics[name](*pair) for pair in pairs]).mean().float()
+        except METRIC_ERRORS as error:
+            LOG.log(self._level, "training goes on without val/%s: %s", name, reason(error))
+            del self.metrics[name]
+            return None

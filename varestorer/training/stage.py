@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from varestorer.training.checkpoint import Checkpointer, Score, Trained
-from varestorer.training.config import Sharding, TrainerConfig
+from varestorer.training.config import Best, Sharding, TrainerConfig
 from varestorer.training.ema import Ema
 from varestorer.training.meter import Meter
 from varestorer.training.optimisers import (
@@ -28,12 +28,14 @@ from varestorer.training.parallel import added_up_later, shard, together
 from varestorer.training.precision import keep_base_in
 from varestorer.training.rng import seed_everything
 from varestorer.training.run import NONFINITE, Run
+from varestorer.training.scores import ImageScores
 from varestorer.training.stopping import StoppedError
 from varestorer.training.task import Batch, Task, to_device
 from varestorer.utils.errors import UsageError, UserError
 from varestorer.weights import storage
 
 LOG = logging.getLogger(__name__)
+VALIDATION = "val/"  # in front of keys that are of held-out pairs
 NAMES_SHOWN = 16  # file names of a bad batch in its error message
 
 
@@ -67,6 +69,9 @@ class Stage:
     trained: Trained
     checkpointer: Checkpointer
     meter: Meter
+    scores: ImageScores
+    keys: tuple[str, ...] = ()  # of the last line of metrics
+    pictured: int = 0  # last step with pictures
 
     @classmethod
     def start(
@@ -76,6 +81,7 @@ class Stage:
         factory: OptimizerFactory,
         run: Run,
         data: Mapping[str, str] | None = None,
+        scores: ImageScores | None = None,
     ) -> Stage:
         """Prepare a task and, if the run has a checkpoint of its stage, go on from that; `data`: see `Checkpointer`."""
         accelerator = run.accelerator
@@ -100,7 +106,7 @@ class Stage:
         checkpointer.restore(trained)
         run.rewind(task.name, trained.step)
         meter = Meter(accelerator.device, cfg.batch_size, cfg.accumulate)
-        return cls(task, model, cfg, run, trained, checkpointer, meter)
+        return cls(task, model, cfg, run, trained, checkpointer, meter, scores or ImageScores())
 
     def backward(self, batches: Iterator[Mapping[str, Any]], step: int) -> Gradients:
         """Gradients of one optimiser step, clipped; losses are means over micro-batches and processes."""
@@ -159,7 +165,8 @@ class Stage:
         speed = self.meter.end()
         step, skipped = self.trained.step, bool(self.trained.skipped)
         self.run.log(self.task.name, step, values, lr, gradients.norm, skipped=skipped, speed=speed)
-        self._check_keep_best([*values, "grad_norm"])
+        self.keys = (*values, "grad_norm")
+        self._check_keep_best()
 
     def due(self, every: int) -> bool:
         """Whether something is to be done after this step: every so many (0: never), and at the end of the stage."""
@@ -167,18 +174,22 @@ class Stage:
         return step == self.cfg.max_steps or (every > 0 and step % every == 0)
 
     def save_preview(self, batch: Mapping[str, Any]) -> None:
-        """Save pictures made with the averaged weights; training goes on as if nothing had happened."""
-        with self._at_rest():
-            columns = self.task.preview(self._to_device(batch))
-        self.run.save_samples(self.task.name, self.trained.step, columns)
+        """Save pictures made with the averaged weights, unless a validation of this step did."""
+        if self.pictured != self.trained.step:
+            with self._at_rest():
+                on_device = self._to_device(batch)
+                self._save_pictures(on_device, self.task.restored(on_device))
 
     def save(self) -> Path:
         """Write a checkpoint; returns its folder."""
         cfg, trained, score = self.cfg, self.trained, None
         if cfg.keep_best is not None:
             since = trained.step - cfg.checkpoint_every
-            mean = self.run.mean_since(self.task.name, since, cfg.keep_best)
-            score = Score(cfg.keep_best, str(cfg.keep_best_mode), mean)
+            key, mode = self._best_key(cfg.keep_best), cfg.keep_best_mode
+            if mode is Best.auto:
+                metric = self.scores.metrics.get(self.scores.name_of(key.removeprefix(VALIDATION)) or "")
+                mode = Best.min if metric is None or metric.lower_is_better else Best.max
+            score = Score(key, str(mode), self.run.mean_since(self.task.name, since, key))
         self.run.sync_metrics()
         keys = ("max_steps", "warmup_steps", "schedule", "final_lr_ratio", "batch_size")
         schedule = {key: getattr(cfg, key) for key in keys}
@@ -204,25 +215,47 @@ class Stage:
         saved = "nothing new to save" if folder is None else f"saved {folder}"
         raise StoppedError(f"stopped by {names} after {place}: {saved}")
 
-    def _check_keep_best(self, known: list[str]) -> None:
-        wanted = self.cfg.keep_best
-        validated = any(key.startswith("val_") for key in known)
-        awaited = wanted is not None and wanted.startswith("val_") and self.cfg.validate_every and not validated
-        if not awaited and wanted not in (None, *known):
+    def _best_key(self, wanted: str) -> str:
+        """The key of `metrics.jsonl` that `keep_best` names: `musiq` is `val/musiq`."""
+        is_score = wanted not in self.keys and self.scores.name_of(wanted) is not None
+        return f"{VALIDATION}{wanted}" if is_score else wanted
+
+    def _check_keep_best(self) -> None:
+        cfg, known = self.cfg, self.keys
+        key = None if cfg.keep_best is None else self._best_key(cfg.keep_best)
+        if key is None or key in known:
+            return
+        # what is validated comes later, and a score that cannot run here was warned of
+        validated = any(name.startswith(VALIDATION) for name in known)
+        score = self.scores.name_of(key.removeprefix(VALIDATION))
+        awaited = not validated or (score is not None and score not in self.scores.metrics)
+        if not (cfg.validate_every and key.startswith(VALIDATION) and awaited):
             raise UsageError(
-                f"stage {self.task.name} has no trainer.keep_best={wanted}; it has {', '.join(known)}"
-                + ("" if self.cfg.validate_every else ", and val_loss and the like with trainer.validate_every=N")
+                f"stage {self.task.name} has no trainer.keep_best={cfg.keep_best}; it has {', '.join(known)}"
+                + ("" if cfg.validate_every else ", and val/loss, scores and the like with trainer.validate_every=N")
             )
 
     def _validate(self, batches: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-        """Means over held-out batches, with the averaged weights, as `val_<part>`."""
+        """Means over held-out batches, with the averaged weights, as `val/<part>`: of the losses with the true coarser
+        codes, and of the scores of pictures restored without them. Shows those of the first batch.
+        """
         totals: dict[str, float] = {}
         count = sum(len(batch["name"]) for batch in batches)
         with self._at_rest():
-            for batch in batches:
-                for key, value in self.task.validation(self._to_device(batch)).items():
-                    totals[f"val_{key}"] = totals.get(f"val_{key}", 0.0) + float(value) * len(batch["name"]) / count
+            for number, batch in enumerate(batches):
+                on_device = self._to_device(batch)
+                restored = self.task.restored(on_device)
+                if number == 0:
+                    self._save_pictures(on_device, restored)
+                scores = self.scores(self.task.compared(on_device, restored))
+                for name, value in (self.task(on_device, 0) | scores).items():
+                    key = f"{VALIDATION}{name}"
+                    totals[key] = totals.get(key, 0.0) + float(value) * len(batch["name"]) / count
         return totals
+
+    def _save_pictures(self, batch: Batch, restored: Mapping[str, Tensor]) -> None:
+        self.run.save_samples(self.task.name, self.trained.step, self.task.preview(batch, restored))
+        self.pictured = self.trained.step
 
     def _nonfinite(self, gradients: Gradients) -> str | None:
         """What is not finite, in words."""

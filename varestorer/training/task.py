@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import interpolate
 
 from varestorer.transformer.model import UNDECAYED
 
@@ -43,11 +44,13 @@ class Task(nn.Module, ABC):
     Attributes:
         name: of the stage; the run's config sets it (`stages: {name: ...}`).
         takes_any_size: whether images need not have the system's `tile`.
+        shows_lq: whether pictures are made of the degraded images, which then stand beside them.
         watch: opened around each part of `forward`; it does nothing unless somebody measures.
     """
 
     name: str = "task"
     takes_any_size = False
+    shows_lq = True
     watch: Watch = nullcontext
 
     @abstractmethod
@@ -64,20 +67,34 @@ class Task(nn.Module, ABC):
         """
 
     @abstractmethod
-    def preview(self, batch: Batch) -> dict[str, Tensor]:
-        """Pictures for the eye, drawn without gradients, in eval mode and with the EMA weights.
+    def restored(self, batch: Batch) -> dict[str, Tensor]:
+        """What the stage makes of held-out pairs as it will be used, free-running: no true codes are shown to it.
+
+        Drawn without gradients, in eval mode and with the EMA weights; for the eye and for the scores.
 
         Returns:
-            columns in order, such as `{"LQ": ..., "output": ..., "HQ": ...}`, each (B,3,H,W) in [0, 1].
+            headings and pictures, each (B,3,h,w) in [0, 1]; sides differ where several sizes are made.
         """
 
-    def validation(self, batch: Batch) -> dict[str, Tensor]:
-        """Scores of held-out pairs, taken without gradients, in eval mode and with the EMA weights.
+    def compared(self, batch: Batch, restored: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+        """The restored pictures with what they should be, for the scores.
 
         Returns:
-            scalars, means over the samples: by default the losses of `forward`.
+            what is put behind the names of the scores -> (pictures, references); none where there is no right answer.
         """
-        return self(batch, 0)
+        (picture,) = restored.values()
+        return {"": (picture, batch["hq"])}
+
+    def preview(self, batch: Batch, restored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Pictures for the eye.
+
+        Returns:
+            columns in order, such as `{"LQ": ..., "student": ..., "HQ": ...}`, each (B,3,H,W) in [0, 1]; smaller
+            pictures are enlarged by repeating pixels.
+        """
+        size = batch["hq"].shape[-2:]
+        shown = {name: interpolate(picture, size=size, mode="nearest") for name, picture in restored.items()}
+        return {**({"LQ": batch["lq"]} if self.shows_lq else {}), **shown, "HQ": batch["hq"]}
 
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
         """What trains, by the name it has in checkpoints.

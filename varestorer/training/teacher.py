@@ -116,7 +116,6 @@ class TeacherTask(Task):
 
         return corrupt
 
-    def preview(self, batch: Batch) -> dict[str, Tensor]:
+    def restored(self, batch: Batch) -> dict[str, Tensor]:
         """The teacher going on from the coarse scales of the degraded image."""
-        restored = self.system.restore_batch(batch["lq"], steps="multi").images_B3HW
-        return {"LQ": batch["lq"], "multi-step": restored, "HQ": batch["hq"]}
+        return {"multi-step": self.system.restore_batch(batch["lq"], steps="multi").images_B3HW}

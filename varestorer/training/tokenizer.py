@@ -13,7 +13,6 @@ from varestorer.losses.pixel import l1_loss, mse_loss
 from varestorer.systems.base import System
 from varestorer.tokenizer.quantizer import TokenPyramid, code_counts, perplexity, used_share, vq_losses
 from varestorer.training.adversary import Adversarial, Adversary
-from varestorer.training.scores import ImageScores
 from varestorer.training.task import Batch, Task, train_only
 from varestorer.utils.images import to_network
 from varestorer.utils.seeds import numpy_generator
@@ -56,11 +55,12 @@ class TokenizerTask(Task):
         continuous_steps: first steps without quantisation; the network learns to reconstruct before it has to spend
             its features on bits.
         adversarial: arguments of `adversary.Adversarial`.
-        scores: metrics of pyiqa that `validation` gives of the reconstruction.
         scale_drop: share of steps that decode the sum of the first scales alone, of a random number of them.
         log_each_bit: report the usage of every bit, not of the scales alone.
         seed: of the discriminator's first weights.
     """
+
+    shows_lq = False
 
     def __init__(
         self,
@@ -69,7 +69,6 @@ class TokenizerTask(Task):
         perceptual: str = "ms_ssim",
         continuous_steps: int = 0,
         adversarial: dict[str, float | int] | None = None,
-        scores: Sequence[str] = ("psnr", "ssim"),
         scale_drop: float = 0.0,
         log_each_bit: bool = False,
         seed: int = 0,
@@ -81,7 +80,6 @@ class TokenizerTask(Task):
         self.continuous_steps = continuous_steps
         options = Adversarial(**(adversarial or {}))  # type: ignore[arg-type]
         self.adversary = Adversary(options, seed) if options.weight else None
-        self.scores = ImageScores(scores)
         self.log_each_bit = log_each_bit
         self.scale_drop, self.seed = scale_drop, seed
         trained = [system.tokenizer] if self.adversary is None else [system.tokenizer, self.adversary]
@@ -143,14 +141,9 @@ class TokenizerTask(Task):
             named |= {f"bit_{z}": usage for z, usage in enumerate(usage_KZ.mean(dim=0))}
         return {"bit_usage": usage_KZ.mean(), **named}
 
-    def validation(self, batch: Batch) -> dict[str, Tensor]:
-        """The losses, and metrics of the reconstruction as it would be saved."""
-        image = self.system.decode(self.system.encode(batch["hq"]).codes)
-        return {**self(batch, 0), **self.scores(image, batch["hq"])}
-
-    def preview(self, batch: Batch) -> dict[str, Tensor]:
-        """HQ beside its reconstruction through the bits."""
-        return {"tokenizer": self.system.decode(self.system.encode(batch["hq"]).codes), "HQ": batch["hq"]}
+    def restored(self, batch: Batch) -> dict[str, Tensor]:
+        """HQ, reconstructed through the bits."""
+        return {"tokenizer": self.system.decode(self.system.encode(batch["hq"]).codes)}
 
 
 def bit_usage(bits_per_scale: Sequence[Tensor]) -> Tensor:

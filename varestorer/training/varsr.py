@@ -6,7 +6,7 @@ prefix.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,6 @@ from varestorer.systems.base import Request
 from varestorer.systems.varsr import GOOD, VARSR
 from varestorer.tokenizer import TokenPyramid
 from varestorer.tokenizer.quantizer import to_map, to_tokens
-from varestorer.training.scores import ImageScores
 from varestorer.training.task import Batch, Task, train_only
 from varestorer.transformer import ClassLabels
 from varestorer.transformer.drop_path import branch_factors, dropped_paths
@@ -49,8 +48,6 @@ class VARSRTask(Task):
         drop_path: probability with which a sample leaves out each branch of the last block, growing linearly from 0 in
             the first (published: 0.1).
         class_drop: share of classes replaced by the last one, which stands for none (class to image alone).
-        scores: metrics of pyiqa that `validation` gives of pictures restored freely, without the true coarser codes:
-            the accuracy of the codes alone says little of them.
         checkpoint_activations: compute the blocks again in the backward pass, for less memory.
         seed: of what is drawn.
 
@@ -64,7 +61,6 @@ class VARSRTask(Task):
         weights: dict[str, float] | None = None,
         drop_path: float = 0.1,
         class_drop: float = 0.0,
-        scores: Sequence[str] = ("psnr", "ssim"),
         checkpoint_activations: bool = False,
         seed: int = 0,
     ) -> None:
@@ -77,7 +73,7 @@ class VARSRTask(Task):
                 raise UserError(f"{name} must be from 0 to 1, got {getattr(self, name)}")
         if class_drop and system.prefix_encoder is not None:
             raise UserError("class_drop is for models of classes: here the last class stands for bad quality")
-        self.scores = ImageScores(scores if system.prefix_encoder is not None else ())
+        self.shows_lq = system.prefix_encoder is not None
         system.transformer.checkpoint_activations = checkpoint_activations
         has_refiner = system.refiner is not None and self.weights.diffusion > 0
         parts: list[nn.Module | None] = [system.transformer, system.prefix_encoder]
@@ -152,22 +148,14 @@ class VARSRTask(Task):
         draws = uniform_per_sample(shape, self.seed, keys, f"drop path/{step}", self.system.device)
         return branch_factors(draws, self.drop_path)
 
-    def validation(self, batch: Batch) -> dict[str, Tensor]:
-        """The losses with the true coarser codes, and `free_*`: scores of pictures restored without them."""
-        losses = self(batch, 0)
-        if not self.scores.names:
-            return losses
-        found = self.scores(self._restored(batch), batch["hq"])
-        return losses | {f"free_{name}": value for name, value in found.items()}
-
-    def preview(self, batch: Batch) -> dict[str, Tensor]:
+    def restored(self, batch: Batch) -> dict[str, Tensor]:
         """Restored freely; or pictures of the batch's classes."""
-        if self.system.prefix_encoder is not None:
-            return {"LQ": batch["lq"], "restored": self._restored(batch), "HQ": batch["hq"]}
-        classes = self._labels(batch, 0).tolist()
-        return {"of its class": self.system.make(classes, self.seed).images_B3HW, "HQ": batch["hq"]}
-
-    def _restored(self, batch: Batch) -> Tensor:
+        if not self.shows_lq:
+            return {"of its class": self.system.make(self._labels(batch, 0).tolist(), self.seed).images_B3HW}
         request = self.system.accept(Request(seed=self.seed), uncertainty=False)
         numbers = [int(key) for key in batch["key"]]
-        return self.system.restore_squares(batch["lq"], numbers, request).images_B3HW
+        return {"restored": self.system.restore_squares(batch["lq"], numbers, request).images_B3HW}
+
+    def compared(self, batch: Batch, restored: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+        """A picture of a class need not be that of the batch."""
+        return super().compared(batch, restored) if self.shows_lq else {}

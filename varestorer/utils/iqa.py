@@ -274,9 +274,16 @@ def _given_weights(name: str, folder: str | Path | None) -> dict[str, Path]:
 
 @cache
 def _pyiqa() -> Any:
-    """Import pyiqa without its chatter."""
-    with quiet():
-        import pyiqa
+    """Import pyiqa without its chatter.
+
+    Raises:
+        MetricUnavailableError: it is not installed: training and restoring do without.
+    """
+    try:
+        with quiet():
+            import pyiqa
+    except ImportError as error:
+        raise MetricUnavailableError(f"metrics need pyiqa (pip install pyiqa): {reason(error)}") from error
     logging.getLogger("pyiqa").setLevel(logging.WARNING)
     return pyiqa
 

@@ -12,6 +12,7 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
+from varestorer.evaluation.logged import log_evaluation
 from varestorer.evaluation.outputs import (
     MAX_PICTURES,
     comparison_table,
@@ -25,9 +26,9 @@ from varestorer.evaluation.outputs import (
 from varestorer.evaluation.pictures import detailed_crops
 from varestorer.evaluation.results import Evaluation, Row
 from varestorer.evaluation.tables import TableRow
-from varestorer.evaluation.wandb_log import log_to_wandb
 from varestorer.utils.images import resize, save_image
 from varestorer.utils.iqa import Metric, metric_config
+from varestorer.utils.loggers import WandbLogger, open_loggers, open_wandb
 
 LOWER = {"psnr": False, "lpips": True, "niqe": True, "musiq": False}
 
@@ -207,7 +208,7 @@ def test_report_leaves_out_what_has_nothing_to_show(tmp_path: Path, caplog: pyte
     assert "no gallery.html" in caplog.text and "no scatter.png" in caplog.text
 
 
-def test_wandb_gets_means_and_images(scored: tuple[Row, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_gets_means_and_images(scored: tuple[Row, ...]) -> None:
     logged: dict[str, object] = {}
 
     class Run:
@@ -217,8 +218,7 @@ def test_wandb_gets_means_and_images(scored: tuple[Row, ...], tmp_path: Path, mo
         def finish(self) -> None:
             logged["finished"] = True
 
-    monkeypatch.setattr("varestorer.evaluation.wandb_log.open_wandb_run", lambda folder, config: Run())
-    assert log_to_wandb(evaluation(scored, "psnr"), tmp_path / "out", "ours", {})
+    log_evaluation(evaluation(scored, "psnr"), "ours", WandbLogger(Run()))
     table = logged.pop("eval/realsr/images")
     assert logged == {"eval/realsr/psnr": 20.5, "finished": True}
     assert table.columns == ["image", "LQ", "ours", "HQ", "psnr"]  # type: ignore[attr-defined]
@@ -229,5 +229,5 @@ def test_evaluation_goes_on_when_wandb_cannot_start(
     scored: tuple[Row, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "nonsense")
-    assert not log_to_wandb(evaluation(scored, "psnr"), tmp_path / "out", "ours", {})
+    log_evaluation(evaluation(scored, "psnr"), "ours", open_loggers({"wandb": open_wandb}, tmp_path / "out", {}))
     assert "wandb could not start" in caplog.text

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_sizes import HVAR_SIZES
 
 from varestorer.losses.preference import log_likelihood, preference_loss
 from varestorer.systems.hvar import HVAR, VAR_SIDES, enlarged_grid, start_from_var
@@ -19,30 +20,12 @@ from varestorer.utils.seeds import torch_generator
 from varestorer.utils.tiling import restore_tiled, restore_to_sizes
 from varestorer.weights.published.varsr import to_published_varsr
 
-SIZES: dict[str, Any] = {
-    "schedule": {"sides": [1, 2, 3, 4, 6, 8], "targets": [2, 4, 8]},
-    "tokenizer": {
-        "channels": 32,
-        "multipliers": [1, 1],
-        "latent_width": 8,
-        "num_encoder_blocks": 1,
-        "num_decoder_blocks": 1,
-        "patch_size": 2,
-        "vocabulary": 32,
-        "use_attention": True,
-        "use_quant_conv": True,
-        "num_phi": 4,
-        "enlarge": "bicubic",
-        "shrink": "area",
-    },
-    "transformer": {"width": 32, "depth": 2, "num_heads": 2, "gamma_init": 1.0},
-}
 READINGS = ("tokens", "sum", "none")
 
 
 def tiny(reuse: str = "tokens") -> HVAR:
     """Random weights whose codes and heads are not idle, so that differences show."""
-    system = HVAR(**{**SIZES, "tokenizer": SIZES["tokenizer"] | {"reuse": reuse}})
+    system = HVAR(**{**HVAR_SIZES, "tokenizer": HVAR_SIZES["tokenizer"] | {"reuse": reuse}})
     generator = torch_generator(0, "test")
     with torch.no_grad():
         system.tokenizer.quantizer.codebook.entries.normal_(std=0.3, generator=generator)
@@ -167,7 +150,7 @@ def published_var() -> dict[str, torch.Tensor]:
 def test_the_start_from_var(tmp_path: Path) -> None:
     var = published_var()
     torch.save(var, tmp_path / "var.pth")
-    system = HVAR(**SIZES, weights={"transformer": str(tmp_path / "var.pth")})
+    system = HVAR(**HVAR_SIZES, weights={"transformer": str(tmp_path / "var.pth")})
     ours = system.transformer
     assert torch.equal(ours.head.weight, var["head.weight"])
     assert torch.equal(ours.condition.embedding.weight, var["class_emb.weight"][4:])

@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_hvar import SIZES as HVAR_SIZES
-from test_varsr import SIZES as VARSR_SIZES
+from tiny_sizes import HVAR_SIZES, VARSR_SIZES
 
 from varestorer import systems
 from varestorer.systems.hvar import HVAR

@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_hvar import SIZES as HVAR_SIZES
-from test_varsr import SIZES as VARSR_SIZES
+from tiny_sizes import HVAR_SIZES, VARSR_SIZES
 
 from varestorer.systems import SYSTEMS, load, system_class
 from varestorer.systems.hvar import HVAR

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_training_fit import ADAMW, config, metrics, train
-from toy_training import KilledError, ToyPairs, ToySystem, ToyTask
+from toy_training import ADAMW, KilledError, ToyPairs, ToySystem, ToyTask, config, metrics, train
 
 from varestorer.training.checkpoint import Checkpointer, save_initial
 from varestorer.training.config import Best
@@ -162,10 +161,10 @@ def test_a_kill_between_saving_and_naming_the_last_checkpoint_is_made_good(tmp_p
 
 
 def test_the_best_of_a_metric_nobody_has_is_refused_at_the_first_step(tmp_path: Path):
-    with pytest.raises(UsageError, match="no trainer.keep_best=psnr; it has loss, mse, l1, grad_norm, and val_loss"):
+    with pytest.raises(UsageError, match="no trainer.keep_best=psnr; it has loss, mse, l1, grad_norm, and val/loss"):
         train(tmp_path, config(keep_best="psnr"))
-    with pytest.raises(UsageError, match="no trainer.keep_best=val_mse"):
-        train(tmp_path / "other", config(keep_best="val_mse"))
+    with pytest.raises(UsageError, match="no trainer.keep_best=val/mse"):
+        train(tmp_path / "other", config(keep_best="val/mse"))
 
 
 @contextmanager

@@ -82,7 +82,7 @@ def test_unknown_layers_are_refused() -> None:
 @torch.no_grad()
 def test_held_out_pictures_are_compared_whole_and_without_noise(tiny_system: VARestorer) -> None:
     task = task_of(tiny_system, straight_through={"gumbel": True}, condition_drop=1.0, tiles=[16, 32]).eval()
-    scores = task.validation(batch_of(0, 1))
+    scores = task(batch_of(0, 1), 0)
     restored = tiny_system.restore_batch(batch_of(0, 1)["lq"]).images_B3HW
     assert scores["mse"].item() == pytest.approx(4 * (restored - batch_of(0, 1)["hq"]).square().mean().item(), abs=1e-5)
 

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,45 +15,22 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from torch.utils.data import get_worker_info
-from toy_training import KilledError, ToyPairs, ToySystem, ToyTask
+from toy_training import ADAMW, KilledError, ToyPairs, ToySystem, ToyTask, config, metrics, train
 
 from varestorer.data import PhotoCrops
 from varestorer.data import workers as data_workers
 from varestorer.data.loader import collate
 from varestorer.training import meter
-from varestorer.training.config import Precision, TrainerConfig
+from varestorer.training.config import Precision
 from varestorer.training.ema import Ema
 from varestorer.training.fit import fit, make_accelerator
-from varestorer.training.loggers import NullLogger
 from varestorer.training.optimisers import build_optimizer
 from varestorer.training.run import Run
 from varestorer.training.stopping import StoppedError, StopRequest, leave_signals_to_parent
 from varestorer.utils.errors import UserError
 from varestorer.utils.images import save_image
+from varestorer.utils.loggers import Logger
 from varestorer.weights.runs import load_ema
-
-ADAMW = partial(torch.optim.AdamW, lr=0.02, betas=(0.9, 0.95), weight_decay=0.1)
-
-
-def config(**changes) -> TrainerConfig:
-    values = {"max_steps": 8, "batch_size": 4, "num_workers": 0, "checkpoint_every": 3, "sample_every": 0}
-    return TrainerConfig(**{**values, "warmup_steps": 2, "ema_decay": 0.9, **changes})
-
-
-def train(folder: Path, cfg: TrainerConfig, preview: bool = False, **task_options) -> ToySystem:
-    """One stage of a run in `folder`, from the same start every time."""
-    torch.manual_seed(5)
-    system = ToySystem()
-    task = ToyTask(system, **task_options)
-    task.name = "toy"
-    batch = collate([ToyPairs(9)[n] for n in range(2)]) if preview else None
-    fit(task, ToyPairs(), cfg, ADAMW, Run(folder, make_accelerator("cpu"), seed=1), preview=batch)
-    return system
-
-
-def metrics(folder: Path) -> list[dict]:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
 
 
 def test_metrics_have_the_agreed_form(tmp_path: Path):
@@ -270,7 +246,7 @@ def test_speed_memory_and_utilisation_are_measured(tmp_path: Path, monkeypatch):
     assert [line["loss"] for line in metrics(plain)] == [line["loss"] for line in metrics(tmp_path)]
 
 
-class KeptNumbers(NullLogger):
+class KeptNumbers(Logger):
     """A logger that keeps what it is told."""
 
     def __init__(self) -> None:
@@ -371,13 +347,13 @@ def test_validation_scores_the_averages_on_held_out_pairs_and_changes_nothing(tm
     cfg = config(validate_every=3)
     fit(task, ToyPairs(), cfg, ADAMW, Run(tmp_path / "with", make_accelerator("cpu"), seed=1), validation=held_out)
     lines = metrics(tmp_path / "with")
-    assert [line["step"] for line in lines if "val_mse" in line] == [3, 6, 8]
-    plain = [{key: value for key, value in line.items() if not key.startswith("val_")} for line in lines]
+    assert [line["step"] for line in lines if "val/mse" in line] == [3, 6, 8]
+    plain = [{key: value for key, value in line.items() if not key.startswith("val/")} for line in lines]
     assert plain == metrics(tmp_path / "without")
     batch = collate([ToyPairs(9)[n] for n in range(4)])
     with torch.no_grad():
         expected = (system(batch["lq"]) - batch["hq"]).square().mean().item()
-    assert lines[-1]["val_mse"] == pytest.approx(expected)
+    assert lines[-1]["val/mse"] == pytest.approx(expected)
 
 
 def test_non_finite_gradient_names_the_parameter(tmp_path: Path):

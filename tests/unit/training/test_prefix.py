@@ -94,7 +94,7 @@ def test_the_stage_trains_adapters_and_restores(prefixed: VARestorer, tiny_syste
         f"system.{name}" for name in task.trainable_parameters()
     }
     assert all(".lora_" in name for name in task.trainable_parameters())
-    assert task.preview(batch)["multi-step"].shape == (2, 3, 32, 32)
+    assert task.restored(batch)["multi-step"].shape == (2, 3, 32, 32)
     assert prefixed.restore(photo(6)[0], 2).image.shape == (3, 64, 64)
     with pytest.raises(UserError, match="conditioning=prefix"):
         PrefixTask(tiny_system)

@@ -2,7 +2,9 @@
 
 import json
 import logging
+import os
 import struct
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -12,9 +14,17 @@ import torch
 import yaml
 
 from varestorer.training.fit import make_accelerator
-from varestorer.training.loggers import NullLogger, WandbLogger, open_wandb
 from varestorer.training.run import Run, choose_run_dir, environment, kept_lines
 from varestorer.utils.errors import UsageError
+from varestorer.utils.loggers import (
+    Logger,
+    Loggers,
+    WandbLogger,
+    open_loggers,
+    open_tensorboard,
+    open_trackio,
+    open_wandb,
+)
 
 
 def make_run(folder: Path, finished: bool = False) -> Path:
@@ -114,7 +124,7 @@ def test_a_run_goes_on_without_wandb(tmp_path: Path, monkeypatch, caplog, reason
 
         monkeypatch.setattr(wandb, "init", refuse)
     with caplog.at_level(logging.WARNING):
-        assert isinstance(open_wandb(tmp_path, {}), NullLogger)
+        assert open_loggers({"wandb": open_wandb}, tmp_path, {}).loggers == []  # type: ignore[attr-defined]
     assert "wandb could not start" in caplog.text
 
 
@@ -208,3 +218,60 @@ def test_wandb_goes_on_with_the_id_of_the_folder_and_sends_no_checkpoints_unaske
         ids += [record.run.run_id for record in records if record.HasField("run")]
         assert not artifacts(records)
     assert ids[0] == ids[1]
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "trackio"])
+def test_a_logger_that_is_not_installed_is_one_line_with_the_remedy(tmp_path: Path, monkeypatch, caplog, name: str):
+    module = {"tensorboard": "torch.utils.tensorboard", "trackio": "trackio"}[name]
+    monkeypatch.setitem(sys.modules, module, None)
+    factory = {"tensorboard": open_tensorboard, "trackio": open_trackio}[name]
+    with caplog.at_level(logging.WARNING):
+        opened = open_loggers({name: factory}, tmp_path, {})
+    opened.log_metrics("student", 1, {"loss": 1.0})
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert f"pip install {name}" in line and "\n" not in line
+
+
+def log_all(run_dir: Path, opened: Logger) -> None:
+    run = Run(run_dir, make_accelerator("cpu"), logger=opened)
+    run.log("student", 1, {"loss": 0.5, "val/musiq": 61.0}, lr=0.1, grad_norm=2.0)
+    run.save_samples("student", 1, {"LQ": torch.rand(1, 3, 4, 4)})
+    opened.log_metrics("eval/realsr", None, {"musiq": 62.0, "clipiqa": 0.5})
+    picture = next((run_dir / "samples").iterdir())
+    opened.log_table("eval/realsr", ["image", "HQ", "musiq"], [["a", picture, 62.0], ["b", None, None]])
+    opened.finish()
+
+
+def test_several_loggers_get_the_same_figures_under_the_same_names(tmp_path: Path, offline: None):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    opened = open_loggers({"wandb": open_wandb, "tensorboard": open_tensorboard}, tmp_path, {"seed": 1})
+    assert isinstance(opened, Loggers)
+    log_all(tmp_path, opened)
+    wanted = {"student/val/musiq": 61.0, "eval/realsr/musiq": 62.0, "eval/realsr/clipiqa": 0.5}
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    in_wandb = {key: value for row in history(wandb_records(tmp_path)) for key, value in row.items()}
+    for key, value in wanted.items():
+        assert [event.value for event in events.Scalars(key)] == [value]
+        assert in_wandb[key] == value
+    assert {"student/samples", "eval/realsr/images/HQ"} == {*events.Tags()["images"]}
+
+
+def test_trackio_keeps_figures_and_pictures(tmp_path: Path, monkeypatch):
+    """In a process of its own: Trackio reads its folder when it is imported."""
+    pytest.importorskip("trackio")
+    code = f"""
+from pathlib import Path
+from test_training_run import log_all, open_loggers, open_trackio
+from trackio.sqlite_storage import SQLiteStorage
+folder = Path({str(tmp_path)!r}) / "exp" / "run"
+log_all(folder, open_loggers({{"trackio": open_trackio}}, folder, {{"seed": 1}}))
+logs = SQLiteStorage.get_logs("varestorer", "exp/run")
+for key, value in {{"student/val/musiq": 61.0, "eval/realsr/musiq": 62.0, "eval/realsr/clipiqa": 0.5}}.items():
+    assert [line[key] for line in logs if key in line] == [value], key
+"""
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, sys.path)))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert list((tmp_path / "trackio").rglob("*.png"))

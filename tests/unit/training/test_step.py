@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_training_fit import config, metrics
 from torch import Tensor
-from toy_training import ToyPairs, ToySystem, ToyTask
+from toy_training import ToyPairs, ToySystem, ToyTask, config, metrics
 
 from varestorer.data.loader import collate
 from varestorer.training.config import Schedule, TrainerConfig
@@ -93,7 +92,7 @@ def test_held_out_batches_of_unequal_size_count_by_their_pictures(tmp_path: Path
     train(
         tmp_path / "one", plain(validate_every=1, max_steps=1), validation=[collate([ToyPairs(9)[n] for n in range(4)])]
     )
-    two, one = (metrics(tmp_path / name)[0]["val_mse"] for name in ("two", "one"))
+    two, one = (metrics(tmp_path / name)[0]["val/mse"] for name in ("two", "one"))
     assert two == pytest.approx(one, rel=1e-5)
 
 

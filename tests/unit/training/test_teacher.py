@@ -76,7 +76,7 @@ def test_nothing_is_dropped_or_flipped_on_held_out_pictures(tiny_system: VAResto
     noisy = TeacherTask(tiny_system, flip_strength=1.0, condition_drop=1.0, drop_path=1.0).eval()
     plain = TeacherTask(tiny_system, flip_strength=0.0, condition_drop=0.0)
     batch = batch_of(0, 1)
-    scores, expected = noisy.validation(batch), plain(batch, 1)
+    scores, expected = noisy(batch, 0), plain(batch, 1)
     assert scores.keys() == expected.keys()
     assert all(torch.equal(scores[name], expected[name]) for name in scores)
     assert not torch.equal(noisy.train()(batch, 1)["loss"], expected["loss"])
@@ -84,7 +84,7 @@ def test_nothing_is_dropped_or_flipped_on_held_out_pictures(tiny_system: VAResto
 
 @torch.no_grad()
 def test_scores_of_scales_add_up(tiny_system: VARestorer) -> None:
-    scores = TeacherTask(tiny_system).eval().validation(batch_of(0, 1))
+    scores = TeacherTask(tiny_system).eval()(batch_of(0, 1), 0)
     tokens = torch.tensor([1.0, 4.0, 16.0]) / 21
     for name in ("cross_entropy", "accuracy"):
         of_scales = torch.stack([scores[f"{name}_{k}"] for k in range(3)])
@@ -102,7 +102,7 @@ def test_the_prefix_is_seen_by_all_on_held_out_pictures(tiny_system: VARestorer)
     dropping, showing = (PrefixTask(system, prefix_drop=share, flip_strength=0.0) for share in (1.0, 0.0))
     with torch.no_grad():
         assert dropping(batch_of(0), 1)["loss"] != showing(batch_of(0), 1)["loss"]
-        assert dropping.eval().validation(batch_of(0))["loss"] == showing.eval().validation(batch_of(0))["loss"]
+        assert dropping.eval()(batch_of(0), 0)["loss"] == showing.eval()(batch_of(0), 0)["loss"]
 
 
 def test_weight_decay_leaves_biases_embeddings_and_gains_alone(tiny_system: VARestorer) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_training_run import history, offline, wandb_records  # noqa: F401
+from offline_wandb import history, wandb_records
 from torch import Tensor
 from toy_training import ADAMW, ToyPairs, ToySystem, ToyTask, config, metrics
 

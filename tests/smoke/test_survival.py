@@ -3,7 +3,6 @@
 Runs are processes of a fork server that has the heavy imports done, so that a start takes a second.
 """
 
-import gc
 import json
 import multiprocessing
 import os
@@ -17,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from command_process import run_command
 from varestorer.commands.train import COMMAND as TRAIN
 from varestorer.utils.images import save_image
 from varestorer.weights import storage
@@ -34,18 +34,6 @@ FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
     ["varestorer.training.fit", "varestorer.systems.varestorer", "accelerate", "hydra", "peft"]
 )
-
-
-def run_command(words: list[str], output: Path) -> None:
-    """What a process of the fork server does: the command, as a session of its own, its output in a file."""
-    gc.freeze()  # accelerate collects garbage after each stage: not over all that is imported
-    os.setsid()
-    multiprocessing.set_start_method("fork", force=True)  # of the data workers, as in any command on Linux
-    torch.set_num_threads(1)
-    with output.open("ab") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    sys.exit(TRAIN.main(words))
 
 
 class Training:

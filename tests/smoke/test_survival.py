@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_process import run_command
 from safetensors.torch import load_file
 
-from command_process import run_command
 from varestorer.commands.train import COMMAND as TRAIN
 from varestorer.utils.images import save_image
 from varestorer.weights import storage

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from einops import reduce
 from torch import Tensor, nn
 
 
@@ -25,6 +26,28 @@ def l1_loss(pred_B3HW: Tensor, target_B3HW: Tensor) -> Tensor:
     """Mean absolute error over every pixel and channel; arguments and errors as `mse_loss`."""
     check_same_shape(pred_B3HW, target_B3HW)
     return nn.functional.l1_loss(pred_B3HW.float(), target_B3HW.float())
+
+
+def mesh_loss(pred_B3HW: Tensor, target_B3HW: Tensor, period: int = 4, repeats: int = 8) -> Tensor:
+    """Mean absolute error of what repeats every `period` pixels: the mesh that pixel shuffling and patches leave.
+
+    In windows of `repeats` periods, pixels of one phase are averaged, which leaves of a picture's own texture little
+    and of a mesh all. Other losses hardly notice one: it is faint, and where structure is, networks overlook it.
+
+    Args:
+        pred_B3HW: what the network made; sides of a window or more (pixels), what is over is left out.
+        target_B3HW: what it should have made; same shape.
+        period: of the mesh (pixels).
+        repeats: periods along each side of a window.
+    Returns:
+        A scalar, float32, in the images' own range.
+    """
+    check_same_shape(pred_B3HW, target_B3HW)
+    error = (pred_B3HW - target_B3HW).float()
+    rows, columns = (side // (period * repeats) for side in error.shape[-2:])
+    error = error[..., : rows * period * repeats, : columns * period * repeats]
+    phases = reduce(error, "b c (h n p) (w m q) -> b c h w p q", "mean", n=repeats, m=repeats, p=period, q=period)
+    return (phases - phases.mean(dim=(-2, -1), keepdim=True)).abs().mean()
 
 
 def check_same_shape(pred: Tensor, target: Tensor) -> None:

@@ -52,6 +52,15 @@ def test_only_the_restorer_trains_and_parts_of_weight_0_are_left_out(tiny_system
     assert RestorerTask(system, {"perceptual": 1.0}, "ms_ssim")(batch_of(), 1)["perceptual"] > 0
 
 
+def test_the_perceptual_loss_sees_the_image_in_all_phases_of_its_squares(tiny_system: VARestorer) -> None:
+    task = RestorerTask(VARestorer(**options(tiny_system, SIZES)), {"perceptual": 1.0}, "ms_ssim")
+    seen: list[tuple[int, int]] = []
+    task.perceptual = lambda image, target: seen.append(tuple(image.shape[-2:])) or image.mean()  # type: ignore[func-returns-value]
+    for step in range(16):
+        task(batch_of(1), step)
+    assert sorted(seen) == sorted((32 - down, 32 - right) for down in range(4) for right in range(4))
+
+
 def test_it_learns(tiny_system: VARestorer) -> None:
     task = RestorerTask(VARestorer(**options(tiny_system, SIZES)))
     optimizer = torch.optim.Adam(task.trainable_parameters().values(), lr=3e-3)

@@ -23,7 +23,10 @@ MAX_LOG_SCALE = math.log(100.0)
 SHORTEST = 1e-12
 """Queries and keys shorter than this are not made longer (normalisation)."""
 MOST_PRODUCTS = 2**20
-"""Scores of one head, L x L_keys, up to which plain products may be taken: they keep them all, the kernel does not."""
+"""Scores of one head, L x L_keys, up to which plain products may train: the backward pass keeps them all."""
+QUERIES_AT_ONCE = 256
+"""Of plain products: more scores at a time leave the processor's cache (at 3,545 tokens and 12 heads 1.4 times the
+kernel's speed with 256 queries, 0.75 with 1,024)."""
 PRODUCTS_ARE_FASTER = has_bf16_products() and not has_amx()
 """In bfloat16, on this processor: see `prefers_products`."""
 
@@ -73,16 +76,23 @@ def prefers_products(q_BNLD: Tensor, k_BNLD: Tensor) -> bool:
     the backward pass, at 8 x 3 heads, 485 tokens of 64 channels, on an AMD EPYC. The scores are rounded to bfloat16.
     """
     is_small = q_BNLD.shape[2] * k_BNLD.shape[2] <= MOST_PRODUCTS
-    return PRODUCTS_ARE_FASTER and is_small and q_BNLD.device.type == "cpu" and q_BNLD.dtype == torch.bfloat16
+    fits = is_small or not torch.is_grad_enabled()
+    return PRODUCTS_ARE_FASTER and fits and q_BNLD.device.type == "cpu" and q_BNLD.dtype == torch.bfloat16
 
 
 def _by_products(
     q_BNLD: Tensor, k_BNLD: Tensor, v_BNLD: Tensor, attn_mask: Tensor | None, scale: float | None
 ) -> Tensor:
-    scores = (q_BNLD * (q_BNLD.shape[-1] ** -0.5 if scale is None else scale)) @ k_BNLD.transpose(-1, -2)
-    if attn_mask is not None:
-        scores = scores.masked_fill(~attn_mask, -math.inf)
-    return torch.softmax(scores, dim=-1) @ v_BNLD
+    factor = q_BNLD.shape[-1] ** -0.5 if scale is None else scale
+    parts = []
+    for start in range(0, q_BNLD.shape[2], QUERIES_AT_ONCE):
+        rows = slice(start, start + QUERIES_AT_ONCE)
+        scores = (q_BNLD[:, :, rows] * factor) @ k_BNLD.transpose(-1, -2)
+        if attn_mask is not None:
+            seen = attn_mask if attn_mask.shape[-2] == 1 else attn_mask[..., rows, :]
+            scores = scores.masked_fill(~seen, -math.inf)
+        parts.append(torch.softmax(scores, dim=-1) @ v_BNLD)
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
 class LayerCache:

@@ -230,6 +230,7 @@ def test_attention_by_products_is_the_fused_one(kind: str, monkeypatch: pytest.M
         kind
     ]
     found = []
+    monkeypatch.setattr(blocks, "QUERIES_AT_ONCE", 2)
     for by_products in (False, True):
         monkeypatch.setattr(blocks, "prefers_products", lambda q, k, chosen=by_products: chosen)
         q, k, v = (drawn(2, 3, 5, 8, seed=seed).requires_grad_() for seed in range(3))
@@ -240,7 +241,9 @@ def test_attention_by_products_is_the_fused_one(kind: str, monkeypatch: pytest.M
         torch.testing.assert_close(ours, fused, rtol=1e-4, atol=1e-5)
 
 
-def test_products_are_for_short_sequences_in_bfloat16_where_they_are_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_products_are_for_bfloat16_and_train_on_short_sequences(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     half, long = torch.zeros(1, 1, 5, 4, dtype=torch.bfloat16), torch.zeros(1, 1, 1025, 4, dtype=torch.bfloat16)
     for faster in (False, True):
         monkeypatch.setattr(blocks, "PRODUCTS_ARE_FASTER", faster)
@@ -248,6 +251,8 @@ def test_products_are_for_short_sequences_in_bfloat16_where_they_are_faster(monk
         assert not blocks.prefers_products(half.float(), half.float())
         assert not blocks.prefers_products(half.to("meta"), half.to("meta"))
         assert not blocks.prefers_products(long, long)
+        with torch.no_grad():
+            assert blocks.prefers_products(long, long) is faster
 
 
 def test_attention_by_products_in_bfloat16_is_near_the_exact_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -380,18 +380,18 @@ def test_compat_gets_prompt_tiles_and_both_global_generators_seeded(
     ("wrong", "message"),
     [
         ("input=/nowhere/at all", "nowhere/at all does not exist"),
-        ("select=best", "select must be argmax or sample, got select=best"),
+        ("select=best", "select must be one of argmax, sample, got select=best"),
         ("steps=few", "steps must be one, multi or a number"),
-        ("scale=0", "scale must be a number above 0"),
-        ("scale=nan", "scale must be a number above 0"),
+        ("scale=0", "scale must be above 0"),
+        ("scale=nan", "scale must be a finite number"),
         ("scale=big", "big"),
         ("batch=0", "batch must be at least 1"),
         ("overlap=-1", "overlap must be at least 0"),
         ("tile=0", "tile must be at least 1"),
-        ("color=lab", "color must be none, adain or wavelet, got color=lab"),
+        ("color=lab", "color must be one of none, adain, wavelet, got color=lab"),
         ("caption=yes please", "caption"),
-        ("caption=blip", "caption must be auto or none, got caption=blip"),
-        ("compat=exact", "compat must be official or null, got compat=exact"),
+        ("caption=blip", "caption must be one of none, auto, got caption=blip"),
+        ("compat=exact", "compat must be one of official, got compat=exact"),
         ("max_pixels=0", "max_pixels must be at least 1"),
         ("uncertainty=maybe", "uncertainty"),
         ("device=tpu", "device must be auto, cpu, cuda, cuda:N or mps, got"),
@@ -400,8 +400,8 @@ def test_compat_gets_prompt_tiles_and_both_global_generators_seeded(
         ("compat=official select=sample", "leave out select=sample"),
         ("compat=official steps=2 color=adain", "leave out steps=2 color=adain"),
         ("compat=official uncertainty=true batch=4", "leave out batch=4 uncertainty=True"),
-        ("precision=half", "precision must be fp32 or bf16 or auto, got precision=half"),
-        ("linears=int4", "linears must be none or int8 or fp8, got linears=int4"),
+        ("precision=half", "precision must be one of auto, fp32, bf16, got precision=half"),
+        ("linears=int4", "linears must be one of none, int8, fp8, got linears=int4"),
         ("linears=int8 steps=2", "linears=int8 is for one step, got steps=2"),
         ("compat=official precision=bf16", "leave out precision=bf16"),
         ("colour=red", "colour"),
@@ -466,15 +466,6 @@ def test_input_and_output_are_needed(capsys: pytest.CaptureFixture[str]) -> None
     assert "input=" in capsys.readouterr().err
 
 
-def test_help_names_every_key_of_the_config(capsys: pytest.CaptureFixture[str]) -> None:
-    from varestorer.commands.entry import compose
-
-    assert COMMAND.main(["--help"]) == 0
-    shown = capsys.readouterr().out
-    for key in compose("restore"):
-        assert f"{key}=" in shown
-
-
 @pytest.mark.parametrize(
     ("word", "size"),
     [("scale=2", (10, 6)), ("width=30", (30, 18)), ("height=9", (15, 9)), ("megapixels=0.00006", (10, 6))],
@@ -496,8 +487,8 @@ def test_the_size_that_is_asked_for_comes_out_as_a_file(
     [
         (["width=9", "scale=2"], "width says the size of the result, and so do scale"),
         (["width=9", "megapixels=1"], "megapixels and width contradict"),
-        (["height=0"], "height must be above 0"),
-        (["format=gif"], "format must be png or jpg or webp or avif or tif, got format=gif"),
+        (["height=0"], "height must be at least 1"),
+        (["format=gif"], "format must be one of png, jpg, webp, avif, tif, got format=gif"),
         (["quality=80"], "quality=80 is for jpg, webp and avif, and results are png"),
         (["quality=101", "format=jpg"], "quality must be 1 to 100"),
     ],

@@ -30,12 +30,12 @@ def imported(code: str, *words: str) -> set[str]:
     return set(HEAVY) & set(json.loads(done.stderr.rpartition("MODULES ")[2]))
 
 
-@pytest.mark.parametrize("words", [[], ["--help"], ["--version"], ["convert", "--help"], ["tables", "--help"]])
+@pytest.mark.parametrize("words", [[], ["--help"], ["--version"], ["convert", "--help"], ["restore", "--help"]])
 def test_the_package_and_its_overview_import_nothing_heavy(words: list[str]) -> None:
     assert imported(RUN if words else "import varestorer", *words) == set()
 
 
-@pytest.mark.parametrize("command", ["restore", "train", "benchmark"])
+@pytest.mark.parametrize("command", ["train", "benchmark"])
 def test_the_help_of_a_command_waits_for_torch_at_most(command: str) -> None:
     assert imported(RUN, command, "--help") <= {"torch", "hydra"}
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import logging
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from omegaconf import DictConfig
 
 from varestorer.commands.entry import FAILED, OK, Command, say, typed
+from varestorer.commands.options import ConvertOptions
 from varestorer.utils.errors import UsageError, UserError, reason
-from varestorer.utils.files import atomic_write, check_writable, expand_user, temporary_path
+from varestorer.utils.files import atomic_write, check_writable, temporary_path
 
 if TYPE_CHECKING:
     from varestorer.systems.varestorer import VARestorer
@@ -21,81 +22,14 @@ LOG = logging.getLogger(__name__)
 
 ADAPTERS_FILE = "adapters.safetensors"
 PUBLISHED_SUFFIXES = (".pth", ".ckpt", ".safetensors")
-PATHS = ("input", "output", "tokenizer", "restorer", "base", "check", "manifest")
 WRAPPERS = {"tokenizer": "vae", "restorer": "state_dict"}  # under which the published torch files hold their tensors
-CHOICES = {
-    "adapters": ("separate", "merged", "only"),
-    "dtype": ("fp32", "bf16", "fp16", None),
-    "part": ("transformer", "tokenizer", "restorer"),
-}
-
-HELP = """
-varestorer convert: convert, merge, check and share weights.
-
-usage: varestorer convert input=MODEL output=FOLDER [key=value ...]      (or: python scripts/convert.py ...)
-       varestorer convert check=FILE [manifest=NAME_OR_FILE]
-
-to a bundle: a folder with config.json, *.safetensors and a model card, for ckpt= and VARestorer.from_pretrained
-  input=MODEL            the published varestorer.pth (its companions beside it), a bundle, a run of
-                         scripts/train.py, or adapters (with base=)
-  output=FOLDER          the bundle
-  tokenizer=FILE         the published tokenizer, where it is not beside the input (infinity_vae_d32reg.pth,
-                         hub FoundationVision/Infinity)
-  restorer=FILE          the restorer, where it is not beside the input (general_swinir_v1.ckpt,
-                         hub lxq007/DiffBIR)
-  adapters=separate      separate: beside the transformer; merged: folded into it, faster, but without a teacher;
-                         only: write adapters.safetensors and nothing else
-  base=MODEL             what the adapters of input=adapters.safetensors are put onto: a bundle, or a published
-                         student or teacher
-  dtype=fp32|bf16|fp16   fp32, bf16: of the transformer's blocks; fp16: all of the bundle, half the space, for storing
-                         only: it is read as fp32; without it as stored
-  overwrite=false        true: replace a bundle, or a file, that is there already
-
-to a file of the published form
-  output=FILE            ending in .pth, .ckpt or .safetensors
-  part=transformer       which network goes into it: transformer (a student with adapters apart; other students only
-                         fit into bundles) | tokenizer | restorer
-
-to look at a file without loading it
-  check=FILE             compare names, shapes and types of its tensors with a manifest
-  manifest=NAME_OR_FILE  infinity_2b, infinity_vae_d32, varestorer_student_lora_r32, general_swinir, or a JSON file
-                         {"head.bias": {"shape": [64], "dtype": "float32"}, ...}; without it by the file's names
-
-The same input gives the same bytes. Exit status: 0 all well; 1 it could not be converted, or the file differs from
-the manifest; 2 wrong command.
-
-examples:
-  python scripts/convert.py input=weights/varestorer.pth output=bundle
-  python scripts/convert.py input=bundle output=small adapters=merged dtype=bf16
-  python scripts/convert.py input=bundle output=shared adapters=only dtype=bf16
-  python scripts/convert.py input=shared/adapters.safetensors base=bundle output=again
-  python scripts/convert.py input=bundle output=varestorer.pth
-  python scripts/convert.py check=weights/varestorer.pth
-"""
-
-
-@dataclass
-class ConvertOptions:
-    """The keys of `configs/convert.yaml`, explained there; values of another type are refused."""
-
-    input: str | None = None
-    output: str | None = None
-    tokenizer: str | None = None
-    restorer: str | None = None
-    base: str | None = None
-    adapters: str = "separate"
-    dtype: str | None = None
-    part: str = "transformer"
-    check: str | None = None
-    manifest: str | None = None
-    overwrite: bool = False
 
 
 def convert(cfg: DictConfig) -> int:
     """Run the command.
 
     Args:
-        cfg: `configs/convert.yaml` with overrides.
+        cfg: see `ConvertOptions`.
     Returns:
         exit status: 1 if a checked file differs.
     Raises:
@@ -103,9 +37,6 @@ def convert(cfg: DictConfig) -> int:
         UserError: the input cannot be read, or the output cannot be written.
     """
     options = typed(ConvertOptions, cfg)
-    for key in PATHS:
-        if value := getattr(options, key):
-            setattr(options, key, str(expand_user(value)))
     check_options(options)
     if options.check is not None:
         return check_file(options.check, options.manifest)
@@ -141,10 +72,6 @@ def check_options(options: ConvertOptions) -> None:
     Raises:
         UsageError: names the key and what it may be.
     """
-    for key, allowed in CHOICES.items():
-        value = getattr(options, key)
-        if value not in allowed:
-            raise UsageError(f"{key} must be {' or '.join(str(one) for one in allowed if one)}, got {value!r}")
     if options.check is not None:
         unused = [f"{key}=" for key in changed(options) if key not in ("check", "manifest")]
         if unused:
@@ -351,4 +278,4 @@ def written(output: Path) -> str:
     return "\n".join([f"wrote {output}", *lines]) + use
 
 
-COMMAND = Command("convert", "convert", convert, HELP, schema=ConvertOptions)
+COMMAND = Command("convert", "convert", convert, schema=ConvertOptions)

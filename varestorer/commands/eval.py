@@ -239,8 +239,6 @@ def _check_source(options: EvalOptions) -> None:
     Raises:
         UsageError: says which.
     """
-    from varestorer.systems.acceleration import PRECISIONS
-
     given = [key for key in SOURCES if getattr(options, key) is not None]
     if len(given) > 1:
         raise UsageError(
@@ -250,8 +248,6 @@ def _check_source(options: EvalOptions) -> None:
         raise UsageError("method=spandrel needs model_path=FILE, the model that is to be scored")
     if options.model_path is not None and options.method not in ("spandrel", "tokenizer"):
         raise UsageError("model_path= is for method=spandrel and method=tokenizer")
-    if options.precision not in (None, *PRECISIONS):
-        raise UsageError(f"precision must be one of {', '.join(PRECISIONS)}, got {options.precision!r}")
     if options.precision is not None and (options.predictions or options.method):
         raise UsageError("precision= is for ckpt=MODEL, or the shipped model")
     if options.steps != "one" and (options.predictions or options.method):

@@ -7,9 +7,11 @@ slow is imported here, so that `--help` answers at once. (`train` has no class: 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import MISSING as NOTHING
 from dataclasses import Field, dataclass, field, fields, is_dataclass
+from math import isfinite
 from textwrap import fill
 from typing import Any, ClassVar
 
@@ -29,6 +31,7 @@ def option(
     *,
     choices: tuple[str, ...] = (),
     least: float | None = None,
+    most: float | None = None,
     above: float | None = None,
     title: str = "",
 ) -> Any:
@@ -39,11 +42,13 @@ def option(
         text: what it does; what null means.
         shown: in place of the default.
         choices: what it may be; null may be allowed beside them.
-        least: the smallest value.
+        least: the smallest value, of a list that of each item.
+        most: the largest value.
         above: what a value must be larger than.
         title: of the part of `--help` that begins with it.
     """
-    metadata = {"text": text, "shown": shown, "choices": choices, "least": least, "above": above, "title": title}
+    limits = {"choices": choices, "least": least, "most": most, "above": above}
+    metadata = {"text": text, "shown": shown, "title": title, **limits}
     if isinstance(default, list | dict):
         return field(default_factory=lambda: default.copy(), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -61,6 +66,213 @@ class CommandOptions:
     INTRO: ClassVar[str] = ""
     NOTES: ClassVar[str] = ""
     GROUPS: ClassVar[tuple[str, ...]] = ()
+
+
+@dataclass
+class RestoreOptions(CommandOptions):
+    """Of `restore`."""
+
+    INTRO: ClassVar[str] = """
+Restore images: larger, sharper, and without noise and compression marks.
+
+usage: python scripts/restore.py input=FILE_OR_FOLDER output=FILE_OR_FOLDER [ckpt=MODEL] [key=value ...]
+"""
+    NOTES: ClassVar[str] = """
+Images of any size and aspect are taken: small ones are padded, large ones cut into overlapping squares. Date, camera,
+resolution and color profile stay, and 16 bits where the format can (png, tif). A file that cannot be restored is named
+and the others go on. Features of prompts are kept in ~/.cache/varestorer (VARESTORER_CACHE names another folder), so
+the text encoder is loaded for new prompts only.
+
+Exit status: 0 all well; 1 a file failed; 2 the command was wrong.
+
+examples:
+  python scripts/restore.py input=photos output=restored
+  python scripts/restore.py input=photos output=restored ckpt=outputs/quickstart/TIME
+  python scripts/restore.py input=photo.jpg output=restored ckpt=weights/varestorer.pth caption=auto
+"""
+
+    input: str = option(
+        MISSING, "an image, or a folder of images (subfolders included)", "PATH", title="what and where"
+    )
+    output: str = option(
+        MISSING,
+        "a folder: results are <stem>.png in the same subfolders, and restore.json has an entry for each input; "
+        "or better.jpg: of one image, the result itself",
+        "PATH",
+    )
+    ckpt: str | None = option(
+        None,
+        "a bundle's folder, a run of scripts/train.py (its newest EMA weights), the published varestorer.pth (hub "
+        "EvanEternal/VARestorer) or VARSR.pth (hub qyp2000/VARSR) with its companions beside it, or a bundle's name on "
+        "the Hugging Face hub; default: nano, a small model that comes with the package",
+        "MODEL",
+    )
+    scale: float = option(4, "how many times larger the result is; 1 keeps the size", above=0)
+    width: int | None = option(None, "of the result, instead of scale; with height: to fit in both", "PIXELS", least=1)
+    height: int | None = option(None, "likewise", "PIXELS", least=1)
+    megapixels: float | None = option(None, "likewise", "N", above=0)
+    trained_scale: float = option(4, "what the model was trained for: less than it is made at it, and reduced", above=0)
+    sizes: list[float] | None = option(
+        None,
+        "enlargements that are written, for models that give several in one pass (H-VAR: a quarter of scale, half and "
+        "all of it): the largest as <stem>.png, others as <stem>.x1.png, <stem>.x2.png; default: scale alone",
+        "[1,2,4]",
+        above=0,
+    )
+    format: str | None = option(
+        None,
+        "png, jpg, webp, avif or tif; default: as output says, else png",
+        "NAME",
+        choices=("png", "jpg", "webp", "avif", "tif"),
+    )
+    quality: int | None = option(
+        None, "of jpg, webp and avif, 1 to 100; default: 95, without loss, 90", "N", least=1, most=100
+    )
+    gps: bool = option(False, "true: keep the place of the EXIF too")
+    overwrite: bool = option(
+        False, "restore again what has a result already; what was made from another file than the input is anyway"
+    )
+    max_pixels: int | None = option(None, "read images of up to N pixels (default: Pillow's limit)", "N", least=1)
+    device: str = option("auto", DEVICES)
+
+    prompt: str | None = option(
+        None,
+        'the same for all images; without it the model\'s learned "no text"',
+        "TEXT",
+        title="what the images show (only models that were trained with text use it)",
+    )
+    caption: str = option(
+        "none",
+        "auto: describe each image with BLIP; its caption becomes the prompt and is noted in restore.json",
+        choices=("none", "auto"),
+    )
+    text_encoder: str | None = option(None, "folder or hub name of the encoder of prompts (google/flan-t5-xl)", "PATH")
+    captioner: str | None = option(
+        None, "folder or hub name of the captioner (Salesforce/blip-image-captioning-large)", "PATH"
+    )
+
+    select: str = option(
+        "argmax",
+        "argmax | sample: the likelier bits, or bits drawn from their probabilities",
+        choices=("argmax", "sample"),
+        title="how",
+    )
+    seed: int = option(0, "of what is drawn; each image and each square has its own stream")
+    steps: str = option(
+        "one",
+        "one: the student at once; K: the teacher predicts the last K-1 scales again; multi: the teacher predicts all "
+        "fine scales",
+    )
+    color: str = option(
+        "none", "none | adain | wavelet: give the result the colors of the input", choices=("none", "adain", "wavelet")
+    )
+    uncertainty: bool = option(False, "true: save <stem>.uncertainty.png, a heat map of where the model guessed")
+    tile: int | None = option(
+        None, "side of the squares restored at once (default: the size the model was trained on)", "PIXELS", least=1
+    )
+    overlap: int | None = option(
+        None, "that neighboring squares share (default: a quarter of a square)", "PIXELS", least=0
+    )
+    batch: int | None = option(None, "squares restored at once; fewer need less memory", "N", least=1)
+    compat: str | None = option(
+        None,
+        "the released script's arithmetic, with its faults, for comparisons; tile= makes it use squares",
+        "official",
+        choices=("official",),
+    )
+
+    precision: str = option(
+        "auto",
+        "auto | fp32 | bf16: half the bits for the large products; auto: where the device gains from it",
+        choices=("auto", "fp32", "bf16"),
+        title="how fast (one step; what rounds differently may decide close bits otherwise)",
+    )
+    compile: bool = option(False, "true: compile the networks first, a minute or more; for many images")
+    graphs: bool = option(False, "true: record each size of a batch as a CUDA graph; for many images on an NVIDIA GPU")
+    linears: str = option(
+        "none", "none | int8 | fp8: linear layers in 8 bits, through torchao", choices=("none", "int8", "fp8")
+    )
+
+
+@dataclass
+class ConvertOptions(CommandOptions):
+    """Of `convert`."""
+
+    INTRO: ClassVar[str] = """
+Convert, merge, check and share weights.
+
+usage: python scripts/convert.py input=MODEL output=FOLDER [key=value ...]     a bundle, for ckpt= and from_pretrained
+       python scripts/convert.py input=MODEL output=FILE.pth [part=...]        a file of the published form
+       python scripts/convert.py check=FILE [manifest=NAME_OR_FILE]            look at a file without loading it
+"""
+    NOTES: ClassVar[str] = """
+A bundle is a folder with config.json, *.safetensors and a model card. The same input gives the same bytes.
+
+Exit status: 0 all well; 1 it could not be converted, or the file differs from the manifest; 2 the command was wrong.
+
+examples:
+  python scripts/convert.py input=weights/varestorer.pth output=bundle
+  python scripts/convert.py input=bundle output=small adapters=merged dtype=bf16
+  python scripts/convert.py input=bundle output=shared adapters=only dtype=bf16
+  python scripts/convert.py input=shared/adapters.safetensors base=bundle output=again
+  python scripts/convert.py input=bundle output=varestorer.pth
+  python scripts/convert.py check=weights/varestorer.pth
+"""
+
+    input: str | None = option(
+        None,
+        "the published varestorer.pth (its companions beside it), a bundle, a run of scripts/train.py, or an "
+        "adapters.safetensors (with base=)",
+        "MODEL",
+        title="from what to what",
+    )
+    output: str | None = option(
+        None, "folder of the bundle; or a .pth, .ckpt or .safetensors file in the published form", "PATH"
+    )
+    tokenizer: str | None = option(
+        None,
+        "the published tokenizer, where it is not beside the input (infinity_vae_d32reg.pth, hub "
+        "FoundationVision/Infinity)",
+        "FILE",
+    )
+    restorer: str | None = option(
+        None, "the restorer, where it is not beside the input (general_swinir_v1.ckpt, hub lxq007/DiffBIR)", "FILE"
+    )
+    adapters: str = option(
+        "separate",
+        "separate: beside the transformer; merged: folded into it, faster, but without a teacher; only: write "
+        "adapters.safetensors and nothing else",
+        choices=("separate", "merged", "only"),
+    )
+    base: str | None = option(
+        None,
+        "what the adapters of input=adapters.safetensors are put onto: a bundle, or a published student or teacher",
+        "MODEL",
+    )
+    dtype: str | None = option(
+        None,
+        "fp32, bf16: of the transformer's blocks; fp16: all of the bundle, half the space, for storing only: it is "
+        "read as fp32; default: as stored",
+        "NAME",
+        choices=DTYPES,
+    )
+    part: str = option(
+        "transformer",
+        "which network goes into a published file: transformer (a student with adapters apart; other students only "
+        "fit into bundles), tokenizer or restorer",
+        choices=("transformer", "tokenizer", "restorer"),
+    )
+    overwrite: bool = option(False, "true: replace a bundle, or a file, that is there already")
+
+    check: str | None = option(
+        None, "compare names, shapes and types of its tensors with a manifest", "FILE", title="look at a file"
+    )
+    manifest: str | None = option(
+        None,
+        "infinity_2b, infinity_vae_d32, varestorer_student_lora_r32, general_swinir, or a JSON file "
+        '{"head.bias": {"shape": [64], "dtype": "float32"}, ...}; default: by the file\'s names',
+        "NAME_OR_FILE",
+    )
 
 
 @dataclass
@@ -419,6 +631,8 @@ examples:
 
 
 OPTIONS: dict[str, type[CommandOptions]] = {
+    "restore": RestoreOptions,
+    "convert": ConvertOptions,
     "eval": EvalOptions,
     "tables": TablesOptions,
     "parity": ParityOptions,
@@ -464,7 +678,7 @@ def markdown() -> str:
     for name, options in OPTIONS.items():
         rows = [(f"{key}={_shown(item)}", item.metadata["text"]) for key, item in listed(options)]
         lines += [f"### {name}", "", "| option | meaning |", "|---|---|"]
-        lines += ["| `{}` | {} |".format(*(text.replace("|", "\\|") for text in row)) for row in rows]
+        lines += ["| `{}` | {} |".format(*(re.sub(r"[|<]", r"\\\g<0>", text) for text in row)) for row in rows]
         lines.append("")
     return "\n".join(lines)
 
@@ -476,17 +690,27 @@ def check(options: object, prefix: str = "") -> None:
         UsageError: names the key, what it was and what it may be.
     """
     for item in fields(options):  # type: ignore[arg-type]
-        value, key, rule = getattr(options, item.name), f"{prefix}{item.name}", item.metadata
+        value, key = getattr(options, item.name), f"{prefix}{item.name}"
         if is_dataclass(value):
             check(value, f"{key}.")
-        elif value is None or not rule:
-            continue
-        elif rule["choices"] and value not in rule["choices"]:
-            raise UsageError(f"{key} must be one of {', '.join(rule['choices'])}, got {key}={value}")
-        elif rule["least"] is not None and value < rule["least"]:
-            raise UsageError(f"{key} must be at least {rule['least']:g}, got {key}={value:g}")
-        elif rule["above"] is not None and not value > rule["above"]:
-            raise UsageError(f"{key} must be above {rule['above']:g}, got {key}={value:g}")
+        elif value is not None and item.metadata:
+            for one in value if isinstance(value, list) else [value]:
+                if wanted := _wanted(one, item.metadata):
+                    raise UsageError(f"{key} must be {wanted}, got {key}={value}")
+
+
+def _wanted(value: Any, rule: Mapping[str, Any]) -> str:
+    """What a value should be; empty if it is."""
+    if isinstance(value, float) and not isfinite(value):
+        return "a finite number"
+    if rule["choices"] and value not in rule["choices"]:
+        return f"one of {', '.join(rule['choices'])}"
+    if rule["above"] is not None and value <= rule["above"]:
+        return f"above {rule['above']:g}"
+    least, most = rule["least"], rule["most"]
+    if (least is None or value >= least) and (most is None or value <= most):
+        return ""
+    return f"at least {least:g}" if most is None else f"{least:g} to {most:g}"
 
 
 def _shown(item: Field[Any]) -> str:

@@ -7,13 +7,13 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import MISSING, DictConfig
+from omegaconf import DictConfig
 
 from varestorer.commands.entry import FAILED, OK, Command, say, typed
+from varestorer.commands.options import RestoreOptions
 from varestorer.utils.errors import UsageError, UserError
 from varestorer.weights import DEFAULT
 
@@ -27,116 +27,15 @@ if TYPE_CHECKING:
     from varestorer.systems.varestorer import VARestorer
 
 LOG = logging.getLogger(__name__)
-FORMATS = ("png", "jpg", "webp", "avif", "tif")
 TARGETS = ("width", "height", "megapixels")  # in place of scale
 BAR = "{desc}: {percentage:3.0f}% {n_fmt}/{total_fmt}{unit} [{elapsed}, {remaining} left]"
-
-HELP = """
-Restore images: larger, sharper, and without noise and compression marks.
-
-usage: python scripts/restore.py input=FILE_OR_FOLDER output=FILE_OR_FOLDER [ckpt=MODEL] [key=value ...]
-
-what, where, by what
-  input=PATH         an image, or a folder of images (subfolders included)
-  output=FOLDER      results: <stem>.png in the same subfolders, and restore.json with an entry for each input
-  output=better.jpg  of one image, the result itself
-  ckpt=MODEL         a bundle's folder, a run of scripts/train.py (its newest EMA weights), the published
-                     varestorer.pth (hub EvanEternal/VARestorer) or VARSR.pth (hub qyp2000/VARSR) with its companions
-                     beside it, or a bundle's name on the Hugging Face hub; default: nano, a small
-                     model that comes with the package
-  scale=4            how many times larger the result is; 1 keeps the size
-  width=PIXELS       of the result, instead of scale; likewise height=PIXELS (both: to fit in) and megapixels=N
-  trained_scale=4    what the model was trained for: less than it is made at it, and reduced
-  sizes=[1,2,4]      enlargements that are written, for models that give several in one pass (H-VAR: a quarter of
-                     scale, half and all of it): the largest as <stem>.png, others as <stem>.x1.png, <stem>.x2.png;
-                     default: scale alone
-  overwrite=false    restore again what has a result already; what was made from another file than the input is anyway
-  format=png         png | jpg | webp | avif | tif; quality=1..100 of jpg, webp, avif (95, without loss, 90).
-                     Date, camera, resolution and color profile stay, and 16 bits where the format can (png, tif)
-  gps=false          true: keep the place of the EXIF too
-  max_pixels=N       read images of up to N pixels (otherwise Pillow's limit holds)
-  device=auto        auto | cpu | cuda | cuda:N | mps
-
-what the images show (only models that were trained with text use it)
-  prompt=TEXT        the same for all images; without it the model's learned "no text"
-  caption=none       auto: describe each image with BLIP; its caption becomes the prompt and is noted in restore.json
-  text_encoder=PATH  folder or hub name of the encoder of prompts (google/flan-t5-xl)
-  captioner=PATH     folder or hub name of the captioner (Salesforce/blip-image-captioning-large)
-
-how
-  select=argmax      argmax | sample: the likelier bits, or bits drawn from their probabilities
-  seed=0             of what is drawn; each image and each tile has its own stream
-  steps=one          one: the student at once; K: the teacher predicts the last K-1 scales again;
-                     multi: the teacher predicts all fine scales
-  color=none         none | adain | wavelet: give the result the colours of the input
-  uncertainty=false  true: save <stem>.uncertainty.png, a heat map of where the model guessed
-  tile=PIXELS        side of the squares restored at once (the size the model was trained on)
-  overlap=PIXELS     that neighbouring squares share (a quarter of a square)
-  batch=N            squares restored at once; fewer need less memory
-  compat=official    the released script's arithmetic, with its faults, for comparisons; tile= makes it use tiles
-
-how fast (one step; what rounds differently may decide close bits otherwise)
-  precision=auto     auto | fp32 | bf16: half the bits for the large products; auto: where the device gains from it
-  compile=false      true: compile the networks first, a minute or more; for many images
-  graphs=false       true: record each size of a batch as a CUDA graph; for many images on an NVIDIA GPU
-  linears=none       none | int8 | fp8: linear layers in 8 bits, through torchao
-
-Images of any size and aspect are taken: small ones are padded, large ones cut into overlapping tiles.
-A file that cannot be restored is named and the others go on. Features of prompts are kept in ~/.cache/varestorer
-(VARESTORER_CACHE names another folder), so the text encoder is loaded for new prompts only.
-
-Exit status: 0 all well; 1 a file failed; 2 the command was wrong.
-
-examples:
-  python scripts/restore.py input=photos output=restored
-  python scripts/restore.py input=photos output=restored ckpt=outputs/quickstart/TIME
-  python scripts/restore.py input=photo.jpg output=restored ckpt=weights/varestorer.pth caption=auto
-"""
-
-
-@dataclass
-class RestoreOptions:
-    """The keys of `configs/restore.yaml`, explained there; values of another type are refused."""
-
-    input: str = MISSING
-    output: str = MISSING
-    ckpt: str | None = None
-    scale: float = 4
-    width: int | None = None
-    height: int | None = None
-    megapixels: float | None = None
-    trained_scale: float = 4
-    format: str | None = None
-    quality: int | None = None
-    gps: bool = False
-    sizes: list[float] | None = None
-    prompt: str | None = None
-    caption: str = "none"
-    text_encoder: str | None = None
-    captioner: str | None = None
-    seed: int = 0
-    select: str = "argmax"
-    steps: str = "one"
-    color: str = "none"
-    tile: int | None = None
-    overlap: int | None = None
-    batch: int | None = None
-    uncertainty: bool = False
-    compat: str | None = None
-    precision: str = "auto"
-    compile: bool = False
-    graphs: bool = False
-    linears: str = "none"
-    max_pixels: int | None = None
-    device: str = "auto"
-    overwrite: bool = False
 
 
 def restore(cfg: DictConfig) -> int:
     """Run the command: texts first, then the images, so that only the networks in use take memory.
 
     Args:
-        cfg: `configs/restore.yaml` with overrides.
+        cfg: see `RestoreOptions`.
     Returns:
         exit status: 1 if a file failed.
     Raises:
@@ -185,35 +84,8 @@ def check_options(options: RestoreOptions) -> None:
     Raises:
         UsageError: names the key, what it was and what it may be.
     """
-    from varestorer.systems.acceleration import LINEARS, PRECISIONS
-
-    rules = {
-        "scale": (0 < options.scale < math.inf, "a number above 0"),
-        "sizes": (
-            options.sizes is None or (options.sizes and all(0 < size < math.inf for size in options.sizes)),
-            "a list of numbers above 0, such as [1,2,4]",
-        ),
-        **{
-            key: (getattr(options, key) is None or 0 < getattr(options, key) < math.inf, "above 0")
-            for key in ("width", "height", "megapixels", "trained_scale")
-        },
-        "format": (options.format in (None, *FORMATS), " or ".join(FORMATS)),
-        "quality": (options.quality is None or 1 <= options.quality <= 100, "1 to 100"),
-        "caption": (options.caption in ("auto", "none"), "auto or none"),
-        "select": (options.select in ("argmax", "sample"), "argmax or sample"),
-        "steps": (re.fullmatch(r"one|multi|[1-9]\d*", options.steps), "one, multi or a number from 1"),
-        "color": (options.color in ("none", "adain", "wavelet"), "none, adain or wavelet"),
-        "tile": (options.tile is None or options.tile >= 1, "at least 1 pixel"),
-        "overlap": (options.overlap is None or options.overlap >= 0, "at least 0 pixels"),
-        "batch": (options.batch is None or options.batch >= 1, "at least 1 tile"),
-        "precision": (options.precision in PRECISIONS, " or ".join(PRECISIONS)),
-        "linears": (options.linears in LINEARS, " or ".join(LINEARS)),
-        "compat": (options.compat in (None, "official"), "official or null"),
-        "max_pixels": (options.max_pixels is None or options.max_pixels >= 1, "at least 1 pixel"),
-    }
-    for key, (holds, wanted) in rules.items():
-        if not holds:
-            raise UsageError(f"{key} must be {wanted}, got {key}={getattr(options, key)}")
+    if not re.fullmatch(r"one|multi|[1-9]\d*", options.steps):
+        raise UsageError(f"steps must be one, multi or a number from 1, got steps={options.steps}")
     targets = [key for key in TARGETS if getattr(options, key) is not None]
     if targets and (options.scale != RestoreOptions.scale or options.sizes or options.compat):
         raise UsageError(f"{targets[0]} says the size of the result, and so do scale, sizes and compat: leave them out")
@@ -397,4 +269,4 @@ def summary(report: FolderReport) -> str:
     return "\n".join([*lines, f"{', '.join(counts)}; {places}"])
 
 
-COMMAND = Command(name="restore", config_name="restore", function=restore, help=HELP, schema=RestoreOptions)
+COMMAND = Command(name="restore", config_name="restore", function=restore, schema=RestoreOptions)

@@ -10,7 +10,16 @@ from omegaconf import OmegaConf
 
 from varestorer.commands import COMMANDS, run
 from varestorer.commands.entry import typed
-from varestorer.commands.options import OPTIONS, EvalOptions, PrepareDataOptions, check, help_text, listed, markdown
+from varestorer.commands.options import (
+    OPTIONS,
+    EvalOptions,
+    PrepareDataOptions,
+    RestoreOptions,
+    check,
+    help_text,
+    listed,
+    markdown,
+)
 from varestorer.utils.errors import UsageError
 
 README = Path(__file__).parents[3] / "configs" / "README.md"
@@ -46,6 +55,14 @@ def test_values_outside_are_refused_by_name() -> None:
     ]:
         with pytest.raises(UsageError, match=message):
             typed(EvalOptions, OmegaConf.create(good | values))
+    check(RestoreOptions(input="a", output="b", sizes=[1, 2.5], quality=100))
+    for values, message in [
+        ({"quality": 101}, "quality must be 1 to 100, got quality=101"),
+        ({"sizes": [1.0, 0.0]}, r"sizes must be above 0, got sizes=\[1.0, 0.0\]"),
+        ({"scale": float("nan")}, "scale must be a finite number, got scale=nan"),
+    ]:
+        with pytest.raises(UsageError, match=message):
+            check(RestoreOptions(**values))
     check(PrepareDataOptions(workers=0))
     with pytest.raises(UsageError, match="workers must be at least 0"):
         check(PrepareDataOptions(workers=-1))

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from varestorer.commands.benchmark.startup import BASE, HEAVY, content, heavy_modules, table
+from varestorer.commands.options import OPTIONS
 from varestorer.systems.varestorer import VARestorer
 from varestorer.utils.errors import UserError
 from varestorer.utils.timing import Timing
@@ -30,12 +31,17 @@ def imported(code: str, *words: str) -> set[str]:
     return set(HEAVY) & set(json.loads(done.stderr.rpartition("MODULES ")[2]))
 
 
-@pytest.mark.parametrize("words", [[], ["--help"], ["--version"], ["convert", "--help"], ["restore", "--help"]])
+@pytest.mark.parametrize("words", [[], ["--help"], ["--version"]])
 def test_the_package_and_its_overview_import_nothing_heavy(words: list[str]) -> None:
     assert imported(RUN if words else "import varestorer", *words) == set()
 
 
-@pytest.mark.parametrize("command", ["train", "benchmark"])
+@pytest.mark.parametrize("command", OPTIONS)
+def test_the_help_of_a_command_needs_hydra_alone(command: str) -> None:
+    assert imported(RUN, command, "--help") <= {"hydra"}
+
+
+@pytest.mark.parametrize("command", ["benchmark"])
 def test_the_help_of_a_command_waits_for_torch_at_most(command: str) -> None:
     assert imported(RUN, command, "--help") <= {"torch", "hydra"}
 

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
+from varestorer import __version__
+
 COMMANDS = {
     "train": ("varestorer.commands.train", "train a network, such as the one-step student of the paper"),
     "eval": ("varestorer.commands.eval", "score a network, or anybody's pictures, on a dataset"),
@@ -51,9 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0 if words else USAGE_ERROR
     name, *rest = words
     if name == "--version":
-        import varestorer
-
-        sys.stdout.write(f"varestorer {varestorer.__version__}\n")
+        sys.stdout.write(f"varestorer {__version__}\n")
         return 0
     if name not in COMMANDS:
         sys.stderr.write(f"error: no command {name!r}; there are {', '.join(COMMANDS)}\n")

@@ -6,17 +6,25 @@ import logging
 import shutil
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
+import torch
 from omegaconf import DictConfig
 
 from varestorer.commands.entry import FAILED, OK, Command, say, typed
 from varestorer.commands.options import ConvertOptions
+from varestorer.systems import load
+from varestorer.systems.base import PRECISIONS
+from varestorer.systems.varestorer import VARestorer
 from varestorer.utils.errors import UsageError, UserError, reason
 from varestorer.utils.files import atomic_write, check_writable, temporary_path
-
-if TYPE_CHECKING:
-    from varestorer.systems.varestorer import VARestorer
+from varestorer.weights.bundle import is_bundle, put_adapters, save_adapters, save_bundle, student_of
+from varestorer.weights.files import read_entries, save_tensors
+from varestorer.weights.manifest import compare, read_manifest
+from varestorer.weights.published import RESTORER_FILE
+from varestorer.weights.published.infinity import KINDS, kind_of, part_tensors
+from varestorer.weights.published.infinity import manifest as published_manifest
+from varestorer.weights.runs import is_run
 
 LOG = logging.getLogger(__name__)
 
@@ -46,8 +54,6 @@ def convert(cfg: DictConfig) -> int:
     is_file = is_published(output)
     check_output(output, is_file, options.overwrite)
     check_writable(output.parent, "output")
-    from varestorer.systems.base import PRECISIONS
-    from varestorer.weights.bundle import save_adapters
 
     system = open_system(options)
     if options.adapters == "merged":
@@ -123,8 +129,6 @@ def check_output(output: Path, is_file: bool, overwrite: bool) -> None:
         UsageError: the current folder, or one around it.
         UserError: a file, or a folder with something in it; `overwrite` allows a file, and a bundle.
     """
-    from varestorer.weights.bundle import is_bundle
-
     if Path.cwd().is_relative_to(output):
         raise UsageError(f"output={output} is the current folder or one around it; name a new one")
     if is_file:
@@ -147,11 +151,6 @@ def check_file(path: str, manifest: str | None) -> int:
     Returns:
         exit status: 1 if anything differs.
     """
-    from varestorer.weights.files import read_entries
-    from varestorer.weights.manifest import compare, read_manifest
-    from varestorer.weights.published.infinity import KINDS, kind_of
-    from varestorer.weights.published.infinity import manifest as published_manifest
-
     entries = read_entries(path)
     name = manifest or kind_of(entries)
     if name is None:
@@ -170,10 +169,6 @@ def check_file(path: str, manifest: str | None) -> int:
 
 def open_system(options: ConvertOptions) -> VARestorer:
     """The model that `input=` names, in the precision in which it is stored."""
-    from varestorer.systems import load
-    from varestorer.weights.bundle import put_adapters, student_of
-    from varestorer.weights.runs import is_run
-
     source = Path(cast(str, options.input))
     if not source.exists() and (options.base or is_published(source)):  # others may be names on the hub
         raise UsageError(f"input={source} does not exist")
@@ -196,10 +191,6 @@ def open_system(options: ConvertOptions) -> VARestorer:
 
 def stored_precision(path: Path) -> str:
     """In which precision a published file holds the transformer's blocks."""
-    import torch
-
-    from varestorer.weights.files import read_entries
-
     blocks = {tensor.dtype for name, tensor in read_entries(path).items() if name.endswith(".sa.v_bias")}
     return "bf16" if blocks == {torch.bfloat16} else "fp32"
 
@@ -213,8 +204,6 @@ def check_publishable(system: VARestorer, source: Path) -> None:
     Raises:
         UserError: a student without adapters of its own, which would be read as a teacher.
     """
-    from varestorer.weights.published import RESTORER_FILE
-
     student = system.student_config
     if student.merged or (student.lora_rank == 0 and not is_published(source)):
         raise UserError("the published form has no place for a student without adapters; write a bundle: output=FOLDER")
@@ -229,11 +218,6 @@ def check_publishable(system: VARestorer, source: Path) -> None:
 
 def save_published(system: VARestorer, part: str, path: Path) -> None:
     """Write one network under its published names, derived tensors included."""
-    import torch
-
-    from varestorer.weights.files import save_tensors
-    from varestorer.weights.published.infinity import part_tensors
-
     tensors = {name: tensor.contiguous() for name, tensor in sorted(part_tensors(system, part).items())}
     if path.suffix.lower() == ".safetensors":
         save_tensors(path, tensors)
@@ -253,8 +237,6 @@ def save_aside(system: VARestorer, folder: Path, half: bool, overwrite: bool) ->
     Raises:
         UserError: it cannot be written.
     """
-    from varestorer.weights.bundle import save_bundle
-
     aside = temporary_path(folder)
     try:
         aside.mkdir(parents=True)

@@ -20,6 +20,10 @@ from functools import cache
 from pathlib import Path
 from typing import NoReturn, TypeVar, cast
 
+import hydra
+from hydra._internal.utils import get_args_parser
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException, InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -91,8 +95,6 @@ class Command:
 
     def _run(self, words: list[str], folder: Path) -> int:
         """Hand the words to Hydra; errors of the job come back as statuses, Hydra's own as exceptions."""
-        import hydra
-
         register_options()
         job = _Job(self.function)
         decorated = hydra.main(config_path=str(folder), config_name=self.config_name, version_base="1.3")(job)
@@ -156,8 +158,6 @@ def typed(schema: type[Options], cfg: DictConfig) -> Options:
 @cache
 def register_options() -> None:
     """Make the classes of `commands/options.py` configs of Hydra, each under its command's name."""
-    from hydra.core.config_store import ConfigStore
-
     for name, options in OPTIONS.items():
         ConfigStore.instance().store(name, options)
 
@@ -233,8 +233,6 @@ def compose(
         configs: folder of configs; None for the package's.
         schema: as of `Command`.
     """
-    import hydra
-
     register_options()
     folder = (configs or config_dir()).resolve()
     keys = Keys(config_name, folder, schema, overrides)
@@ -292,8 +290,6 @@ def hydra_words(command: Command, words: Sequence[str], folder: Path) -> list[st
     Raises:
         UsageError: an unknown option, or a word that is not `key=value`.
     """
-    from hydra._internal.utils import get_args_parser
-
     check_dashes(words, command.keys(folder))
     parser = get_args_parser()
     parser.error = _refuse_option  # type: ignore[method-assign]
@@ -322,8 +318,6 @@ def _find(error: BaseException | None, kind: type[BaseException]) -> BaseExcepti
 
 def _is_usage(error: BaseException) -> bool:
     """Whether an error is about the words of the command: a key, a value, or a constructor's argument."""
-    from hydra.errors import HydraException, InstantiationException
-
     if isinstance(error, InstantiationException):
         return isinstance(error.__cause__, TypeError) and "argument" in str(error.__cause__)
     return isinstance(error, HydraException | OmegaConfBaseException)

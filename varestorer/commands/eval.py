@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from varestorer.commands.entry import FAILED, OK, Command, say, typed
@@ -28,14 +29,18 @@ from varestorer.evaluation.sources import (
     FolderSource,
     KnownSource,
     ReconstructionSource,
+    SpandrelSource,
     SystemSource,
     weights_digest,
 )
+from varestorer.systems import load
+from varestorer.systems.acceleration import Acceleration
 from varestorer.utils.errors import UsageError, UserError
 from varestorer.utils.files import expand_user
 from varestorer.utils.images import load_image
 from varestorer.utils.loggers import Logger, open_loggers
 from varestorer.weights import DEFAULT
+from varestorer.weights.resolve import locate
 
 log = logging.getLogger(__name__)
 
@@ -165,8 +170,6 @@ def _evaluate(options: EvalOptions, whole: list[Pair], out: Path, processes: Pro
 
 
 def _logger(options: EvalOptions, out: Path, method: str) -> Logger:
-    from hydra.utils import instantiate
-
     factories = instantiate(options.logger, _convert_="all")
     return open_loggers(factories, out, {**asdict(options), "method": method})
 
@@ -227,8 +230,6 @@ def _source(options: EvalOptions, pairs: list[Pair], processes: Processes) -> Kn
     if options.method == "bicubic":
         return BicubicSource(options.scale)
     if options.method == "spandrel":
-        from varestorer.evaluation.sources import SpandrelSource
-
         return SpandrelSource(str(options.model_path), options.scale, processes.device)
     return _system(options, processes)
 
@@ -256,10 +257,6 @@ def _check_source(options: EvalOptions) -> None:
 
 def _system(options: EvalOptions, processes: Processes) -> KnownSource:
     """The network, known by its weights as they are in the file: merged ones may differ from machine to machine."""
-    from varestorer.systems import load
-    from varestorer.systems.acceleration import Acceleration
-    from varestorer.weights.resolve import locate
-
     model = options.model_path if options.method == "tokenizer" else options.ckpt
     with processes.main_first():
         system = load(model)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
 from varestorer.commands.entry import FAILED, OK, Command, say, typed
 from varestorer.commands.options import ParityOptions
-
-if TYPE_CHECKING:
-    from varestorer.utils.checks import Check
+from varestorer.evaluation.parity import compare, form_of
+from varestorer.training.parity_varsr import compare_training
+from varestorer.utils.checks import Check
 
 
 def parity(cfg: DictConfig) -> int:
@@ -38,9 +37,6 @@ def parity(cfg: DictConfig) -> int:
 
 def comparisons(folder: str) -> Iterator[Check]:
     """The comparisons of a folder, by the files in it."""
-    from varestorer.evaluation.parity import compare, form_of
-    from varestorer.training.parity_varsr import compare_training
-
     yield from compare(folder)
     if form_of(folder) == "varsr":
         yield from compare_training(folder)

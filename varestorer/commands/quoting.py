@@ -16,6 +16,11 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, cast
 
+import hydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep, Quote, QuotedString
+from hydra.errors import HydraException
+from hydra.utils import get_object
 from omegaconf import DictConfig, ListConfig, OmegaConf, StringNode, open_dict, read_write
 from omegaconf.base import Node
 
@@ -102,8 +107,6 @@ class Keys:
 
 @cache
 def _composed(config_name: str, folder: Path, choices: tuple[str, ...], more: str | None) -> DictConfig:
-    import hydra
-
     path = [f"hydra.searchpath=['file://{Path(more).resolve()}']"] if more else []
     with hydra.initialize_config_dir(str(folder), version_base="1.3"):
         return hydra.compose(config_name, [*path, *choices])
@@ -128,8 +131,6 @@ def _kind_of_node(node: Any) -> Kind:
 
 def _kind_of_argument(target: str, parts: Sequence[str]) -> Kind:
     """What an argument of a constructor or function holds, or an entry of one that is a mapping."""
-    from hydra.utils import get_object
-
     try:
         annotation = str(inspect.signature(get_object(target)).parameters[parts[0]].annotation)
     except Exception:  # noqa: BLE001  # whatever is wrong with it, Hydra tells it when it is called
@@ -183,10 +184,6 @@ def _is_plain(value: str) -> bool:
 
 def _is_readable(value: str, kind: Kind, is_sweep: bool) -> bool:
     """Whether a value is left to Hydra: a sweep over words, or what it can read where nobody knows the type."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.core.override_parser.types import ChoiceSweep, QuotedString
-    from hydra.errors import HydraException
-
     try:
         override = OverridesParser.create().parse_override(f"key={value}")
     except HydraException:
@@ -211,8 +208,6 @@ def _quote_items(value: str) -> str:
 
 
 def _quoted(text: str) -> str:
-    from hydra.core.override_parser.types import Quote, QuotedString
-
     return QuotedString(text=text, quote=Quote.single).with_quotes()
 
 

@@ -8,23 +8,27 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from omegaconf import DictConfig
+from torch import Tensor
+from tqdm.auto import tqdm
 
 from varestorer.commands.entry import FAILED, OK, Command, say, typed
 from varestorer.commands.options import RestoreOptions
+from varestorer.systems import load
+from varestorer.systems.acceleration import Acceleration
+from varestorer.systems.folder import FolderReport, Restored, RestoreImage, restore_files
+from varestorer.systems.plan import REPORT_NAME, Job, Plan, plan_restoration
+from varestorer.systems.prompts import TextOptions, Texts, find_texts
+from varestorer.systems.varestorer import VARestorer
+from varestorer.utils.device import limit_threads, pick_device
 from varestorer.utils.errors import UsageError, UserError
+from varestorer.utils.files import check_writable
+from varestorer.utils.images import Writing
+from varestorer.utils.tiling import scaled_size
 from varestorer.weights import DEFAULT
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from varestorer.systems.acceleration import Acceleration
-    from varestorer.systems.folder import FolderReport, Restored, RestoreImage
-    from varestorer.systems.plan import Job, Plan
-    from varestorer.systems.prompts import Texts
-    from varestorer.systems.varestorer import VARestorer
+from varestorer.weights.resolve import locate
 
 LOG = logging.getLogger(__name__)
 TARGETS = ("width", "height", "megapixels")  # in place of scale
@@ -42,10 +46,6 @@ def restore(cfg: DictConfig) -> int:
         UsageError: an option that cannot be, no such input.
         UserError: the checkpoint, the text encoder, the captioner or the output folder cannot be used.
     """
-    from varestorer.systems.plan import plan_restoration
-    from varestorer.utils.device import limit_threads, pick_device
-    from varestorer.utils.files import check_writable
-
     options = typed(RestoreOptions, cfg)
     check_options(options)
     device = pick_device(options.device)
@@ -55,10 +55,6 @@ def restore(cfg: DictConfig) -> int:
     plan = plan_restoration(options.input, options.output, labels, options.format and f".{options.format}")
     check_quality(plan, options.quality)
     check_writable(plan.output, "output")
-    from varestorer.systems import load
-    from varestorer.systems.folder import restore_files
-    from varestorer.systems.prompts import TextOptions, find_texts
-    from varestorer.utils.images import Writing
 
     # on the CPU its files are only mapped: weights take no memory before they are used
     merge = options.steps == "one" and options.compat is None
@@ -132,8 +128,6 @@ def check_fit(system: VARestorer, options: RestoreOptions) -> None:
     Raises:
         UsageError: names the key, what it was and what it may be.
     """
-    from varestorer.weights.resolve import locate
-
     num_scales, tile = len(system.schedule), options.tile or system.tile
     tiles = (system.tile,) if options.compat else system.tiles
     if tile not in tiles:
@@ -161,8 +155,6 @@ def check_fit(system: VARestorer, options: RestoreOptions) -> None:
 
 def means(options: RestoreOptions) -> Acceleration:
     """How restoring is made fast; the adapters stay apart where the teacher is needed."""
-    from varestorer.systems.acceleration import Acceleration
-
     merge = options.steps == "one"
     return Acceleration(merge, options.precision, options.compile, options.graphs, options.linears)
 
@@ -203,8 +195,6 @@ def size_label(size: float) -> str:
 
 def bind(system: VARestorer, options: RestoreOptions, texts: Texts) -> RestoreImage:
     """Bind the options, so that only an image, its job and its seed are missing."""
-    from varestorer.systems.folder import Restored
-
     keys = ("select", "steps", "color", "tile", "overlap", "batch", "uncertainty", "sizes", "trained_scale")
     wishes = {key: getattr(options, key) for key in keys}
     wishes["steps"] = None if options.steps == "one" else options.steps  # the way of the system
@@ -234,10 +224,6 @@ def bind(system: VARestorer, options: RestoreOptions, texts: Texts) -> RestoreIm
 @contextmanager
 def squares(name: str, size: tuple[int, int], scale: float) -> Iterator[Callable[[int, int], None]]:
     """Show how many squares of an image of `size` are done, and the time left; what is ahead is said first."""
-    from tqdm.auto import tqdm
-
-    from varestorer.utils.tiling import scaled_size
-
     height, width = scaled_size(*size, scale)
     with ExitStack() as stack:
         bar: tqdm | None = None
@@ -255,8 +241,6 @@ def squares(name: str, size: tuple[int, int], scale: float) -> Iterator[Callable
 
 def summary(report: FolderReport) -> str:
     """What was done, what failed and why, and where it all is."""
-    from varestorer.systems.plan import REPORT_NAME
-
     lines = [f"failed: {name}: {reason}" for name, reason in report.failed.items()]
     counts = [f"{report.num_restored} restored"]
     if report.num_skipped:

@@ -5,22 +5,25 @@ from __future__ import annotations
 import platform
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import hydra
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
+from torch import nn
 
 from varestorer.commands.entry import OK, Command, say, typed
 from varestorer.commands.options import TablesOptions
+from varestorer.evaluation.cost import add_published_restorer, cost_of, measure, num_trained
+from varestorer.evaluation.paper_tables import SystemRecord, read_records, table_1, table_2, table_3, table_varsr
+from varestorer.evaluation.tables import Table, to_markdown, write_tables
+from varestorer.systems import SYSTEMS, load
+from varestorer.systems.varestorer import VARestorer
+from varestorer.utils.device import pick_device
 from varestorer.utils.errors import UsageError, reason
 from varestorer.utils.files import check_writable, expand_user
-
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
-
-    from varestorer.evaluation.paper_tables import SystemRecord
-    from varestorer.evaluation.tables import Table
-    from varestorer.systems.varestorer import VARestorer
 
 PAPER_MODEL = "2b"  # the paper's, which has a restorer in front although the config names no file
 TITLES = {number: f"Table {number} of VARestorer" for number in ("1", "2", "3")} | {"varsr": "VARSR and its ablations"}
@@ -33,8 +36,6 @@ def tables(cfg: DictConfig) -> int:
     Raises:
         UserError: a folder or a model cannot be read; UsageError: the command asks for the impossible.
     """
-    from varestorer.evaluation.tables import to_markdown, write_tables
-
     options = typed(TablesOptions, cfg)
     number = str(options.table)
     if number not in TITLES:
@@ -50,8 +51,6 @@ def tables(cfg: DictConfig) -> int:
 
 
 def _tables(options: TablesOptions, number: str) -> list[Table]:
-    from varestorer.evaluation.paper_tables import read_records, table_1, table_2, table_3, table_varsr
-
     if number != "2" and (_model_names() or options.ckpt is not None):
         raise UsageError(f"model= and ckpt= are for table=2; table={number} takes runs=")
     records = read_records(_listed(options.runs))
@@ -64,16 +63,10 @@ def _tables(options: TablesOptions, number: str) -> list[Table]:
 
 def system_records(options: TablesOptions) -> list[SystemRecord]:
     """Count every network that `options` names, and time them in turns."""
-    from varestorer.evaluation.cost import cost_of, measure, num_trained
-    from varestorer.evaluation.paper_tables import SystemRecord
-    from varestorer.utils.device import pick_device
-
     device = pick_device(options.device)
     encoder = None if options.text_encoder is None else _text_encoder(options.text_encoder)
     systems = {name: _from_config(name, options.seed, "meta") for name in _model_names()}
     if options.ckpt is not None:
-        from varestorer.systems import load
-
         systems[Path(options.ckpt).name] = load(options.ckpt, device=device, merge=True)
     costs = {label: cost_of(system, encoder) for label, system in systems.items()}
     timed = {
@@ -91,9 +84,6 @@ def system_records(options: TablesOptions) -> list[SystemRecord]:
 
 def _model_names() -> list[str]:
     """What `model=` names: one config of its group, or several, which the composed config holds mixed together."""
-    from hydra.core.hydra_config import HydraConfig
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
     given = OverridesParser.create().parse_overrides(list(HydraConfig.get().overrides.task))
     values = [override.value() for override in given if override.key_or_group == "model"]
     return _listed(values[-1]) if values else []
@@ -101,12 +91,6 @@ def _model_names() -> list[str]:
 
 def _from_config(name: str, seed: int, device: torch.device | str) -> VARestorer:
     """The network of `configs/model/<name>.yaml` with random weights (none on the meta device), adapters merged."""
-    import hydra
-    import torch
-
-    from varestorer.evaluation.cost import add_published_restorer
-    from varestorer.systems import SYSTEMS
-
     system_name = next((known for known in SYSTEMS if name.startswith(known)), "varestorer")
     cfg = hydra.compose("tables", [f"system={system_name}", f"model={name}", f"seed={seed}"])
     with torch.device("meta") if str(device) == "meta" else nullcontext():
@@ -122,7 +106,6 @@ def _text_encoder(folder: str) -> nn.Module:
     Raises:
         UsageError: the folder describes none.
     """
-    import torch
     from transformers import AutoConfig, T5EncoderModel
 
     try:
@@ -141,8 +124,6 @@ def _is_timed(options: TablesOptions, num_parameters: int, device: torch.device)
 
 def _where(system: VARestorer, repeats: int) -> str:
     """Machine and precision of a measurement, in words."""
-    import torch
-
     device = system.device
     machine = f"{_cpu_name()}, {torch.get_num_threads()} threads"
     if device.type == "cuda":

@@ -7,27 +7,35 @@ import logging
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
 
 from varestorer.commands.entry import OK, Command, say
+from varestorer.data.loader import collate
+from varestorer.training.changes import check_resumable
+from varestorer.training.checkpoint import save_initial
+from varestorer.training.checks import check_stages
 
 # beside giving the types, this registers the schemas that configs/train.yaml is checked against
 from varestorer.training.config import Resume, Sharding, TrainConfig, TrainerConfig, trainer_config
+from varestorer.training.fit import fit, make_accelerator
+from varestorer.training.parallel import in_cluster_job, join_cluster_job
+from varestorer.training.rng import seed_everything
+from varestorer.training.run import Run, choose_run_dir, environment
+from varestorer.training.scores import ImageScores
 from varestorer.training.stopping import StoppedError
+from varestorer.training.task import Batch
 from varestorer.utils.errors import UsageError, UserError
 from varestorer.utils.locks import locked
 from varestorer.utils.loggers import open_loggers
-from varestorer.weights.runs import CONFIG
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-    from torch import nn
-
-    from varestorer.training.run import Run
-    from varestorer.training.scores import ImageScores
-    from varestorer.training.task import Batch
+from varestorer.weights.load import load_into
+from varestorer.weights.runs import CONFIG, load_initial
 
 LOG = logging.getLogger(__name__)
 SECTIONS = ("trainer", "optimizer", "data")  # of the config, which a stage may change for itself
@@ -90,8 +98,6 @@ def train(cfg: DictConfig) -> int:
     Raises:
         UserError: see `fit`; UsageError: the config asks for nothing, or for something impossible.
     """
-    from varestorer.training.checks import check_stages
-
     stages = stage_configs(cfg, command_line())
     accelerator = start_processes(cfg)
     check_stages(stages, accelerator.num_processes, accelerator.device)
@@ -102,8 +108,6 @@ def train(cfg: DictConfig) -> int:
 
 def image_scores(cfg: DictConfig, stages: Mapping[str, DictConfig], accelerator: Accelerator) -> ImageScores:
     """The metrics that validations score pictures with; the first process fetches their weights."""
-    from varestorer.training.scores import ImageScores
-
     validates = any(trainer_config(stage.trainer).validate_every for stage in stages.values())
     with accelerator.main_process_first():
         return ImageScores(cfg.scores if validates else (), accelerator.device, accelerator.is_main_process)
@@ -141,9 +145,6 @@ def end_early(stopped: StoppedError, run: Run) -> NoReturn:
 
 def start_processes(cfg: DictConfig) -> Accelerator:
     """This process among those of the run."""
-    from varestorer.training.fit import make_accelerator
-    from varestorer.training.parallel import join_cluster_job
-
     join_cluster_job()
     return make_accelerator(str(cfg.device))
 
@@ -157,12 +158,6 @@ def open_run(cfg: DictConfig, stages: Mapping[str, DictConfig], accelerator: Acc
         UsageError: the folder's run was started with another model or other data.
         UserError: another command writes to it, or it cannot be written.
     """
-    from accelerate.utils import broadcast_object_list
-    from hydra.utils import instantiate
-
-    from varestorer.training.changes import check_resumable
-    from varestorer.training.run import Run, choose_run_dir, environment
-
     folder = [""]
     if accelerator.is_main_process:
         job_dir = cluster_job_dir()
@@ -187,13 +182,6 @@ def build_system(cfg: DictConfig, run: Run) -> nn.Module:
     What is drawn at random is saved at the start and loaded in a resume. A system whose weights come from
     files says so by an `initial_state()` that leaves them out (or is empty).
     """
-    from hydra.utils import instantiate
-
-    from varestorer.training.checkpoint import save_initial
-    from varestorer.training.rng import seed_everything
-    from varestorer.weights.load import load_into
-    from varestorer.weights.runs import load_initial
-
     seed_everything(cfg.seed, "model")
     system: nn.Module = instantiate(cfg.model, _convert_="all")
     initial = load_initial(run.run_dir)
@@ -207,11 +195,6 @@ def build_system(cfg: DictConfig, run: Run) -> nn.Module:
 
 def train_stage(name: str, cfg: DictConfig, system: nn.Module, run: Run, scores: ImageScores) -> None:
     """Train one stage; a stage that is finished already only gives its weights to the system."""
-    from hydra.utils import instantiate
-
-    from varestorer.training.fit import fit
-    from varestorer.training.rng import seed_everything
-
     seed_everything(run.seed, "task", name)  # a task may draw weights of its own, in a resume the same ones
     task = instantiate(cfg.stages[name].task, _partial_=True, _convert_="all")(system=system)
     task.name = name
@@ -228,10 +211,6 @@ def heldout_batches(cfg: DictConfig, dataset: Any, trainer: TrainerConfig) -> li
 
     Without a held-out set the pictures show training data.
     """
-    from hydra.utils import instantiate
-
-    from varestorer.data.loader import collate
-
     source = dataset if cfg.heldout is None else instantiate(cfg.heldout, _convert_="all")
     count = len(source) if trainer.validate_every else min(HELDOUT_BATCH, len(source))
     batches: list[Batch] = []
@@ -245,8 +224,6 @@ def heldout_batches(cfg: DictConfig, dataset: Any, trainer: TrainerConfig) -> li
 
 def write_report(cfg: DictConfig, system: nn.Module, run: Run) -> Path | None:
     """Call the experiment's `report` (`run_dir, system, config, device` -> path), in the first process."""
-    from hydra.utils import instantiate
-
     if cfg.report is None or not run.is_main:
         return None
     write = instantiate(cfg.report, _partial_=True, _convert_="all")
@@ -294,17 +271,11 @@ def stage_config(cfg: DictConfig, stage: str, words: Sequence[str]) -> DictConfi
 
 def command_line() -> list[str]:
     """The overrides Hydra was called with; none when the config was composed by other means."""
-    from hydra.core.hydra_config import HydraConfig
-
     return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
 
 
 def cluster_job_dir() -> Path | None:
     """Folder of a job that a launcher put in a cluster's queue, the same each time it is put there again."""
-    from hydra.core.hydra_config import HydraConfig
-
-    from varestorer.training.parallel import in_cluster_job
-
     if not (in_cluster_job() and HydraConfig.initialized()):
         return None
     settings = HydraConfig.get()
@@ -313,8 +284,6 @@ def cluster_job_dir() -> Path | None:
 
 def experiment_name(cfg: DictConfig) -> str:
     """`experiment_name`, else the choice `+experiment=`, else `train`."""
-    from hydra.core.hydra_config import HydraConfig
-
     chosen = HydraConfig.get().runtime.choices.get("experiment") if HydraConfig.initialized() else None
     return str(cfg.experiment_name or chosen or "train")
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from varestorer.evaluation.processes import ALONE, Processes
 from varestorer.evaluation.progress import Progress
@@ -159,8 +160,6 @@ class Evaluator:
         Raises:
             UsageError: no pairs, or `progress` holds scores of others.
         """
-        from tqdm import tqdm
-
         if not pairs:
             raise UsageError(f"data set {dataset!r} has no images to score")
         if isinstance(source, FolderSource) and not source.pairs:

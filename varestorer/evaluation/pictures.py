@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from io import BytesIO
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from einops import rearrange
+from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
+from PIL import Image
 from torch import Tensor
 
 from varestorer.utils.images import to_uint8
@@ -127,16 +129,10 @@ def enlarge(image_3HW: Tensor, height: int, width: int) -> Tensor:
 
 def png_url(image_3HW: Tensor) -> str:
     """A picture in [0, 1] as a PNG inside a `data:` URL."""
-    from PIL import Image
-
     buffer = BytesIO()
     array = rearrange(to_uint8(image_3HW.detach()).cpu(), "c h w -> h w c").numpy()
     Image.fromarray(array).save(buffer, format="PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-if TYPE_CHECKING:
-    from jinja2 import Environment
 
 
 def render(template: str, **values: Any) -> Markup:
@@ -151,8 +147,6 @@ def render(template: str, **values: Any) -> Markup:
 
 @cache
 def _environment() -> Environment:
-    from jinja2 import Environment, FunctionLoader, StrictUndefined
-
     folder = files("varestorer.evaluation")
     loader = FunctionLoader(lambda name: folder.joinpath(name).read_text(encoding="utf-8"))
     return Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)

@@ -7,16 +7,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 
 from varestorer.utils.device import pick_device
 from varestorer.utils.errors import UserError
 from varestorer.utils.locks import locked
-
-if TYPE_CHECKING:
-    from accelerate import PartialState
 
 T = TypeVar("T")
 
@@ -47,7 +46,6 @@ class Processes:
         picked = pick_device(device)
         if int(os.environ.get("WORLD_SIZE", "1")) < 2:
             return cls(0, 1, picked)
-        from accelerate import PartialState
 
         state = PartialState(cpu=picked.type == "cpu")
         return cls(state.process_index, state.num_processes, state.device, state)
@@ -65,7 +63,6 @@ class Processes:
         """The items of all processes, in the order of the processes; all get them, and all have to ask."""
         if self.state is None:
             return items
-        from accelerate.utils import gather_object
 
         return list(gather_object(items))
 

@@ -13,22 +13,21 @@ from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from varestorer.evaluation.results import Pair
+from varestorer.systems.varestorer import VARestorer
 from varestorer.utils.errors import UsageError, UserError, reason
 from varestorer.utils.files import expand_user, file_sha256
 from varestorer.utils.finite import check_weights
 from varestorer.utils.images import list_images, load_image, resize
 from varestorer.utils.seeds import derive_seed
 from varestorer.utils.tiling import restore_tiled
-
-if TYPE_CHECKING:
-    from varestorer.systems.varestorer import VARestorer
 
 
 @dataclass(frozen=True)
@@ -339,7 +338,6 @@ class SpandrelSource:
 
 def _load(path: Path, device: torch.device) -> Any:
     """Spandrel's description of a model of RGB images, in float32."""
-    from safetensors import SafetensorError
     from spandrel import ImageModelDescriptor, ModelLoader, UnsupportedModelError
 
     if not path.is_file():

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from varestorer.losses.pixel import float32_pair
+from varestorer.utils.iqa import create_metric
 
 PerceptualLoss = Callable[[Tensor, Tensor], Tensor]
 
@@ -35,8 +36,6 @@ class MetricLoss(nn.Module):
     """
 
     def __init__(self, metric: str) -> None:
-        from varestorer.utils.iqa import create_metric
-
         super().__init__()
         self.network = create_metric(metric).network.requires_grad_(False).to(memory_format=torch.channels_last)
         self.train()

@@ -6,6 +6,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from varestorer.utils.errors import UserError
+from varestorer.weights.resolve import locate, system_of
+
 SYSTEMS = {"varestorer": "VARestorer", "varsr": "VARSR", "hvar": "HVAR"}
 """Name of a system, which is that of its module, -> its class."""
 
@@ -16,8 +19,6 @@ def system_class(name: str) -> Any:
     Raises:
         UserError: an unknown name.
     """
-    from varestorer.utils.errors import UserError
-
     if name not in SYSTEMS:
         raise UserError(f"system must be one of {', '.join(SYSTEMS)}, got {name}")
     return getattr(import_module(f"varestorer.systems.{name}"), SYSTEMS[name])
@@ -36,7 +37,5 @@ def load(name: str | Path | None = None, **options: Any) -> Any:
         UsageError: neither a path nor a name that the hub knows.
         UserError: the path holds no system, or its files do not fit.
     """
-    from varestorer.weights.resolve import locate, system_of
-
     path = locate(name, options)
     return system_class(system_of(path)).from_pretrained(path, **options)

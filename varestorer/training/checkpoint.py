@@ -16,9 +16,11 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -31,9 +33,6 @@ from varestorer.utils.errors import UserError
 from varestorer.utils.files import atomic_write
 from varestorer.weights import storage
 from varestorer.weights.runs import BEST, FOLDER, INITIAL, LATEST, newest_checkpoint, place_of, step_folders, step_of
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 LOG = logging.getLogger(__name__)
 DATA = "data.json"
@@ -109,8 +108,6 @@ class Checkpointer:
         Raises:
             UserError: it cannot be written; older checkpoints are untouched.
         """
-        from accelerate.utils import gather_object
-
         generators = gather_object([capture_rng()])
         tensors = self._tensors(trained)
         folder = self.run_dir / FOLDER / self.stage / f"step_{trained.step:06d}"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from varestorer.data.datasets import INSIDE
@@ -75,8 +76,6 @@ def _check_weights(model: DictConfig) -> None:
 
 def _side(model: DictConfig) -> int | None:
     """Side of the squares that a model of this config takes, pixels; None for one that takes any."""
-    from hydra.utils import instantiate
-
     sizes = OmegaConf.merge(model, {key: None for key in ("weights", "restorer") if key in model})
     with torch.device("meta"):
         system = instantiate(sizes, _convert_="all")
@@ -86,8 +85,6 @@ def _side(model: DictConfig) -> int | None:
 
 def _check_crops(cfg: DictConfig, task: DictConfig, side: int) -> None:
     """Crops of training and of the pictures that are shown have the size that the model takes."""
-    from hydra.utils import get_object
-
     if getattr(get_object(task._target_), "takes_any_size", False):
         return
     side = max([side, *(task.get("tiles") or [])])
@@ -129,8 +126,6 @@ def _check_task_files(task: DictConfig) -> None:
 
 def _check_optimizer(node: DictConfig) -> None:
     """The optimiser takes its options."""
-    from hydra.utils import instantiate
-
     make = instantiate(node, _convert_="all")
     try:
         make([torch.nn.Parameter(torch.zeros(1))])
@@ -140,8 +135,6 @@ def _check_optimizer(node: DictConfig) -> None:
 
 def _check_call(node: DictConfig, key: str, **given: Any) -> None:
     """What a config names takes its options, as far as their names say."""
-    from hydra.utils import get_object
-
     options = {str(name): None for name in node if not str(name).startswith("_")}
     try:
         inspect.signature(get_object(node._target_)).bind(**options, **given)

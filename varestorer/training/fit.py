@@ -6,8 +6,9 @@ import os
 import sys
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from accelerate import Accelerator
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
@@ -24,9 +25,6 @@ from varestorer.training.stopping import held_back, leave_signals_to_parent
 from varestorer.training.task import Task
 from varestorer.utils.device import pick_device
 from varestorer.utils.errors import UsageError
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 
 def fit(
@@ -94,8 +92,6 @@ def make_accelerator(device: str = "auto") -> Accelerator:
         UserError: the device is not there.
         UsageError: a launcher's own FSDP, which would wrap other parts than `parallel.shard` and save them otherwise.
     """
-    from accelerate import Accelerator
-
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true"):
         raise UsageError("shard by trainer.sharding=fsdp2, and launch without FSDP in accelerate's own config")
 

@@ -13,10 +13,12 @@ from contextlib import contextmanager
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
-from torch import Tensor
+from accelerate import Accelerator
+from einops import rearrange
+from torch import Tensor, stack
 
 import varestorer
 from varestorer.training.stopping import StopRequest
@@ -26,9 +28,6 @@ from varestorer.utils.images import save_image
 from varestorer.utils.loggers import Logger
 from varestorer.weights import storage
 from varestorer.weights.runs import FOLDER
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 LOG = logging.getLogger(__name__)
 CONFIG = "config.yaml"
@@ -174,8 +173,6 @@ class Run:
             step: from 1.
             columns: each (B,3,H,W) in [0, 1].
         """
-        from einops import rearrange
-        from torch import stack
         from torchvision.utils import make_grid
 
         if not self.is_main:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from varestorer.training.checkpoint import Checkpointer, Score, Trained
@@ -271,8 +272,6 @@ class Stage:
         return None
 
     def _skip_or_stop(self, problem: str, gradients: Gradients, step: int) -> None:
-        from accelerate.utils import gather_object
-
         # every process comes here: what was added up over them is finite in none of them
         names, keys = gather_object(gradients.names), gather_object(gradients.keys)
         self.run.log_nonfinite(self.task.name, step, problem, names, keys)

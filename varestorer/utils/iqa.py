@@ -16,7 +16,12 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
 
 from varestorer.utils.errors import UsageError, UserError, reason
 from varestorer.utils.iqa_sandbox import (
@@ -34,10 +39,6 @@ from varestorer.utils.iqa_weights import (
     weights_sha256,
 )
 from varestorer.utils.seeds import isolated_rng
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
 
 DATASET_METRICS = frozenset({"fid", "sfid", "fid_dinov2", "inception_score"})
 """Metrics of whole folders: they have no value for a single image."""
@@ -120,8 +121,6 @@ class Metric:
             ValueError: no reference, or one of another shape.
             any of METRIC_ERRORS: the metric does not accept the images (too small, for example).
         """
-        import torch
-
         if self.needs_reference and (reference_B3HW is None or reference_B3HW.shape != image_B3HW.shape):
             got = "none" if reference_B3HW is None else tuple(reference_B3HW.shape)
             raise ValueError(f"{self.name} needs a reference of shape {tuple(image_B3HW.shape)}, got {got}")
@@ -229,9 +228,6 @@ def reads_plainly(path: str | Path, image_3HW: Tensor) -> bool:
         path: the file.
         image_3HW: uint8, what the file shows.
     """
-    import numpy as np
-    from PIL import Image
-
     try:
         with Image.open(path) as file:
             seen_HW3 = np.asarray(file.convert("RGB"))
@@ -289,6 +285,4 @@ def _pyiqa() -> Any:
 
 
 def _as_device(device: torch.device | str) -> torch.device:
-    import torch
-
     return torch.device(device)

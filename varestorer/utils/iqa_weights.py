@@ -13,6 +13,8 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
+import torch
+
 from varestorer.utils.files import expand_user, file_sha256
 
 _ALEXNET = "checkpoints/alexnet-owt-7be5be79.pth"
@@ -103,8 +105,6 @@ PACKAGES: dict[str, tuple[str, str]] = {
 
 def hub_folder() -> Path:
     """Torch's hub folder as it is now (`$TORCH_HOME/hub`): where pyiqa keeps and looks for weights."""
-    import torch
-
     return Path(os.path.expanduser(torch.hub.get_dir()))
 
 

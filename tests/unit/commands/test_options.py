@@ -1,14 +1,12 @@
 """An option is declared once: help, schema, checks and the README's tables say the same."""
 
-import subprocess
-import sys
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
 
-from varestorer.commands import COMMANDS, run
+from varestorer.commands import run
 from varestorer.commands.entry import typed
 from varestorer.commands.options import (
     OPTIONS,
@@ -66,16 +64,6 @@ def test_values_outside_are_refused_by_name() -> None:
     check(PrepareDataOptions(workers=0))
     with pytest.raises(UsageError, match="workers must be at least 0"):
         check(PrepareDataOptions(workers=-1))
-
-
-@pytest.mark.parametrize("name", COMMANDS)
-def test_help_comes_without_torch(name: str) -> None:
-    if name not in OPTIONS:
-        pytest.skip(f"{name} has no class of options")
-    code = (
-        f"import sys; from varestorer.commands import run; run({name!r}, ['--help']); sys.exit('torch' in sys.modules)"
-    )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
 
 
 def test_unknown_key_is_answered_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:

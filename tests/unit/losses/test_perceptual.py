@@ -156,6 +156,6 @@ def test_metrics_get_images_in_their_own_range(make, low: float, monkeypatch: py
             return (pred - target).abs().mean(dim=(1, 2, 3))
 
     network = Network()
-    monkeypatch.setattr("varestorer.utils.iqa.create_metric", lambda name: SimpleNamespace(network=network))
+    monkeypatch.setattr("varestorer.losses.perceptual.create_metric", lambda name: SimpleNamespace(network=network))
     make()(torch.full((1, 3, 8, 8), -1.0), torch.full((1, 3, 8, 8), 1.0))
     assert [image.mean().item() for image in network.seen] == [low, 1.0]

@@ -1,7 +1,7 @@
 """Perceptual losses behind one interface: callables `(pred_B3HW, target_B3HW) -> scalar`, images in [-1, 1].
 
-`LPIPSLoss` is what the paper trains with; it and `DISTSLoss` need published weights. `MSSSIMLoss` is a formula and
-needs none. All of them are differentiable in the prediction and average over the batch.
+`LPIPSLoss` is what the paper trains with; it and `DISTSLoss` need published weights, but not pyiqa (see `MetricLoss`).
+`MSSSIMLoss` is a formula and needs none. All of them are differentiable in the prediction and average over the batch.
 
 Shapes: B batch, C channels, H W image, h w one level.
 """
@@ -10,43 +10,58 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Self
+from itertools import pairwise
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from varestorer.losses.pixel import float32_pair
-from varestorer.utils.iqa import create_metric
+from varestorer.utils.errors import reason
+from varestorer.utils.iqa import METRIC_ERRORS, MetricUnavailableError, weight_files
 
 PerceptualLoss = Callable[[Tensor, Tensor], Tensor]
 
-LPIPS_METRICS = {"alex": "lpips", "vgg": "lpips-vgg"}
+VGG_TAPS = (4, 9, 16, 23, 30)
+LPIPS = {"alex": ("lpips", (2, 5, 8, 10, 12)), "vgg": ("lpips-vgg", VGG_TAPS)}
+LPIPS_MEAN, LPIPS_STD = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # of images in [-1, 1]
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of images in [0, 1]
 MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 """Weight of each scale, fine to coarse (Wang et al. 2003, Multi-scale structural similarity, section 3.2)."""
 
 
 class MetricLoss(nn.Module):
-    """A metric's network as a loss, through pyiqa: frozen, and always in evaluation mode (LPIPS carries dropout).
+    """A backbone of torchvision and the weights by which a metric compares its features; all frozen.
+
+    Our own code, as pyiqa's may not be used commercially; it reads the same weight files.
 
     Args:
-        metric: pyiqa's name.
+        metric: `lpips`, `lpips-vgg` or `dists`.
+        taps: numbers of the layers before which features are taken.
+    Attributes:
+        slices: the layers from one tap to the next.
+        own: name -> the metric's own weights.
     Raises:
-        MetricUnavailableError: a weight file is missing (one line: which, and where it belongs).
+        MetricUnavailableError: a weight file is missing or damaged (one line: which, and where it belongs).
     """
 
-    def __init__(self, metric: str) -> None:
-        super().__init__()
-        self.network = create_metric(metric).network.requires_grad_(False).to(memory_format=torch.channels_last)
-        self.train()
+    def __init__(self, metric: str, taps: tuple[int, ...]) -> None:
+        from torchvision import models
 
-    def train(self, mode: bool = True) -> Self:
-        """Stay in evaluation mode."""
-        return super().train(False)
+        super().__init__()
+        backbone, own = (_read(path) for path in weight_files(metric))
+        with torch.device("meta"):  # without the time to draw a classifier's weights
+            layers = (models.alexnet if metric == "lpips" else models.vgg16)().features
+        names = [name for name in backbone if name.startswith("features.")]
+        layers.load_state_dict({name.removeprefix("features."): backbone[name] for name in names}, assign=True)
+        self.slices = nn.ModuleList(layers[first:last] for first, last in pairwise((0, *taps)))
+        self.own = nn.ParameterDict({name.replace(".", "_"): nn.Parameter(value) for name, value in own.items()})
+        self.requires_grad_(False).to(memory_format=torch.channels_last)
 
 
 class LPIPSLoss(MetricLoss):
-    """Learned perceptual distance (Zhang et al. 2018): `L_perc` of the paper.
+    """Learned perceptual distance (Zhang et al. 2018, equation 1): `L_perc` of the paper.
 
     Args:
         net: backbone, `alex` (the one that evaluation uses) or `vgg`.
@@ -56,15 +71,23 @@ class LPIPSLoss(MetricLoss):
     """
 
     def __init__(self, net: str = "alex") -> None:
-        if net not in LPIPS_METRICS:
-            raise ValueError(f"net must be one of {', '.join(LPIPS_METRICS)}, got {net!r}")
-        super().__init__(LPIPS_METRICS[net])
+        if net not in LPIPS:
+            raise ValueError(f"net must be one of {', '.join(LPIPS)}, got {net!r}")
+        super().__init__(*LPIPS[net])
+        self.register_buffer("mean", torch.tensor(LPIPS_MEAN)[:, None, None])
+        self.register_buffer("std", torch.tensor(LPIPS_STD)[:, None, None])
 
     def forward(self, pred_B3HW: Tensor, target_B3HW: Tensor) -> Tensor:
         """Distance of the two images, mean over the batch: a float32 scalar >= 0."""
-        pred, target = float32_pair(pred_B3HW, target_B3HW)
-        with torch.autocast(pred.device.type, enabled=False):
-            return self.network(pred, target, normalize=False).mean()
+        pair = float32_pair(pred_B3HW, target_B3HW)
+        distance = pair[0].new_zeros(())
+        with torch.autocast(distance.device.type, enabled=False):
+            x, y = ((image - self.mean) / self.std for image in pair)
+            for layers, weight_1C11 in zip(self.slices, self.own.values(), strict=True):
+                x, y = layers(x), layers(y)
+                difference = (F.normalize(x, eps=1e-10) - F.normalize(y, eps=1e-10)).square()
+                distance = distance + F.conv2d(difference, weight_1C11).mean()
+        return distance
 
 
 class DISTSLoss(MetricLoss):
@@ -78,12 +101,36 @@ class DISTSLoss(MetricLoss):
     """
 
     def __init__(self) -> None:
-        super().__init__("dists")
+        super().__init__("dists", VGG_TAPS)
+        for number, layers in enumerate(self.slices):
+            if number:
+                layers[0] = L2Pool()
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN)[:, None, None])
+        self.register_buffer("std", torch.tensor(IMAGENET_STD)[:, None, None])
 
     def forward(self, pred_B3HW: Tensor, target_B3HW: Tensor) -> Tensor:
         """Distance of the two images, mean over the batch: a float32 scalar >= 0."""
-        pred, target = float32_pair(pred_B3HW, target_B3HW)
-        return self.network((pred + 1) / 2, (target + 1) / 2).float().mean()
+        pair = [(image + 1) / 2 for image in float32_pair(pred_B3HW, target_B3HW)]
+        total = self.own["alpha"].sum() + self.own["beta"].sum()
+        terms = [_ssim_of_features(*pair)]
+        x, y = ((image - self.mean) / self.std for image in pair)
+        for layers in self.slices:
+            x, y = layers(x), layers(y)
+            terms.append(_ssim_of_features(x, y))
+        texture_BC, structure_BC = (torch.cat(term, dim=1) for term in zip(*terms, strict=True))
+        similarity = self.own["alpha"].flatten() * texture_BC + self.own["beta"].flatten() * structure_BC
+        return 1 - (similarity.sum(dim=1) / total).mean()
+
+
+class L2Pool(nn.Module):
+    """Root of the squares under a Hann window, in place of VGG's pooling by the maximum (Ding et al. 2020, 3.1)."""
+
+    def forward(self, x_BChw: Tensor) -> Tensor:
+        """Features of half the height and width, rounded up."""
+        hann = x_BChw.new_tensor([0.25, 0.5, 0.25])
+        kernel = (hann[:, None] * hann).expand(x_BChw.shape[1], 1, 3, 3)
+        blurred = F.conv2d(x_BChw.square(), kernel, stride=2, padding=1, groups=x_BChw.shape[1])
+        return (blurred + 1e-12).sqrt()
 
 
 class MSSSIMLoss:
@@ -132,6 +179,28 @@ def num_scales(shortest_side: int, window: int = 11, max_scales: int = 5) -> int
     while scales < min(max_scales, len(MS_SSIM_WEIGHTS)) and shortest_side // 2**scales >= window:
         scales += 1
     return scales
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    """Tensors of a weight file.
+
+    Raises:
+        MetricUnavailableError: it is damaged.
+    """
+    try:
+        state: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+    except METRIC_ERRORS as error:
+        raise MetricUnavailableError(f"{path} cannot be read ({reason(error)}): delete it and get it anew") from error
+    return state
+
+
+def _ssim_of_features(x_BChw: Tensor, y_BChw: Tensor) -> tuple[Tensor, Tensor]:
+    """Texture (means) and structure (covariance) of DISTS, (B, C) each, in [-1, 1] (equations 5 and 6)."""
+    x, y = x_BChw.float(), y_BChw.float()
+    (var_x, mean_x), (var_y, mean_y) = (torch.var_mean(features, dim=(2, 3), correction=0) for features in (x, y))
+    covariance = (x * y).mean(dim=(2, 3)) - mean_x * mean_y
+    texture = (2 * mean_x * mean_y + 1e-6) / (mean_x.square() + mean_y.square() + 1e-6)
+    return texture, (2 * covariance + 1e-6) / (var_x + var_y + 1e-6)
 
 
 def _ssim_terms(pred_B3hw: Tensor, target_B3hw: Tensor, window: int) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""The one door to pyiqa: image quality metrics for the evaluator and for the perceptual loss.
+"""The one door to pyiqa: image quality metrics for the evaluator, and weight files for the perceptual losses.
 
 pyiqa is slow to import, prints, reads the global random generators and fetches weights with long retries.
 Behind this door a metric is silent, gives the same figure every time, leaves the caller's generators alone,
@@ -34,6 +34,7 @@ from varestorer.utils.iqa_sandbox import (
 from varestorer.utils.iqa_weights import (
     WEIGHT_FILES,
     find_weights,
+    hub_folder,
     missing_package,
     missing_weights,
     weights_sha256,
@@ -46,6 +47,12 @@ DATASET_METRICS = frozenset({"fid", "sfid", "fid_dinov2", "inception_score"})
 BATCHABLE = frozenset({"psnr", "ssim", "lpips", "dists", "niqe"})
 """Metrics that gave each image of a batch the score that it has alone, bit for bit (measured on a CPU, batches of 2, 4
 and 8). Others draw patches, or were never measured: they see one image at a time."""
+
+HOSTS = {
+    "checkpoints": "https://download.pytorch.org/models",
+    "pyiqa": "https://huggingface.co/chaofengc/IQA-PyTorch-Weights/resolve/main",
+}
+"""Where torchvision and pyiqa fetch the files of a folder of the hub folder from."""
 
 # What building or calling somebody else's network can raise when a file, a package or an image is not as it
 # expects it. Anything else is a bug and should be seen.
@@ -88,11 +95,6 @@ class Metric:
     options: Mapping[str, Any] = field(default_factory=dict)
     weights: str | None = None
     seed: int = 0
-
-    @property
-    def network(self) -> torch.nn.Module:
-        """The bare network: differentiable, without pyiqa's checks of the input."""
-        return self.model.net
 
     @property
     def is_of_folders(self) -> bool:
@@ -164,8 +166,7 @@ def create_metric(
         MetricUnavailableError: a weight file or a Python package is missing, or the metric cannot be built.
         UsageError: pyiqa knows no metric of this name.
     """
-    if offline is None:
-        offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON")
+    offline = _is_offline() if offline is None else offline
     missing = missing_weights(name, weights_folder)
     is_complete = name in WEIGHT_FILES and not missing
     if missing and not offline:
@@ -195,6 +196,33 @@ def create_metric(
         weights=weights_sha256(name, weights_folder),
         seed=seed,
     )
+
+
+def weight_files(name: str) -> list[Path]:
+    """The weight files of LPIPS or DISTS for our own networks, without pyiqa; missing ones are fetched when online.
+
+    Args:
+        name: `lpips`, `lpips-vgg` or `dists`.
+    Returns:
+        The backbone's file and the metric's own.
+    Raises:
+        MetricUnavailableError: one is missing (one line: which, and where it belongs).
+    """
+    import torch
+
+    if missing := missing_weights(name):
+        offline = _is_offline()
+        _check_available(name, [] if not offline and network_reachable() else missing, offline)
+        try:
+            for entry in WEIGHT_FILES[name]:
+                if not (place := hub_folder() / entry).is_file():
+                    place.parent.mkdir(parents=True, exist_ok=True)
+                    start_of_hash = place.stem.rpartition("-")[2]
+                    url = f"{HOSTS[entry.split('/')[0]]}/{place.name}"
+                    torch.hub.download_url_to_file(url, str(place), start_of_hash, progress=False)
+        except (OSError, RuntimeError) as error:
+            raise MetricUnavailableError(f"could not fetch {'; '.join(missing)}: {reason(error)}") from error
+    return [hub_folder() / entry for entry in WEIGHT_FILES[name]]
 
 
 def metric_config(name: str) -> Mapping[str, Any]:
@@ -244,6 +272,10 @@ def needs_reference(name: str) -> bool:
     """
     compares = metric_config(name).get("metric_mode") == "FR"
     return compares or name in DATASET_METRICS - {"inception_score"}
+
+
+def _is_offline() -> bool:
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON")
 
 
 def _check_available(name: str, missing: Sequence[str], offline: bool) -> None:

@@ -1,6 +1,7 @@
 """Perceptual and pixel losses: closed forms, gradients, precision."""
 
-from types import SimpleNamespace
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +18,9 @@ from varestorer.losses.perceptual import (
     num_scales,
 )
 from varestorer.losses.pixel import l1_loss, mse_loss
-from varestorer.utils.iqa import MetricUnavailableError, create_metric
+from varestorer.training.distillation import DistillationTask
+from varestorer.utils.images import load_image
+from varestorer.utils.iqa import Metric, MetricUnavailableError, create_metric, weight_files
 from varestorer.utils.iqa_weights import missing_weights
 
 
@@ -122,20 +125,68 @@ def test_without_weights_lpips_and_dists_say_which_file(tmp_path, monkeypatch: p
         DISTSLoss()
 
 
-@pytest.mark.parametrize("name", ["lpips", "dists"])
-def test_a_metric_is_a_frozen_deterministic_and_differentiable_loss(name: str) -> None:
+def loss_and_metric(name: str) -> tuple[LPIPSLoss | DISTSLoss, Metric]:
+    """Ours and pyiqa's, or a skip."""
     if missing := missing_weights(name):
         pytest.skip(f"weights of {name} not here: {'; '.join(missing)}")
-    loss = perceptual_loss(name).train()  # type: ignore[attr-defined]
-    assert not loss.network.training and not any(p.requires_grad for p in loss.parameters())
+    return perceptual_loss(name), create_metric(name)  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("name", ["lpips", "lpips-vgg", "dists"])
+def test_our_networks_are_frozen_differentiable_and_equal_to_those_of_pyiqa(name: str) -> None:
+    loss, metric = loss_and_metric(name)
+    assert not any(p.requires_grad for p in loss.train().parameters())
     pred, target = pair()
+    theirs = ((pred + 1) / 2).requires_grad_()
+    wanted = metric.model.net(theirs, (target + 1) / 2).mean()
+    wanted.backward()
     pred.requires_grad_()
     value = loss(pred, target)
     value.backward()
-    assert value.item() > 0.01 and pred.grad.isfinite().all() and pred.grad.abs().sum() > 0
+    assert value.item() > 0.01 and value.item() == pytest.approx(wanted.item(), abs=1e-6)
+    assert torch.allclose(pred.grad, theirs.grad / 2, atol=1e-3 * pred.grad.abs().max().item())
     assert torch.equal(loss(pred, target), value) and loss(target, target).item() == pytest.approx(0, abs=1e-5)
-    scores = create_metric(name)(((pred + 1) / 2).detach(), (target + 1) / 2)
-    assert value.item() == pytest.approx(scores.mean().item(), rel=1e-4)
+    for flat in (-1.0, 0.0):
+        image = torch.full_like(target, flat).requires_grad_()
+        loss(image, target).backward()
+        assert image.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["lpips", "dists"])
+def test_losses_of_benchmark_pictures_are_the_figures_of_pyiqa(name: str, shared: Path) -> None:
+    loss, metric = loss_and_metric(name)
+    folder = shared / "benchmarks/realsr"
+    for file in sorted((folder / "hr").glob("*.png"))[:3]:
+        paths = (folder / "osediff" / file.name, file)
+        image, reference = (load_image(path)[None, :, 128:320, 128:320] for path in paths)
+        ours = loss(*(x.float() / 127.5 - 1 for x in (image, reference)))
+        assert ours.item() == pytest.approx(metric(image / 255, reference / 255).item(), abs=5e-5)
+
+
+def test_missing_weights_are_fetched_when_online(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
+    monkeypatch.setattr("varestorer.utils.iqa._is_offline", lambda: False)
+    monkeypatch.setattr("varestorer.utils.iqa.network_reachable", lambda: True)
+    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda url, *rest, progress: asked.append((url, *rest)))
+    backbone, own = weight_files("dists")
+    assert asked[0] == ("https://download.pytorch.org/models/vgg16-397923af.pth", str(backbone), "397923af")
+    assert asked[1][0].endswith("/resolve/main/DISTS_weights-f5e65c96.pth") and asked[1][1:] == (str(own), "f5e65c96")
+    for path in (backbone, own):
+        path.write_bytes(b"half a file")
+    with pytest.raises(MetricUnavailableError, match="vgg16-397923af.pth cannot be read .*: delete it"):
+        DISTSLoss()
+
+
+def test_a_step_of_training_needs_no_pyiqa(tiny_system, monkeypatch: pytest.MonkeyPatch) -> None:
+    loss_and_metric("lpips")
+    monkeypatch.setitem(sys.modules, "pyiqa", None)
+    task = DistillationTask(tiny_system, perceptual="lpips", condition_drop=0.0)
+    pred, target = pair(tiny_system.tile)
+    batch = {"hq": (target + 1) / 2, "lq": (pred + 1) / 2, "key": torch.arange(2), "name": ["a", "b"]}
+    losses = task(batch, 1)
+    losses["loss"].backward()
+    assert losses["perceptual"].item() > 0 and any(p.grad is not None for p in task.parameters())
 
 
 def test_names_of_losses_may_be_added() -> None:
@@ -143,19 +194,3 @@ def test_names_of_losses_may_be_added() -> None:
     assert perceptual_loss("ms_ssim+ms_ssim")(pred, target) == 2 * MSSSIMLoss()(pred, target)
     with pytest.raises(ValueError, match="must be one of .*, got 'psnr'"):
         perceptual_loss("ms_ssim+psnr")
-
-
-@pytest.mark.parametrize(("make", "low"), [(LPIPSLoss, -1.0), (DISTSLoss, 0.0)])
-def test_metrics_get_images_in_their_own_range(make, low: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """LPIPS takes [-1, 1] unless it is told to normalise, DISTS takes [0, 1]."""
-
-    class Network(torch.nn.Module):
-        def forward(self, pred: torch.Tensor, target: torch.Tensor, normalize: bool = False) -> torch.Tensor:
-            assert not normalize
-            self.seen = pred, target
-            return (pred - target).abs().mean(dim=(1, 2, 3))
-
-    network = Network()
-    monkeypatch.setattr("varestorer.losses.perceptual.create_metric", lambda name: SimpleNamespace(network=network))
-    make()(torch.full((1, 3, 8, 8), -1.0), torch.full((1, 3, 8, 8), 1.0))
-    assert [image.mean().item() for image in network.seen] == [low, 1.0]

@@ -46,6 +46,9 @@ class MetricLoss(nn.Module):
         MetricUnavailableError: a weight file is missing or damaged (one line: which, and where it belongs).
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, metric: str, taps: tuple[int, ...]) -> None:
         from torchvision import models
 
@@ -102,9 +105,8 @@ class DISTSLoss(MetricLoss):
 
     def __init__(self) -> None:
         super().__init__("dists", VGG_TAPS)
-        for number, layers in enumerate(self.slices):
-            if number:
-                layers[0] = L2Pool()
+        for layers in self.slices[1:]:
+            layers.register_module("0", L2Pool())
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN)[:, None, None])
         self.register_buffer("std", torch.tensor(IMAGENET_STD)[:, None, None])
 

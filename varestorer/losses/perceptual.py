@@ -12,6 +12,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -106,7 +107,7 @@ class DISTSLoss(MetricLoss):
     def __init__(self) -> None:
         super().__init__("dists", VGG_TAPS)
         for layers in self.slices[1:]:
-            layers.register_module("0", L2Pool())
+            cast(nn.Sequential, layers)[0] = L2Pool()
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN)[:, None, None])
         self.register_buffer("std", torch.tensor(IMAGENET_STD)[:, None, None])
 

@@ -107,6 +107,8 @@ def test_two_files_are_compared_without_a_data_set(root: Path, capsys: pytest.Ca
     judge = Evaluator(load_protocol("varestorer"), ["psnr"])
     psnr = judge.score(load_image(image), load_image(reference)).values["psnr"]
     assert f"psnr     {psnr:9.4f}" in out and "ssim" in out
+    words = [f"image={image}", f"reference={reference}", f"explain='psnr={psnr:.4f}'", "device=cpu"]
+    assert COMMAND.main(words) == 0 and "protocol varestorer" in capsys.readouterr().out
     for words, status, message in [
         ([f"image={image}"], 2, "image= and reference= go together"),
         ([f"image={image}", f"reference={reference}", "dataset=folder"], 2, "leave out dataset="),

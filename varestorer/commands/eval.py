@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,11 @@ from varestorer.evaluation.results import Evaluation, Pair
 from varestorer.evaluation.samples import check_sizes, reduced_references
 from varestorer.evaluation.sources import (
     BicubicSource,
+    Candidate,
     FolderSource,
     KnownSource,
     ReconstructionSource,
+    Source,
     SpandrelSource,
     SystemSource,
     weights_digest,
@@ -113,7 +116,10 @@ def _compare(options: EvalOptions, processes: Processes) -> int:
     Raises:
         UserError: a file cannot be read, or they have two sizes.
     """
-    image, reference = (load_image(expand_user(str(path))) for path in (options.image, options.reference))
+    files = expand_user(str(options.image)), expand_user(str(options.reference))
+    image, reference = map(load_image, files)
+    if options.explain is not None:
+        return _explain(options, [(files[0].name, *files)], lambda name, path: Candidate(load_image(path)))
     check_sizes(image, reference)
     asked = _metrics(options)
     evaluator = _evaluator(options, asked, processes, has_references=True)
@@ -130,14 +136,19 @@ def _compare(options: EvalOptions, processes: Processes) -> int:
     return FAILED if any(name in unavailable for name in asked or []) else OK
 
 
+def _explain(options: EvalOptions, pairs: Sequence[Pair], source: Source) -> int:
+    """Say which conventions give the figures that were asked about."""
+    figures = read_figures(str(options.explain))
+    answers, count = explain(pairs, source, figures, options.scale)
+    say(report(figures, answers, count))
+    return OK if count == len(pairs) else FAILED
+
+
 def _run(options: EvalOptions, processes: Processes) -> int:
     whole = _pairs(options)
     _check_source(options)
     if options.explain is not None:
-        figures = read_figures(options.explain)
-        answers = explain(whole[: options.limit], _source(options, whole, processes), figures, options.scale)
-        say(report(figures, answers))
-        return OK
+        return _explain(options, whole[: options.limit], _source(options, whole, processes))
     # the default has the time in it, which each process reads for itself
     out = processes.of_main(expand_user(options.out))
     with processes.keeping(out):

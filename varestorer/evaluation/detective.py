@@ -2,14 +2,17 @@
 
 Papers seldom say on which channel PSNR and SSIM were computed, whether a border was left out, or which weights a
 metric had; the same pictures then score up to 2 dB apart (see `protocols`).
+
+PSNR and SSIM are pyiqa's, from maps that all crops of a channel share: a hundredth of the time of asking pyiqa anew.
 """
 
 from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from io import BytesIO
 from statistics import fmean
 from typing import Any
@@ -17,23 +20,27 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from scipy.ndimage import gaussian_filter
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from varestorer.evaluation.protocols import LUMA_BT601, PAPERS, PROTOCOLS
 from varestorer.evaluation.results import Pair
 from varestorer.evaluation.samples import check_sizes
-from varestorer.evaluation.sources import KnownSource
+from varestorer.evaluation.sources import Source
 from varestorer.utils.errors import UsageError, UserError
-from varestorer.utils.images import load_image, to_uint8
+from varestorer.utils.images import load_image, to_levels, to_uint8
 from varestorer.utils.iqa import METRIC_ERRORS, Metric, MetricUnavailableError, create_metric
 
 LOG = logging.getLogger(__name__)
-CHANNELS: dict[str, dict[str, Any]] = {
-    "RGB": {"test_y_channel": False},
-    "luma of BT.601": dict(LUMA_BT601),
-    "luma of YIQ": {"test_y_channel": True, "color_space": "yiq"},
+RGB, BT601, YIQ = "RGB", "luma of BT.601", "luma of YIQ"
+LUMAS = {BT601: ([65.481, 128.553, 24.966], 16), YIQ: ([76.245, 149.685, 29.07], 0)}  # of RGB in [0, 1]
+OPTIONS: dict[str, dict[str, Any]] = {
+    RGB: {"test_y_channel": False},
+    BT601: dict(LUMA_BT601),
+    YIQ: {"test_y_channel": True, "color_space": "yiq"},
 }
+"""What pyiqa calls a channel."""
 VARIANTS = {
     "lpips": ("lpips", "lpips-vgg", "lpips+", "lpips-vgg+"),
     "dists": ("dists",),
@@ -44,11 +51,12 @@ VARIANTS = {
     "liqe": ("liqe", "liqe_mix"),
 }
 """Metrics of pyiqa that papers call by one name."""
-JPEG_QUALITIES = (75, 95)
+JPEG = "JPEG"
+FLOAT = "not rounded to 8 bits"
+FILES = ("", f"{JPEG} 75", f"{JPEG} 95", FLOAT)
 CROP = 128  # pixels of LQ, of the test sets of StableSR
+WINDOW = 5  # pixels that SSIM sees around each
 SHOWN = 5
-
-Change = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -56,18 +64,40 @@ class Convention:
     """One way to compute a figure.
 
     Attributes:
-        metric: of pyiqa, with its options.
-        words: what it is called.
-        options: of pyiqa.
-        change: done to the restored image before, and to the reference too if `both`.
-        both: see there.
+        metric: of pyiqa.
+        channel: of PSNR and SSIM, one of `OPTIONS`.
+        is_rounded: whether the luma is in whole steps, as Matlab's rgb2ycbcr gives it for 8-bit images.
+        border: left out, pixels.
+        is_cropped: whether only the middle of the image is seen, see `CROP`.
+        file: what the restored image was saved as, one of `FILES`; "" for PNG.
     """
 
     metric: str
-    words: str
-    options: Mapping[str, Any]
-    change: Change | None = None
-    both: bool = False
+    channel: str = ""
+    is_rounded: bool = False
+    border: int = 0
+    is_cropped: bool = False
+    file: str = ""
+
+    @property
+    def words(self) -> str:
+        """What it is called."""
+        saved = self.file if self.file in ("", FLOAT) else f"saved as {self.file}"
+        parts = (
+            (self.channel or self.metric) + (" in whole steps" if self.is_rounded else ""),
+            f"without a border of {self.border}" if self.border else "",
+            f"centre of {CROP} pixels of LQ" if self.is_cropped else "",
+            saved,
+        )
+        return ", ".join(filter(None, parts))
+
+    def is_of(self, pyiqa_name: str, options: Mapping[str, Any]) -> bool:
+        """Whether pyiqa computes it so, with these options."""
+        own = OPTIONS.get(self.channel, {})
+        default = {"psnr": OPTIONS[RGB], "ssim": OPTIONS[YIQ]}.get(pyiqa_name, {})
+        rounds = self.metric == "ssim" and self.channel != RGB
+        plain = Convention(self.metric, self.channel, rounds)
+        return self == plain and self.metric == pyiqa_name and own == (dict(options) or default)
 
 
 @dataclass(frozen=True)
@@ -111,78 +141,80 @@ def conventions(metric: str, scale: int) -> Iterator[Convention]:
     """
     if metric not in ("psnr", "ssim"):
         for name in VARIANTS.get(metric, (metric,)):
-            yield Convention(name, name, {})
-            yield Convention(name, f"{name}, centre of {CROP} pixels of LQ", {}, _centre(CROP * scale), both=True)
-            for quality in JPEG_QUALITIES:
-                yield Convention(name, f"{name}, saved as JPEG {quality}", {}, _jpeg(quality))
+            yield from (Convention(name, file=file) for file in FILES)
+            yield Convention(name, is_cropped=True)
         return
-    for channel, options in CHANNELS.items():
+    for channel, is_rounded in [(RGB, False), *((luma, rounded) for luma in LUMAS for rounded in (False, True))]:
         for border in sorted({0, 4, scale}):
-            edge = f", without a border of {border}" if border else ""
-            yield Convention(metric, channel + edge, options | {"crop_border": border})
-            crop = _centre(CROP * scale)
-            words = f"{channel}{edge}, centre of {CROP} pixels of LQ"
-            yield Convention(metric, words, options | {"crop_border": border}, crop, both=True)
-        for quality in JPEG_QUALITIES:
-            yield Convention(metric, f"{channel}, saved as JPEG {quality}", options, _jpeg(quality))
-    rounded = {"test_y_channel": False}  # of one channel three times: its own
-    yield Convention(metric, "luma of BT.601 rounded to 8 bits", rounded, _rounded_luma, both=True)
+            yield from (Convention(metric, channel, is_rounded, border, crop) for crop in (False, True))
+        yield from (Convention(metric, channel, is_rounded, file=file) for file in FILES if file)
 
 
 def explain(
-    pairs: Sequence[Pair], source: KnownSource, figures: Mapping[str, str], scale: int
-) -> dict[str, list[Answer]]:
-    """Compute every figure in every known way.
+    pairs: Sequence[Pair], source: Source, figures: Mapping[str, str], scale: int
+) -> tuple[dict[str, list[Answer]], int]:
+    """Compute every figure in every known way; an image that cannot be read is named in the log and left out.
 
     Args:
-        pairs: of the data set; those without a reference are left out.
+        pairs: of the data set.
         source: of the restored images.
         figures: metric -> the figure, as printed.
         scale: between LQ and reference.
 
     Returns:
-        metric -> its answers, nearest first.
+        metric -> its answers, nearest first; and the number of images they are means over.
 
     Raises:
-        UserError: an image cannot be read, or no metric can be computed.
+        UserError: no image can be read, or a figure cannot be computed at all.
     """
-    known = {name: _available(name, scale) for name in figures}
-    scores: dict[tuple[str, str], list[float]] = {}
-    for name, lq_path, hq_path in tqdm(pairs, desc="explaining", unit="image"):
-        if hq_path is None:
+    metrics = {name: _available(name, scale) for name in figures}
+    has_references = any(hq is not None for _, _, hq in pairs)
+    scores: dict[str, dict[Convention, list[float]]] = {name: {} for name in figures}
+    count = 0
+    for name, lq_path, hq_path in tqdm(pairs, desc="explaining", unit="image", disable=None):
+        try:
+            image = source(name, lq_path).image
+            reference = load_image(hq_path) if hq_path is not None else None
+            check_sizes(image, reference)
+        except UserError as error:
+            LOG.warning("%s is left out: %s", name, error)
             continue
-        image, reference = source(name, lq_path).image, load_image(hq_path)
-        check_sizes(image, reference)
-        image = to_uint8(image).float() / 255
-        for figure, ways in known.items():
-            for way, metric in ways:
-                value = _score(way, metric, image, reference)
+        count += 1
+        views = _Views(image, reference, CROP * scale)
+        for figure, ways in metrics.items():
+            for way, metric in ways.items():
+                value = views.score(way, metric)
                 if value is not None:
-                    scores.setdefault((figure, way.words), []).append(value)
-    return {
-        figure: sorted(
-            (
-                _answer(way, fmean(found), printed)
-                for way, _ in known[figure]
-                if (found := scores.get((figure, way.words)))
-            ),
-            key=lambda answer: abs(answer.difference),
-        )
-        for figure, printed in figures.items()
-    }
+                    scores[figure].setdefault(way, []).append(value)
+    if not count:
+        raise UserError("no image could be read (see above): nothing to explain")
+    answers = {}
+    for figure, printed in figures.items():
+        found = [_answer(way, values, printed) for way, values in scores[figure].items() if len(values) == count]
+        if not found:
+            why = "it could not be computed on all images" if has_references else "the data set has no references"
+            raise UserError(f"no convention of {figure} gives a figure here: {why}; leave it out of explain=")
+        answers[figure] = sorted(found, key=lambda answer: abs(answer.difference))
+    return answers, count
 
 
-def report(figures: Mapping[str, str], answers: Mapping[str, Sequence[Answer]]) -> str:
-    """The answers in words, nearest first, and the papers whose convention it is."""
-    lines = []
+def report(figures: Mapping[str, str], answers: Mapping[str, Sequence[Answer]], count: int) -> str:
+    """The answers in words, nearest first, and the papers whose convention it is.
+
+    Args:
+        figures: as printed.
+        answers: of `explain`.
+        count: of images.
+    """
+    lines = [f"means over {count} images; = is the figure, to one unit of its last digit"]
     for name, figure in figures.items():
         found = answers[name]
-        fitting = [answer for answer in found if answer.fits]
+        fitting = sum(answer.fits for answer in found)
         ways = f"{len(found)} conventions"
         lines.append(
-            f"{name} {figure}: " + (f"given by {len(fitting)} of {ways}" if fitting else f"none of {ways} gives it")
+            f"{name} {figure}: " + (f"given by {fitting} of {ways}" if fitting else f"none of {ways} gives it")
         )
-        for answer in [*fitting, *(answer for answer in found if not answer.fits)][: max(SHOWN, len(fitting))]:
+        for answer in found[: max(SHOWN, fitting)]:
             mark = "=" if answer.fits else " "
             lines.append(f"  {mark} {answer.mean:9.4f}  {answer.difference:+.4f}  {answer.convention.words}")
     protocols = [p for p in PROTOCOLS if all(_agrees(p, name, answers[name]) for name in figures)]
@@ -196,87 +228,121 @@ def report(figures: Mapping[str, str], answers: Mapping[str, Sequence[Answer]]) 
 def _agrees(protocol: str, name: str, answers: Sequence[Answer]) -> bool:
     """Whether a protocol's own way to compute a metric gives the figure."""
     spec = next((spec for spec in PROTOCOLS[protocol].metrics if spec.name == name), None)
-    if spec is None:
-        return False
-    default = {"psnr": CHANNELS["RGB"], "ssim": CHANNELS["luma of YIQ"]}.get(name, {})
-    own = dict(spec.options) or default
-    for answer in answers:
-        options = {key: value for key, value in answer.convention.options.items() if value != 0 or key != "crop_border"}
-        if answer.convention.change is None and answer.convention.metric == spec.pyiqa_name and options == own:
-            return answer.fits
-    return False
+    own = [a for a in answers if spec is not None and a.convention.is_of(spec.pyiqa_name, spec.options)]
+    return bool(own) and own[0].fits
 
 
-def _available(name: str, scale: int) -> list[tuple[Convention, Metric]]:
-    """The conventions of a metric that can be computed here; why others cannot is logged once.
+def _available(name: str, scale: int) -> dict[Convention, Metric | None]:
+    """The conventions of a metric that can be computed here, None for maps; why others cannot is logged once.
 
     Raises:
         UserError: none can.
     """
-    metrics: dict[str, Metric] = {}
-    ways, missing = [], []
+    ways: dict[Convention, Metric | None] = {}
+    metrics: dict[str, Metric | None] = {}
     for way in conventions(name, scale):
-        key = f"{way.metric} {way.options}"
-        if way.metric in missing:
-            continue
-        try:
-            metrics[key] = metrics.get(key) or create_metric(way.metric, way.options)
-        except MetricUnavailableError as error:
-            missing.append(way.metric)
-            LOG.warning("%s", error)
-            continue
-        ways.append((way, metrics[key]))
+        if not way.channel and way.metric not in metrics:
+            try:
+                metrics[way.metric] = create_metric(way.metric)
+            except MetricUnavailableError as error:
+                metrics[way.metric] = None
+                LOG.warning("%s", error)
+        if way.channel or metrics[way.metric]:
+            ways[way] = metrics.get(way.metric)
     if not ways:
         raise UserError(f"{name} cannot be computed here (see above); leave it out of explain=")
     return ways
 
 
-def _score(way: Convention, metric: Metric, image: Tensor, reference: Tensor) -> float | None:
-    """The score of one image; None where the convention changes nothing, or does not fit its size."""
-    if way.change is not None:
-        try:
-            changed = way.change(image)
-        except ValueError:
+class _Views:
+    """One restored image as the conventions see it; what several of them share is computed once.
+
+    Args:
+        image_3HW: restored, in [0, 1].
+        reference_3HW: its reference, if there is one.
+        side: of the square in the middle that some look at, pixels.
+    """
+
+    def __init__(self, image_3HW: Tensor, reference_3HW: Tensor | None, side: int) -> None:
+        self.images: dict[str, Tensor] = {"": to_uint8(image_3HW).float() / 255, FLOAT: image_3HW.float().clamp(0, 1)}
+        self.reference, self.side = reference_3HW, side
+        self.maps: dict[tuple[str, ...], np.ndarray] = {}
+
+    def score(self, way: Convention, metric: Metric | None) -> float | None:
+        """The score; None where the convention changes nothing, or does not fit the image."""
+        image, place = self._image(way.file), self._place(way)
+        if place is None or (way.file == FLOAT and torch.equal(image, self.images[""])):
             return None
-        image, reference = changed, way.change(reference) if way.both else reference
-    try:
-        return float(metric(image[None], reference[None] if metric.needs_reference else None)[0])
-    except METRIC_ERRORS:
-        return None
+        if metric is None:
+            return self._mean(way, place)
+        if metric.needs_reference and self.reference is None:
+            return None
+        reference = self.reference[:, *place][None] if self.reference is not None and metric.needs_reference else None
+        try:
+            return float(metric(image[:, *place][None], reference)[0])
+        except METRIC_ERRORS:
+            return None
+
+    def _place(self, way: Convention) -> tuple[slice, slice] | None:
+        """Rows and columns that are seen."""
+        height, width = self.images[""].shape[-2:]
+        top, left = (height - self.side) // 2, (width - self.side) // 2
+        if way.is_cropped and (min(top, left) < 0 or top == left == 0):
+            return None
+        if not way.is_cropped:
+            top = left = 0
+        top, left = top + way.border, left + way.border
+        return slice(top, height - top), slice(left, width - left)
+
+    def _image(self, file: str) -> Tensor:
+        """As a file keeps it."""
+        if file not in self.images:
+            buffer = BytesIO()
+            Image.fromarray(to_levels(self.images[""])).save(buffer, JPEG, quality=int(file.removeprefix(JPEG)))
+            self.images[file] = torch.from_numpy(np.array(Image.open(buffer))).permute(2, 0, 1).float() / 255
+        return self.images[file]
+
+    def _mean(self, way: Convention, place: tuple[slice, slice]) -> float | None:
+        """PSNR or SSIM of a place, as pyiqa has them."""
+        if self.reference is None:
+            return None
+        key = (way.metric, way.channel, "rounded" if way.is_rounded else "", way.file)
+        if key not in self.maps:
+            planes = [_planes(view, way) for view in (self._image(way.file), self.reference)]
+            self.maps[key] = np.mean([MAPS[way.metric](one, other) for one, other in zip(*planes, strict=True)], axis=0)
+        margin = WINDOW if way.metric == "ssim" else 0
+        rows, columns = (slice(side.start + margin, side.stop - margin) for side in place)
+        seen = self.maps[key][rows, columns]
+        if not seen.size:
+            return None
+        return float(seen.mean() if way.metric == "ssim" else -10 * np.log10(seen.mean() / 255**2 + 1e-8))
 
 
-def _answer(way: Convention, mean: float, printed: str) -> Answer:
+def _planes(image_3HW: Tensor, way: Convention) -> np.ndarray:
+    """A channel, or three, with values to 255; (C, H, W) float64."""
+    image = image_3HW.double().numpy()
+    if way.channel == RGB:
+        return image * 255
+    weights, offset = LUMAS[way.channel]
+    luma = np.tensordot(np.array([weights]), image, 1) + offset
+    return luma.round() if way.is_rounded else luma
+
+
+def _ssim_map(one_HW: np.ndarray, other_HW: np.ndarray) -> np.ndarray:
+    """SSIM around each pixel (Wang et al. 2004: Gaussian of 11 x 11); right from `WINDOW` pixels inside."""
+    blur = partial(gaussian_filter, sigma=1.5, radius=WINDOW)
+    mean, other_mean, product = blur(one_HW), blur(other_HW), blur(one_HW * other_HW)
+    variances = blur(one_HW**2) - mean**2 + blur(other_HW**2) - other_mean**2
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    structure = (2 * (product - mean * other_mean) + c2) / (variances + c2)
+    return (2 * mean * other_mean + c1) / (mean**2 + other_mean**2 + c1) * structure.clip(min=0)
+
+
+MAPS = {"psnr": lambda one_HW, other_HW: (one_HW - other_HW) ** 2, "ssim": _ssim_map}
+
+
+def _answer(way: Convention, values: Sequence[float], printed: str) -> Answer:
     digits = len(printed.partition(".")[2])
+    mean = fmean(values)
     difference = mean - float(printed)
     return Answer(way, mean, difference, abs(difference) <= 10.0**-digits)
-
-
-def _centre(side: int) -> Change:
-    """The square in the middle; of an image no larger than it ValueError, for that is the whole."""
-
-    def cut(image_3HW: Tensor) -> Tensor:
-        height, width = image_3HW.shape[-2:]
-        if min(height, width) < side or (height, width) == (side, side):
-            raise ValueError("the whole image")
-        top, left = (height - side) // 2, (width - side) // 2
-        return image_3HW[:, top : top + side, left : left + side]
-
-    return cut
-
-
-def _jpeg(quality: int) -> Change:
-    """As a JPEG file keeps it."""
-
-    def save(image_3HW: Tensor) -> Tensor:
-        file = BytesIO()
-        Image.fromarray(to_uint8(image_3HW).permute(1, 2, 0).numpy()).save(file, "JPEG", quality=quality)
-        return torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1).float() / 255
-
-    return save
-
-
-def _rounded_luma(image_3HW: Tensor) -> Tensor:
-    """BT.601 luma of 16 to 235 in whole steps, as Matlab's rgb2ycbcr gives it for 8-bit images; three times."""
-    weights = torch.tensor([65.481, 128.553, 24.966])
-    luma_HW = (16 + (weights[:, None, None] * image_3HW).sum(0)).round() / 255
-    return luma_HW.expand(3, -1, -1)

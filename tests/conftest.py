@@ -39,7 +39,6 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
 @pytest.fixture
 def compose() -> Callable[..., DictConfig]:
     """The config of a command: `compose("train", "+experiment=smoke", ...)`."""
-    import varestorer.training.config  # noqa: F401  # the schemas that configs/train.yaml names
     from varestorer.commands.entry import compose as compose_config
 
     return lambda name, *overrides: compose_config(name, list(overrides), ROOT / "configs")

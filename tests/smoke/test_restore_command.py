@@ -490,7 +490,7 @@ def test_the_size_that_is_asked_for_comes_out_as_a_file(
         (["height=0"], "height must be at least 1"),
         (["format=gif"], "format must be one of png, jpg, webp, avif, tif, got format=gif"),
         (["quality=80"], "quality=80 is for jpg, webp and avif, and results are png"),
-        (["quality=101", "format=jpg"], "quality must be 1 to 100"),
+        (["quality=101", "format=jpg"], "quality must be at least 1 and at most 100"),
     ],
 )
 def test_impossible_sizes_and_formats_leave_nothing_behind(

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
-from typing import NoReturn, TypeVar, cast
+from typing import NoReturn
 
 import hydra
 from hydra._internal.utils import get_args_parser
@@ -28,13 +28,14 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import varestorer
-from varestorer.commands.options import OPTIONS, check, help_text
+from varestorer.commands.options import OPTIONS
 from varestorer.commands.quoting import Keys, expand_home, quote_value
 from varestorer.commands.wrong_words import check_dashes, check_words, describe
 from varestorer.utils.errors import UsageError, UserError
+from varestorer.utils.options import help_text
+from varestorer.utils.options import typed as typed
 
 LOG = logging.getLogger(__name__)
-Options = TypeVar("Options")
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
 # Hydra stays in the folder it was started in and leaves no folder behind: a run writes its own config.
@@ -142,19 +143,6 @@ class _Job:
         return status
 
 
-def typed(schema: type[Options], cfg: DictConfig) -> Options:
-    """A command's config as its dataclass; an unknown key or a value of another type is refused.
-
-    Raises:
-        omegaconf.errors.OmegaConfBaseException: becomes one line and exit status 2.
-        UsageError: a value outside of what its option may be.
-    """
-    plain = OmegaConf.to_container(cfg, resolve=True)  # of the class itself a key added with + would pass
-    options = cast(Options, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), plain)))
-    check(options)
-    return options
-
-
 @cache
 def register_options() -> None:
     """Make the classes of `commands/options.py` configs of Hydra, each under its command's name."""
@@ -217,7 +205,7 @@ def config_dir() -> Path:
     """
     package = Path(varestorer.__file__).parent
     for folder in (package / "configs", package.parent / "configs"):
-        if (folder / "train.yaml").is_file():
+        if (folder / "experiment").is_dir():
             return folder
     raise UserError(f"no configs in {package / 'configs'} or {package.parent / 'configs'}; reinstall varestorer")
 

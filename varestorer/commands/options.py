@@ -1,71 +1,18 @@
-"""Every option of the commands, declared once: its type, default, meaning, and what it may be.
+"""The options of every command, each declared once.
 
-From these classes come Hydra's schema, `--help`, the checks of values and the tables of `configs/README.md`. Nothing
-slow is imported here, so that `--help` answers at once. (`train` has no class: its options are the groups of
-`configs/`, and those of a stage are in `training/config.py`.)
+Nothing slow is imported here, so that `--help` answers at once. (`train`'s are in `training/config.py`.)
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import MISSING as NOTHING
-from dataclasses import Field, dataclass, field, fields, is_dataclass
-from math import isfinite
-from textwrap import fill
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from omegaconf import MISSING
 
-from varestorer.utils.errors import UsageError
-
-WIDTH = 116
-DEVICES = "auto | cpu | cuda | cuda:N | mps"
-DTYPES = ("fp16", "bf16", "fp32")
-
-
-def option(
-    default: Any,
-    text: str = "",
-    shown: str | None = None,
-    *,
-    choices: tuple[str, ...] = (),
-    least: float | None = None,
-    most: float | None = None,
-    above: float | None = None,
-    title: str = "",
-) -> Any:
-    """A field of a command's class.
-
-    Args:
-        default: also says what `--help` shows, unless it is null.
-        text: what it does; what null means.
-        shown: in place of the default.
-        choices: what it may be; null may be allowed beside them.
-        least: the smallest value, of a list that of each item.
-        most: the largest value.
-        above: what a value must be larger than.
-        title: of the part of `--help` that begins with it.
-    """
-    limits = {"choices": choices, "least": least, "most": most, "above": above}
-    metadata = {"text": text, "shown": shown, "title": title, **limits}
-    if isinstance(default, list | dict):
-        return field(default_factory=lambda: default.copy(), metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
-class CommandOptions:
-    """What a command's class says beside its options.
-
-    Attributes:
-        INTRO: what it does, and the ways to call it.
-        NOTES: what it writes, its exit status, examples.
-        GROUPS: folders of `configs/` whose choices the help lists.
-    """
-
-    INTRO: ClassVar[str] = ""
-    NOTES: ClassVar[str] = ""
-    GROUPS: ClassVar[tuple[str, ...]] = ()
+from varestorer.training.config import TrainConfig
+from varestorer.utils.options import DEVICES, DTYPES, CommandOptions, listed, option, shown
 
 
 @dataclass
@@ -631,6 +578,7 @@ examples:
 
 
 OPTIONS: dict[str, type[CommandOptions]] = {
+    "train": TrainConfig,
     "restore": RestoreOptions,
     "convert": ConvertOptions,
     "eval": EvalOptions,
@@ -641,80 +589,12 @@ OPTIONS: dict[str, type[CommandOptions]] = {
 }
 
 
-def listed(options: type, prefix: str = "") -> Iterator[tuple[str, Field[Any]]]:
-    """All options of a class with their keys; those of a part (`data`) by their dotted names."""
-    for item in fields(options):
-        part = item.default_factory() if item.default_factory is not NOTHING else None
-        if is_dataclass(part):
-            yield from listed(type(part), f"{prefix}{item.name}.")
-        elif item.metadata:
-            yield f"{prefix}{item.name}", item
-
-
-def help_text(options: type[CommandOptions]) -> str:
-    """What `--help` says of a command, without its groups."""
-    lines = [options.INTRO.strip()]
-    for key, item in listed(options):
-        if title := item.metadata["title"]:
-            lines.append(f"\n{title}")
-        head = f"  {key}={_shown(item)}"
-        gap = "" if len(head) > 20 else " " * (21 - len(head))
-        lines.append(
-            fill(
-                f"{head}{gap}  {item.metadata['text']}",
-                WIDTH,
-                subsequent_indent=" " * 23,
-                drop_whitespace=True,
-                break_on_hyphens=False,
-                break_long_words=False,
-            )
-        )
-    return "\n".join([*lines, "", options.NOTES.strip()]).strip()
-
-
 def markdown() -> str:
     """The tables of options that end `configs/README.md`: a command a section, an option a row."""
     lines = []
     for name, options in OPTIONS.items():
-        rows = [(f"{key}={_shown(item)}", item.metadata["text"]) for key, item in listed(options)]
+        rows = [(f"{key}={shown(item)}", item.metadata["text"]) for key, item in listed(options)]
         lines += [f"### {name}", "", "| option | meaning |", "|---|---|"]
         lines += ["| `{}` | {} |".format(*(re.sub(r"[|<]", r"\\\g<0>", text) for text in row)) for row in rows]
         lines.append("")
     return "\n".join(lines)
-
-
-def check(options: object, prefix: str = "") -> None:
-    """Refuse values outside of what an option may be.
-
-    Raises:
-        UsageError: names the key, what it was and what it may be.
-    """
-    for item in fields(options):  # type: ignore[arg-type]
-        value, key = getattr(options, item.name), f"{prefix}{item.name}"
-        if is_dataclass(value):
-            check(value, f"{key}.")
-        elif value is not None and item.metadata:
-            for one in value if isinstance(value, list) else [value]:
-                if wanted := _wanted(one, item.metadata):
-                    raise UsageError(f"{key} must be {wanted}, got {key}={value}")
-
-
-def _wanted(value: Any, rule: Mapping[str, Any]) -> str:
-    """What a value should be; empty if it is."""
-    if isinstance(value, float) and not isfinite(value):
-        return "a finite number"
-    if rule["choices"] and value not in rule["choices"]:
-        return f"one of {', '.join(rule['choices'])}"
-    if rule["above"] is not None and value <= rule["above"]:
-        return f"above {rule['above']:g}"
-    least, most = rule["least"], rule["most"]
-    if (least is None or value >= least) and (most is None or value <= most):
-        return ""
-    return f"at least {least:g}" if most is None else f"{least:g} to {most:g}"
-
-
-def _shown(item: Field[Any]) -> str:
-    """What stands after `key=`."""
-    if item.metadata["shown"] is not None:
-        return str(item.metadata["shown"])
-    return str(item.default).lower() if isinstance(item.default, bool) else str(item.default)

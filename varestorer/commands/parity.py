@@ -6,11 +6,12 @@ from collections.abc import Iterator
 
 from omegaconf import DictConfig
 
-from varestorer.commands.entry import FAILED, OK, Command, say, typed
+from varestorer.commands.entry import FAILED, OK, Command, say
 from varestorer.commands.options import ParityOptions
 from varestorer.evaluation.parity import compare, form_of
 from varestorer.training.parity_varsr import compare_training
 from varestorer.utils.checks import Check
+from varestorer.utils.options import typed
 
 
 def parity(cfg: DictConfig) -> int:

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from varestorer.commands.entry import FAILED, OK, Command, say, typed
+from varestorer.commands.entry import FAILED, OK, Command, say
 from varestorer.commands.options import PrecomputeTextOptions
 from varestorer.conditioning.captioner import DEFAULT_NAME as CAPTIONER
 from varestorer.conditioning.captioner import Captioner
@@ -39,6 +39,7 @@ from varestorer.utils.errors import UsageError, UserError, reason
 from varestorer.utils.files import expand_user, file_sha256, read_text
 from varestorer.utils.images import load_image, resize
 from varestorer.utils.locks import locked
+from varestorer.utils.options import typed
 from varestorer.utils.scanning import first_names, report_unused, scan_folder
 from varestorer.utils.seeds import torch_generator
 from varestorer.utils.tiling import scaled_size

@@ -10,7 +10,7 @@ from typing import Any, cast
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from varestorer.commands.entry import FAILED, OK, Command, say, typed
+from varestorer.commands.entry import FAILED, OK, Command, say
 from varestorer.commands.options import PrepareDataOptions
 from varestorer.data.degradation import Degradation
 from varestorer.data.packing import pack
@@ -22,6 +22,7 @@ from varestorer.data.testsets.making import Recipe, make_test_set
 from varestorer.utils.errors import UsageError, UserError
 from varestorer.utils.files import expand_user
 from varestorer.utils.locks import locked
+from varestorer.utils.options import typed
 from varestorer.utils.scanning import first_names
 
 SHOWN_KINDS = 4

@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from varestorer.commands.entry import FAILED, OK, Command, say, typed
+from varestorer.commands.entry import FAILED, OK, Command, say
 from varestorer.commands.options import RestoreOptions
 from varestorer.systems import load
 from varestorer.systems.acceleration import Acceleration
@@ -26,6 +26,7 @@ from varestorer.utils.device import limit_threads, pick_device
 from varestorer.utils.errors import UsageError, UserError
 from varestorer.utils.files import check_writable
 from varestorer.utils.images import Writing
+from varestorer.utils.options import typed
 from varestorer.utils.tiling import scaled_size
 from varestorer.weights import DEFAULT
 from varestorer.weights.resolve import locate

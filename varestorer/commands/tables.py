@@ -14,7 +14,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
 from torch import nn
 
-from varestorer.commands.entry import OK, Command, say, typed
+from varestorer.commands.entry import OK, Command, say
 from varestorer.commands.options import TablesOptions
 from varestorer.evaluation.cost import add_published_restorer, cost_of, measure, num_trained
 from varestorer.evaluation.paper_tables import SystemRecord, read_records, table_1, table_2, table_3, table_varsr
@@ -24,6 +24,7 @@ from varestorer.systems.varestorer import VARestorer
 from varestorer.utils.device import pick_device
 from varestorer.utils.errors import UsageError, reason
 from varestorer.utils.files import check_writable, expand_user
+from varestorer.utils.options import typed
 
 PAPER_MODEL = "2b"  # the paper's, which has a restorer in front although the config names no file
 TITLES = {number: f"Table {number} of VARestorer" for number in ("1", "2", "3")} | {"varsr": "VARSR and its ablations"}

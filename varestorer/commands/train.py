@@ -21,9 +21,7 @@ from varestorer.data.loader import collate
 from varestorer.training.changes import check_resumable
 from varestorer.training.checkpoint import save_initial
 from varestorer.training.checks import check_stages
-
-# beside giving the types, this registers the schemas that configs/train.yaml is checked against
-from varestorer.training.config import Resume, Sharding, TrainConfig, TrainerConfig, trainer_config
+from varestorer.training.config import TrainConfig, TrainerConfig
 from varestorer.training.fit import fit, make_accelerator
 from varestorer.training.parallel import in_cluster_job, join_cluster_job
 from varestorer.training.rng import seed_everything
@@ -34,6 +32,7 @@ from varestorer.training.task import Batch
 from varestorer.utils.errors import UsageError, UserError
 from varestorer.utils.locks import locked
 from varestorer.utils.loggers import open_loggers
+from varestorer.utils.options import check, typed
 from varestorer.weights.load import load_into
 from varestorer.weights.runs import CONFIG, load_initial
 
@@ -41,60 +40,12 @@ LOG = logging.getLogger(__name__)
 SECTIONS = ("trainer", "optimizer", "data")  # of the config, which a stage may change for itself
 HELDOUT_BATCH = 4
 
-HELP = """
-varestorer train: train a network, in one stage or several.
-
-usage: varestorer train +experiment=NAME [key=value ...]      (or: python scripts/train.py ...)
-
-  varestorer train +experiment=quickstart                     minutes on a CPU, no downloads
-  varestorer train +experiment=quickstart_scratch trainer.max_steps=2   two steps of every stage
-  varestorer train +experiment=dmd_div2k data.root=DIV2K      the paper's distillation on DIV2K
-  varestorer train +experiment=quickstart resume=auto         go on with the newest unfinished run
-
-options
-  run_dir=FOLDER             where to write; default outputs/<experiment>/<time>
-  resume=none|auto           auto goes on with run_dir, else with the newest unfinished run of the experiment
-  resume_other_data=false    true: go on though photographs, shards or texts are not those of the checkpoint
-  device=auto|cpu|cuda|mps   where to compute
-  seed=0                     of weights, data and everything else that is drawn
-  data.root=FOLDER           photographs to train on
-  trainer.max_steps=N        optimiser steps of a stage; given here it counts for every stage
-  trainer.batch_size=N       samples per step over all processes; trainer.accumulate=N does it in N parts
-  trainer.checkpoint_every=N steps between checkpoints; trainer.sample_every=N between pictures
-  trainer.keep_last=N        newest checkpoints to keep; trainer.keep_best=loss keeps the best one too, named in the
-                             stage's file `best` (trainer.keep_best_mode=auto|min|max)
-  trainer.validate_every=N   steps between validations on the held-out pairs: val/loss, ..., pictures and scores
-  scores=[psnr,musiq,...]    metrics of pyiqa of what the stage makes of them: val/psnr, ... (trainer.keep_best=musiq)
-  heldout.root=FOLDER heldout.limit=N   the held-out pairs; default: two photographs of scikit-learn
-  trainer.skip_nonfinite=N   leave out up to N steps in a row whose loss or gradient is not finite; default 0
-  trainer.precision=auto|fp32|bf16
-  optimizer.lr=X             peak learning rate, for every stage
-  stages.NAME.trainer.max_steps=N   the same for one stage
-  logger=wandb|tensorboard|trackio|none   curves beside metrics.jsonl, or several: logger=[wandb,tensorboard];
-                             wandb is offline without WANDB_API_KEY; logger.wandb.artifacts=true sends checkpoints too
-
-Any other key of the config can be set too: add --cfg job to see them all. -m runs several values in turn
-(seed=0,1,2). Several GPUs: accelerate launch scripts/train.py +experiment=NAME.
-
-The folder gets config.yaml, metrics.jsonl, samples/*.png and checkpoints/; ckpt=FOLDER uses its weights in
-`varestorer eval` and `varestorer restore`, ckpt=FOLDER/checkpoints/STAGE/best the best ones.
-
-A run that was killed goes on with resume=auto as if nothing had happened. The model, the stages' tasks, their data and
-batch size, and the seed must be the run's own, and so must the files (their names, order and sizes) unless
-resume_other_data=true; a change of anything else is logged. SIGTERM, SIGUSR1 and SIGUSR2 (a time limit or preemption
-of Slurm) save a checkpoint after the step that is being taken, or before it where no data come; the same signal a
-second time, a second or more later, ends the run at once.
-
-Exit status: 0 well, 1 failed, 2 wrong command, 143, 138 or 140 after SIGTERM, SIGUSR1 or SIGUSR2 (128 + the signal):
-start the same command again with resume=auto. (torchrun and accelerate launch pass the signal on and end with 1.)
-"""
-
 
 def train(cfg: DictConfig) -> int:
     """Train every stage of `cfg` in order, each starting from the averaged weights of those before.
 
     Args:
-        cfg: composed from `configs/train.yaml`.
+        cfg: composed; see `TrainConfig`.
     Raises:
         UserError: see `fit`; UsageError: the config asks for nothing, or for something impossible.
     """
@@ -108,7 +59,7 @@ def train(cfg: DictConfig) -> int:
 
 def image_scores(cfg: DictConfig, stages: Mapping[str, DictConfig], accelerator: Accelerator) -> ImageScores:
     """The metrics that validations score pictures with; the first process fetches their weights."""
-    validates = any(trainer_config(stage.trainer).validate_every for stage in stages.values())
+    validates = any(typed(TrainerConfig, stage.trainer).validate_every for stage in stages.values())
     with accelerator.main_process_first():
         return ImageScores(cfg.scores if validates else (), accelerator.device, accelerator.is_main_process)
 
@@ -161,7 +112,7 @@ def open_run(cfg: DictConfig, stages: Mapping[str, DictConfig], accelerator: Acc
     folder = [""]
     if accelerator.is_main_process:
         job_dir = cluster_job_dir()
-        resume = cfg.resume is Resume.auto or job_dir is not None
+        resume = cfg.resume == "auto" or job_dir is not None
         folder = [str(choose_run_dir(experiment_name(cfg), cfg.run_dir or job_dir, resume))]
         kept.enter_context(locked(Path(folder[0])))
     broadcast_object_list(folder)
@@ -200,7 +151,7 @@ def train_stage(name: str, cfg: DictConfig, system: nn.Module, run: Run, scores:
     task.name = name
     dataset = instantiate(cfg.data, _convert_="all")
     optimizer = instantiate(cfg.optimizer, _convert_="all")
-    trainer = trainer_config(cfg.trainer)
+    trainer = typed(TrainerConfig, cfg.trainer)
     preview, *others = heldout_batches(cfg, dataset, trainer)
     validation = [preview, *others] if trainer.validate_every else []
     fit(task, dataset, trainer, optimizer, run, preview=preview, validation=validation, scores=scores)
@@ -242,10 +193,11 @@ def stage_configs(cfg: DictConfig, words: Sequence[str]) -> dict[str, DictConfig
     """
     if not cfg.stages:
         raise UsageError("nothing to train: the config has no stages; add +experiment=quickstart, see --help")
+    check(cfg, TrainConfig)
     configs = {name: stage_config(cfg, name, words) for name in cfg.stages}
     for config in configs.values():
-        trainer = trainer_config(config.trainer)
-        if trainer.sharding is Sharding.fsdp2 and (len(configs) > 1 or cfg.report is not None):
+        trainer = typed(TrainerConfig, config.trainer)
+        if trainer.sharding == "fsdp2" and (len(configs) > 1 or cfg.report is not None):
             raise UsageError(
                 "trainer.sharding=fsdp2 trains one stage per run and writes no report (report=null); start the next "
                 "stage from this run with model.weights.transformer=RUN"
@@ -314,5 +266,4 @@ def summary(run_dir: Path, report: Path | None) -> str:
     return "\n".join(lines if report is None else [*lines, f"report:      {report}"])
 
 
-COMMAND = Command("train", "train", train, HELP, groups=("experiment", "system", "model"))
-__all__ = ["COMMAND", "TrainConfig", "train"]
+COMMAND = Command("train", "train", train, groups=TrainConfig.GROUPS)

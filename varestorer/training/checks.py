@@ -14,8 +14,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from varestorer.data.datasets import INSIDE
 from varestorer.losses.build import WITH_WEIGHTS, perceptual_loss
-from varestorer.training.config import trainer_config
+from varestorer.training.config import TrainerConfig
 from varestorer.utils.errors import UsageError, UserError, reason
+from varestorer.utils.options import typed
 from varestorer.weights.bundle import shipped
 from varestorer.weights.files import read_tensors
 from varestorer.weights.load import WHERE, check_part
@@ -37,7 +38,7 @@ def check_stages(stages: Mapping[str, DictConfig], num_processes: int, device: t
     side = _side(model)
     for name, cfg in stages.items():
         with _refused(f"stage {name}"):
-            trainer = trainer_config(cfg.trainer)
+            trainer = typed(TrainerConfig, cfg.trainer)
             trainer.micro_batch(num_processes)
             trainer.keeps_base_in_bf16(device)
             if trainer.validate_every and cfg.heldout is None:

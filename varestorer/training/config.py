@@ -1,128 +1,98 @@
-"""Options of training as dataclasses; importing this module registers them as Hydra schemas.
-
-A key that is not here, or a value of the wrong type, fails when the config is composed.
-"""
+"""Options of training, declared once."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, fields
-from enum import StrEnum
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import MISSING
 
 from varestorer.utils.errors import UsageError
+from varestorer.utils.options import DEVICES, CommandOptions, check, option
 
 if TYPE_CHECKING:
-    import torch
+    import torch  # not at run time: `train --help` answers without it
 
 
 HOLD_START = 0.005  # of the peak learning rate, where the warm-up of hold_linear begins
 HOLD_SHARE = 0.3  # of the steps after it that are taken at the peak
 
 
-class Precision(StrEnum):
-    """Number format of the forward and backward pass; parameters and optimiser stay float32."""
-
-    auto = "auto"  # bf16 on CUDA, fp32 elsewhere
-    fp32 = "fp32"
-    bf16 = "bf16"
-
-
-class Schedule(StrEnum):
-    """Shape of the learning rate after warm-up."""
-
-    cosine = "cosine"
-    constant = "constant"
-    hold_linear = "hold_linear"
-
-
-class Sharding(StrEnum):
-    """How many processes share the weights that train."""
-
-    none = "none"  # each process holds all of them
-    fsdp2 = "fsdp2"  # each holds its part
-
-
-class Best(StrEnum):
-    """Which value of a metric is better."""
-
-    auto = "auto"
-    min = "min"
-    max = "max"
-
-
-class Resume(StrEnum):
-    """What to do about an earlier run."""
-
-    none = "none"
-    auto = "auto"
-
-
-class Device(StrEnum):
-    """Where to compute."""
-
-    auto = "auto"
-    cpu = "cpu"
-    cuda = "cuda"
-    mps = "mps"
-
-
 @dataclass
 class TrainerConfig:
-    """How one stage is trained.
+    """How one stage is trained."""
 
-    Attributes:
-        max_steps: optimiser steps of the stage.
-        batch_size: samples per optimiser step over all processes and micro-batches together.
-        accumulate: micro-batches per optimiser step (less memory, same result).
-        num_workers: data processes per training process; 0 loads in the training process.
-        precision: auto, fp32 or bf16.
-        base_precision: of frozen matrices in the transformer's blocks; auto is that of the passes. bf16 halves their
-            memory and changes nothing in passes of bf16, but they stay rounded for what comes after the stage.
-        sharding: none, or fsdp2, which spreads weights, averages and optimiser state over the processes (for networks
-            that one GPU cannot train; one stage per run, without a report).
-        clip_norm: largest gradient norm; null for no clipping.
-        ema_decay: of the averaged weights; it warms up as (1 + step) / (10 + step).
-        warmup_steps: of linear warm-up of the learning rate.
-        schedule: cosine, constant, or hold_linear (VAR's "lin0": warm-up from 0.005 of the peak, 30 % of the other
-            steps at the peak, then a line down).
-        final_lr_ratio: learning rate at the end of the cosine or the line, as a part of the peak.
-        checkpoint_every: steps between checkpoints; one is always written at the end.
-        keep_last: newest checkpoints of a stage that are kept.
-        keep_best: a key of `metrics.jsonl`, such as loss or val/mse, or one of the `scores`, such as musiq (val/musiq);
-            the checkpoint with the best mean of it over the last `checkpoint_every` steps is kept too, and named in the
-            stage's file `best`. null: newest ones only.
-        keep_best_mode: whether min or max is best; auto: max for a score that is better when it is higher, else min.
-        sample_every: steps between preview pictures; 0 for one at the end only.
-        validate_every: steps between validations, also at the end: the losses of all `heldout` pairs with the averaged
-            weights, as val/loss, val/mse, ..., the `scores` of what the stage makes of them free-running, as val/psnr,
-            val/musiq, ..., and pictures of it; 0 for none.
-        skip_nonfinite: so many steps in a row may have a loss or gradient that is not finite; they do not touch the
-            weights and are marked `skipped` in `metrics.jsonl`. One more stops the run; 0 stops at the first.
-    """
-
-    max_steps: int = 1000
-    batch_size: int = 8
-    accumulate: int = 1
-    num_workers: int = 2
-    precision: Precision = Precision.auto
-    base_precision: Precision = Precision.fp32
-    sharding: Sharding = Sharding.none
-    clip_norm: float | None = 1.0
-    ema_decay: float = 0.999
-    warmup_steps: int = 0
-    schedule: Schedule = Schedule.cosine
-    final_lr_ratio: float = 0.0
-    checkpoint_every: int = 500
-    keep_last: int = 2
-    keep_best: str | None = None
-    keep_best_mode: Best = Best.auto
-    sample_every: int = 500
-    validate_every: int = 0
-    skip_nonfinite: int = 0
+    max_steps: int = option(
+        1000,
+        "optimizer steps of a stage; given on the command line it counts for every stage",
+        least=1,
+        title="the trainer (stages.NAME.trainer.max_steps=N changes one stage)",
+    )
+    batch_size: int = option(8, "samples per optimizer step over all processes and micro-batches together", least=1)
+    accumulate: int = option(1, "micro-batches per optimizer step (less memory, same result)", least=1)
+    num_workers: int = option(2, "data processes per training process; 0 loads in the training process", least=0)
+    precision: str = option(
+        "auto",
+        "auto | fp32 | bf16: of forward and backward passes; parameters and optimizer stay float32; auto: bf16 on "
+        "CUDA, fp32 elsewhere",
+        choices=("auto", "fp32", "bf16"),
+    )
+    base_precision: str = option(
+        "fp32",
+        "auto | fp32 | bf16: of frozen matrices in the transformer's blocks; auto is that of the passes. bf16 halves "
+        "their memory and changes nothing in passes of bf16, but they stay rounded for what comes after the stage",
+        choices=("auto", "fp32", "bf16"),
+    )
+    sharding: str = option(
+        "none",
+        "fsdp2 spreads weights, averages and optimizer state over the processes, for networks that one GPU cannot "
+        "train; one stage per run, without a report",
+        choices=("none", "fsdp2"),
+    )
+    clip_norm: float | None = option(1.0, "largest gradient norm; null: no clipping", above=0)
+    ema_decay: float = option(
+        0.999, "of the averaged weights (EMA); it warms up as (1 + step) / (10 + step)", least=0, below=1
+    )
+    warmup_steps: int = option(0, "of linear warm-up of the learning rate", least=0)
+    schedule: str = option(
+        "cosine",
+        'cosine | constant | hold_linear: the learning rate after warm-up; hold_linear is VAR\'s "lin0": warm-up from '
+        "0.005 of the peak, 30 % of the other steps at the peak, then a line down",
+        choices=("cosine", "constant", "hold_linear"),
+    )
+    final_lr_ratio: float = option(
+        0.0, "learning rate at the end of the cosine or the line, as a part of the peak", least=0, most=1
+    )
+    checkpoint_every: int = option(500, "steps between checkpoints; one is always written at the end", least=1)
+    keep_last: int = option(2, "newest checkpoints of a stage that are kept", least=1)
+    keep_best: str | None = option(
+        None,
+        "a key of metrics.jsonl, such as loss or val/mse, or one of the scores, such as musiq (val/musiq): the "
+        "checkpoint with the best mean of it over the last checkpoint_every steps is kept too, and named in the "
+        "stage's file `best`",
+        "KEY",
+    )
+    keep_best_mode: str = option(
+        "auto",
+        "auto | min | max: which is best; auto: max for a score that is better when it is higher, else min",
+        choices=("auto", "min", "max"),
+    )
+    sample_every: int = option(500, "steps between preview pictures; 0: one at the end only", least=0)
+    validate_every: int = option(
+        0,
+        "steps between validations, also at the end: the losses of all heldout pairs with the averaged weights "
+        "(val/loss, ...), the scores of what the stage makes of them free-running (val/psnr, ...), and pictures; 0: "
+        "none",
+        least=0,
+    )
+    skip_nonfinite: int = option(
+        0,
+        "so many steps in a row may have a loss or gradient that is not finite: they do not touch the weights and are "
+        "marked `skipped` in metrics.jsonl. One more stops the run; 0 stops at the first",
+        least=0,
+    )
 
     def __post_init__(self) -> None:
         """Refuse values no run could mean.
@@ -130,16 +100,11 @@ class TrainerConfig:
         Raises:
             UsageError: names the key, what it was and what it has to be.
         """
-        for key in ("max_steps", "batch_size", "accumulate", "checkpoint_every", "keep_last"):
-            _require(getattr(self, key) >= 1, key, "1 or more", getattr(self, key))
-        for key in ("num_workers", "warmup_steps", "sample_every", "validate_every", "skip_nonfinite"):
-            _require(getattr(self, key) >= 0, key, "0 or more", getattr(self, key))
-        _require(0 <= self.ema_decay < 1, "ema_decay", "in [0, 1)", self.ema_decay)
-        _require(0 <= self.final_lr_ratio <= 1, "final_lr_ratio", "in [0, 1]", self.final_lr_ratio)
-        if self.clip_norm is not None:
-            _require(self.clip_norm > 0, "clip_norm", "above 0, or null for no clipping", self.clip_norm)
-        multiple = f"a multiple of trainer.accumulate={self.accumulate}"
-        _require(self.batch_size % self.accumulate == 0, "batch_size", multiple, self.batch_size)
+        check(self, prefix="trainer.")
+        if self.batch_size % self.accumulate:
+            raise UsageError(
+                f"trainer.batch_size must be a multiple of trainer.accumulate={self.accumulate}, got {self.batch_size}"
+            )
 
     def micro_batch(self, num_processes: int) -> int:
         """Samples that one process sends through the networks at once.
@@ -157,8 +122,8 @@ class TrainerConfig:
 
     def uses_bf16(self, device: torch.device) -> bool:
         """Whether forward and backward passes on this device run in bfloat16 (autocast)."""
-        auto = self.precision is Precision.auto and device.type == "cuda"
-        return auto or self.precision is Precision.bf16
+        auto = self.precision == "auto" and device.type == "cuda"
+        return auto or self.precision == "bf16"
 
     def keeps_base_in_bf16(self, device: torch.device) -> bool:
         """Whether frozen matrices are kept in bfloat16 on this device.
@@ -166,9 +131,9 @@ class TrainerConfig:
         Raises:
             UsageError: they should be, but the passes are in float32.
         """
-        if self.base_precision is Precision.bf16 and not self.uses_bf16(device):
+        if self.base_precision == "bf16" and not self.uses_bf16(device):
             raise UsageError("trainer.base_precision=bf16 wants trainer.precision=bf16, or auto for both")
-        return self.base_precision is not Precision.fp32 and self.uses_bf16(device)
+        return self.base_precision != "fp32" and self.uses_bf16(device)
 
     def learning_rate_factor(self, step: int) -> float:
         """Part of the peak learning rate used by optimiser step `step` (from 1): a pure function.
@@ -176,11 +141,11 @@ class TrainerConfig:
         Linear warm-up reaches 1 at `warmup_steps`; the cosine then falls and would be at `final_lr_ratio` in the
         step after `max_steps`, so that the last step still moves.
         """
-        if self.schedule is Schedule.hold_linear:
+        if self.schedule == "hold_linear":
             return self._hold_linear(step - 1)
         if step < self.warmup_steps:
             return step / self.warmup_steps
-        if self.schedule is Schedule.constant:
+        if self.schedule == "constant":
             return 1.0
         taken = max(0, step - 1 - self.warmup_steps)
         progress = min(1.0, taken / max(1, self.max_steps - self.warmup_steps))
@@ -198,7 +163,7 @@ class TrainerConfig:
 
 @dataclass
 class AdamWConfig:
-    """`torch.optim.AdamW`, to be called with the parameter groups (decoupled weight decay)."""
+    """`torch.optim.AdamW`, to be called with the parameter groups; biases and norms do not decay."""
 
     _target_: str = "torch.optim.AdamW"
     _partial_: bool = True
@@ -219,51 +184,107 @@ class StageConfig:
 
 
 @dataclass
-class TrainConfig:
-    """All of `configs/train.yaml`; groups hold their own keys."""
+class TrainConfig(CommandOptions):
+    """Of `train`; groups (model, data, degradation, logger) hold keys of their own."""
 
-    experiment_name: str | None = None
-    seed: int = 0
-    device: Device = Device.auto
-    run_dir: str | None = None
-    resume: Resume = Resume.none
-    resume_other_data: bool = False
-    model: Any = None
-    data: Any = None
-    heldout: Any = None
-    degradation: Any = None
+    INTRO: ClassVar[str] = """
+Train a network, in one stage or several.
+
+usage: python scripts/train.py +experiment=NAME [key=value ...]
+
+  python scripts/train.py +experiment=quickstart                     minutes on a CPU, no downloads
+  python scripts/train.py +experiment=quickstart_scratch trainer.max_steps=2   two steps of every stage
+  python scripts/train.py +experiment=dmd_div2k data.root=DIV2K      the paper's distillation on DIV2K
+  python scripts/train.py +experiment=quickstart resume=auto         go on with the newest unfinished run
+"""
+    NOTES: ClassVar[str] = """
+Any other key of the config can be set too: add --cfg job to see them all. -m runs several values in turn
+(seed=0,1,2). Several GPUs: accelerate launch scripts/train.py +experiment=NAME.
+
+The folder gets config.yaml, metrics.jsonl, samples/*.png and checkpoints/; ckpt=FOLDER uses its weights in
+eval.py and restore.py, ckpt=FOLDER/checkpoints/STAGE/best the best ones.
+
+A run that was killed goes on with resume=auto as if nothing had happened. The model, the stages' tasks, their data and
+batch size, and the seed must be the run's own, and so must the files (their names, order and sizes) unless
+resume_other_data=true; a change of anything else is logged. SIGTERM, SIGUSR1 and SIGUSR2 (a time limit or preemption
+of Slurm) save a checkpoint after the step that is being taken, or before it where no data come; the same signal a
+second time, a second or more later, ends the run at once.
+
+Exit status: 0 well, 1 failed, 2 wrong command, 143, 138 or 140 after SIGTERM, SIGUSR1 or SIGUSR2 (128 + the signal):
+start the same command again with resume=auto. (torchrun and accelerate launch pass the signal on and end with 1.)
+"""
+    GROUPS: ClassVar[tuple[str, ...]] = ("experiment", "system", "model")
+
+    experiment_name: str | None = option(None, "default: that of the experiment", "NAME", title="the run")
+    run_dir: str | None = option(None, "where to write (default: outputs/<experiment>/<time>)", "FOLDER")
+    resume: str = option(
+        "none",
+        "none | auto: auto goes on with run_dir, else with the newest unfinished run of the experiment",
+        choices=("none", "auto"),
+    )
+    resume_other_data: bool = option(
+        False, "true: go on though photographs, shards or texts changed since the checkpoint"
+    )
+    device: str = option("auto", DEVICES)
+    seed: int = option(0, "of weights, data and everything else that is drawn")
+    weights_dir: str = option("weights", "folder of published weight files, which experiments of paper scale name")
+
+    model: Any = option(
+        None,
+        "sizes alone; system=varestorer|varsr|hvar chooses the class and its default sizes",
+        "NAME",
+        title="what is trained",
+    )
+    stages: dict[str, StageConfig] = option(
+        {}, "in order, each with its task, and its own trainer, optimizer and data where they differ", "{NAME:...}"
+    )
+    optimizer: Any = option(None, "optimizer.lr=1e-4 is the peak learning rate, for every stage", "adamw")
+    report: Any = option(
+        None, "written at the end: a _target_ that is called with run_dir, system, config and device", "null"
+    )
+    data: Any = option(
+        None,
+        "photographs: embedded, folder (data.root=FOLDER), pairs, shards, mixture or quality",
+        "NAME",
+        title="data",
+    )
+    degradation: Any = option(None, "how their bad images are made", "realesrgan")
+    heldout: Any = option(
+        {
+            "_target_": "varestorer.data.heldout_pairs",
+            "root": None,  # the held-out embedded photographs: enough to look at; figures want more
+            "crop": "${data.crop}",
+            "degradation": "${degradation}",
+            "seed": "${seed}",
+            "limit": 4,
+        },
+        "pairs of preview pictures and validations, never trained on: heldout.root=FOLDER (default: two photographs of "
+        "scikit-learn), heldout.limit=4; null: the training data",
+        "null",
+    )
+    scores: list[str] = option(
+        ["psnr", "lpips", "musiq", "clipiqa"],
+        "metrics of pyiqa of the held-out pictures at trainer.validate_every: val/psnr, ...",
+        "[NAME,...]",
+    )
+    logger: Any = option(
+        None,
+        "curves beside metrics.jsonl (default: wandb, offline without WANDB_API_KEY); several: [wandb,tensorboard]; "
+        "logger.wandb.artifacts=true sends checkpoints too",
+        "wandb|tensorboard|trackio|none",
+    )
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
-    optimizer: Any = None
-    logger: Any = None
-    weights_dir: str = "weights"
-    stages: dict[str, StageConfig] = field(default_factory=dict)
-    scores: list[str] = field(default_factory=list)
-    report: Any = None
+    defaults: list[Any] = field(
+        default_factory=lambda: [
+            "_self_",
+            {"system": "varestorer"},
+            {"model": "${system}"},
+            {"data": "embedded"},
+            {"degradation": "realesrgan"},
+            {"optimizer": "adamw"},
+            {"logger": "wandb"},
+        ]
+    )
 
 
-def trainer_config(node: DictConfig) -> TrainerConfig:
-    """A composed `trainer` node as a checked dataclass.
-
-    Raises:
-        UsageError: an unknown key, or a value no run could mean.
-        omegaconf.errors.OmegaConfBaseException: a wrong type.
-    """
-    known = [option.name for option in fields(TrainerConfig)]
-    for key in node:
-        if key not in known:
-            raise UsageError(f"trainer has no key {key!r}; it has {', '.join(known)}")
-    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TrainerConfig), node))
-    if not isinstance(config, TrainerConfig):
-        raise TypeError(f"trainer should be a {TrainerConfig.__name__}, got {type(config).__name__}")
-    return config
-
-
-def _require(good: bool, key: str, wanted: str, got: object) -> None:
-    if not good:
-        raise UsageError(f"trainer.{key} has to be {wanted}, got {got}")
-
-
-_store = ConfigStore.instance()
-_store.store(name="train_schema", node=TrainConfig)
-_store.store(group="trainer", name="trainer_schema", node=TrainerConfig)
-_store.store(group="optimizer", name="adamw_schema", node=AdamWConfig)
+ConfigStore.instance().store(group="optimizer", name="adamw", node=AdamWConfig)

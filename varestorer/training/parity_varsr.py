@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from varestorer.systems.varsr_golden import GoldenVARSR, image
-from varestorer.training.config import Schedule, TrainerConfig
+from varestorer.training.config import TrainerConfig
 from varestorer.training.optimisers import build_optimizer, clip_gradients, gradient_norm, set_learning_rate
 from varestorer.training.varsr import VARSRTask
 from varestorer.transformer.drop_path import branch_factors, dropped_paths
@@ -128,7 +128,7 @@ def _trainer(options: dict[str, Any], epochs: int, steps_per_epoch: int) -> Trai
     return TrainerConfig(
         max_steps=epochs * steps_per_epoch,
         warmup_steps=round(options["warmup_epochs"] * steps_per_epoch),
-        schedule=Schedule.hold_linear,
+        schedule="hold_linear",
         final_lr_ratio=options["end"],
         clip_norm=options["clip_norm"],
     )

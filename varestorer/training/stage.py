@@ -15,7 +15,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from varestorer.training.checkpoint import Checkpointer, Score, Trained
-from varestorer.training.config import Best, Sharding, TrainerConfig
+from varestorer.training.config import TrainerConfig
 from varestorer.training.ema import Ema
 from varestorer.training.meter import Meter
 from varestorer.training.optimisers import (
@@ -92,7 +92,7 @@ class Stage:
             keep_base_in(task, torch.bfloat16)
         task.to(accelerator.device).train()
         model: nn.Module = task
-        if cfg.sharding is Sharding.fsdp2:
+        if cfg.sharding == "fsdp2":
             shard(task, accelerator.device, bf16=cfg.uses_bf16(accelerator.device))
             optimizer = build_optimizer(task, factory)
         else:
@@ -187,9 +187,9 @@ class Stage:
         if cfg.keep_best is not None:
             since = trained.step - cfg.checkpoint_every
             key, mode = self._best_key(cfg.keep_best), cfg.keep_best_mode
-            if mode is Best.auto:
+            if mode == "auto":
                 metric = self.scores.metrics.get(self.scores.name_of(key.removeprefix(VALIDATION)) or "")
-                mode = Best.min if metric is None or metric.lower_is_better else Best.max
+                mode = "min" if metric is None or metric.lower_is_better else "max"
             score = Score(key, str(mode), self.run.mean_since(self.task.name, since, key))
         self.run.sync_metrics()
         keys = ("max_steps", "warmup_steps", "schedule", "final_lr_ratio", "batch_size")
@@ -202,7 +202,7 @@ class Stage:
     def finish(self) -> None:
         """Leave the averaged weights, and a base of float32, in the task."""
         self.trained.ema.copy_to_parameters()
-        if self.cfg.sharding is Sharding.none and self.cfg.keeps_base_in_bf16(self.run.accelerator.device):
+        if self.cfg.sharding == "none" and self.cfg.keeps_base_in_bf16(self.run.accelerator.device):
             keep_base_in(self.task, torch.float32)
 
     def stop(self, folder: Path | None) -> NoReturn:
@@ -298,7 +298,7 @@ class Stage:
         self.task.train()
 
     def _no_sync(self) -> contextlib.AbstractContextManager[Any]:
-        if self.cfg.sharding is Sharding.fsdp2:
+        if self.cfg.sharding == "fsdp2":
             return added_up_later(self.task)
         return self.run.accelerator.no_sync(self.model)
 

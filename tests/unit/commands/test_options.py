@@ -7,18 +7,15 @@ import pytest
 from omegaconf import OmegaConf
 
 from varestorer.commands import run
-from varestorer.commands.entry import typed
 from varestorer.commands.options import (
     OPTIONS,
     EvalOptions,
     PrepareDataOptions,
     RestoreOptions,
-    check,
-    help_text,
-    listed,
     markdown,
 )
 from varestorer.utils.errors import UsageError
+from varestorer.utils.options import check, help_text, listed, typed
 
 README = Path(__file__).parents[3] / "configs" / "README.md"
 HEADING = "## Options of the commands\n"
@@ -55,7 +52,7 @@ def test_values_outside_are_refused_by_name() -> None:
             typed(EvalOptions, OmegaConf.create(good | values))
     check(RestoreOptions(input="a", output="b", sizes=[1, 2.5], quality=100))
     for values, message in [
-        ({"quality": 101}, "quality must be 1 to 100, got quality=101"),
+        ({"quality": 101}, "quality must be at least 1 and at most 100, got quality=101"),
         ({"sizes": [1.0, 0.0]}, r"sizes must be above 0, got sizes=\[1.0, 0.0\]"),
         ({"scale": float("nan")}, "scale must be a finite number, got scale=nan"),
     ]:

@@ -13,7 +13,6 @@ import torch
 from toy_training import ADAMW, KilledError, ToyPairs, ToySystem, ToyTask, config, metrics, train
 
 from varestorer.training.checkpoint import Checkpointer, save_initial
-from varestorer.training.config import Best
 from varestorer.training.fit import fit, make_accelerator
 from varestorer.training.run import Run
 from varestorer.utils.errors import UsageError, UserError
@@ -120,7 +119,7 @@ def test_the_best_checkpoint_is_kept_beside_the_last_and_named(tmp_path: Path, m
     losses = [line["loss"] for line in metrics(tmp_path)]
     means = {step: (losses[step - 2] + losses[step - 1]) / 2 for step in range(2, 14, 2)}
     wanted = min(means, key=lambda step: sign * means[step])
-    cfg = config(checkpoint_every=2, keep_last=1, max_steps=12, keep_best="loss", keep_best_mode=Best(mode))
+    cfg = config(checkpoint_every=2, keep_last=1, max_steps=12, keep_best="loss", keep_best_mode=mode)
     run = tmp_path / "run"
     with pytest.raises(KilledError):
         train(run, cfg, fail_at=9)
@@ -139,7 +138,7 @@ def test_the_best_checkpoint_is_kept_beside_the_last_and_named(tmp_path: Path, m
 
 
 def test_a_kill_between_saving_and_naming_the_last_checkpoint_is_made_good(tmp_path: Path, monkeypatch):
-    cfg = config(checkpoint_every=2, keep_last=1, keep_best="loss", keep_best_mode=Best.max)
+    cfg = config(checkpoint_every=2, keep_last=1, keep_best="loss", keep_best_mode="max")
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     train(whole, cfg)
     settle = Checkpointer._settle

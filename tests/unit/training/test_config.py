@@ -1,35 +1,32 @@
 """Options of training: schema errors, the learning rate, and how a stage's options are put together."""
 
 import pytest
-from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from varestorer.commands.entry import config_dir
+from varestorer.commands.entry import compose
 from varestorer.commands.train import stage_configs
-from varestorer.training.config import Precision, Schedule, TrainConfig, TrainerConfig, trainer_config
+from varestorer.training.config import TrainConfig, TrainerConfig
 from varestorer.utils.errors import UsageError
+from varestorer.utils.options import typed
 
 
 def composed(*overrides: str):
-    """The trainer and optimizer groups, as `train.yaml` includes them."""
-    words = ["+trainer=default", "+optimizer=adamw", *overrides]
-    with initialize_config_dir(str(config_dir()), version_base="1.3"):
-        return compose(overrides=words)
+    """A training's config."""
+    return compose("train", overrides)
 
 
 def test_groups_compose_to_dataclasses():
     cfg = composed("trainer.precision=bf16", "trainer.clip_norm=null", "optimizer.lr=1e-3")
-    config = trainer_config(cfg.trainer)
-    assert isinstance(config, TrainerConfig)
-    assert config.precision is Precision.bf16 and config.clip_norm is None
+    config = typed(TrainerConfig, cfg.trainer)
+    assert config.precision == "bf16" and config.clip_norm is None
     assert cfg.optimizer.lr == 1e-3 and cfg.optimizer._partial_ is True
 
 
 @pytest.mark.parametrize(
     "override",
-    ["trainer.max_step=3", "trainer.max_steps=many", "trainer.precision=fp8", "optimizer.betas=x"],
+    ["trainer.max_step=3", "trainer.max_steps=many", "optimizer.betas=x"],
 )
 def test_unknown_key_or_wrong_type_fails_at_compose(override: str):
     with pytest.raises(HydraException):
@@ -37,17 +34,18 @@ def test_unknown_key_or_wrong_type_fails_at_compose(override: str):
 
 
 def test_a_key_that_was_forced_in_is_refused_too():
-    with pytest.raises(UsageError, match="no key 'new'"):
-        trainer_config(composed("+trainer.new=1").trainer)
+    with pytest.raises(OmegaConfBaseException, match="'new' not in 'TrainerConfig'"):
+        typed(TrainerConfig, composed("+trainer.new=1").trainer)
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"max_steps": 0}, "trainer.max_steps has to be 1 or more, got 0"),
+        ({"max_steps": 0}, "trainer.max_steps must be at least 1, got trainer.max_steps=0"),
         ({"batch_size": 6, "accumulate": 4}, "multiple of trainer.accumulate=4, got 6"),
-        ({"ema_decay": 1.0}, r"trainer.ema_decay has to be in \[0, 1\)"),
-        ({"clip_norm": 0.0}, "null for no clipping"),
+        ({"ema_decay": 1.0}, "trainer.ema_decay must be at least 0 and below 1"),
+        ({"clip_norm": 0.0}, "trainer.clip_norm must be above 0"),
+        ({"precision": "fp8"}, "trainer.precision must be one of auto, fp32, bf16, got trainer.precision=fp8"),
     ],
 )
 def test_impossible_values(values: dict, message: str):
@@ -62,7 +60,7 @@ def test_learning_rate_warms_up_then_falls_as_a_cosine():
     assert config.learning_rate_factor(7) == pytest.approx(0.1 + 0.9 * 0.5)
     assert 0.1 < config.learning_rate_factor(10) < config.learning_rate_factor(9)
     assert config.learning_rate_factor(11) == pytest.approx(0.1)
-    constant = TrainerConfig(max_steps=10, schedule=Schedule.constant)
+    constant = TrainerConfig(max_steps=10, schedule="constant")
     assert [constant.learning_rate_factor(step) for step in (1, 10)] == [1.0, 1.0]
 
 
@@ -98,7 +96,7 @@ def test_command_line_goes_over_the_stage_s_options():
 def test_stage_with_an_unknown_or_impossible_option():
     with pytest.raises(OmegaConfBaseException):
         stage_configs(staged(trainer={"max_step": 7}), [])
-    with pytest.raises(UsageError, match="max_steps has to be 1 or more"):
+    with pytest.raises(UsageError, match="max_steps must be at least 1"):
         stage_configs(staged(trainer={"max_steps": -7}), [])
     with pytest.raises(UsageError, match="no stages"):
         stage_configs(OmegaConf.structured(TrainConfig), [])

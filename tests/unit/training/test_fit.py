@@ -21,7 +21,6 @@ from varestorer.data import PhotoCrops
 from varestorer.data import workers as data_workers
 from varestorer.data.loader import collate
 from varestorer.training import meter
-from varestorer.training.config import Precision
 from varestorer.training.ema import Ema
 from varestorer.training.fit import fit, make_accelerator
 from varestorer.training.optimisers import build_optimizer
@@ -149,7 +148,7 @@ def test_a_finished_stage_is_not_trained_again(tmp_path: Path):
 
 def test_bfloat16_changes_the_computation_but_not_the_weights_format(tmp_path: Path):
     train(tmp_path / "fp32", config())
-    system = train(tmp_path / "bf16", config(precision=Precision.bf16))
+    system = train(tmp_path / "bf16", config(precision="bf16"))
     assert system.second.weight.dtype == torch.float32
     one, other = metrics(tmp_path / "fp32")[0]["loss"], metrics(tmp_path / "bf16")[0]["loss"]
     assert one != other and one == pytest.approx(other, rel=0.02)

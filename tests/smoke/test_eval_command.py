@@ -137,7 +137,10 @@ def test_unavailable_metric_fails_only_if_asked_for(
 ) -> None:
     monkeypatch.setattr(torch.hub, "_hub_dir", str(root.parent / "hub"))
     assert run(root, "method=bicubic", "limit=1") == 0
-    assert "musiq    unavailable: metric 'musiq' needs musiq_koniq" in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert shown.err.count("WARNING") == 1 and "left out, for they cannot run here: lpips, maniqa, musiq" in shown.err
+    assert shown.out.count("musiq") == 1 and "(summary.json says why)" in shown.out
+    assert "musiq_koniq" in (root.parent / "out" / "summary.json").read_text()
     assert run(root, "method=bicubic", "limit=1", "metrics=[psnr,musiq]", f"out={root.parent / 'asked'}") == 1
     assert "musiq    FAILED: metric 'musiq' needs musiq_koniq" in capsys.readouterr().out
 

@@ -11,7 +11,7 @@ from typing import Any
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from varestorer.commands.entry import FAILED, OK, Command, say, typed
+from varestorer.commands.entry import FAILED, OK, Command, say
 from varestorer.commands.options import EvalOptions
 from varestorer.data.folders import find_images_or_pairs, find_pairs
 from varestorer.data.testsets.checking import known_set
@@ -42,6 +42,7 @@ from varestorer.utils.errors import UsageError, UserError
 from varestorer.utils.files import expand_user
 from varestorer.utils.images import load_image
 from varestorer.utils.loggers import Logger, open_loggers
+from varestorer.utils.options import typed
 from varestorer.weights import DEFAULT
 from varestorer.weights.resolve import locate
 
@@ -166,6 +167,8 @@ def _evaluate(options: EvalOptions, whole: list[Pair], out: Path, processes: Pro
     asked = _metrics(options)
     source = _source(options, whole, processes)
     evaluator = _evaluator(options, asked, processes, has_references=any(hq for _, _, hq in pairs))
+    if evaluator.unavailable and processes.is_main:
+        log.warning("left out, for they cannot run here: %s", ", ".join(evaluator.unavailable))
     progress = Progress(out, _settings(options, evaluator, source, processes))
     keep = None if options.predictions else progress.images
     evaluation = evaluator.evaluate(pairs, source, dataset, keep, progress=progress, processes=processes)
@@ -185,7 +188,7 @@ def _logger(options: EvalOptions, out: Path, method: str) -> Logger:
     return open_loggers(factories, out, {**asdict(options), "method": method})
 
 
-def summary_text(evaluation: Evaluation, unmet: list[str] | None = None) -> str:
+def summary_text(evaluation: Evaluation, unmet: Sequence[str] = ()) -> str:
     """The result for the terminal: means, what is unavailable and why, what failed.
 
     Args:
@@ -199,8 +202,9 @@ def summary_text(evaluation: Evaluation, unmet: list[str] | None = None) -> str:
         lines.append(f"  {name:8} {m['mean']:9.4f}{spread}  (n={m['n']}, {m['id']})")
     if evaluation.seconds_per_image is not None:
         lines.append(f"  {evaluation.seconds_per_image:.3f} s per image")
-    for name, reason in summary["unavailable"].items():
-        lines.append(f"  {name:8} {'FAILED' if name in (unmet or []) else 'unavailable'}: {reason}")
+    lines += [f"  {name:8} FAILED: {summary['unavailable'][name]}" for name in unmet]
+    if others := [name for name in summary["unavailable"] if name not in unmet]:
+        lines.append(f"  unavailable: {', '.join(others)} (summary.json says why)")
     failures = evaluation.failures
     if failures:
         lines.append(f"{len(failures)} failures:")

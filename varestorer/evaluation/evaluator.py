@@ -94,7 +94,6 @@ class Evaluator:
                     seed=seed,
                 )
             except MetricUnavailableError as error:
-                log.warning("%s", error)
                 self.unavailable[spec.name] = str(error)
             self.ids[spec.name] = metric_id(spec.pyiqa_name, spec.options)
             self.columns[spec.name] = bool(metric_config(spec.pyiqa_name).get("lower_better", False))

@@ -17,7 +17,7 @@ LOG = logging.getLogger(__name__)
 
 
 class ImageScores:
-    """Metrics of pyiqa by name. One that cannot run here is a warning, once, and has no figures: training goes on.
+    """Metrics of pyiqa by name. Those that cannot run here are one warning, and have no figures: training goes on.
 
     Args:
         names: such as `psnr`, `lpips`, `musiq`.
@@ -34,13 +34,18 @@ class ImageScores:
         self._level = logging.WARNING if is_main else logging.DEBUG
         self.names = tuple(dict.fromkeys(names))
         self.metrics: dict[str, Metric] = {}
+        lacking: dict[str, str] = {}
         for name in self.names:
             if name in DATASET_METRICS:
                 raise UsageError(f"scores={name} compares folders of pictures: leave it to varestorer eval")
             try:
                 self.metrics[name] = create_metric(name, device=device)
             except MetricUnavailableError as error:
-                LOG.log(self._level, "training goes on without val/%s: %s", name, error)
+                lacking[name] = str(error)
+        if lacking:
+            LOG.log(
+                self._level, "training goes on without val/%s: %s", ", val/".join(lacking), "; ".join(lacking.values())
+            )
 
     def __call__(self, images: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
         """Mean of each metric over a batch, in float32 under any autocast; NaN for images with NaN.

@@ -19,7 +19,7 @@ from varestorer.commands.entry import Command, compose, config_dir, hydra_words
 from varestorer.commands.quoting import quote_value
 from varestorer.commands.train import COMMAND as TRAIN
 from varestorer.utils.errors import UsageError, UserError
-from varestorer.utils.options import typed
+from varestorer.utils.schema import typed
 
 TOYS = Path(__file__).parents[1]  # toy_training.py
 

@@ -18,7 +18,7 @@ from varestorer.systems.base import PRECISIONS
 from varestorer.systems.varestorer import VARestorer
 from varestorer.utils.errors import UsageError, UserError, reason
 from varestorer.utils.files import atomic_write, check_writable, temporary_path
-from varestorer.utils.options import typed
+from varestorer.utils.schema import typed
 from varestorer.weights.bundle import is_bundle, put_adapters, save_adapters, save_bundle, student_of
 from varestorer.weights.files import read_entries, save_tensors
 from varestorer.weights.manifest import compare, read_manifest

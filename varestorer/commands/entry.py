@@ -32,8 +32,8 @@ from varestorer.commands.options import OPTIONS
 from varestorer.commands.quoting import Keys, expand_home, quote_value
 from varestorer.commands.wrong_words import check_dashes, check_words, describe
 from varestorer.utils.errors import UsageError, UserError
-from varestorer.utils.options import help_text
-from varestorer.utils.options import typed as typed
+from varestorer.utils.schema import help_text
+from varestorer.utils.schema import typed as typed
 
 LOG = logging.getLogger(__name__)
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130

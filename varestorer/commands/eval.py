@@ -42,7 +42,7 @@ from varestorer.utils.errors import UsageError, UserError
 from varestorer.utils.files import expand_user
 from varestorer.utils.images import load_image
 from varestorer.utils.loggers import Logger, open_loggers
-from varestorer.utils.options import typed
+from varestorer.utils.schema import typed
 from varestorer.weights import DEFAULT
 from varestorer.weights.resolve import locate
 

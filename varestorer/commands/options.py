@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from omegaconf import MISSING
 
 from varestorer.training.config import TrainConfig
-from varestorer.utils.options import DEVICES, DTYPES, CommandOptions, listed, option, shown
+from varestorer.utils.schema import DEVICES, DTYPES, CommandOptions, listed, option, shown
 
 
 @dataclass

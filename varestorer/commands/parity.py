@@ -11,7 +11,7 @@ from varestorer.commands.options import ParityOptions
 from varestorer.evaluation.parity import compare, form_of
 from varestorer.training.parity_varsr import compare_training
 from varestorer.utils.checks import Check
-from varestorer.utils.options import typed
+from varestorer.utils.schema import typed
 
 
 def parity(cfg: DictConfig) -> int:

@@ -39,8 +39,8 @@ from varestorer.utils.errors import UsageError, UserError, reason
 from varestorer.utils.files import expand_user, file_sha256, read_text
 from varestorer.utils.images import load_image, resize
 from varestorer.utils.locks import locked
-from varestorer.utils.options import typed
 from varestorer.utils.scanning import first_names, report_unused, scan_folder
+from varestorer.utils.schema import typed
 from varestorer.utils.seeds import torch_generator
 from varestorer.utils.tiling import scaled_size
 

@@ -22,8 +22,8 @@ from varestorer.data.testsets.making import Recipe, make_test_set
 from varestorer.utils.errors import UsageError, UserError
 from varestorer.utils.files import expand_user
 from varestorer.utils.locks import locked
-from varestorer.utils.options import typed
 from varestorer.utils.scanning import first_names
+from varestorer.utils.schema import typed
 
 SHOWN_KINDS = 4
 WIDTH = 110

@@ -26,7 +26,7 @@ from varestorer.utils.device import limit_threads, pick_device
 from varestorer.utils.errors import UsageError, UserError
 from varestorer.utils.files import check_writable
 from varestorer.utils.images import Writing
-from varestorer.utils.options import typed
+from varestorer.utils.schema import typed
 from varestorer.utils.tiling import scaled_size
 from varestorer.weights import DEFAULT
 from varestorer.weights.resolve import locate

@@ -24,7 +24,7 @@ from varestorer.systems.varestorer import VARestorer
 from varestorer.utils.device import pick_device
 from varestorer.utils.errors import UsageError, reason
 from varestorer.utils.files import check_writable, expand_user
-from varestorer.utils.options import typed
+from varestorer.utils.schema import typed
 
 PAPER_MODEL = "2b"  # the paper's, which has a restorer in front although the config names no file
 TITLES = {number: f"Table {number} of VARestorer" for number in ("1", "2", "3")} | {"varsr": "VARSR and its ablations"}

@@ -32,7 +32,7 @@ from varestorer.training.task import Batch
 from varestorer.utils.errors import UsageError, UserError
 from varestorer.utils.locks import locked
 from varestorer.utils.loggers import open_loggers
-from varestorer.utils.options import check, typed
+from varestorer.utils.schema import check, typed
 from varestorer.weights.load import load_into
 from varestorer.weights.runs import CONFIG, load_initial
 

@@ -16,7 +16,7 @@ from varestorer.data.datasets import INSIDE
 from varestorer.losses.build import WITH_WEIGHTS, perceptual_loss
 from varestorer.training.config import TrainerConfig
 from varestorer.utils.errors import UsageError, UserError, reason
-from varestorer.utils.options import typed
+from varestorer.utils.schema import typed
 from varestorer.weights.bundle import shipped
 from varestorer.weights.files import read_tensors
 from varestorer.weights.load import WHERE, check_part

@@ -10,7 +10,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
 from varestorer.utils.errors import UsageError
-from varestorer.utils.options import DEVICES, CommandOptions, check, option
+from varestorer.utils.schema import DEVICES, CommandOptions, check, option
 
 if TYPE_CHECKING:
     import torch  # not at run time: `train --help` answers without it

@@ -15,7 +15,7 @@ from varestorer.commands.options import (
     markdown,
 )
 from varestorer.utils.errors import UsageError
-from varestorer.utils.options import check, help_text, listed, typed
+from varestorer.utils.schema import check, help_text, listed, typed
 
 README = Path(__file__).parents[3] / "configs" / "README.md"
 HEADING = "## Options of the commands\n"

@@ -9,7 +9,7 @@ from varestorer.commands.entry import compose
 from varestorer.commands.train import stage_configs
 from varestorer.training.config import TrainConfig, TrainerConfig
 from varestorer.utils.errors import UsageError
-from varestorer.utils.options import typed
+from varestorer.utils.schema import typed
 
 
 def composed(*overrides: str):

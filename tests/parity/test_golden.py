@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from varestorer.commands.parity import COMMAND
-from varestorer.evaluation.parity import compare
+from varestorer.parity import compare
 
 pytestmark = pytest.mark.parity
 

@@ -11,20 +11,17 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from varestorer.commands.parity import COMMAND, comparisons
-from varestorer.evaluation.parity import varsr
-from varestorer.evaluation.parity.varsr import Group
+from varestorer.commands.parity import COMMAND
+from varestorer.parity import compare, varsr
+from varestorer.parity.golden import Check, GoldenVARSR, Group
 from varestorer.systems import official_varsr
 from varestorer.systems.varsr import VARSR
 from varestorer.systems.varsr_files import class_to_restoration
-from varestorer.systems.varsr_golden import GoldenVARSR
 from varestorer.tokenizer import quantizer
 from varestorer.tokenizer.quantizer import RESIZES, MultiScaleQuantizer, phi_index
-from varestorer.training.parity_varsr import compare_training
 from varestorer.training.varsr import VARSRTask
 from varestorer.transformer import blocks, layout
 from varestorer.transformer.refiner import DATA_SCALE, Refiner
-from varestorer.utils.checks import Check
 from varestorer.weights.published.varsr import published_varsr_name
 
 pytestmark = pytest.mark.parity
@@ -45,14 +42,13 @@ def golden(shared: Path) -> Path:
 
 def one_group(golden: Path, stem: str) -> Iterator[Check]:
     folder = GoldenVARSR(golden)
-    compare = varsr.COMPARISONS["isr" if stem.startswith("isr") else stem]
-    assert compare is not None
+    compare_group = varsr.COMPARISONS["isr" if stem.startswith("isr") else stem]
     with torch.no_grad():
-        yield from compare(Group(folder, stem, folder.io(stem)))
+        yield from compare_group(Group(folder, stem, folder.io(stem)))
 
 
 def test_every_golden_output_is_compared_and_agrees(golden: Path) -> None:
-    checks = list(comparisons(str(golden)))
+    checks = list(compare(golden))
     assert [check for check in checks if not check.ok] == []
     compared = {check.name for check in checks}
     outputs = {
@@ -132,10 +128,10 @@ def test_slips_of_a_second_implementation_are_found(golden: Path, monkeypatch: p
 
 def test_planted_errors_of_training_are_found(golden: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(VARSR, "refiner_condition", detached(VARSR.refiner_condition))
-    assert "train/grad/class_emb.weight" in {check.name for check in compare_training(golden) if not check.ok}
+    assert "train/grad/class_emb.weight" in {check.name for check in one_group(golden, "train") if not check.ok}
     monkeypatch.undo()
     monkeypatch.setattr(VARSRTask, "no_decay", lambda self, name, parameter: parameter.ndim < 2)
-    over = {check.name for check in compare_training(golden) if not check.ok}
+    over = {check.name for check in one_group(golden, "train") if not check.ok}
     assert "train/steps/after/lvl_embed.weight" in over
 
 

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from omegaconf import DictConfig
 
 from varestorer.commands.entry import FAILED, OK, Command, say
 from varestorer.commands.options import ParityOptions
-from varestorer.evaluation.parity import compare, form_of
-from varestorer.training.parity_varsr import compare_training
-from varestorer.utils.checks import Check
+from varestorer.parity import compare
 from varestorer.utils.schema import typed
 
 
@@ -23,7 +19,7 @@ def parity(cfg: DictConfig) -> int:
     say(f"{'tensor':58} {'max error':>10} {'tolerance':>10}  ok")
     checks = []
     fixtures = typed(ParityOptions, cfg).fixtures
-    for check in comparisons(fixtures):
+    for check in compare(fixtures):
         checks.append(check)
         say(f"{check.name:58} {check.error:10.2e} {check.tolerance:10.0e}  {'yes' if check.ok else 'NO'}")
     over = [check for check in checks if not check.ok]
@@ -34,13 +30,6 @@ def parity(cfg: DictConfig) -> int:
     for check in over:
         say(f"over: {check.name}  {check.error:.2e} > {check.tolerance:.0e}")
     return FAILED if over else OK
-
-
-def comparisons(folder: str) -> Iterator[Check]:
-    """The comparisons of a folder, by the files in it."""
-    yield from compare(folder)
-    if form_of(folder) == "varsr":
-        yield from compare_training(folder)
 
 
 COMMAND = Command("parity", "parity", parity, schema=ParityOptions)

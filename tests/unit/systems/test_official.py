@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from varestorer.evaluation.parity.infinity import GoldenFolder
+from varestorer.parity.infinity import InfinityFolder
 from varestorer.systems import official
 from varestorer.systems.official import draw_bits, restore_official, restore_square
 from varestorer.systems.varestorer import VARestorer
@@ -75,12 +75,12 @@ def seen_text(tiny_system: VARestorer, monkeypatch: pytest.MonkeyPatch) -> list[
 
 
 @pytest.fixture(scope="module")
-def golden(shared: Path) -> GoldenFolder:
-    return GoldenFolder(shared / "fixtures/infinity")
+def golden(shared: Path) -> InfinityFolder:
+    return InfinityFolder(shared / "fixtures/infinity")
 
 
 @pytest.fixture(scope="module")
-def golden_system(golden: GoldenFolder) -> VARestorer:
+def golden_system(golden: InfinityFolder) -> VARestorer:
     student, tokenizer = golden.student(), golden.tokenizer()
     system = VARestorer(
         schedule={"size": golden.config["nscale"], "aspect": golden.config["ratio"]},
@@ -96,7 +96,7 @@ def golden_system(golden: GoldenFolder) -> VARestorer:
 @pytest.mark.parity
 @torch.inference_mode()
 def test_the_global_seed_gives_the_bits_of_the_released_student(
-    golden: GoldenFolder, golden_system: VARestorer
+    golden: InfinityFolder, golden_system: VARestorer
 ) -> None:
     image_B3HW = (golden.tokenizer_tensors["input/image"] + 1) / 2
     text = golden.text(golden.student_tensors)
@@ -110,7 +110,7 @@ def test_the_global_seed_gives_the_bits_of_the_released_student(
 
 @pytest.mark.parity
 def test_the_global_seed_gives_the_image_of_the_released_student(
-    golden: GoldenFolder, golden_system: VARestorer
+    golden: InfinityFolder, golden_system: VARestorer
 ) -> None:
     square = (golden.tokenizer_tensors["input/image"][0] + 1) / 2
     seed(golden.meta["gumbel_manual_seed"], python_seed(False))

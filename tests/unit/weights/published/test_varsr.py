@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from varestorer.parity.golden import GoldenVARSR
 from varestorer.systems.varsr import VARSR
 from varestorer.systems.varsr_files import VQVAE
-from varestorer.systems.varsr_golden import GoldenVARSR
 from varestorer.tokenizer import MultiScaleTokenizer, TokenizerConfig
 from varestorer.utils.errors import UserError
 from varestorer.weights.published.varsr import (

@@ -6,7 +6,6 @@ implementation on VAR's autoencoder. A folder holds `hit.json`, `hit.io.safetens
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,45 +13,31 @@ from typing import Any
 
 import torch
 from einops import rearrange
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from varestorer.losses.pixel import mse_loss
 from varestorer.losses.preference import log_likelihood, preference_loss
+from varestorer.parity.golden import Check, GoldenFolder, image, largest_error
 from varestorer.systems.hvar import enlarged_grid
 from varestorer.tokenizer import MultiScaleTokenizer, ScaleSchedule, TokenizerConfig, TokenPyramid
 from varestorer.tokenizer.quantizer import MultiScaleQuantizer, resize_bilinear, to_map, to_tokens
 from varestorer.transformer.heads import CodeHead
 from varestorer.transformer.layout import LearnedPositions, PositionRule, pyramid_layout
-from varestorer.utils.checks import Check, largest_error
-from varestorer.utils.errors import UsageError, reason
 from varestorer.weights.published.varsr import vqvae_sizes, vqvae_tensors
 
-MARK = "hit.json"
-"""The file that tells such a folder."""
 FLOAT_TOLERANCE = 1e-4
 SUM_TOLERANCE = 1e-3
 """Of log likelihoods summed over hundreds of tokens, and of the losses that multiply them."""
 
 
-class HierarchyFolder:
-    """A folder of golden tensors, and the tokenizer in it.
-
-    Raises:
-        UsageError: a file that cannot be read.
-    """
+class HierarchyFolder(GoldenFolder):
+    """A folder of golden tensors, and the tokenizer in it."""
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
-        try:
-            self.config: dict[str, Any] = json.loads((self.folder / MARK).read_text())["config"]
-            self.tensors = load_file(self.folder / "hit.io.safetensors")
-            self.weights = {
-                name: tensor.float() for name, tensor in load_file(self.folder / "hit_vae.weights.safetensors").items()
-            }
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
-            raise UsageError(f"fixtures={self.folder}: cannot be read ({reason(error)})") from error
+        super().__init__(folder)
+        self.config: dict[str, Any] = self.json("hit")["config"]
+        self.io = self.tensors("hit.io")
+        self.weights = {name: tensor.float() for name, tensor in self.tensors("hit_vae.weights").items()}
         sides = self.config["levels"]
         self.schedule = ScaleSchedule.build(sides=sides, targets=self.config["group_ends"])
         self.plain = ScaleSchedule.build(sides=sides)
@@ -79,18 +64,14 @@ class HierarchyFolder:
         tokenizer.load_state_dict(vqvae_tensors(tokenizer.state_dict(), levels, self.weights, source))
         return tokenizer
 
-    def image(self, name: str) -> Tensor:
-        """An 8-bit image as the networks take it, (B, 3, H, W) in [-1, 1]."""
-        return rearrange(self.tensors[name], "b h w c -> b c h w").float() / 255 * 2 - 1
-
     def indices(self, name: str) -> list[Tensor]:
         """Golden tokens of all levels as maps."""
         pairs = enumerate(self.schedule.scales)
-        return [to_map(self.tensors[f"{name}/idx_{k}"], scale) for k, scale in pairs]
+        return [to_map(self.io[f"{name}/idx_{k}"], scale) for k, scale in pairs]
 
     def check(self, name: str, ours: Tensor, tolerance: float = FLOAT_TOLERANCE) -> Check:
         """One golden tensor against ours."""
-        return Check(f"hit/{name}", largest_error(ours, self.tensors[name]), tolerance)
+        return Check(f"hit/{name}", largest_error(ours, self.io[name]), tolerance)
 
     def check_indices(self, name: str, indices: Sequence[Tensor]) -> Iterator[Check]:
         """The tokens of all levels, which must be equal."""
@@ -102,16 +83,16 @@ def compare(folder: str | Path) -> Iterator[Check]:
     """Every golden tensor of a folder, compared one after the other."""
     golden = HierarchyFolder(folder)
     tokenizer = golden.tokenizer()
-    image = golden.image("hr_u8")
-    features = [tokenizer.features(reduced) for reduced in tokenizer.reduced(image, golden.schedule)]
-    for n, reduced in enumerate(tokenizer.reduced(image, golden.schedule)):
+    pixels = image(golden.io["hr_u8"])
+    features = [tokenizer.features(reduced) for reduced in tokenizer.reduced(pixels, golden.schedule)]
+    for n, reduced in enumerate(tokenizer.reduced(pixels, golden.schedule)):
         yield golden.check(f"Z_{n}", features[n])
-        crop = golden.tensors[f"resized_{n}_crop"].shape
+        crop = golden.io[f"resized_{n}_crop"].shape
         yield golden.check(f"resized_{n}_crop", reduced[..., : crop[-2], : crop[-1]])
     for reuse in ("tokens", "sum"):
         yield from _compare_reading(golden, tokenizer, reuse, features)
     yield from _compare_degraded(golden, tokenizer)
-    yield from golden.check_indices("plain", tokenizer.encode(image, golden.plain).indices)
+    yield from golden.check_indices("plain", tokenizer.encode(pixels, golden.plain).indices)
     yield from _compare_losses(golden, tokenizer, features)
     yield from _compare_preference(golden)
     yield from _compare_positions(golden)
@@ -140,7 +121,7 @@ def _compare_reading(
     for n, codes in enumerate(quantizer.targets_to_codes(golden.indices(reuse), schedule)):
         yield golden.check(f"{reuse}/f_hat_{n}", codes)
         decoded = tokenizer.decoder(tokenizer.post_quant_conv(codes))
-        wanted = golden.tensors[f"{reuse}/image_{n}"]
+        wanted = golden.io[f"{reuse}/image_{n}"]
         first = (decoded.shape[-1] - wanted.shape[-1]) // 2  # of the largest the middle alone is kept
         place = slice(first, first + wanted.shape[-1])
         yield golden.check(f"{reuse}/image_{n}", decoded[..., place, place])
@@ -149,8 +130,8 @@ def _compare_reading(
 def _compare_degraded(golden: HierarchyFolder, tokenizer: MultiScaleTokenizer) -> Iterator[Check]:
     """The degraded image's own tokens, which the preference rejects, and the prefix."""
     side = golden.schedule.latent_size[0] * tokenizer.stride
-    enlarged = resize_bilinear(golden.image("lr_u8"), (side, side))
-    crop = golden.tensors["lr_up_crop"].shape
+    enlarged = resize_bilinear(image(golden.io["lr_u8"]), (side, side))
+    crop = golden.io["lr_up_crop"].shape
     yield golden.check("lr_up_crop", enlarged[..., : crop[-2], : crop[-1]])
     yield golden.check("lr/prefix_features", tokenizer.features(enlarged))
     indices = tokenizer.encode(enlarged, golden.schedule).indices
@@ -163,12 +144,12 @@ def _compare_degraded(golden: HierarchyFolder, tokenizer: MultiScaleTokenizer) -
 def _compare_losses(
     golden: HierarchyFolder, tokenizer: MultiScaleTokenizer, features: Sequence[Tensor]
 ) -> Iterator[Check]:
-    images = tokenizer.reduced(golden.image("hr_u8"), golden.schedule)
+    images = tokenizer.reduced(image(golden.io["hr_u8"]), golden.schedule)
     pyramid = tokenizer.quantizer(features, golden.schedule)
     sums = tokenizer.quantizer.targets_to_codes(pyramid.indices, golden.schedule)
     for name, latents in (("quantised", sums), ("continuous", features)):
         pairs = zip(latents, images, strict=True)
-        losses = [mse_loss(tokenizer.decoder(tokenizer.post_quant_conv(x)), image) for x, image in pairs]
+        losses = [mse_loss(tokenizer.decoder(tokenizer.post_quant_conv(x)), wanted) for x, wanted in pairs]
         yield golden.check(f"loss/pixel_{name}", torch.stack(losses))
     per_level = tokenizer.quantizer.codebook_losses(features, pyramid, golden.schedule)
     yield golden.check("loss/codebook_per_level", per_level)
@@ -186,7 +167,7 @@ def _compare_preference(golden: HierarchyFolder) -> Iterator[Check]:
 def _preference(golden: HierarchyFolder) -> dict[str, Tensor]:
     """Likelihoods, preference losses, their total with the cross entropy, and its gradients."""
     head, beta = CodeHead(1, golden.config["vae"]["vocab_size"]), golden.config["beta"]
-    logits = {name: golden.tensors[f"dpo/logits_{name}"].float().clone().requires_grad_() for name in ("hr", "lr")}
+    logits = {name: golden.io[f"dpo/logits_{name}"].float().clone().requires_grad_() for name in ("hr", "lr")}
     tokens = {
         name: torch.cat([to_tokens(x) for x in golden.indices(source)], dim=1).clone()
         for name, source in (("hr", "tokens"), ("lr", "lr"))
@@ -195,7 +176,7 @@ def _preference(golden: HierarchyFolder) -> dict[str, Tensor]:
     for reduction in ("sum", "mean"):
         log_p = {name: log_likelihood(head, x, tokens[name], reduction) for name, x in logits.items()}
         values |= {f"dpo/log_p_{name}_{reduction}": value for name, value in log_p.items()}
-        for name in golden.tensors:
+        for name in golden.io:
             if name.startswith(f"dpo/{reduction}/beta_"):
                 values[name] = preference_loss(log_p["hr"], log_p["lr"], float(name.rpartition("_")[2]))
     cross_entropy = head.cross_entropy(logits["hr"], tokens["hr"]).mean()
@@ -208,7 +189,7 @@ def _preference(golden: HierarchyFolder) -> dict[str, Tensor]:
 
 
 def _compare_positions(golden: HierarchyFolder) -> Iterator[Check]:
-    table = golden.tensors["positions/table"]
+    table = golden.io["positions/table"]
     rows = rearrange(table, "1 c h w -> 1 (h w) c")
     rule = PositionRule("grid", rows.shape[-1], table.shape[-1])
     layout = pyramid_layout(golden.schedule, rule, torch.device("cpu"))
@@ -216,6 +197,6 @@ def _compare_positions(golden: HierarchyFolder) -> Iterator[Check]:
         positions = LearnedPositions(rows.shape[1], rows.shape[2], is_grid=True, reduction=reduction)
         positions.load_state_dict({"table": rows})
         yield golden.check(f"positions/{name}", positions(layout)[None])
-    wanted = golden.tensors["positions/from_var_32x32"]
-    enlarged = enlarged_grid(golden.tensors["positions/var_16x16"], wanted.shape[-1])
+    wanted = golden.io["positions/from_var_32x32"]
+    enlarged = enlarged_grid(golden.io["positions/var_16x16"], wanted.shape[-1])
     yield golden.check("positions/from_var_32x32", rearrange(enlarged, "1 (h w) c -> 1 c h w", h=wanted.shape[-1]))

@@ -1,40 +1,34 @@
-"""Comparison of VARSR's training with golden tensors: gradients, drop path, schedule, optimizer steps.
-
-The task itself is compared, with recorded draws. All other tensors are compared in `evaluation.parity.varsr`.
-"""
+"""Golden tensors of VARSR's training: gradients, drop path, schedule, optimizer steps of the task itself."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from varestorer.systems.varsr_golden import GoldenVARSR, image
+from varestorer.parity.golden import Check, Group, image
 from varestorer.training.config import TrainerConfig
 from varestorer.training.optimisers import build_optimizer, clip_gradients, gradient_norm, set_learning_rate
 from varestorer.training.varsr import VARSRTask
 from varestorer.transformer.drop_path import branch_factors, dropped_paths
 from varestorer.transformer.refiner import TrainingDraws
-from varestorer.utils.checks import Check, largest_error
 from varestorer.utils.images import from_network
 from varestorer.weights.published.varsr import published_varsr_name
 
 LOSS, GRADIENT, STEPPED, SCHEDULE = 1e-5, 1e-4, 2e-4, 1e-12
-LEAST = 1e-2  # size of a tensor below which errors are not compared with it
-STEM = "train"
 
 
-class Training:
-    """The task of a folder's networks, and its golden tensors."""
+class Training(Group):
+    """The task of a group's networks, with recorded draws."""
 
-    def __init__(self, golden: GoldenVARSR, stem: str) -> None:
-        self.stem, self.io, self.json = stem, golden.io(stem), golden.json(stem)
-        self.task = VARSRTask(golden.system(stem))
+    def __init__(self, group: Group) -> None:
+        super().__init__(group.golden, group.stem, group.io)
+        self.json = group.golden.json(group.stem)
+        self.task = VARSRTask(group.golden.system(group.stem))
         self.lq = from_network(image(self.io["lr_u8"]))
         with torch.no_grad():
             self.pyramid = self.task.system.encode(from_network(image(self.io["hr_u8"])))
@@ -56,25 +50,15 @@ class Training:
         found = self.task.trainable_parameters().items()
         return {published_varsr_name(name.removeprefix("transformer.")): p for name, p in found}
 
-    def near(self, name: str, ours: Tensor, tolerance: float, is_relative: bool = False) -> Iterator[Check]:
-        """One tensor, see `evaluation.parity.varsr`."""
-        if name in self.io:
-            wanted = self.io[name].double()
-            error = largest_error(ours.detach().double().reshape(wanted.shape), wanted)
-            size = max(wanted.abs().max().item(), LEAST) if is_relative else 1.0
-            yield Check(f"{self.stem}/{name}", error / size, tolerance)
 
-
-def compare_training(folder: str | Path) -> Iterator[Check]:
-    """Every golden tensor of training in a folder."""
-    golden = GoldenVARSR(folder)
-    for stem in golden.stems:
-        if stem.startswith(STEM):
-            training = Training(golden, stem)
-            yield from _gradients(training)
-            yield from _drop_path(training)
-            yield from _schedule(training)
-            yield from _steps(training)
+@torch.enable_grad()
+def compare_training(group: Group) -> Iterator[Check]:
+    """The tensors of a group of training."""
+    training = Training(group)
+    yield from _gradients(training)
+    yield from _drop_path(training)
+    yield from _schedule(training)
+    yield from _steps(training)
 
 
 def _gradients(training: Training) -> Iterator[Check]:

@@ -12,21 +12,17 @@ from pathlib import Path
 
 import torch
 
-from varestorer.utils.checks import Check
+from varestorer.parity.golden import Check
 
 FORMS = {"hit.json": "hvar", "*.io.safetensors": "varsr"}
 """Pattern of a file that tells the form of a folder -> the module that compares it; "infinity" where none is there."""
 
 
-def form_of(folder: str | Path) -> str:
-    """The module that compares a folder."""
-    return next((name for pattern, name in FORMS.items() if any(Path(folder).glob(pattern))), "infinity")
-
-
 def compare(folder: str | Path) -> Iterator[Check]:
     """Every golden tensor of a folder, compared one after the other."""
+    form = next((name for pattern, name in FORMS.items() if any(Path(folder).glob(pattern))), "infinity")
     with _one_thread():
-        yield from import_module(f"{__name__}.{form_of(folder)}").compare(folder)
+        yield from import_module(f"{__name__}.{form}").compare(folder)
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,12 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 from einops import rearrange
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from varestorer.conditioning.pyramid import Condition, PyramidConditioner
 from varestorer.losses.tokens import token_weights
+from varestorer.parity.golden import Check, GoldenFolder, largest_error
 from varestorer.tokenizer import MultiScaleTokenizer, ScaleSchedule, TokenizerConfig, TokenPyramid
 from varestorer.tokenizer.quantizer import resize_area, resize_bilinear, to_map, to_tokens
 from varestorer.transformer import TextFeatures, TransformerConfig, VARTransformer
@@ -23,9 +21,7 @@ from varestorer.transformer.adapters import attach_adapters
 from varestorer.transformer.generation import MultiStepGenerator, SamplingOptions
 from varestorer.transformer.heads import BitHead
 from varestorer.transformer.layout import BlockCausal, PositionRule, pyramid_layout, rope_table
-from varestorer.utils.checks import Check, largest_error
-from varestorer.utils.errors import UsageError, UserError, reason
-from varestorer.utils.files import utf8_path
+from varestorer.utils.errors import UserError
 from varestorer.weights.load import load_tokenizer, load_transformer
 from varestorer.weights.restorers import restorer_from_state_dict, restorer_intermediates
 
@@ -35,7 +31,7 @@ FLOAT_TOLERANCE = 1e-4
 @torch.inference_mode()
 def compare(folder: str | Path) -> Iterator[Check]:
     """Every golden tensor group of a folder, compared one after the other."""
-    golden = GoldenFolder(folder)
+    golden = InfinityFolder(folder)
     yield from compare_tokenizer(golden)
     yield from compare_rope(golden)
     yield from compare_student(golden)
@@ -66,7 +62,7 @@ def _uint8(file: str, tensors: dict[str, Tensor], name: str, image_B3HW: Tensor)
     return Check(f"{file}/{name}", largest_error(_uint8_bgr(image_B3HW), tensors[name]), 1.0)
 
 
-def compare_tokenizer(golden: GoldenFolder) -> Iterator[Check]:
+def compare_tokenizer(golden: InfinityFolder) -> Iterator[Check]:
     """Encode, bits, next-scale inputs, decode, self-correction."""
     tensors, schedule, tokenizer = golden.tokenizer_tensors, golden.schedule, golden.tokenizer()
     features = tokenizer.features(tensors["input/image"])
@@ -90,7 +86,7 @@ def compare_tokenizer(golden: GoldenFolder) -> Iterator[Check]:
 
 
 def _recorded_flips(
-    golden: GoldenFolder, tokenizer: MultiScaleTokenizer, num_flipped: int
+    golden: InfinityFolder, tokenizer: MultiScaleTokenizer, num_flipped: int
 ) -> Callable[[int, Tensor], Tensor]:
     """The bit flips of the fixture: one strength per scale, then uniform noise of shape (B, 1, h, w, Z)."""
     strengths = np.random.RandomState(golden.config["gs"])
@@ -107,7 +103,7 @@ def _recorded_flips(
     return corrupt
 
 
-def compare_rope(golden: GoldenFolder) -> Iterator[Check]:
+def compare_rope(golden: InfinityFolder) -> Iterator[Check]:
     """Tables of several templates and head sizes, and their application."""
     tensors = golden.tensors("rope")
     for name in sorted(tensors):
@@ -159,7 +155,7 @@ class _Recorder:
             yield _float(file, tensors, name, self.seen[name])
 
 
-def compare_student(golden: GoldenFolder) -> Iterator[Check]:
+def compare_student(golden: InfinityFolder) -> Iterator[Check]:
     """Text path, block intermediates, logits on the long and short input, bits, images."""
     tensors, schedule = golden.student_tensors, golden.schedule
     student, tokenizer = golden.student(), golden.tokenizer()
@@ -201,7 +197,7 @@ def _select_all(logits_BLZ2: Tensor, schedule: ScaleSchedule, generator: torch.G
     return bits
 
 
-def _compare_selection(golden: GoldenFolder, tokenizer: MultiScaleTokenizer, logits: Tensor) -> Iterator[Check]:
+def _compare_selection(golden: InfinityFolder, tokenizer: MultiScaleTokenizer, logits: Tensor) -> Iterator[Check]:
     tensors, schedule = golden.student_tensors, golden.schedule
     likelier = _select_all(logits, schedule, None)
     codes = tokenizer.quantizer.indices_to_codes(likelier, schedule)
@@ -215,7 +211,7 @@ def _compare_selection(golden: GoldenFolder, tokenizer: MultiScaleTokenizer, log
 
 
 def _compare_single_call(
-    golden: GoldenFolder,
+    golden: InfinityFolder,
     student: VARTransformer,
     tokenizer: MultiScaleTokenizer,
     condition: Condition,
@@ -230,7 +226,7 @@ def _compare_single_call(
     return _uint8("student", golden.student_tensors, "gumbel_b1/image_uint8_bgr", tokenizer.decode(codes))
 
 
-def compare_teacher(golden: GoldenFolder) -> Iterator[Check]:
+def compare_teacher(golden: InfinityFolder) -> Iterator[Check]:
     """Teacher-forced logits, intermediates and losses."""
     tensors, schedule, teacher = golden.teacher_tensors, golden.schedule, golden.teacher()
     layout = teacher.layout(schedule, torch.device("cpu"))
@@ -249,7 +245,7 @@ def compare_teacher(golden: GoldenFolder) -> Iterator[Check]:
     yield _float("teacher_outputs", tensors, "forced/loss_reweighted", (loss_BL * weights).sum(dim=1).mean())
 
 
-def compare_generation(golden: GoldenFolder) -> Iterator[Check]:
+def compare_generation(golden: InfinityFolder) -> Iterator[Check]:
     """Greedy multi-step generation under every setting of guidance, and the area variant."""
     teacher, tokenizer = golden.teacher(), golden.tokenizer()
     for name, settings in golden.multi_step.items():
@@ -259,7 +255,7 @@ def compare_generation(golden: GoldenFolder) -> Iterator[Check]:
 
 
 def _compare_run(
-    golden: GoldenFolder,
+    golden: InfinityFolder,
     teacher: VARTransformer,
     tokenizer: MultiScaleTokenizer,
     file: str,
@@ -287,7 +283,7 @@ def _compare_run(
     yield _uint8(file, tensors, f"{name}/image_uint8_bgr", image)
 
 
-def compare_restorer(golden: GoldenFolder) -> Iterator[Check]:
+def compare_restorer(golden: InfinityFolder) -> Iterator[Check]:
     """The restorer that spandrel builds from the folder's weights."""
     tensors = golden.tensors("swinir")
     restorer = restorer_from_state_dict(golden.state_dict(tensors))
@@ -298,17 +294,12 @@ def compare_restorer(golden: GoldenFolder) -> Iterator[Check]:
             yield _float("swinir", tensors, name, seen[name.removeprefix("mid/")])
 
 
-class GoldenFolder:
-    """A folder of golden files, with models built from it.
-
-    Raises:
-        UsageError: the folder or one of its files is missing.
-    """
+class InfinityFolder(GoldenFolder):
+    """A folder of golden files, with models built from it."""
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
-        self.meta = self._json("meta_va.json")
-        self.multi_step = self._json("meta_up.json")
+        super().__init__(folder)
+        self.meta, self.multi_step = self.json("meta_va"), self.json("meta_up")
         config = self.meta["config"]
         self.config = config
         self.schedule = ScaleSchedule.template(config["nscale"], config["ratio"])
@@ -318,21 +309,6 @@ class GoldenFolder:
         self.tokenizer_tensors = self.tensors("vae")
         self.teacher_tensors = self.tensors("teacher_outputs")
         self.student_tensors = self.tensors("student")
-
-    def _json(self, name: str) -> dict:
-        try:
-            return json.loads((self.folder / name).read_text())
-        except (OSError, ValueError) as error:
-            raise UsageError(f"fixtures={self.folder}: cannot read {name} ({reason(error)})") from error
-
-    def tensors(self, stem: str) -> dict[str, Tensor]:
-        """Content of `<stem>.safetensors`."""
-        path = self.folder / f"{stem}.safetensors"
-        try:
-            with utf8_path(path) as plain:
-                return load_file(plain)
-        except (OSError, SafetensorError) as error:
-            raise UsageError(f"fixtures={self.folder}: cannot read {path.name} ({reason(error)})") from error
 
     @staticmethod
     def state_dict(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,13 +1,8 @@
-"""Comparison of VAR's and VARSR's networks with golden tensors of the published ones; all but training.
-
-Each group of tensors is compared as its name begins: see `COMPARISONS`. Training is compared in
-`training.parity_varsr`, by the task itself.
-"""
+"""Golden tensors of VAR and VARSR: each group is compared as its name begins, see `COMPARISONS`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +11,11 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from varestorer.parity.golden import Check, GoldenVARSR, Group, image, largest_error
+from varestorer.parity.varsr_training import compare_training
 from varestorer.systems.official_varsr import blend_latents, resized, tile_weights
 from varestorer.systems.official_varsr import restore_tiled as restore_officially
 from varestorer.systems.varsr import VARSR, Draws
-from varestorer.systems.varsr_golden import GoldenVARSR, image
 from varestorer.tokenizer import MultiScaleTokenizer, TokenPyramid
 from varestorer.tokenizer.quantizer import to_map, to_tokens, vq_losses
 from varestorer.transformer import ClassLabels, Context, VARTransformer
@@ -27,7 +23,6 @@ from varestorer.transformer.diffusion import chain
 from varestorer.transformer.heads import keep_top_k, keep_top_p
 from varestorer.transformer.layout import BlockCausal, TokenLayout
 from varestorer.transformer.refiner import DATA_SCALE, Refiner, TrainingDraws, guided, time_features
-from varestorer.utils.checks import Check, largest_error
 from varestorer.utils.color import match_color, match_color_8bit
 from varestorer.utils.errors import UsageError
 from varestorer.utils.images import from_network, to_uint8
@@ -35,62 +30,22 @@ from varestorer.weights.published.varsr import published_vqvae_name
 
 BLOCK, LOGITS, LOSS, IMAGE, EXACT = 1e-5, 1e-4, 1e-5, 1e-3, 0.0
 GRADIENT = 1e-4  # of the tensor's largest entry
-LEAST = 1e-2  # size of a tensor below which errors are not compared with it: gradients that should vanish
-FEW = 1e-3  # share of 8-bit levels that may be off by one
 FILTERS = {"a": (5, 0.0), "b": (0, 0.75), "c": (20, 0.9), "d": (1, 0.75)}
-
-
-@dataclass
-class Group:
-    """Golden tensors of one file, and what has to be known to compare with them."""
-
-    golden: GoldenVARSR
-    stem: str
-    io: dict[str, Tensor]
-
-    def near(self, name: str, ours: Tensor, tolerance: float, is_relative: bool = False) -> Iterator[Check]:
-        """One tensor, if the file has it.
-
-        Args:
-            name: in the file.
-            ours: of the same number of elements.
-            tolerance: of the largest absolute difference, or
-            is_relative: of that over the golden tensor's largest entry.
-        """
-        if name not in self.io:
-            return
-        wanted = self.io[name].double()
-        error = largest_error(ours.detach().reshape(wanted.shape) if ours.numel() == wanted.numel() else ours, wanted)
-        if is_relative:
-            error /= max(wanted.abs().max().item(), LEAST)
-        yield Check(f"{self.stem}/{name}", error, tolerance)
-
-    def each(self, name: str, ours: Sequence[Tensor], tolerance: float) -> Iterator[Check]:
-        """`<name>_k` of every scale."""
-        for k, tensor in enumerate(ours):
-            yield from self.near(f"{name}_{k}", tensor, tolerance)
-
-    def pixels(self, name: str, ours: Tensor) -> Iterator[Check]:
-        """8-bit pixels, of which a few may be one level off."""
-        off = (ours.int() - self.io[name].int()).abs()
-        is_many = bool((off > 0).float().mean() > FEW)
-        yield Check(f"{self.stem}/{name}", float("inf") if is_many else float(off.max()), 1.0)
 
 
 @torch.no_grad()
 def compare(folder: str | Path) -> Iterator[Check]:
-    """Every golden tensor of a folder, but for those of training.
+    """Every golden tensor of a folder.
 
     Raises:
         UsageError: the folder holds a group of an unknown name, or files are missing.
     """
     golden = GoldenVARSR(folder)
     for stem in golden.stems:
-        begun = [name for name in (*COMPARISONS, "train") if stem.startswith(name)]
+        begun = [name for name in COMPARISONS if stem.startswith(name)]
         if not begun:
-            raise UsageError(f"fixtures={folder}: {stem}.io.safetensors is none of {', '.join(COMPARISONS)}, train")
-        if (compare_group := COMPARISONS.get(max(begun, key=len))) is not None:
-            yield from compare_group(Group(golden, stem, golden.io(stem)))
+            raise UsageError(f"fixtures={folder}: {stem}.io.safetensors is none of {', '.join(COMPARISONS)}")
+        yield from COMPARISONS[max(begun, key=len)](Group(golden, stem, golden.io(stem)))
 
 
 # ---- the tokenizer
@@ -550,7 +505,7 @@ def _tiles(group: Group) -> Iterator[Check]:
     yield from group.near("final_u8_mean_std", torch.stack([pixels.mean(dim=0), pixels.std(dim=0)]), 2e-3)
 
 
-COMPARISONS: dict[str, Callable[[Group], Iterator[Check]] | None] = {
+COMPARISONS: dict[str, Callable[[Group], Iterator[Check]]] = {
     "var_vae": _var_tokenizer,
     "varsr_vae": _varsr_tokenizer,
     "vq_train": _tokenizer_training,
@@ -561,5 +516,6 @@ COMPARISONS: dict[str, Callable[[Group], Iterator[Check]] | None] = {
     "colorfix": _colors,
     "misc": _miscellany,
     "tiles": _tiles,
+    "train": compare_training,
 }
 """By what a group's name begins with; the longest that fits counts."""

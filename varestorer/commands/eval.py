@@ -43,7 +43,6 @@ from varestorer.utils.files import expand_user
 from varestorer.utils.images import load_image
 from varestorer.utils.loggers import Logger, open_loggers
 from varestorer.weights import DEFAULT
-from varestorer.weights.resolve import locate
 
 log = logging.getLogger(__name__)
 
@@ -275,7 +274,7 @@ def _system(options: EvalOptions, processes: Processes) -> KnownSource:
     system.to(processes.device)
     if options.method == "tokenizer":
         return ReconstructionSource(system, settings)
-    system.check_source(locate(model, {}))
+    system.check_source()
     settings |= system.traits  # of the same weights, other traits make other images
     is_one_step = options.steps == "one"
     if options.precision is not None:

@@ -28,7 +28,6 @@ from varestorer.utils.files import check_writable
 from varestorer.utils.images import Writing
 from varestorer.utils.tiling import scaled_size
 from varestorer.weights import DEFAULT
-from varestorer.weights.resolve import locate
 
 LOG = logging.getLogger(__name__)
 TARGETS = ("width", "height", "megapixels")  # in place of scale
@@ -146,7 +145,7 @@ def check_fit(system: VARestorer, options: RestoreOptions) -> None:
             f"steps must be one for a model whose adapters are merged (no teacher is left), got steps={options.steps}"
         )
     if options.steps != "multi":
-        system.check_source(locate(options.ckpt, {}))
+        system.check_source()
     if options.compat:
         system.check_official()
     if options.steps.isdecimal() and int(options.steps) > num_scales:

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from varestorer.weights.releases import published_files
+
 
 class Hub:
     """Repositories in memory.
@@ -184,3 +186,13 @@ def serving(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     finally:
         hub.server.shutdown()
         hub.server.server_close()
+
+
+def publish(hub: Hub, folder: Path) -> None:
+    """Every published file that lies in the folder, where `weights.lock` says that it is."""
+    by_hub: dict[str, dict[str, bytes | Path]] = {}
+    for name, file in published_files().items():
+        if (folder / name).is_file():
+            by_hub.setdefault(file.hub, {})[file.path] = folder / name
+    for name, files in by_hub.items():
+        hub.commit(name, files)

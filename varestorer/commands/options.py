@@ -630,6 +630,61 @@ examples:
     device: str = option("auto", DEVICES)
 
 
+@dataclass
+class ModelsOptions(CommandOptions):
+    """Of `models`."""
+
+    INTRO: ClassVar[str] = """
+List the models and weights that are known, fetch them ahead, or share a bundle.
+
+usage: varestorer models                           what there is: shipped, released, published, in the cache
+       varestorer models get NAME [NAME ...]       fetch into the hub's cache, sizes said first; a release is converted
+       varestorer models push FOLDER OWNER/NAME    share a bundle on the hub
+"""
+    NOTES: ClassVar[str] = """
+Files come from the Hugging Face hub into its cache (HF_HOME), converted releases into ~/.cache/varestorer/models
+(VARESTORER_CACHE names another folder); a transfer that breaks off is taken up. HF_TOKEN or `hf auth login` opens
+private repositories, HF_ENDPOINT names another hub, HF_HUB_OFFLINE=1 asks none.
+
+Exit status: 0 all well; 1 the hub did not give or take something; 2 the command was wrong.
+
+examples:
+  varestorer models get EvanEternal/VARestorer
+  varestorer models get dmd_div2k
+  varestorer models push bundle someone/my_model private=true
+"""
+
+    get: Any = option(
+        None,
+        "a release, a published file, an experiment (whose published weights are meant, as weights_dir=hub wants them) "
+        "or a bundle on the hub, each name@revision where one is to be pinned; or a list",
+        "NAME",
+        title="options",
+    )
+    push: str | None = option(None, "a bundle to share", "FOLDER")
+    to: str | None = option(None, "where it goes", "OWNER/NAME")
+    private: bool = option(False, "true: nobody else sees it")
+
+
+@dataclass
+class DoctorOptions(CommandOptions):
+    """Of `doctor`."""
+
+    INTRO: ClassVar[str] = """
+Check an installation: versions, device, precision, missing weights with their hashes and where to get them, disks.
+
+usage: varestorer doctor [key=value ...]
+"""
+    NOTES: ClassVar[str] = """
+A line each: ok, lacking (something optional, and how to get it) or WRONG. Nothing is fetched or changed.
+
+Exit status: 0 nothing is wrong, though something may lack; 1 something is wrong; 2 the command was wrong.
+"""
+
+    device: str = option("auto", DEVICES, title="options")
+    metrics: list[str] | None = option(None, "those to look at (default: of all protocols and losses)", "[NAME,...]")
+
+
 OPTIONS: dict[str, type[CommandOptions]] = {
     "restore": RestoreOptions,
     "convert": ConvertOptions,
@@ -638,6 +693,8 @@ OPTIONS: dict[str, type[CommandOptions]] = {
     "parity": ParityOptions,
     "prepare_data": PrepareDataOptions,
     "precompute_text": PrecomputeTextOptions,
+    "models": ModelsOptions,
+    "doctor": DoctorOptions,
 }
 
 

@@ -183,3 +183,20 @@ def in_bytes(size: int) -> str:
         if size >= unit:
             return f"{size / unit:.3g} {name}"
     return f"{size} bytes"
+
+
+def of_metric(entry: str) -> tuple[str, str | None, str]:
+    """Where a weight file of a metric comes from, its SHA-256 or the beginning of it, and its license.
+
+    Args:
+        entry: of `utils.iqa_weights.WEIGHT_FILES`.
+    """
+    table: dict[str, dict[str, Any]] = lock()["metrics"]
+    known = table[max((start for start in table if entry.startswith(start)), key=len)]
+    name = entry.rpartition("/")[2]
+    if entry.startswith("hf:"):
+        return f"hub {entry.removeprefix('hf:')}", None, known["license"]
+    begins = re.search(r"-([0-9a-f]{8})\.\w+$", name)
+    digest = known.get("sha256", {}).get(name) or (begins[1] if begins else None)
+    address = f"hub {known['hub']}" if "hub" in known else known["address"].format(sha256=digest) + name
+    return address, digest, known["license"]

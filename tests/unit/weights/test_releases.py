@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from local_hub import Hub, serving
+from local_hub import Hub, publish, serving
 from published_files import VARSR_SIZES, write_release, write_varsr
 from tiny_sizes import HVAR_SIZES
 from tiny_sizes import VARSR_SIZES as TINY_VARSR
@@ -21,7 +21,7 @@ from varestorer.utils.cache import cache_folder
 from varestorer.utils.errors import UsageError, UserError
 from varestorer.weights import releases
 from varestorer.weights.bundle import shipped
-from varestorer.weights.releases import check_room, fetch, in_bytes, published_files
+from varestorer.weights.releases import check_room, fetch, in_bytes
 
 PHOTO = torch.rand(3, 20, 27, generator=torch.Generator().manual_seed(0))
 ONE = "EvanEternal/VARestorer"
@@ -31,16 +31,6 @@ ONE = "EvanEternal/VARestorer"
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     with serving(tmp_path, monkeypatch) as hub:
         yield hub
-
-
-def publish(hub: Hub, folder: Path) -> None:
-    """Every published file that lies in the folder, where `weights.lock` says that it is."""
-    by_hub: dict[str, dict[str, bytes | Path]] = {}
-    for name, file in published_files().items():
-        if (folder / name).is_file():
-            by_hub.setdefault(file.hub, {})[file.path] = folder / name
-    for name, files in by_hub.items():
-        hub.commit(name, files)
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.smoke
 def no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     asked = iqa_sandbox.ask_network.__wrapped__("http://127.0.0.1:9")
-    monkeypatch.setattr(iqa_sandbox, "ask_network", lambda url: asked)
+    monkeypatch.setattr(doctor, "ask_network", lambda url: asked)
 
 
 def lines(capsys: pytest.CaptureFixture[str]) -> dict[str, tuple[str, str]]:
@@ -57,7 +57,7 @@ def test_what_is_wrong_makes_it_fail(capsys: pytest.CaptureFixture[str], monkeyp
         raise UserError("the bundle has lost its tokenizer.safetensors")
 
     known = {"torch": "1.0", "varestorer": "0.1.0"}
-    monkeypatch.setattr("varestorer.systems.load", broken)
+    monkeypatch.setattr(doctor, "load", broken)
     monkeypatch.setattr(doctor, "requires", lambda name: ["torch>=2.9", "trackio>=0.20; extra == 'trackio'"])
     monkeypatch.setattr(doctor, "version", lambda name: known.get(name) or missing(name))
     monkeypatch.setattr(doctor, "metadata", lambda name: Extras())

@@ -1,4 +1,4 @@
-"""The commands: `varestorer train|eval|restore|...`, the same as `scripts/<name>.py`.
+"""The commands: `varestorer train|eval|restore|...`; most are `scripts/<name>.py` too.
 
 A command is imported only when it is asked for, so that the list of commands appears at once.
 """

@@ -9,13 +9,20 @@ from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, metadata, requires, version
 from pathlib import Path
 
+import torch
 from omegaconf import DictConfig
+from packaging.requirements import Requirement
 
 from varestorer.commands.entry import FAILED, OK, Command, say, typed
 from varestorer.commands.options import DoctorOptions
+from varestorer.evaluation.protocols import PROTOCOLS
+from varestorer.systems import load
 from varestorer.utils.cache import cache_folder
+from varestorer.utils.device import gains_from_bf16, has_amx, pick_device, usable_cores
 from varestorer.utils.errors import UserError
 from varestorer.utils.files import file_sha256
+from varestorer.utils.iqa_sandbox import ask_network
+from varestorer.utils.iqa_weights import WEIGHT_FILES, find_weights, hub_folder, missing_package
 from varestorer.weights import DEFAULT
 from varestorer.weights.releases import cached, in_bytes, of_metric, published_files, releases
 
@@ -46,8 +53,6 @@ def doctor(cfg: DictConfig) -> int:
 
 def packages() -> Iterator[Line]:
     """Versions against those that are required, and optional extras."""
-    from packaging.requirements import Requirement
-
     yield GOOD, "python", f"{platform.python_version()} on {platform.platform()}"
     try:
         wanted = [Requirement(text) for text in requires("varestorer") or []]
@@ -76,10 +81,6 @@ def packages() -> Iterator[Line]:
 
 def device(name: str) -> Iterator[Line]:
     """Where networks will run, and in which precision."""
-    import torch
-
-    from varestorer.utils.device import gains_from_bf16, has_amx, pick_device, usable_cores
-
     try:
         chosen = pick_device(name)
     except UserError as error:
@@ -104,8 +105,6 @@ def device(name: str) -> Iterator[Line]:
 
 def models() -> Iterator[Line]:
     """The shipped model, and which published files are here."""
-    from varestorer.systems import load
-
     try:
         load()
         yield GOOD, DEFAULT, "comes with the package and can be read"
@@ -121,9 +120,6 @@ def models() -> Iterator[Line]:
 
 def metrics(names: list[str] | None) -> Iterator[Line]:
     """Weights of metrics: of those asked for, or of all protocols, scores and losses."""
-    from varestorer.evaluation.protocols import PROTOCOLS
-    from varestorer.utils.iqa_weights import WEIGHT_FILES, find_weights, hub_folder, missing_package
-
     usual = [spec.pyiqa_name for protocol in PROTOCOLS.values() for spec in protocol.metrics]
     for name in dict.fromkeys(names or [*usual, "lpips-vgg"]):
         if name not in WEIGHT_FILES:
@@ -149,8 +145,6 @@ def metrics(names: list[str] | None) -> Iterator[Line]:
 def places() -> Iterator[Line]:
     """Room on the disks, and whether the hub answers."""
     from huggingface_hub import constants
-
-    from varestorer.utils.iqa_sandbox import ask_network
 
     thread, answered = ask_network(constants.ENDPOINT)
     named = {"here": Path.cwd(), "hub's cache": Path(constants.HF_HUB_CACHE)}

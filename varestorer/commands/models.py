@@ -10,13 +10,18 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+import varestorer.training.config  # noqa: F401  # the schemas that configs/train.yaml names
 from varestorer.commands.entry import OK, Command, config_dir, say, typed
 from varestorer.commands.options import ModelsOptions
+from varestorer.conditioning.pretrained import local_folder
+from varestorer.systems import system_class
 from varestorer.utils.cache import cache_folder
 from varestorer.utils.errors import UsageError
 from varestorer.utils.files import expand_user
 from varestorer.utils.hub import asking_hub, is_hub_name, split_revision
+from varestorer.weights.bundle import ASSETS, CARD, is_bundle, shipped
 from varestorer.weights.releases import HUB, PublishedFile, cached, fetch, in_bytes, published_files, releases
+from varestorer.weights.resolve import locate, release_of
 
 
 class ModelsCommand(Command):
@@ -66,11 +71,6 @@ def get(name: str) -> dict[str, Path]:
     Raises:
         UsageError: nothing of that name is known.
     """
-    from varestorer.conditioning.pretrained import local_folder
-    from varestorer.systems import system_class
-    from varestorer.weights.bundle import is_bundle, shipped
-    from varestorer.weights.resolve import locate, release_of
-
     if is_bundle(shipped(name)):
         return {f"{name}, which comes with the package": shipped(name)}
     if release := release_of(name):
@@ -101,8 +101,6 @@ def of_experiment(name: str) -> list[str]:
     """The published files that an experiment's model is made of."""
     import hydra
 
-    import varestorer.training.config  # noqa: F401  # the schemas that configs/train.yaml names
-
     cfg = hydra.compose("train", [f"+experiment={name}", f"weights_dir={HUB}"])
     values = _leaves(OmegaConf.to_container(cfg.model, resolve=True))
     return sorted({value.removeprefix(f"{HUB}/") for value in values if value.startswith(f"{HUB}/")})
@@ -120,8 +118,6 @@ def push(folder: str, name: str, private: bool) -> str:
     """
     from huggingface_hub import HfApi
 
-    from varestorer.weights.bundle import is_bundle, shipped
-
     bundle = shipped(expand_user(folder))
     if not is_bundle(bundle):
         raise UsageError(f"push={folder} is no bundle; make one with varestorer convert input={folder} output=FOLDER")
@@ -137,8 +133,6 @@ def push(folder: str, name: str, private: bool) -> str:
 
 def overview() -> Iterator[str]:
     """The lines of the list."""
-    from varestorer.weights.bundle import ASSETS, CARD, is_bundle
-
     yield "come with the package (ckpt=NAME)"
     for folder in sorted(path for path in ASSETS.iterdir() if is_bundle(path)):
         yield f"  {folder.name}  {in_bytes(_size(folder))}; license: {folder / CARD}"
@@ -174,8 +168,6 @@ def _state(file: PublishedFile) -> tuple[str, str]:
 def _bundles() -> Iterator[tuple[str, str]]:
     """Name and size of the bundles that were pulled."""
     from huggingface_hub import CacheNotFound, constants, scan_cache_dir
-
-    from varestorer.weights.bundle import is_bundle
 
     try:
         repositories = scan_cache_dir(constants.HF_HUB_CACHE).repos

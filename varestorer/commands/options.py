@@ -102,9 +102,10 @@ examples:
     )
     ckpt: str | None = option(
         None,
-        "a bundle's folder, a run of scripts/train.py (its newest EMA weights), the published varestorer.pth (hub "
-        "EvanEternal/VARestorer) or VARSR.pth (hub qyp2000/VARSR) with its companions beside it, or a bundle's name on "
-        "the Hugging Face hub; default: nano, a small model that comes with the package",
+        "a bundle's folder, a run of scripts/train.py (its newest EMA weights), EvanEternal/VARestorer or qyp2000/VARSR "
+        "(fetched and converted once; @REVISION pins one), a published file with its companions beside it, or a "
+        "bundle's name on the Hugging Face hub; default: nano, a small model that comes with the package. varestorer "
+        "models lists what is known",
         "MODEL",
     )
     scale: float = option(4, "how many times larger the result is; 1 keeps the size", above=0)
@@ -306,8 +307,9 @@ Exit status: 0 all well; 1 an image, or a metric asked for with metrics=, failed
 
     ckpt: str | None = option(
         None,
-        "restore the data set with this network and score it: a run's folder, a bundle's folder or hub name, or the "
-        "published varestorer.pth; without it (and without predictions and method) the shipped model",
+        "restore the data set with this network and score it: a run's folder, a bundle's folder or hub name, "
+        "EvanEternal/VARestorer, qyp2000/VARSR, or a published file; without it (and without predictions and method) "
+        "the shipped model",
         "MODEL",
         title="what is scored",
     )

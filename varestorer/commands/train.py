@@ -58,6 +58,7 @@ options
   device=auto|cpu|cuda|mps   where to compute
   seed=0                     of weights, data and everything else that is drawn
   data.root=FOLDER           photographs to train on
+  weights_dir=FOLDER         published weights, which experiments of paper scale start from; hub fetches them
   trainer.max_steps=N        optimiser steps of a stage; given here it counts for every stage
   trainer.batch_size=N       samples per step over all processes; trainer.accumulate=N does it in N parts
   trainer.checkpoint_every=N steps between checkpoints; trainer.sample_every=N between pictures

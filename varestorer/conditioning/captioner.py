@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from varestorer.conditioning.pretrained import free_memory, load_pretrained
+from varestorer.conditioning.pretrained import free_memory, load_pretrained, local_folder
 from varestorer.utils.images import to_uint8
 
 DEFAULT_NAME = "Salesforce/blip-image-captioning-large"
@@ -58,6 +58,7 @@ class Captioner:
                 model = BlipForConditionalGeneration.from_pretrained(path)
                 return BlipProcessor.from_pretrained(path), model.eval().requires_grad_(False)
 
-            processor, model = load_pretrained(load, self.path, DEFAULT_NAME, "captioner")
+            folder = local_folder(self.path, DEFAULT_NAME, "captioner")
+            processor, model = load_pretrained(load, str(folder), DEFAULT_NAME, "captioner")
             self._loaded = processor, model.to(self.device)
         return self._loaded

@@ -3,10 +3,16 @@
 import logging
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
 
 from varestorer.utils.errors import UserError, reason
+from varestorer.utils.files import check_room, in_bytes
 
+LOG = logging.getLogger(__name__)
+CACHE_OPTIONS = ("cache_dir", "token")
+SMALL = 1e5  # bytes that nobody need be told of
 PLACE = "HF_ENDPOINT names another hub, HF_HUB_OFFLINE=1 asks none"
 
 
@@ -43,6 +49,33 @@ def asking_hub(what: str, error_type: type[UserError] = UserError, remedy: str =
         raise error_type(f"the hub does not give {what}: {_why(error)}{remedy and f'; {remedy}'}") from error
     finally:
         log.setLevel(level)
+
+
+def fetch_folder(name: str, patterns: list[str], **options: Any) -> Path:
+    """Files of a repository in the hub's cache, their size said first; where no hub is, those of the cache will do.
+
+    Args:
+        name: `owner/name`.
+        patterns: of the files.
+        options: of `snapshot_download`: `revision`, `cache_dir`, ...
+    Raises:
+        UserError: there is no room.
+        OSError and others: of huggingface_hub, see `asking_hub`.
+    """
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.utils import tqdm
+
+    class NoBar(tqdm):
+        def __init__(self, *words: Any, **settings: Any) -> None:
+            super().__init__(*words, **(settings | {"disable": True}))
+
+    with suppress(OSError):
+        files = snapshot_download(name, allow_patterns=patterns, dry_run=True, tqdm_class=NoBar, **options)
+        size = sum(file.file_size or 0 for file in files if file.will_download)
+        if size > SMALL:
+            LOG.info("fetching %s of %s", in_bytes(size), name)
+            check_room(Path(options.get("cache_dir") or constants.HF_HUB_CACHE), size)
+    return Path(snapshot_download(name, allow_patterns=patterns, **options))
 
 
 def _why(error: BaseException) -> str:

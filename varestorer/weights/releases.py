@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-import shutil
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,14 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from varestorer.utils.errors import UserError
-from varestorer.utils.files import file_sha256
-from varestorer.utils.hub import asking_hub
+from varestorer.utils.files import check_room, file_sha256, in_bytes
+from varestorer.utils.hub import CACHE_OPTIONS, asking_hub
 
 LOG = logging.getLogger(__name__)
 LOCK = Path(__file__).with_name("weights.lock")
 HUB = "hub"
 """`hub/NAME` is a published file, wherever a file of weights is asked for (and so `weights_dir=hub` in training)."""
-CACHE_OPTIONS = ("cache_dir", "token")
 
 
 @dataclass(frozen=True)
@@ -135,7 +133,9 @@ def _say_sizes(files: Sequence[PublishedFile], options: Mapping[str, Any], revis
                 raise LocalEntryNotFoundError(file.name)
             url = hf_hub_url(file.hub, file.path, revision=revisions[file.name])
             sizes[file.name] = get_hf_file_metadata(url, token=options.get("token")).size or file.size or 0
-    shown = ", ".join(f"{file.name} {in_bytes(sizes[file.name])} ({file.hub}; {file.license})" for file in files)
+    shown = ", ".join(
+        f"{file.name} {in_bytes(sizes[file.name])} ({file.hub}; license: {file.license})" for file in files
+    )
     LOG.info("fetching %s: %s", in_bytes(sum(sizes.values())), shown)
     check_room(Path(options.get("cache_dir") or constants.HF_HUB_CACHE), sum(sizes.values()))
 
@@ -161,28 +161,6 @@ def _download(file: PublishedFile, options: Mapping[str, Any], revision: str | N
     if file.sha256 not in (None, digest):
         LOG.warning("%s of %s is another file than the one known here (SHA-256 %s)", file.name, file.hub, digest[:8])
     return path
-
-
-def check_room(folder: Path, size: int) -> None:
-    """Refuse to write more than fits.
-
-    Raises:
-        UserError: says what is free and what is wanted.
-    """
-    free = shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free
-    if size > free:
-        raise UserError(
-            f"{folder} has {in_bytes(free)} free, and {in_bytes(size)} are wanted; make room, or name another place "
-            "(HF_HOME, VARESTORER_CACHE)"
-        )
-
-
-def in_bytes(size: int) -> str:
-    """A size for people: 8.9 GB, 436 MB, 12 kB."""
-    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if size >= unit:
-            return f"{size / unit:.3g} {name}"
-    return f"{size} bytes"
 
 
 def of_metric(entry: str) -> tuple[str, str | None, str]:

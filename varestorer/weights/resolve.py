@@ -17,8 +17,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from varestorer.utils.cache import cache_folder
 from varestorer.utils.errors import UsageError, UserError, reason
-from varestorer.utils.files import expand_user, temporary_path
-from varestorer.utils.hub import asking_hub, is_hub_name, split_revision
+from varestorer.utils.files import check_room, expand_user, in_bytes, temporary_path
+from varestorer.utils.hub import CACHE_OPTIONS, asking_hub, fetch_folder, is_hub_name, split_revision
 from varestorer.utils.locks import locked
 from varestorer.weights.bundle import (
     ADAPTERS,
@@ -37,7 +37,7 @@ from varestorer.weights.published.infinity import (
     TOKENIZER_FILE,
 )
 from varestorer.weights.published.varsr import network_kind
-from varestorer.weights.releases import CACHE_OPTIONS, Release, check_room, fetch, in_bytes, releases
+from varestorer.weights.releases import Release, fetch, releases
 from varestorer.weights.runs import CONFIG as RUN_CONFIG
 from varestorer.weights.runs import is_run, latest_checkpoint
 from varestorer.weights.storage import STATE
@@ -88,22 +88,12 @@ def download(name: str, options: Mapping[str, Any]) -> Path:
         UsageError: the hub does not give it.
         UserError: it is no bundle, or there is no room for it.
     """
-    from huggingface_hub import constants, snapshot_download
-
     known = ("revision", "force_download", "local_files_only", *CACHE_OPTIONS)
     wanted = {key: options[key] for key in known if key in options}
-    patterns = ["*.json", "*.safetensors"]
     with asking_hub(f"{name}, which is no path here either", UsageError, HOW):
-        folder = Path(snapshot_download(name, allow_patterns=[CONFIG], **wanted))
+        folder = fetch_folder(name, [CONFIG], **wanted)
         read_config(folder)  # before gigabytes of something else come
-        wanted["revision"] = folder.name
-        if not is_bundle(folder):
-            size = sum(
-                file.file_size for file in snapshot_download(name, allow_patterns=patterns, dry_run=True, **wanted)
-            )
-            LOG.info("fetching %s of %s", in_bytes(size), name)
-            check_room(Path(options.get("cache_dir") or constants.HF_HUB_CACHE), size)
-        return Path(snapshot_download(name, allow_patterns=patterns, **wanted))
+        return fetch_folder(name, ["*.json", "*.safetensors"], **(wanted | {"revision": folder.name}))
 
 
 def release_of(name: str | Path | None) -> Release | None:

@@ -19,7 +19,6 @@ from varestorer.systems.varestorer import VARestorer
 from varestorer.systems.varsr import VARSR
 from varestorer.utils.cache import cache_folder
 from varestorer.utils.errors import UsageError, UserError
-from varestorer.weights import releases
 from varestorer.weights.bundle import shipped
 from varestorer.weights.releases import check_room, fetch, in_bytes
 
@@ -67,7 +66,8 @@ def test_the_release_of_varestorer_just_works(
     assert sorted(hub.transfers) == sorted(file.name for file in files)
     sizes, conversion = told(caplog)
     assert sizes.startswith(f"fetching {in_bytes(sum(file.stat().st_size for file in files))}: varestorer.pth")
-    assert "(EvanEternal/VARestorer; repository MIT)" in sizes and conversion.startswith(f"converting {ONE} once")
+    assert "(EvanEternal/VARestorer; license: repository MIT)" in sizes
+    assert conversion.startswith(f"converting {ONE} once")
     assert "varestorer.pth: 100%" in capfd.readouterr().err
     hub.asked.clear()
     assert_same(VARestorer.from_pretrained(ONE, merge=True), ours)
@@ -147,7 +147,7 @@ def test_an_unreachable_hub_is_one_line(hub: Hub, caplog: pytest.LogCaptureFixtu
 
 
 def test_no_room_is_said_before_anything_is_fetched(hub: Hub, release: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(releases.shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(100, 99, 1))
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(100, 99, 1))
     with pytest.raises(UserError, match=r"has 1 bytes free, and .* are wanted; make room, or name another place"):
         load(ONE)
     assert not hub.transfers

@@ -102,10 +102,10 @@ examples:
     )
     ckpt: str | None = option(
         None,
-        "a bundle's folder, a run of scripts/train.py (its newest EMA weights), EvanEternal/VARestorer or qyp2000/VARSR "
-        "(fetched and converted once; @REVISION pins one), a published file with its companions beside it, or a "
-        "bundle's name on the Hugging Face hub; default: nano, a small model that comes with the package. varestorer "
-        "models lists what is known",
+        "a bundle's folder, a run of scripts/train.py (its newest EMA weights), EvanEternal/VARestorer or "
+        "qyp2000/VARSR (fetched and converted once; @REVISION pins one), a published file with its companions beside "
+        "it, or a bundle's name on the Hugging Face hub; default: nano, a small model that comes with the package. "
+        "varestorer models lists what is known",
         "MODEL",
     )
     scale: float = option(4, "how many times larger the result is; 1 keeps the size", above=0)

@@ -6,9 +6,12 @@ import torch
 
 from varestorer.conditioning.restorer import Restorer
 from varestorer.systems.varestorer import VARestorer
+from varestorer.systems.varsr import VARSR
+from varestorer.systems.varsr_files import VQVAE
 from varestorer.utils.seeds import torch_generator
 from varestorer.weights.published import STUDENT_FILE, TOKENIZER_FILE, TRANSFORMER_FILE
 from varestorer.weights.published.infinity import part_tensors
+from varestorer.weights.published.varsr import to_published_varsr, to_published_vqvae
 
 TOKENIZER = {
     "channels": 32,
@@ -25,6 +28,13 @@ TRANSFORMER = {
     "text_width": 16,
     "text_length": 3,
     "num_levels": 15,
+}
+VARSR_SIZES = {
+    "schedule": {"sides": [1, 2]},
+    "tokenizer": {"channels": 32, "multipliers": [1, 1], "latent_width": 4, "vocabulary": 5} | VQVAE,
+    "transformer": {"width": 8, "depth": 1, "num_heads": 2},
+    "prefix": {"channels": [2, 3]},
+    "refiner": {"width": 4, "depth": 1},
 }
 
 
@@ -56,3 +66,14 @@ def write_release(folder: Path) -> Path:
     prefixed = {f"module.{name}": tensor for name, tensor in small_restorer().published_state_dict().items()}
     torch.save({"state_dict": prefixed}, folder / "general_swinir_v1.ckpt")
     return folder / STUDENT_FILE
+
+
+def write_varsr(system: VARSR, folder: Path, name: str) -> Path:
+    """Write a system as the authors do: training files with nested state dicts; VAR's own are flat."""
+    sides, levels = [h for h, _ in system.schedule.scales], len(system.tokenizer.config.multipliers)
+    network = to_published_varsr(system.network(), sides)
+    image = to_published_vqvae(system.tokenizer.state_dict(), levels, len(sides))
+    is_flat = name.startswith("var_")
+    torch.save(network if is_flat else {"epoch": 1, "trainer": {"var_wo_ddp": network}}, folder / name)
+    torch.save({"trainer": {"vae_local": image}}, folder / "VQVAE.pth")
+    return folder / name

@@ -234,7 +234,7 @@ def test_checkpoint(root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
         is_merged = False
         student_config = StudentConfig()
         traits: dict[str, object] = {}
-        check_source = VARestorer.check_source
+        check_source, source = VARestorer.check_source, None
 
         def merge_adapters(self) -> None:
             self.is_merged = True

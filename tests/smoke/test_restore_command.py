@@ -35,6 +35,7 @@ class Enlarger:
 
     restorer = None
     tile, tiles, schedule = 64, (32, 64), range(10)
+    source: Path | None = None
     check_source, check_official = VARestorer.check_source, VARestorer.check_official
     restore_official = VARestorer.restore_official
 
@@ -213,9 +214,11 @@ def test_a_published_teacher_is_no_student(
 ) -> None:
     system.student_config = StudentConfig(lora_rank=0)
     torch.save({"weight": torch.zeros(1)}, tmp_path / "teacher.pth")
+    system.source = tmp_path / "teacher.pth"
     assert COMMAND.main(words(photos, tmp_path / "out", f"ckpt={tmp_path / 'teacher.pth'}")) == 2
     assert "is a teacher without adapters; use steps=multi" in capsys.readouterr().err
     assert COMMAND.main(words(photos, tmp_path / "out", f"ckpt={tmp_path / 'teacher.pth'}", "steps=multi")) == 0
+    system.source = tmp_path
     assert COMMAND.main(words(photos, tmp_path / "other", f"ckpt={tmp_path}")) == 0
 
 

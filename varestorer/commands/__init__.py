@@ -1,4 +1,4 @@
-"""The commands: `varestorer train|eval|restore|...`, the same as `scripts/<name>.py`.
+"""The commands: `varestorer train|eval|restore|...`; most are `scripts/<name>.py` too.
 
 A command is imported only when it is asked for, so that the list of commands appears at once.
 """
@@ -29,6 +29,8 @@ COMMANDS = {
     ),
     "tables": ("varestorer.commands.tables", "assemble a table of the paper, with our rows beside the published"),
     "parity": ("varestorer.commands.parity", "compare the networks with recorded tensors"),
+    "doctor": ("varestorer.commands.doctor", "check an installation, and say what it lacks"),
+    "models": ("varestorer.commands.models", "list, fetch and share models and published weights"),
 }
 USAGE_ERROR = 2
 

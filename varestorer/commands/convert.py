@@ -25,6 +25,7 @@ from varestorer.weights.manifest import compare, read_manifest
 from varestorer.weights.published import RESTORER_FILE
 from varestorer.weights.published.infinity import KINDS, kind_of, part_tensors
 from varestorer.weights.published.infinity import manifest as published_manifest
+from varestorer.weights.resolve import stored_precision
 from varestorer.weights.runs import is_run
 
 LOG = logging.getLogger(__name__)
@@ -188,12 +189,6 @@ def open_system(options: ConvertOptions) -> VARestorer:
     if is_run(model):
         system.files["run"] = model
     return system if adapters is None else put_adapters(system, source, adapters)
-
-
-def stored_precision(path: Path) -> str:
-    """In which precision a published file holds the transformer's blocks."""
-    blocks = {tensor.dtype for name, tensor in read_entries(path).items() if name.endswith(".sa.v_bias")}
-    return "bf16" if blocks == {torch.bfloat16} else "fp32"
 
 
 def check_publishable(system: VARestorer, source: Path) -> None:

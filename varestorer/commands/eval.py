@@ -44,7 +44,6 @@ from varestorer.utils.images import load_image
 from varestorer.utils.loggers import Logger, open_loggers
 from varestorer.utils.schema import typed
 from varestorer.weights import DEFAULT
-from varestorer.weights.resolve import locate
 
 log = logging.getLogger(__name__)
 
@@ -279,7 +278,7 @@ def _system(options: EvalOptions, processes: Processes) -> KnownSource:
     system.to(processes.device)
     if options.method == "tokenizer":
         return ReconstructionSource(system, settings)
-    system.check_source(locate(model, {}))
+    system.check_source()
     settings |= system.traits  # of the same weights, other traits make other images
     is_one_step = options.steps == "one"
     if options.precision is not None:

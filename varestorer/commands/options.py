@@ -49,9 +49,10 @@ examples:
     )
     ckpt: str | None = option(
         None,
-        "a bundle's folder, a run of scripts/train.py (its newest EMA weights), the published varestorer.pth (hub "
-        "EvanEternal/VARestorer) or VARSR.pth (hub qyp2000/VARSR) with its companions beside it, or a bundle's name on "
-        "the Hugging Face hub; default: nano, a small model that comes with the package",
+        "a bundle's folder, a run of scripts/train.py (its newest EMA weights), EvanEternal/VARestorer or "
+        "qyp2000/VARSR (fetched and converted once; @REVISION pins one), a published file with its companions beside "
+        "it, or a bundle's name on the Hugging Face hub; default: nano, a small model that comes with the package. "
+        "varestorer models lists what is known",
         "MODEL",
     )
     scale: float = option(4, "how many times larger the result is; 1 keeps the size", above=0)
@@ -253,8 +254,9 @@ Exit status: 0 all well; 1 an image, or a metric asked for with metrics=, failed
 
     ckpt: str | None = option(
         None,
-        "restore the data set with this network and score it: a run's folder, a bundle's folder or hub name, or the "
-        "published varestorer.pth; without it (and without predictions and method) the shipped model",
+        "restore the data set with this network and score it: a run's folder, a bundle's folder or hub name, "
+        "EvanEternal/VARestorer, qyp2000/VARSR, or a published file; without it (and without predictions and method) "
+        "the shipped model",
         "MODEL",
         title="what is scored",
     )
@@ -577,6 +579,61 @@ examples:
     device: str = option("auto", DEVICES)
 
 
+@dataclass
+class ModelsOptions(CommandOptions):
+    """Of `models`."""
+
+    INTRO: ClassVar[str] = """
+List the models and weights that are known, fetch them ahead, or share a bundle.
+
+usage: varestorer models                           what there is: shipped, released, published, in the cache
+       varestorer models get NAME [NAME ...]       fetch into the hub's cache, sizes said first; a release is converted
+       varestorer models push FOLDER OWNER/NAME    share a bundle on the hub
+"""
+    NOTES: ClassVar[str] = """
+Files come from the Hugging Face hub into its cache (HF_HOME), converted releases into ~/.cache/varestorer/models
+(VARESTORER_CACHE names another folder); a transfer that breaks off is taken up. HF_TOKEN or `hf auth login` opens
+private repositories, HF_ENDPOINT names another hub, HF_HUB_OFFLINE=1 asks none.
+
+Exit status: 0 all well; 1 the hub did not give or take something; 2 the command was wrong.
+
+examples:
+  varestorer models get EvanEternal/VARestorer
+  varestorer models get dmd_div2k
+  varestorer models push bundle someone/my_model private=true
+"""
+
+    get: Any = option(
+        None,
+        "a release, a published file, an experiment (whose published weights are meant, as weights_dir=hub wants them) "
+        "or a bundle on the hub, each name@revision where one is to be pinned; or a list",
+        "NAME",
+        title="options",
+    )
+    push: str | None = option(None, "a bundle to share", "FOLDER")
+    to: str | None = option(None, "where it goes", "OWNER/NAME")
+    private: bool = option(False, "true: nobody else sees it")
+
+
+@dataclass
+class DoctorOptions(CommandOptions):
+    """Of `doctor`."""
+
+    INTRO: ClassVar[str] = """
+Check an installation: versions, device, precision, missing weights with their hashes and where to get them, disks.
+
+usage: varestorer doctor [key=value ...]
+"""
+    NOTES: ClassVar[str] = """
+A line each: ok, lacking (something optional, and how to get it) or WRONG. Nothing is fetched or changed.
+
+Exit status: 0 nothing is wrong, though something may lack; 1 something is wrong; 2 the command was wrong.
+"""
+
+    device: str = option("auto", DEVICES, title="options")
+    metrics: list[str] | None = option(None, "those to look at (default: of all protocols and losses)", "[NAME,...]")
+
+
 OPTIONS: dict[str, type[CommandOptions]] = {
     "train": TrainConfig,
     "restore": RestoreOptions,
@@ -586,6 +643,8 @@ OPTIONS: dict[str, type[CommandOptions]] = {
     "parity": ParityOptions,
     "prepare_data": PrepareDataOptions,
     "precompute_text": PrecomputeTextOptions,
+    "models": ModelsOptions,
+    "doctor": DoctorOptions,
 }
 
 

@@ -29,7 +29,6 @@ from varestorer.utils.images import Writing
 from varestorer.utils.schema import typed
 from varestorer.utils.tiling import scaled_size
 from varestorer.weights import DEFAULT
-from varestorer.weights.resolve import locate
 
 LOG = logging.getLogger(__name__)
 TARGETS = ("width", "height", "megapixels")  # in place of scale
@@ -147,7 +146,7 @@ def check_fit(system: VARestorer, options: RestoreOptions) -> None:
             f"steps must be one for a model whose adapters are merged (no teacher is left), got steps={options.steps}"
         )
     if options.steps != "multi":
-        system.check_source(locate(options.ckpt, {}))
+        system.check_source()
     if options.compat:
         system.check_official()
     if options.steps.isdecimal() and int(options.steps) > num_scales:

@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 
 from varestorer.utils.errors import UserError, reason
-from varestorer.utils.hub import is_hub_name
+from varestorer.utils.hub import asking_hub, fetch_folder, is_hub_name, split_revision
 
 Loaded = TypeVar("Loaded")
 
@@ -29,13 +29,12 @@ def load_pretrained(load: Callable[[str], Loaded], path: str, default: str, key:
     Raises:
         UserError: nothing there, or nothing that can be loaded.
     """
-    remedy = f"download {default} from the Hugging Face hub and set {key} to its folder"
-    if not Path(path).is_dir() and not is_hub_name(path):
-        raise UserError(f"{key} must be a folder or a hub name, but {path} does not exist; {remedy}")
+    _check_place(path, default, key)
     try:
         return load(path)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{key}={path} cannot be loaded as {default} ({reason(error)}); {remedy}") from error
+        why = reason(error)
+        raise UserError(f"{key}={path} cannot be loaded as {default} ({why}); {_remedy(default, key)}") from error
 
 
 def local_folder(path: str, default: str, key: str) -> Path:
@@ -47,18 +46,25 @@ def local_folder(path: str, default: str, key: str) -> Path:
         UserError: no such folder, or the hub cannot give it.
     """
 
-    def find(name: str) -> Path:
-        if Path(name).is_dir():
-            return Path(name)
-        from huggingface_hub import snapshot_download
-
+    if Path(path).is_dir():
+        return Path(path)
+    _check_place(path, default, key)
+    name, revision = split_revision(path)
+    with asking_hub(f"{key}={path}", remedy=_remedy(default, key)):
         # the hub keeps the same weights for several frameworks: take one copy of them
-        folder = Path(snapshot_download(name, allow_patterns=[f"*{end}" for end in (*_SMALL_FILES, _WEIGHTS[0])]))
-        if not any(folder.glob(f"*{_WEIGHTS[0]}")):
-            folder = Path(snapshot_download(name, allow_patterns=[f"*{end}" for end in (*_SMALL_FILES, *_WEIGHTS)]))
-        return folder
+        folder = fetch_folder(name, [f"*{end}" for end in (*_SMALL_FILES, _WEIGHTS[0])], revision=revision)
+        if any(folder.glob(f"*{_WEIGHTS[0]}")):
+            return folder
+        return fetch_folder(name, [f"*{end}" for end in (*_SMALL_FILES, *_WEIGHTS)], revision=revision)
 
-    return load_pretrained(find, path, default, key)
+
+def _check_place(path: str, default: str, key: str) -> None:
+    if not Path(path).is_dir() and not is_hub_name(path):
+        raise UserError(f"{key} must be a folder or a hub name, but {path} does not exist; {_remedy(default, key)}")
+
+
+def _remedy(default: str, key: str) -> str:
+    return f"download {default} (varestorer models get {default}), or set {key} to its folder"
 
 
 def fingerprint(folder: Path) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from varestorer.utils.errors import UserError
-from varestorer.weights.resolve import locate, system_of
+from varestorer.weights.resolve import locate, release_of, system_of
 
 SYSTEMS = {"varestorer": "VARestorer", "varsr": "VARSR", "hvar": "HVAR"}
 """Name of a system, which is that of its module, -> its class."""
@@ -37,5 +37,7 @@ def load(name: str | Path | None = None, **options: Any) -> Any:
         UsageError: neither a path nor a name that the hub knows.
         UserError: the path holds no system, or its files do not fit.
     """
+    if release := release_of(name):
+        return system_class(release.system).from_pretrained(name, **options)
     path = locate(name, options)
     return system_class(system_of(path)).from_pretrained(path, **options)

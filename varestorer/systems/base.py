@@ -42,7 +42,7 @@ from varestorer.utils.images import as_picture, from_anything, from_network, is_
 from varestorer.utils.tiling import num_tiles, restore_tiled, restore_to_sizes, scaled_size
 from varestorer.weights.bundle import ADAPTERS, CONFIG, is_bundle, read_config, save_bundle
 from varestorer.weights.load import load_into
-from varestorer.weights.resolve import HOW, check_is_whole, is_published, locate, model_of_run
+from varestorer.weights.resolve import HOW, check_is_whole, is_published, locate, model_of_run, release_of
 from varestorer.weights.runs import is_run, latest_checkpoint, load_run_weights
 
 REDUCE = "area"  # on held-out photographs at x1.5 and x2 better than Lanczos in PSNR and LPIPS
@@ -138,6 +138,7 @@ class System(
         student_config: what makes a one-step student of the transformer.
         acceleration: how it was accelerated; None if it was not.
         graphs: of `restore_batch`, where CUDA graphs were asked for.
+        source: the path that it was loaded from, if it was.
     """
 
     name: ClassVar[str]
@@ -150,6 +151,7 @@ class System(
     student_config: Any
     acceleration: Acceleration | None = None
     graphs: BatchGraphs | None = None
+    source: Path | None = None
 
     # ---- what a paper's system says
 
@@ -435,7 +437,8 @@ class System(
         Args:
             pretrained_model_name_or_path: a bundle's folder, a run of scripts/train.py (the averaged weights of its
                 latest checkpoint) or a checkpoint of one, a published file with its companions beside it, or a
-                bundle's name on the hub; None for "nano", which comes with the package.
+                bundle's or a known release's name on the hub (`owner/name`, `owner/name@revision`); None for "nano",
+                which comes with the package.
             options: `device`; `merge=True` folds the adapters into the weights (faster, but only for `steps="one"`);
                 `precision="fp32"`, `"bf16"`, or `"auto"` for what suits the device (else as stored);
                 `acceleration=Acceleration(...)`, in place of these two, for more means; `tokenizer_file` and
@@ -446,7 +449,11 @@ class System(
             UsageError: neither a path nor a name that the hub knows.
             UserError: the path holds no system, or its files do not fit.
         """
-        return cls._from_pretrained(model_id=str(locate(pretrained_model_name_or_path, options)), **options)
+        release = release_of(pretrained_model_name_or_path)
+        if release is not None and release.system != cls.name:
+            raise UserError(f"{release.name} holds a model of {release.system}, and {cls.name} was asked for")
+        path = locate(pretrained_model_name_or_path, options, cls.from_published)
+        return cls._from_pretrained(model_id=str(path), **options)
 
     @classmethod
     def _from_pretrained(  # type: ignore[override]
@@ -478,6 +485,7 @@ class System(
             raise UserError(f"{path} holds no model; {HOW}")
         if merged:
             system.merge_adapters()
+        system.source = path
         system.to(device).eval().requires_grad_(False)
         return system if acceleration is None else system.accelerate(acceleration)
 
@@ -529,8 +537,8 @@ class System(
         """
         raise UserError(f"{path} is no published model of {cls.name}: there is none; give a run or a bundle")
 
-    def check_source(self, path: Path) -> None:
-        """Refuse to restore with what was loaded from this path, where that would be another network than is meant.
+    def check_source(self) -> None:
+        """Refuse to restore with what was loaded, where that would be another network than is meant.
 
         Raises:
             UsageError: says what to give instead.

@@ -512,10 +512,12 @@ class VARestorer(System):
             weights={"tokenizer": str(tokenizer), "transformer": str(path)},
         )
 
-    def check_source(self, path: Path) -> None:
+    def check_source(self) -> None:
         """Refuse a published teacher where a student is asked; runs and bundles may hold students without adapters."""
-        if self.student_config.lora_rank == 0 and is_published(path):
-            raise UsageError(f"ckpt={path} is a teacher without adapters; use steps=multi, or give {STUDENT_FILE}")
+        if self.student_config.lora_rank == 0 and self.source is not None and is_published(self.source):
+            raise UsageError(
+                f"ckpt={self.source} is a teacher without adapters; use steps=multi, or give {STUDENT_FILE}"
+            )
 
     def check_official(self) -> None:
         if traits := self.student_config.unreleased:

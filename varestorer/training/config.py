@@ -227,7 +227,9 @@ start the same command again with resume=auto. (torchrun and accelerate launch p
     )
     device: str = option("auto", DEVICES)
     seed: int = option(0, "of weights, data and everything else that is drawn")
-    weights_dir: str = option("weights", "folder of published weight files, which experiments of paper scale name")
+    weights_dir: str = option(
+        "weights", "of published files, which experiments of paper scale name: a folder, or hub to fetch them"
+    )
 
     model: Any = option(
         None,

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -184,6 +185,28 @@ def check_writable(folder: Path, key: str) -> None:
     except OSError as error:
         reason = f"{error.strerror or error} ({place})"
         raise UserError(f"cannot write {key}={folder}: {reason}; give another folder") from error
+
+
+def check_room(folder: Path, size: int) -> None:
+    """Refuse to write more than fits.
+
+    Raises:
+        UserError: says what is free and what is wanted.
+    """
+    free = shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free
+    if size > free:
+        raise UserError(
+            f"{folder} has {in_bytes(free)} free, and {in_bytes(size)} are wanted; make room, or name another place "
+            "(HF_HOME, VARESTORER_CACHE)"
+        )
+
+
+def in_bytes(size: int) -> str:
+    """A size for people: 8.9 GB, 436 MB, 12 kB."""
+    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if size >= unit:
+            return f"{size / unit:.3g} {name}"
+    return f"{size} bytes"
 
 
 def _remove(path: Path) -> None:

@@ -21,6 +21,7 @@ from varestorer.utils.files import file_sha256, write_json, write_text
 from varestorer.weights import DEFAULT
 from varestorer.weights.card import model_card
 from varestorer.weights.files import check_names_and_shapes, read_metadata, read_tensors, save_tensors
+from varestorer.weights.releases import HUB, fetch
 from varestorer.weights.runs import is_run, latest_checkpoint
 
 CONFIG = "config.json"
@@ -189,10 +190,16 @@ def put_adapters(base: Any, path: Path, student: dict[str, Any]) -> Any:
 def shipped(name: str | Path) -> Path:
     """The bundle of a shipped model where `name` is one's, as in `ckpt=nano`; any other path or name as it is.
 
-    A run, a bundle or a file of that name in the working directory comes first.
+    `hub/NAME` is a published file, which is fetched if it is not in the hub's cache. A run, a bundle or a file of that
+    name in the working directory comes first.
+
+    Raises:
+        UserError: the hub does not give it.
     """
     path = Path(name)
     is_there = path.is_file() or is_run(path) or is_bundle(path)
+    if path.parent == Path(HUB) and not is_there:
+        return fetch([path.name])[0]
     is_one = str(name) == path.name and not is_there and is_bundle(ASSETS / path)
     return ASSETS / path if is_one else path
 

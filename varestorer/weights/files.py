@@ -25,7 +25,7 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 WRAPPER = "module."  # before every name where a network was saved inside DataParallel
 
 
-NESTED = ("vae", "state_dict")
+NESTED = ("vae", "state_dict", "trainer", "var_wo_ddp", "vae_local")
 SAFETENSORS_TYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -204,8 +204,8 @@ def read_entries(path: str | Path) -> dict[str, Tensor]:
     """Tensors of a file on the meta device; the data are not read, whatever their size.
 
     Args:
-        path: a `.safetensors` file, or a torch file whose tensors may lie under `vae` or `state_dict` and may be
-            named with the prefix `module.`.
+        path: a `.safetensors` file, or a torch file whose tensors may lie under one of `NESTED` or below each other,
+            and may be named with the prefix `module.`.
 
     Raises:
         UsageError: no such file.

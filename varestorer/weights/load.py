@@ -44,7 +44,8 @@ def check_part(part: str, path: str | Path) -> None:
         raise UserError(f"model.weights has the parts {' and '.join(WHERE)}, got {part}")
     if not (is_run(path) or is_bundle(path) or Path(path).is_file()):
         raise UserError(
-            f"weights not found: {path}; get {WHERE[part]} and set model.weights.{part} to it, or to a run or a bundle"
+            f"weights not found: {path}; get {WHERE[part]} and set model.weights.{part} to it, or to a run or a bundle "
+            "(or to hub/NAME, which fetches it)"
         )
 
 

@@ -5,16 +5,31 @@ This is the one place that decides what a path or a name means.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+import logging
+import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 
+from varestorer.utils.cache import cache_folder
 from varestorer.utils.errors import UsageError, UserError, reason
-from varestorer.utils.files import expand_user
-from varestorer.utils.hub import is_hub_name
-from varestorer.weights.bundle import ADAPTERS, RESTORER, is_bundle, named_or_default, read_config
+from varestorer.utils.files import check_room, expand_user, in_bytes, temporary_path
+from varestorer.utils.hub import CACHE_OPTIONS, asking_hub, fetch_folder, is_hub_name, split_revision
+from varestorer.utils.locks import locked
+from varestorer.weights.bundle import (
+    ADAPTERS,
+    CONFIG,
+    FORMAT,
+    RESTORER,
+    is_bundle,
+    named_or_default,
+    read_config,
+    save_bundle,
+)
 from varestorer.weights.files import read_entries, read_metadata
 from varestorer.weights.published import RESTORER_FILE
 from varestorer.weights.published.infinity import (
@@ -22,9 +37,15 @@ from varestorer.weights.published.infinity import (
     TOKENIZER_FILE,
 )
 from varestorer.weights.published.varsr import network_kind
-from varestorer.weights.runs import CONFIG, is_run, latest_checkpoint
+from varestorer.weights.releases import Release, fetch, releases
+from varestorer.weights.runs import CONFIG as RUN_CONFIG
+from varestorer.weights.runs import is_run, latest_checkpoint
 from varestorer.weights.storage import STATE
 
+LOG = logging.getLogger(__name__)
+ReadPublished = Callable[..., Any]
+"""(the network's file, the tokenizer's, the restorer's) -> the system."""
+LOCK_SECONDS = 3600  # another process converts
 COMPANIONS = {  # of the published student: file name, where to get it
     "tokenizer": (TOKENIZER_FILE, "hub FoundationVision/Infinity"),
     "restorer": (RESTORER_FILE, "hub lxq007/DiffBIR"),
@@ -57,35 +78,88 @@ def check_is_whole(path: Path) -> None:
 
 
 def download(name: str, options: Mapping[str, Any]) -> Path:
-    """Fetch a bundle from the hub into its cache.
+    """Fetch a bundle from the hub into its cache, sizes said first; where no hub is, one in the cache will do.
 
     Args:
         name: `owner/name`.
         options: huggingface_hub's `revision`, `cache_dir`, `token`, ...
+
+    Raises:
+        UsageError: the hub does not give it.
+        UserError: it is no bundle, or there is no room for it.
     """
-    from huggingface_hub import snapshot_download
-
-    known = ("revision", "cache_dir", "force_download", "local_files_only", "token")
+    known = ("revision", "force_download", "local_files_only", *CACHE_OPTIONS)
     wanted = {key: options[key] for key in known if key in options}
-    return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"], **wanted))
+    with asking_hub(f"{name}, which is no path here either", UsageError, HOW):
+        folder = fetch_folder(name, [CONFIG], **wanted)
+        read_config(folder)  # before gigabytes of something else come
+        return fetch_folder(name, ["*.json", "*.safetensors"], **(wanted | {"revision": folder.name}))
 
 
-def locate(name: str | Path | None, options: Mapping[str, Any]) -> Path:
+def release_of(name: str | Path | None) -> Release | None:
+    """The known release that a name means, with or without a revision; None for paths and all other names."""
+    given = str(name)
+    return None if Path(given).exists() else releases().get(split_revision(given)[0])
+
+
+def locate(name: str | Path | None, options: Mapping[str, Any], read: ReadPublished | None = None) -> Path:
     """Where a system's files are: a path, a shipped model, or the cache of the hub after fetching them.
 
     Args:
         name: see `System.from_pretrained`.
         options: huggingface_hub's `revision`, `cache_dir`, `token`, ...
+        read: makes a system of a release's files: `from_published` of its class.
     Raises:
         UsageError: neither a path nor a name that the hub knows.
+        UserError: a release that cannot be fetched or converted.
     """
     given = str(named_or_default(name if name is None else expand_user(name)))
     if Path(given).exists() or not is_hub_name(given):
         return Path(given)
-    try:
-        return download(given, options)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{given} is no path here, and the hub does not give it: {reason(error)}; {HOW}") from error
+    repository, revision = split_revision(given)
+    options = dict(options) | ({"revision": revision} if revision else {})
+    release = release_of(given)
+    return download(repository, options) if release is None or read is None else converted(release, options, read)
+
+
+def converted(release: Release, options: Mapping[str, Any], read: ReadPublished) -> Path:
+    """The bundle of a release in the folder `models` of our cache; its files are fetched and converted once.
+
+    Args:
+        release: known.
+        options: see `locate`; the revision is that of its own repository.
+        read: see `locate`.
+    """
+    files = fetch(release.files, options, options.get("revision"))
+    cache = cache_folder()
+    if cache is None:
+        raise UserError(f"{release.name} is converted once, and no folder is known to keep it: set VARESTORER_CACHE")
+    contents = "\n".join([str(FORMAT), *(str(file.relative_to(file.parents[2])) for file in files)])
+    key = hashlib.sha256(contents.encode()).hexdigest()[:12]  # the paths hold the commits
+    bundle = cache / "models" / f"{release.name.replace('/', '--')}@{key}"
+    if is_bundle(bundle):
+        return bundle
+    with locked(bundle.with_suffix(".lock"), wait=LOCK_SECONDS):
+        if not is_bundle(bundle):
+            size = sum(file.stat().st_size for file in files)
+            LOG.info("converting %s once, into %s (%s)", release.name, bundle, in_bytes(size))
+            check_room(bundle, size)
+            system = read(files[0], *map(str, files[1:]))
+            if stored_precision(files[0]) == "bf16":
+                system.set_precision("bf16")  # what was read is float32: nothing is lost
+            aside = temporary_path(bundle)
+            try:
+                save_bundle(system, aside)
+                aside.rename(bundle)
+            finally:
+                shutil.rmtree(aside, ignore_errors=True)
+    return bundle
+
+
+def stored_precision(path: Path) -> str:
+    """In which precision a published file holds the transformer's blocks."""
+    blocks = {tensor.dtype for name, tensor in read_entries(path).items() if name.endswith(".sa.v_bias")}
+    return "bf16" if blocks == {torch.bfloat16} else "fp32"
 
 
 def companion(part: str, student_file: Path, given: str | None) -> Path:
@@ -132,9 +206,9 @@ def model_of_run(path: Path) -> DictConfig:
     """
     run_dir = latest_checkpoint(path).parents[2]
     try:
-        model = OmegaConf.load(run_dir / CONFIG).model
+        model = OmegaConf.load(run_dir / RUN_CONFIG).model
     except (OSError, AttributeError) as error:
-        raise UserError(f"the run {run_dir} has no model in its {CONFIG} ({reason(error)})") from error
+        raise UserError(f"the run {run_dir} has no model in its {RUN_CONFIG} ({reason(error)})") from error
     if not isinstance(model, DictConfig):
-        raise UserError(f"the run {run_dir} has no model in its {CONFIG}; give another one")
+        raise UserError(f"the run {run_dir} has no model in its {RUN_CONFIG}; give another one")
     return model

@@ -4,16 +4,18 @@ import gc
 import json
 import logging
 import os
+import re
 import shutil
 import weakref
 from pathlib import Path
 
 import pytest
 import torch
+from local_hub import serving
 from text_models import save_blip, save_t5
 
 from varestorer.conditioning.captioner import Captioner
-from varestorer.conditioning.pretrained import fingerprint
+from varestorer.conditioning.pretrained import fingerprint, local_folder
 from varestorer.conditioning.text_encoder import TextEncoder, add_positive_prompt
 from varestorer.utils.cache import cache_folder
 from varestorer.utils.errors import UserError
@@ -219,30 +221,33 @@ def test_the_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_hub_name_is_its_local_snapshot(
-    t5_folder: Path, loads: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    t5_folder: Path,
+    loads: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    asked: list[tuple[str, list[str]]] = []
-
-    def snapshot(name: str, allow_patterns: list[str]) -> str:
-        asked.append((name, allow_patterns))
-        return str(t5_folder)
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
-    monkeypatch.chdir(tmp_path)
-    TextEncoder("someone/t5").encode(["a dog"])
-    assert loads == [str(t5_folder)]
-    assert [name for name, _ in asked] == ["someone/t5"] and "*.bin" not in asked[0][1]
-    TextEncoder(str(t5_folder)).encode(["a dog"])
-    assert len(loads) == 1  # known by what it is, not by its name
+    caplog.set_level(logging.INFO, "varestorer")
+    monkeypatch.setattr("varestorer.utils.hub.SMALL", 0)
+    files: dict[str, bytes | Path] = {path.name: path for path in t5_folder.iterdir()}
+    with serving(tmp_path, monkeypatch) as hub:
+        commit = hub.commit("someone/t5", files | {"pytorch_model.bin": b"the same again"})
+        TextEncoder(f"someone/t5@{commit}").encode(["a dog"])
+        assert len(loads) == 1 and commit in loads[0]
+        assert "model.safetensors" in hub.transfers and "pytorch_model.bin" not in hub.transfers
+        assert re.match(r"fetching [\d.]+ .B of someone/t5$", caplog.messages[-1])
+        TextEncoder(str(t5_folder)).encode(["a dog"])
+        assert len(loads) == 1  # known by what it is, not by its name
+        del files["model.safetensors"]
+        hub.commit("someone/older", files | {"pytorch_model.bin": b"weights"})
+        assert (local_folder("someone/older", "google/flan-t5-xl", "text_encoder") / "pytorch_model.bin").is_file()
 
 
 def test_what_the_hub_says_becomes_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def snapshot(name: str, allow_patterns: list[str]) -> str:
-        raise FileNotFoundError("no snapshot of it\nis here")
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"text_encoder=someone/t5 cannot.*\(no snapshot of it is here\)") as caught:
+    with (
+        serving(tmp_path, monkeypatch),
+        pytest.raises(UserError, match=r"give text_encoder=someone/t5: it has no such repository.*download") as caught,
+    ):
         TextEncoder("someone/t5").encode(["a dog"])
     assert "\n" not in str(caught.value)
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from published_files import VARSR_SIZES as RELEASED
+from published_files import write_varsr as release
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -202,27 +204,9 @@ def test_other_files_are_none_of_these() -> None:
 # ---- whole systems in the released form, at small sizes
 
 
-RELEASED = {
-    "schedule": {"sides": [1, 2]},
-    "tokenizer": {"channels": 32, "multipliers": [1, 1], "latent_width": 4, "vocabulary": 5} | VQVAE,
-    "transformer": {"width": 8, "depth": 1, "num_heads": 2},
-    "prefix": {"channels": [2, 3]},
-    "refiner": {"width": 4, "depth": 1},
-}
 CLASSES = RELEASED | {"prefix": None, "transformer": RELEASED["transformer"] | {"num_classes": 5}}
 VAR = CLASSES | {"refiner": None, "sampling": {"raw_last": False}}
 VAR["transformer"] = VAR["transformer"] | {"positions": "rows", "position_size": 5}
-
-
-def release(system: VARSR, folder: Path, name: str) -> Path:
-    """Write a system as the authors do: training files with nested state dicts; VAR's own are flat."""
-    sides, levels = [h for h, _ in system.schedule.scales], len(system.tokenizer.config.multipliers)
-    network = to_published_varsr(system.network(), sides)
-    image = to_published_vqvae(system.tokenizer.state_dict(), levels, len(sides))
-    is_flat = name.startswith("var_")
-    torch.save(network if is_flat else {"epoch": 1, "trainer": {"var_wo_ddp": network}}, folder / name)
-    torch.save({"trainer": {"vae_local": image}}, folder / "VQVAE.pth")
-    return folder / name
 
 
 @pytest.mark.parametrize(("name", "sizes"), [("VARSR.pth", RELEASED), ("VARSR_C2I.pth", CLASSES), ("var_d16.pth", VAR)])

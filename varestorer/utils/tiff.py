@@ -36,7 +36,9 @@ def check_tiff(file: ImageFile.ImageFile) -> None:
     if tags.get(PLANAR) == SEPARATE and not _reads_planes(file, tags):
         raise RefusedImageError("its planes are stored apart, in a form that cannot be read; interleave its samples")
     if file.mode in ("P", "PA") and max(colors := tags[COLOR_MAP]) < 256:
-        file.palette = ImagePalette.raw("RGB;L", bytes(colors))  # some writers fill 8 of the 16 bits; Pillow drops those 8
+        file.palette = ImagePalette.raw(
+            "RGB;L", bytes(colors)
+        )  # some writers fill 8 of the 16 bits; Pillow drops those 8
 
 
 def is_negative(file: ImageFile.ImageFile) -> bool:

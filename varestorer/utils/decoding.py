@@ -6,7 +6,7 @@ from io import BytesIO
 import numpy as np
 import torch
 from einops import rearrange
-from PIL import Image, ImageCms, ImageFile, ImageOps
+from PIL import ExifTags, Image, ImageCms, ImageFile, ImageOps
 from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
@@ -55,9 +55,14 @@ def decode(file: ImageFile.ImageFile) -> Decoded:
     _scale_key(file)
     is_stored_grey, bits = _is_stored_grey(file), _bits(file)
     file.load()
-    notes += _turn_upright(file)
+    orientation, turn_notes = _turn_upright(file)
+    notes += turn_notes
     image = _simplify(file)
     bands = np.asarray(image)
+    if bits == 16 and image.mode in ("RGB", "RGBA"):
+        deep = _deep_colors(file, bands, orientation)
+        notes += ["its colors are read with 8 of their 16 bits"] if deep is None else []
+        bands = bands if deep is None else deep
     # Pillow itself converts LAB to sRGB
     profile = None if file.mode == "LAB" else file.info.get("icc_profile")
     alpha = _alpha(image.mode, bands, file.info.get("transparency"))
@@ -98,12 +103,43 @@ def _scale_key(file: ImageFile.ImageFile) -> None:
         file.info["transparency"] = tuple(scaled) if isinstance(key, tuple) else scaled[0]
 
 
-def _turn_upright(file: ImageFile.ImageFile) -> list[str]:
+def _turn_upright(file: ImageFile.ImageFile) -> tuple[int, list[str]]:
+    """Turn a decoded file, and tell how it lay (1 to 8), and notes."""
     try:
+        orientation = file.getexif().get(ExifTags.Base.Orientation, 1)
         ImageOps.exif_transpose(file, in_place=True)
     except BROKEN_IMAGE_ERRORS:
-        return ["its EXIF data are damaged: taken as upright"]
-    return []
+        return 1, ["its EXIF data are damaged: taken as upright"]
+    return orientation, []
+
+
+def _deep_colors(file: ImageFile.ImageFile, bands_HWC: np.ndarray, orientation: int) -> np.ndarray | None:
+    """Colors of 16 bits, of which Pillow keeps the upper 8, by OpenCV; a key has become alpha.
+
+    Args:
+        file: decoded.
+        bands_HWC: what Pillow made of it, upright.
+        orientation: of the file.
+    Returns:
+        uint16 (H, W, 3 or 4), RGB; None where its upper bits are not Pillow's, who knows more kinds (multiplied by
+        alpha, planes apart).
+    """
+    import cv2
+
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # it would tell of every unknown tag
+    try:
+        stored = cv2.imdecode(np.fromfile(file.filename, np.uint8), cv2.IMREAD_UNCHANGED)
+    except (OSError, cv2.error):
+        return None
+    if stored is None or stored.dtype != np.uint16 or stored.ndim != 3:
+        return None
+    deep_HWC: np.ndarray = stored.view(np.uint16)[..., [2, 1, 0, 3][: stored.shape[2]]]
+    down, across = (-1 if orientation in turns else 1 for turns in ((3, 4, 7, 8), (2, 3, 6, 7)))
+    turned_HWC = (deep_HWC.swapaxes(0, 1) if orientation >= 5 else deep_HWC)[::down, ::across]
+    for upright_HWC in (turned_HWC, deep_HWC):  # TIFFs are upright already
+        if np.array_equal(upright_HWC[..., :3] >> 8, bands_HWC[..., :3]):
+            return upright_HWC
+    return None
 
 
 def _simplify(image: Image.Image) -> Image.Image:
@@ -119,15 +155,15 @@ def _is_numeric(mode: str) -> bool:
     return mode == "F" or mode.startswith("I")
 
 
-def _of_255(values: np.ndarray) -> np.ndarray:
-    """0..255 to contiguous float32 in [0, 1]."""
-    return np.divide(values, np.float32(255), dtype=np.float32, order="C")
+def _shares(values: np.ndarray) -> np.ndarray:
+    """Levels of 8 or 16 bits to contiguous float32 in [0, 1]."""
+    return np.divide(values, np.float32(np.iinfo(values.dtype).max), dtype=np.float32, order="C")
 
 
 def _alpha(mode: str, bands: np.ndarray, key: object) -> np.ndarray | None:
     """(H, W) float32 in [0, 1], None without transparency; a key is the one transparent value of 16-bit grey."""
     if mode in ("LA", "RGBA"):
-        return _of_255(bands[..., -1])
+        return _shares(bands[..., -1])
     return (bands != key).astype(np.float32) if _is_numeric(mode) and isinstance(key, int) else None
 
 
@@ -189,10 +225,10 @@ def _colours(
     """
     mode, space = image.mode, _space_of(profile)
     if mode in ("RGB", "RGBA"):
-        rgb, is_applied = _of_255(rearrange(bands[..., :3], "h w c -> c h w")), False
-        rgb = _of_white(file, rgb) if file.mode == mode else rgb
+        rgb, is_applied = _shares(rearrange(bands[..., :3], "h w c -> c h w")), False
+        rgb = _of_white(file, rgb, bands.dtype == np.uint16) if file.mode == mode else rgb
     elif mode == "CMYK":
-        _of_white(file, _of_255(bands))
+        _of_white(file, _shares(bands))
         rgb, is_applied = _from_cmyk(image, profile if space == "CMYK" else None)
     else:
         rgb, is_applied = _from_grey(_grey(file, mode, bands), profile if space in ("GRAY", "RGB") else None)
@@ -207,7 +243,7 @@ def _from_cmyk(image: Image.Image, profile: bytes | None) -> tuple[np.ndarray, b
     """RGB (3, H, W), and whether the profile could be applied."""
     converted = _to_srgb(image, profile)
     bands = np.asarray(converted or image.convert("RGB"))
-    return _of_255(rearrange(bands, "h w c -> c h w")), converted is not None
+    return _shares(rearrange(bands, "h w c -> c h w")), converted is not None
 
 
 def _from_grey(grey_HW: np.ndarray, profile: bytes | None) -> tuple[np.ndarray, bool]:
@@ -222,7 +258,7 @@ def _from_grey(grey_HW: np.ndarray, profile: bytes | None) -> tuple[np.ndarray, 
 
 def _grey(file: ImageFile.ImageFile, mode: str, bands: np.ndarray) -> np.ndarray:
     """(H, W) float32 in [0, 1] of a grey or numeric mode."""
-    shares = _numbers(file, mode, bands) if _is_numeric(mode) else _of_255(bands if mode == "L" else bands[..., 0])
+    shares = _numbers(file, mode, bands) if _is_numeric(mode) else _shares(bands if mode == "L" else bands[..., 0])
     if file.format != "TIFF" or not is_negative(file):
         return _of_white(file, shares)
     if _is_numeric(mode):
@@ -248,7 +284,7 @@ def _numbers(file: ImageFile.ImageFile, mode: str, bands: np.ndarray) -> np.ndar
     return shares
 
 
-def _of_white(file: ImageFile.ImageFile, shares: np.ndarray) -> np.ndarray:
+def _of_white(file: ImageFile.ImageFile, shares: np.ndarray, is_deep: bool = False) -> np.ndarray:
     """Shares of what the samples of a TIFF can hold to shares of its white; other formats have no such difference."""
     white = white_share(file, shares) if file.format == "TIFF" else 1.0
     if shares.max() > white * (1 + 1e-6):
@@ -256,7 +292,7 @@ def _of_white(file: ImageFile.ImageFile, shares: np.ndarray) -> np.ndarray:
         raise RefusedImageError(f"values of a {file.mode!r} picture must be in [0, {most:g}]; scale them")
     if white == 1:
         return shares
-    if file.mode == "CMYK" or (file.mode in ("RGB", "RGBA") and largest_sample(file) > 255):
+    if file.mode == "CMYK" or (file.mode in ("RGB", "RGBA") and largest_sample(file) > 255 and not is_deep):
         raise RefusedImageError("its samples use a part of their bits (MaxSampleValue), too few are left; scale them")
     return np.minimum(shares / np.float32(white), 1)
 

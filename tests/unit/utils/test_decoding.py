@@ -12,11 +12,19 @@ import numpy as np
 import PIL
 import pytest
 import torch
-from PIL import Image, ImageCms, features
+from PIL import ExifTags, Image, ImageCms, ImageOps, features
 
 from varestorer.utils.errors import UserError
 from varestorer.utils.image_files import READS_HEIC, open_image
-from varestorer.utils.images import IMAGE_EXTENSIONS, as_picture, is_grey, load_image, load_picture, save_image
+from varestorer.utils.images import (
+    IMAGE_EXTENSIONS,
+    Writing,
+    as_picture,
+    is_grey,
+    load_image,
+    load_picture,
+    save_image,
+)
 
 BIG = 100_000  # pixels a side in headers of pictures that are too large
 PIL_MAJOR = int(PIL.__version__.split(".")[0])
@@ -174,6 +182,8 @@ def turned(orientation: int) -> Image.Exif:
 
 
 GREY16 = GREY.astype(np.uint16) * 257
+COLOUR16 = COLOUR.astype(np.uint16) * 257 + 100  # no levels of 8 bits
+RGBA16 = np.dstack([COLOUR16, FADE.astype(np.uint16) * 256 + 100])
 # 12 bits of the same picture, two of them packed into three bytes, and in 16 bits
 GREY_16_12 = np.round(GREY * (4095 / 255)).astype(np.uint16)
 FIRST, SECOND = GREY_16_12[:, ::2], GREY_16_12[:, 1::2]
@@ -253,6 +263,21 @@ KINDS = {
     "negative-tiff": (content("a.tif", tiff(255 - GREY, "<", 0)), GREY_RGB, None, 0),
     "negative16-tiff": (content("a.tif", tiff(65535 - GREY16, "<", 0)), GREY_RGB, None, 0),
     "12-bit-tiff": (content("a.tif", tiff(GREY_12, "<", 1, bits=12)), GREY_RGB, None, 0.04),
+    "rgb16-between-levels": (content("a.png", png16(COLOUR16)), COLOUR + 100 / 257, None, 0),
+    "rgba16-between-levels": (content("a.png", png16(RGBA16)), COLOUR + 100 / 257, (RGBA16[..., 3] / 257), 0),
+    "rgb16-tiff-between-levels": (content("a.tif", tiff(COLOUR16, ">", 2)), COLOUR + 100 / 257, None, 0),
+    "rgb16-tiff-turned": (
+        content("a.tif", tiff(np.rot90(COLOUR16), "<", 2, more={274: [6]})),
+        COLOUR + 100 / 257,
+        None,
+        0,
+    ),
+    "12-of-16-bits-rgb": (
+        content("a.tif", tiff(np.round(COLOUR * (4095 / 255)).astype(np.uint16), "<", 2, more={281: [4095] * 3})),
+        COLOUR,
+        None,
+        0.04,
+    ),
     "12-of-16-bits": (content("a.tif", tiff(GREY_16_12, "<", 1, more=MAX_12)), GREY_RGB, None, 0.04),
     "12-of-16-bits-big": (content("a.tif", tiff(GREY_16_12, ">", 1, more={341: [4095]})), GREY_RGB, None, 0.04),
     "12-of-16-bits-negative": (content("a.tif", tiff(4095 - GREY_16_12, "<", 0, more=MAX_12)), GREY_RGB, None, 0.04),
@@ -399,6 +424,24 @@ def test_alpha_and_16_bit_grey_are_turned_too(tmp_path: Path) -> None:
     assert np.array_equal(np.round(read.alpha[0].numpy() * 255), np.rot90(FADE, 3))
     picture(GREY16).save(tmp_path / "b.png", exif=turned(8))
     assert np.array_equal(np.round(load_image(tmp_path / "b.png")[0].numpy() * 255), np.rot90(GREY, 1))
+
+
+@pytest.mark.parametrize(("name", "orientation"), [("a.tif", 1), *(("a.png", number) for number in range(1, 9))])
+def test_colours_of_16_bits_are_read_whole_and_turned(tmp_path: Path, name: str, orientation: int) -> None:
+    colours = torch.rand(4, 5, 7, generator=torch.Generator().manual_seed(0)).mul(65535).round() / 65535
+    numbers, exif = Image.fromarray(np.arange(35, dtype=np.uint8).reshape(5, 7)), Image.Exif()
+    exif[ExifTags.Base.Orientation] = numbers.getexif()[ExifTags.Base.Orientation] = orientation
+    order = torch.from_numpy(np.asarray(ImageOps.exif_transpose(numbers)).astype(np.int64))
+    upright = colours.flatten(1)[:, order]
+    save_image(tmp_path / name, colours[:3], colours[3:], writing=Writing(bits=16, exif=exif))
+    read = load_picture(tmp_path / name)
+    assert read.alpha is not None and torch.equal(torch.cat([read.image, read.alpha]), upright) and read.note is None
+
+
+def test_colours_multiplied_by_alpha_are_read_with_8_bits_and_this_is_said(tmp_path: Path) -> None:
+    (tmp_path / "a.tif").write_bytes(tiff(RGBA16 // 2, "<", 2, extra=1))
+    read = load_picture(tmp_path / "a.tif")
+    assert read.note == "its colors are read with 8 of their 16 bits" and read.bits == 16
 
 
 def test_damaged_exif_does_not_spoil_a_picture(tmp_path: Path) -> None:
@@ -561,10 +604,6 @@ BAD = {
     "signed-8": (content("a.tif", tiff(GREY, "<", 1, more={339: [2]})), "its samples are signed"),
     "signed-16": (content("a.tif", tiff(GREY16, ">", 1, more={339: [2]})), "its samples are signed"),
     "uint32": (content("a.tif", tiff(GREY.astype(np.uint32), "<", 1)), r"its white is unknown \(32-bit samples"),
-    "12-of-16-bits-rgb": (
-        content("a.tif", tiff(COLOUR.astype(np.uint16) * 16, "<", 2, more={281: [4095] * 3})),
-        "its samples use a part of their bits",
-    ),
     "12-of-16-bits-cmyk": (
         content("a.tif", tiff(RGBA.astype(np.uint16) * 16, "<", 5, more={281: [4095] * 4})),
         "its samples use a part of their bits",

@@ -1,26 +1,23 @@
 """`varestorer benchmark` prints and writes what it measured."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from text_models import save_t5
 
+from varestorer.benchmark import roofline
 from varestorer.commands.benchmark import COMMAND as BENCHMARK
-from varestorer.commands.benchmark import together
-from varestorer.utils import rates
 
 pytestmark = pytest.mark.smoke
-ROWS = ("VAE decoder", "adapters", "restorer", "transformer blocks")
+ROWS = ("VAE decoder", "adapters", "restorer", "transformer blocks", "tokens")
 TINY = ["model=tiny", "device=cpu", "repeats=2", "warmup=0"]
 
 
 @pytest.fixture(autouse=True)
 def small_rates(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(rates.MATRIX_SIDES, "cpu", (64,))
-    monkeypatch.setitem(rates.COPY_BYTES, "cpu", 2**16)
+    monkeypatch.setitem(roofline.MATRIX_SIDES, "cpu", (64,))
+    monkeypatch.setitem(roofline.COPY_BYTES, "cpu", 2**16)
 
 
 def test_the_memory_of_the_papers_distillation_at_test_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -29,7 +26,7 @@ def test_the_memory_of_the_papers_distillation_at_test_size(tmp_path: Path, caps
     assert BENCHMARK.main([*words, f"overrides={json.dumps(changed)}"]) == 0
     text = capsys.readouterr().out
     assert all(row in text for row in ROWS)
-    columns = json.loads((tmp_path / "memory.json").read_text())["micro_batches"]
+    columns = json.loads((tmp_path / "benchmark.json").read_text())["micro_batches"]
     one, two = (sum(row["bytes"] for row in columns[size]["rows"] if row["kind"] == "activations") for size in "12")
     assert one < two < 3 * one
 
@@ -44,13 +41,15 @@ def test_restoring_is_measured_by_stages(tmp_path: Path, capsys: pytest.CaptureF
     words = ["what=restore", *TINY, "variants=[eager,merged]", "batch=[1,2]", "picture=20", f"out={tmp_path}"]
     assert BENCHMARK.main([*words, f"text={text_encoder}", "text_tokens=5"]) == 0
     text = capsys.readouterr().out
-    assert "tiny on" in text and "torch" in text and "VAE decoder" in text and "wanted" not in text
+    assert "tiny on" in text and "torch" in text and "VAE decoder" in text and "eager: first run" in text
     content = json.loads((tmp_path / "benchmark.json").read_text())
     assert [(run["variant"], run["batch"]) for run in content["runs"]] == [
         (variant, batch) for batch in (1, 2) for variant in ("eager", "merged")
     ]
     assert set(content["picture"]["runs"]) == {"eager", "merged"}
-    assert [stage["name"] for stage in content["beside"]] == ["text encoder"]
+    (encoder,) = content["beside"]
+    # two layers of width 16: two heads of 8, a gated feed-forward of 32; five tokens
+    assert encoder["flops"] == 2 * 2 * 5 * (4 * 16 * 16 + 3 * 16 * 32 + 2 * 5 * 16)
     assert (tmp_path / "benchmark.png").stat().st_size > 1000
 
 
@@ -68,51 +67,52 @@ def test_wrong_options_of_restore_are_usage_errors(wrong: str) -> None:
     assert BENCHMARK.main(["what=restore", *TINY, wrong]) == 2
 
 
-def test_all_parts_run_though_one_fails(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    ran: list[list[str]] = []
+@pytest.mark.parametrize("system", ["varsr", "hvar"])
+def test_other_papers_are_measured_by_their_parts(system: str, tmp_path: Path) -> None:
+    words = ["what=restore", f"system={system}", f"model={system}_tiny", "device=cpu", "repeats=1", "warmup=0"]
+    assert BENCHMARK.main([*words, "variants=[merged]", "picture=null", f"out={tmp_path}"]) == 0
+    (run,) = json.loads((tmp_path / "benchmark.json").read_text())["runs"]
+    assert {"VAE encoder" if system == "hvar" else "refiner", "transformer", "VAE decoder"} <= run["parts"].keys()
+    assert BENCHMARK.main(["what=generate", *words[1:], f"out={tmp_path}"]) == 2
 
-    def part(words: list[str]) -> int:
-        ran.append(words)
-        folder = Path(words[1].removeprefix("out="))
-        folder.mkdir()
-        (folder / "benchmark.json").write_text('{"runs": []}')
-        return 1 if "what=generate" in words else 0
 
-    monkeypatch.setattr(together, "run_part", part)
-    assert BENCHMARK.main(["what=all", "model=2b", "device=cpu", f"out={tmp_path}"]) == 1
-    assert [words[0] for words in ran] == [f"what={name}" for name in together.PARTS]
-    assert all("model=2b" in words and "device=cpu" in words for words in ran)
-    assert "failed: generate" in capsys.readouterr().out
+def test_ways_to_generate_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["what=generate", *TINY, "variants=[one,multi+cfg]", f"out={tmp_path}"]
+    assert BENCHMARK.main(words) == 0
+    assert "best scale by scale: multi+cfg takes" in capsys.readouterr().out
+    runs = json.loads((tmp_path / "benchmark.json").read_text())["runs"]
+    assert [(run["variant"], run["passes"]) for run in runs] == [("one", 1), ("multi+cfg", 3)]
+
+
+STEP = ["what=train_step", "device=cpu", "model=tiny", "warmup=0"]
+
+
+def test_a_training_step_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [*STEP, "train=quickstart_scratch", "repeats=2", "variants=[eager,bf16]", "batch=[1,2]", f"out={tmp_path}"]
+    assert BENCHMARK.main([*words, 'overrides=["stages.student.task.perceptual=ms_ssim"]']) == 0
     content = json.loads((tmp_path / "benchmark.json").read_text())
-    assert content["statuses"]["generate"] == 1 and content["parts"]["restore"] == {"runs": []}
-    assert content["targets"] == []
+    runs = content["runs"]
+    names = [(run["variant"], run["batch"]) for run in runs]
+    assert names == [(name, batch) for batch in (1, 2) for name in ("eager", "bf16")]
+    assert runs[2]["flops"] == pytest.approx(2 * runs[0]["flops"], rel=0.1)
+    share = runs[1]["flops"] / runs[1]["seconds"] / content["rates"]["matrix"]["bf16"]
+    assert runs[1]["share_of_matrix_rate"] == pytest.approx(share)
+    assert "images/s" in capsys.readouterr().out
 
 
-def test_on_a_gpu_all_measures_two_sizes_of_batch_unless_told(tmp_path: Path) -> None:
-    words = together.words_of("restore", ["what=all", "+out=x", "model=2b"], tmp_path, is_gpu=True)
-    assert words == ["what=restore", f"out={tmp_path / 'restore'}", "model=2b", "batch=[1,16]"]
-    assert "batch=[1,16]" not in together.words_of("restore", ["batch=[4]"], tmp_path, is_gpu=True)
-    assert "batch=[1,16]" not in together.words_of("generate", [], tmp_path, is_gpu=True)
-
-
-def test_targets_are_for_one_device_alone(capsys: pytest.CaptureFixture[str]) -> None:
-    assert together.report_targets({"restore": {}, "generate": {}}, "NVIDIA A100") == []
-    assert len(together.report_targets({"restore": {}, "generate": {}}, "NVIDIA H200 (139.8 GiB)")) == 6
-    assert capsys.readouterr().out.count("not measured") == 6
-
-
-def test_all_refuses_variants_whose_names_differ_from_part_to_part() -> None:
-    assert BENCHMARK.main(["what=all", *TINY, "variants=[eager]"]) == 2
-
-
-@pytest.mark.slow
-def test_one_command_measures_everything(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "varestorer", "benchmark", "what=all", *TINY, "picture=null", f"out={tmp_path}"]
-    subprocess.run(command, check=True)
-    parts = json.loads((tmp_path / "benchmark.json").read_text())["parts"]
-    assert all(parts[name] for name in together.PARTS)
+@pytest.mark.parametrize(
+    ("experiment", "stage", "part"), [("nano_restorer", "texture", "restore"), ("quickstart", "student", "tokens")]
+)
+def test_the_restorer_of_an_experiment_takes_part(experiment: str, stage: str, part: str, tmp_path: Path) -> None:
+    small = '"model.restorer={num_features: 16, num_groups: 1, num_blocks: 1}"'
+    flops = {}
+    for name, more in {"small": [small], "its own": []}.items():
+        overrides = ",".join([f'"stages.{stage}.task.perceptual=ms_ssim"', *more])
+        words = [*STEP, f"train={experiment}", "repeats=1", "variants=[eager]", f"overrides=[{overrides}]"]
+        assert BENCHMARK.main([*words, f"out={tmp_path / name}"]) == 0
+        (run,) = json.loads((tmp_path / name / "benchmark.json").read_text())["runs"]
+        flops[name] = run["parts"][part]["flops"]
+    assert 0 < flops["small"] < flops["its own"]
 
 
 @pytest.mark.gpu
@@ -121,4 +121,4 @@ def test_restoring_is_measured_on_a_gpu(tmp_path: Path) -> None:
     assert BENCHMARK.main([*words, "repeats=3", "picture=40", f"out={tmp_path}"]) == 0
     runs = json.loads((tmp_path / "benchmark.json").read_text())["runs"]
     assert all(run["peak_bytes"] > 0 and run["seconds"] > 0 for run in runs)
-    assert [bool(run["stages"]) for run in runs] == [True, True, False] * 2
+    assert ["transformer" in run["parts"] for run in runs]

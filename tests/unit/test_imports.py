@@ -7,11 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from varestorer.commands.benchmark.startup import BASE, HEAVY, content, heavy_modules, table
+from varestorer.benchmark.startup import HEAVY
 from varestorer.commands.options import OPTIONS
 from varestorer.systems.varestorer import VARestorer
-from varestorer.utils.errors import UserError
-from varestorer.utils.timing import Timing
 
 REPORT = "\nimport json, sys\nsys.stderr.write('\\nMODULES ' + json.dumps(list(sys.modules)))\n"
 RUN = "import sys\nfrom varestorer.commands import main\nassert main(sys.argv[1:]) == 0"
@@ -41,28 +39,7 @@ def test_the_help_of_a_command_needs_hydra_alone(command: str) -> None:
     assert imported(RUN, command, "--help") <= {"hydra"}
 
 
-@pytest.mark.parametrize("command", ["benchmark"])
-def test_the_help_of_a_command_waits_for_torch_at_most(command: str) -> None:
-    assert imported(RUN, command, "--help") <= {"torch", "hydra"}
-
-
 def test_restoring_imports_torch_and_what_reads_the_bundle(tiny_system: VARestorer, tmp_path: Path) -> None:
     tiny_system.save_pretrained(tmp_path / "apart")
     tiny_system.merge_adapters().save_pretrained(tmp_path / "merged")
     assert imported(RESTORE, str(tmp_path / "apart"), str(tmp_path / "merged")) == {"torch", "huggingface_hub"}
-
-
-def test_the_startup_benchmark_sees_heavy_imports() -> None:
-    assert heavy_modules(["-c", "import matplotlib"]) == ["matplotlib"]
-    assert heavy_modules(["-c", "import varestorer"]) == []
-    with pytest.raises(UserError, match="failed: .*no_such_module"):
-        heavy_modules(["-c", "import no_such_module"])
-
-
-def test_the_startup_report_holds_ratios_and_imports() -> None:
-    timings = {BASE: Timing([2.0, 2.2, 1.8]), "import varestorer": Timing([0.1])}
-    loaded = {BASE: ["torch"], "import varestorer": []}
-    assert content(timings, loaded)["import varestorer"]["ratio_to_import_torch"] == pytest.approx(0.05)
-    lines = table(timings, loaded).splitlines()
-    assert lines[1].split() == ["import", "torch", "2.000", "0.200", "1.00", "torch"]
-    assert lines[2].endswith("0.05  -")

@@ -13,7 +13,7 @@ import torch
 from omegaconf import DictConfig
 from packaging.requirements import Requirement
 
-from varestorer.commands.entry import FAILED, OK, Command, say, typed
+from varestorer.commands.entry import FAILED, OK, Command, say
 from varestorer.commands.options import DoctorOptions
 from varestorer.evaluation.protocols import PROTOCOLS
 from varestorer.systems import load
@@ -23,6 +23,7 @@ from varestorer.utils.errors import UserError
 from varestorer.utils.files import file_sha256
 from varestorer.utils.iqa_sandbox import ask_network
 from varestorer.utils.iqa_weights import WEIGHT_FILES, find_weights, hub_folder, missing_package
+from varestorer.utils.schema import typed
 from varestorer.weights import DEFAULT
 from varestorer.weights.releases import cached, in_bytes, of_metric, published_files, releases
 

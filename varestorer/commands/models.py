@@ -11,7 +11,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 import varestorer.training.config  # noqa: F401  # the schemas that configs/train.yaml names
-from varestorer.commands.entry import OK, Command, config_dir, say, typed
+from varestorer.commands.entry import OK, Command, config_dir, say
 from varestorer.commands.options import ModelsOptions
 from varestorer.conditioning.pretrained import local_folder
 from varestorer.systems import system_class
@@ -19,6 +19,7 @@ from varestorer.utils.cache import cache_folder
 from varestorer.utils.errors import UsageError
 from varestorer.utils.files import expand_user
 from varestorer.utils.hub import asking_hub, is_hub_name, split_revision
+from varestorer.utils.schema import typed
 from varestorer.weights.bundle import ASSETS, CARD, is_bundle, shipped
 from varestorer.weights.releases import HUB, PublishedFile, cached, fetch, in_bytes, published_files, releases
 from varestorer.weights.resolve import locate, release_of

@@ -523,6 +523,100 @@ Exit status: 0 all well; 1 the check found something, or the set could not be ma
 
 
 @dataclass
+class BenchmarkOptions(CommandOptions):
+    """Of `benchmark`."""
+
+    INTRO: ClassVar[str] = """
+How fast the program is, part by part, and what it needs of memory.
+
+usage: python scripts/benchmark.py what=restore [model=2b | ckpt=MODEL] 'variants=[eager,merged+bf16]' 'batch=[1,16]'
+       python scripts/benchmark.py what=generate                         one step beside scale-by-scale generation
+       python scripts/benchmark.py what=train_step train=EXPERIMENT      a training step: images a second, its parts
+       python scripts/benchmark.py what=memory train=EXPERIMENT          its memory, by calculation: no GPU needed
+       python scripts/benchmark.py what=startup | what=loader root=PHOTOS
+"""
+    NOTES: ClassVar[str] = """
+Each figure is printed when it is there; restore, generate, train_step and startup write benchmark.json, .md, .tex,
+.html and .png. Variants are in memory at once (what they share, once) and take turns (A B A B).
+
+A part's floor is the larger of two times: its operations at the rate of the device's products of matrices, and the
+least bytes it must move at the rate of its copies, both measured in the same run. What the floor leaves out (norms,
+activations, launches, the float32 of the VAE's encoder beside bfloat16 blocks) is the gap. Every variant but eager
+keeps what it makes of the text from batch to batch.
+
+The calculation of what=memory follows every tensor of a step, as under bfloat16 autocast on CUDA. Not in it: what CUDA
+takes for itself (about half a gigabyte), cuDNN's working memory, and gaps between tensors: leave a tenth.
+
+Exit status: 0 all well; 1 something could not be measured; 2 the command was wrong.
+"""
+    GROUPS: ClassVar[tuple[str, ...]] = ("model",)
+
+    what: str = option(
+        "memory",
+        "restore, generate, train_step, startup, memory, or loader: pairs of training a second and core",
+        choices=("restore", "generate", "train_step", "startup", "memory", "loader"),
+        title="what is measured",
+    )
+    model: Any = option(MISSING, "weights of these sizes, drawn at random: speed does not depend on them", "NAME")
+    ckpt: str | None = option(
+        None, "of restore and generate: a run, a bundle or the published student instead", "MODEL"
+    )
+    variants: list[str] | None = option(
+        None,
+        "what is compared, words joined by +; default: what the device can do. restore: eager, or merged, fp32, bf16, "
+        "compile, graphs, int8, fp8; generate: one (with short: without the long input) or multi (with cfg; prefix: "
+        "the degraded image in front, nocache: no keys and values kept), both with compile or graphs; train_step: "
+        "eager, bf16, checkpoint, compile, slices (images decoded one by one)",
+        "[...]",
+    )
+    batch: list[int] = option([1], "images at once, or several such numbers", "[1]")
+    repeats: int = option(10, "timed runs of each variant", least=1)
+    warmup: int = option(3, "untimed runs before them; the first one is made in any case", least=0)
+    minutes: float = option(10, "after so many no further turn begins: the figures are medians of fewer runs", above=0)
+    device: str = option("auto", DEVICES)
+    seed: int = option(0, "of random weights")
+    out: str | None = option(
+        None, "default: outputs/benchmark/WHAT_TIME; what=memory writes only where it is given", "FOLDER"
+    )
+
+    picture: int | None = option(
+        512, "side of a picture that is restored too, from a file to a file, pixels; null: none", title="of restore"
+    )
+    restorer: str = option(
+        "auto",
+        "published: a restorer of the published sizes in front; auto: for model=2b; none",
+        choices=("auto", "published", "none"),
+    )
+    color: str = option("adain", "adain or wavelet, of the picture", choices=("adain", "wavelet", "none"))
+    text: str | None = option(
+        None, "also time a text encoder: t5 has the published sizes and random weights", "t5|FOLDER"
+    )
+    text_tokens: int = option(64, "of its prompt", least=1)
+    captioner: str | None = option(None, "also time this captioner", "FOLDER")
+
+    train: str = option(
+        "dmd_div2k",
+        "an experiment of scripts/train.py, whose last stage counts (overrides=['~stages.student']: the one before)",
+        "EXPERIMENT",
+        title="of train_step and memory",
+    )
+    overrides: list[str] = option([], "of its config, as for scripts/train.py", "'[\"KEY=VALUE\"]'")
+    micro_batches: list[int] = option(
+        [1, 2, 4],
+        "of memory: images that go through the networks at once (trainer.batch_size over processes and accumulate); on "
+        "a GPU the peak is measured too",
+        "[1,2,4]",
+    )
+
+    root: str | None = option(None, "photographs; default: the embedded ones", "FOLDER", title="of loader")
+    crop: int = option(512, "side of the squares, pixels", least=1)
+    pairs: int = option(32, "of one training step", least=1)
+    step_seconds: float = option(1.0, "of a training step that is to be fed", above=0)
+    system: Any = option(None, "varestorer, varsr or hvar: whose sizes model= are", "NAME")
+    defaults: list[Any] = field(default_factory=lambda: ["_self_", {"system": "varestorer"}, {"model": "${system}"}])
+
+
+@dataclass
 class PhotographsRoot:
     """Below `data`, of photographs to describe."""
 
@@ -642,6 +736,7 @@ OPTIONS: dict[str, type[CommandOptions]] = {
     "tables": TablesOptions,
     "parity": ParityOptions,
     "prepare_data": PrepareDataOptions,
+    "benchmark": BenchmarkOptions,
     "precompute_text": PrecomputeTextOptions,
     "models": ModelsOptions,
     "doctor": DoctorOptions,

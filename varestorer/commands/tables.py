@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import platform
-from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,24 +10,36 @@ import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from varestorer.benchmark.counting import count
+from varestorer.benchmark.measure import measure
+from varestorer.benchmark.networks import Source, num_parameters, num_trained, restoring_counts
+from varestorer.benchmark.restore import restoring, with_weights
+from varestorer.benchmark.roofline import device_description
 from varestorer.commands.entry import OK, Command, say
 from varestorer.commands.options import TablesOptions
-from varestorer.evaluation.cost import add_published_restorer, cost_of, measure, num_trained
-from varestorer.evaluation.paper_tables import SystemRecord, read_records, table_1, table_2, table_3, table_varsr
+from varestorer.evaluation.paper_tables import (
+    StageRecord,
+    SystemRecord,
+    read_records,
+    table_1,
+    table_2,
+    table_3,
+    table_varsr,
+)
 from varestorer.evaluation.tables import Table, to_markdown, write_tables
-from varestorer.systems import SYSTEMS, load
-from varestorer.systems.varestorer import VARestorer
+from varestorer.systems import SYSTEMS
+from varestorer.systems.base import System
 from varestorer.utils.device import pick_device
 from varestorer.utils.errors import UsageError, reason
 from varestorer.utils.files import check_writable, expand_user
 from varestorer.utils.schema import typed
 
-PAPER_MODEL = "2b"  # the paper's, which has a restorer in front although the config names no file
 TITLES = {number: f"Table {number} of VARestorer" for number in ("1", "2", "3")} | {"varsr": "VARSR and its ablations"}
 MAX_TIMED_ON_CPU = 1e9  # parameters
+PROMPT_TOKENS = 512  # of the published text encoder
 
 
 def tables(cfg: DictConfig) -> int:
@@ -65,22 +76,41 @@ def _tables(options: TablesOptions, number: str) -> list[Table]:
 def system_records(options: TablesOptions) -> list[SystemRecord]:
     """Count every network that `options` names, and time them in turns."""
     device = pick_device(options.device)
-    encoder = None if options.text_encoder is None else _text_encoder(options.text_encoder)
-    systems = {name: _from_config(name, options.seed, "meta") for name in _model_names()}
+    sources = {name: _source(name, options.seed) for name in _model_names()}
     if options.ckpt is not None:
-        systems[Path(options.ckpt).name] = load(options.ckpt, device=device, merge=True)
-    costs = {label: cost_of(system, encoder) for label, system in systems.items()}
+        sources[Path(options.ckpt).name] = Source(Path(options.ckpt).name, {}, options.ckpt)
+    blanks = {label: source.blank(merged=True) for label, source in sources.items()}
     timed = {
-        label: _from_config(label, options.seed, device) if system.device.type == "meta" else system
-        for label, system in systems.items()
-        if _is_timed(options, sum(cost.params for cost in costs[label].values()), device)
+        label: source.system(device, merged=True)
+        for label, source in sources.items()
+        if _is_timed(options, sum(num_parameters(blanks[label]).values()), device)
     }
-    measured = measure(timed, options.repeats)
-    where = {label: _where(system, options.repeats) for label, system in timed.items()}
-    return [
-        SystemRecord(label, s.tile, num_trained(s), costs[label], measured.get(label), where.get(label, ""))
-        for label, s in systems.items()
-    ]
+    found = measure({label: restoring(system, 1) for label, system in timed.items()}, options.repeats, 1, device)
+    of_text = {}
+    if options.text_encoder is not None:
+        encoder = _text_encoder(options.text_encoder)
+        tokens_1T = torch.empty(1, PROMPT_TOKENS, dtype=torch.long, device="meta")
+        flops = sum(cost.flops for cost in count(lambda: encoder(input_ids=tokens_1T)).values())
+        of_text["text encoder"] = StageRecord(sum(p.numel() for p in encoder.parameters()), flops)
+    records = []
+    for label, blank in blanks.items():
+        trained, parameters, counts = num_trained(blank), num_parameters(blank), restoring_counts(blank)
+        measured = with_weights(found[label], timed[label]) if label in found else None
+        parts = {} if measured is None else measured.parts
+        stages = {
+            part: StageRecord(
+                parameters.get(part, 0),
+                counts[part].flops if part in counts else 0,
+                parts[part].median if part in parts else None,
+            )
+            for part in dict.fromkeys([*parameters, *counts])
+        }
+        record = SystemRecord(label, blank.tile, trained, stages | of_text)
+        if measured is not None:
+            where = _where(timed[label], len(measured.whole.seconds))
+            record = replace(record, seconds=measured.whole.median, peak_bytes=measured.peak_bytes, where=where)
+        records.append(record)
+    return records
 
 
 def _model_names() -> list[str]:
@@ -90,15 +120,12 @@ def _model_names() -> list[str]:
     return _listed(values[-1]) if values else []
 
 
-def _from_config(name: str, seed: int, device: torch.device | str) -> VARestorer:
-    """The network of `configs/model/<name>.yaml` with random weights (none on the meta device), adapters merged."""
+def _source(name: str, seed: int) -> Source:
+    """The network of `configs/model/<name>.yaml` with random weights."""
     system_name = next((known for known in SYSTEMS if name.startswith(known)), "varestorer")
     cfg = hydra.compose("tables", [f"system={system_name}", f"model={name}", f"seed={seed}"])
-    with torch.device("meta") if str(device) == "meta" else nullcontext():
-        system: VARestorer = hydra.utils.instantiate(cfg.model)
-    if name == PAPER_MODEL and system.restorer is None:
-        add_published_restorer(system)
-    return system.merge_adapters().to(device).eval().requires_grad_(False)
+    sizes: Any = OmegaConf.to_container(cfg.model, resolve=True)
+    return Source(name, sizes, restorer="auto", seed=seed)
 
 
 def _text_encoder(folder: str) -> nn.Module:
@@ -123,22 +150,11 @@ def _is_timed(options: TablesOptions, num_parameters: int, device: torch.device)
     return device.type == "cuda" or num_parameters < MAX_TIMED_ON_CPU
 
 
-def _where(system: VARestorer, repeats: int) -> str:
+def _where(system: System, repeats: int) -> str:
     """Machine and precision of a measurement, in words."""
-    device = system.device
-    machine = f"{_cpu_name()}, {torch.get_num_threads()} threads"
-    if device.type == "cuda":
-        machine = torch.cuda.get_device_name(device)
     dtype = str(next(system.transformer.blocks.parameters()).dtype).removeprefix("torch.")
-    return f"median of {repeats} on {machine}, torch {torch.__version__}, blocks in {dtype}"
-
-
-def _cpu_name() -> str:
-    """The processor's name as Linux tells it, else what Python knows."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    where = device_description(system.device)
+    return f"median of {repeats} on {where}, torch {torch.__version__}, blocks in {dtype}"
 
 
 def _listed(value: Any) -> list[str]:

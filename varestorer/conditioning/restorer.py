@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from varestorer.utils.errors import UserError
 from varestorer.utils.images import pad_reflect
 from varestorer.utils.seeds import derive_seed, isolated_rng
+from varestorer.utils.watch import watch
 
 PUBLISHED_SIZES = {
     "img_size": 64,
@@ -55,6 +56,7 @@ class Restorer(nn.Module):
         """Stay in evaluation mode: the network must not drop paths because its owner trains."""
         return super().train(False)
 
+    @watch("restorer")
     def forward(self, image_B3HW: Tensor) -> Tensor:
         """Restore images.
 

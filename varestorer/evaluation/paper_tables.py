@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from varestorer.data.testsets.known import BENCHMARKS
-from varestorer.evaluation.cost import Cost, Measurement
 from varestorer.evaluation.intervals import paired
 from varestorer.evaluation.progress import PER_IMAGE, SUMMARY, read_rows
 from varestorer.evaluation.protocols import PROTOCOLS
@@ -83,23 +82,40 @@ class EvaluationRecord:
 
 
 @dataclass(frozen=True)
+class StageRecord:
+    """What a part of a network costs for one square.
+
+    Attributes:
+        params: its parameters.
+        flops: floating-point operations, two for a multiplication with its addition.
+        seconds: median on this machine; None where it was not timed.
+    """
+
+    params: int
+    flops: int
+    seconds: float | None = None
+
+
+@dataclass(frozen=True)
 class SystemRecord:
-    """What a network costs.
+    """What a network costs for one square.
 
     Attributes:
         label: name of its row.
         side: of the square it restores at once, pixels.
         num_trained: parameters that the paper's training changes.
-        costs: of each stage.
-        measurement: on this machine; None where it was not timed.
+        stages: its parts.
+        seconds: of the whole, the median on this machine; None where it was not timed.
+        peak_bytes: weights and working memory; None where it cannot be told.
         where: machine and precision of the measurement.
     """
 
     label: str
     side: int
     num_trained: int
-    costs: dict[str, Cost]
-    measurement: Measurement | None = None
+    stages: dict[str, StageRecord]
+    seconds: float | None = None
+    peak_bytes: int | None = None
     where: str = ""
 
 
@@ -254,16 +270,14 @@ def table_2(systems: Sequence[SystemRecord], records: Sequence[EvaluationRecord]
 
 
 def _system_row(system: SystemRecord, scores: dict[str, float]) -> TableRow:
-    measured = system.measurement
-    peak = None if measured is None or measured.peak_bytes is None else measured.peak_bytes / 1e9
     cells: dict[str, Cell] = {
         "method": system.label,
         "trainable (M)": system.num_trained / 1e6,
-        "total (M)": sum(cost.params for cost in system.costs.values()) / 1e6,
+        "total (M)": sum(stage.params for stage in system.stages.values()) / 1e6,
         "side (px)": system.side,
-        "GFLOPs": sum(cost.flops for cost in system.costs.values()) / 1e9,
-        "seconds": None if measured is None else measured.seconds,
-        "peak (GB)": peak,
+        "GFLOPs": sum(stage.flops for stage in system.stages.values()) / 1e9,
+        "seconds": system.seconds,
+        "peak (GB)": None if system.peak_bytes is None else system.peak_bytes / 1e9,
         "maniqa": scores.get("maniqa"),
         "musiq": scores.get("musiq"),
         "source": "this run",
@@ -276,17 +290,15 @@ def _stages_table(systems: Sequence[SystemRecord]) -> Table:
     notes.add("One square of the side given in table 2, batch 1; a multiply-add is two operations (torch's counter).")
     notes.add("Adapters are merged, as for restoring; without a text encoder the prompt is the learned null text.")
     for system in systems:
-        measured = system.measurement
-        for stage, cost in system.costs.items():
-            seconds = None if measured is None else measured.stages.get(stage)
+        for name, stage in system.stages.items():
             cells: dict[str, Cell] = {
-                "stage": stage,
-                "params (M)": cost.params / 1e6,
-                "GFLOPs": cost.flops / 1e9,
-                "seconds": seconds,
+                "stage": name,
+                "params (M)": stage.params / 1e6,
+                "GFLOPs": stage.flops / 1e9,
+                "seconds": stage.seconds,
             }
             rows.append(TableRow(cells, group=system.label))
-        notes.add(f"{system.label}: {system.where}." if measured else f"{system.label} was not timed here.")
+        notes.add(f"{system.label}: {system.where}." if system.seconds else f"{system.label} was not timed here.")
     columns = (Column("stage", is_text=True), Column("params (M)"), Column("GFLOPs"), Column("seconds"))
     return Table(columns, tuple(rows), "Stage by stage", tuple(notes.lines))
 

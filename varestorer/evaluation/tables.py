@@ -213,6 +213,21 @@ def _markdown_lines(table: Table) -> list[str]:
     return lines
 
 
+def to_text(table: Table) -> str:
+    """Columns set out for the terminal, without marks."""
+    lines = [[column.heading for column in table.columns]]
+    lines += [[cell.text for cell in cells] for _, _, cells in _with_groups(table)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    aligned = [
+        "  ".join(
+            text.ljust(width) if column.is_text else text.rjust(width)
+            for text, width, column in zip(line, widths, table.columns, strict=True)
+        ).rstrip()
+        for line in lines
+    ]
+    return "\n".join(([table.title] if table.title else []) + aligned + list(table.notes))
+
+
 def to_latex(tables: Sequence[Table], title: str) -> str:
     """One `table` each, with the rules of booktabs; to be read into a document by \\input."""
     parts = [f"% {' '.join(title.split())}\n% \\usepackage{{booktabs}}"]

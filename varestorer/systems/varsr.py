@@ -41,6 +41,7 @@ from varestorer.utils.errors import UsageError, UserError
 from varestorer.utils.finite import spread_nan
 from varestorer.utils.images import as_picture, to_network, to_uint8
 from varestorer.utils.seeds import torch_generator
+from varestorer.utils.watch import watch
 from varestorer.weights.bundle import shipped
 from varestorer.weights.load import allocate, fitting
 
@@ -222,6 +223,7 @@ class VARSR(OneStepSystem):
         quantizer, raw_last = self.tokenizer.quantizer, self.sampling.raw_last
         return quantizer.indices_to_codes(self.split(tokens), self.schedule, raw_last=raw_last)
 
+    @watch("prefix encoder")
     def prefix_of(self, lq_B3tt: Tensor) -> Prefix | None:
         """Tokens of degraded squares in [-1, 1]; None where the model has none."""
         if self.prefix_encoder is None:
@@ -286,6 +288,7 @@ class VARSR(OneStepSystem):
         refined = self._refine(generation, draws.normals)
         return Predicted(generation.codes + to_map(refined.residual, self.schedule.latent_size), generation, refined)
 
+    @watch("refiner")
     def _refine(self, generation: Generation, normals: Sequence[Tensor]) -> Refined:
         """What the codes of the last scale leave over, drawn by the refiner."""
         assert self.refiner is not None and generation.hidden is not None

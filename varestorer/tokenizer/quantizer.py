@@ -21,6 +21,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from varestorer.tokenizer.schedule import Scale, ScaleSchedule
+from varestorer.utils.watch import watch
 
 
 class Quantizer(Protocol):
@@ -462,6 +463,7 @@ class RunningSum:
             raise ValueError("a running sum needs the indices of at least one scale, got none")
         return self._total
 
+    @watch("sum codes")
     def add(self, indices: Tensor) -> Tensor:
         """Add the next scale; returns the sum, (B, Z, h, w) at the size of that scale's map."""
         k = len(self.indices)

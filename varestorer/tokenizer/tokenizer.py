@@ -23,6 +23,7 @@ from varestorer.tokenizer.quantizer import (
 )
 from varestorer.tokenizer.schedule import ScaleSchedule
 from varestorer.utils.errors import UserError
+from varestorer.utils.watch import watch
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,7 @@ class MultiScaleTokenizer(nn.Module):
         """Pixels per latent position, along one side."""
         return self.config.stride
 
+    @watch("VAE encoder")
     def features(self, img_B3HW: Tensor) -> Tensor:
         """Encoder output before quantization.
 
@@ -134,13 +136,15 @@ class MultiScaleTokenizer(nn.Module):
         `corrupt` and `raw_last` see `MultiScaleQuantizer.forward`.
         """
         features = [self.features(image) for image in self.reduced(img_B3HW, schedule)]
-        return self.quantizer(features, schedule, corrupt, raw_last)
+        with watch("quantize"):
+            return self.quantizer(features, schedule, corrupt, raw_last)
 
     def reduced(self, img_B3HW: Tensor, schedule: ScaleSchedule) -> list[Tensor]:
         """The image at the size of each of the schedule's targets, smallest first; the last one is itself."""
         sizes = [(h * self.stride, w * self.stride) for h, w in schedule.targets]
         return [*(REDUCTIONS[self.config.reduce](img_B3HW, size) for size in sizes[:-1]), img_B3HW]
 
+    @watch("VAE decoder")
     def decode(self, codes_BZhw: Tensor) -> Tensor:
         """Image (B, 3, H, W) in [-1, 1] of summed codes; the clamp lets gradients pass."""
         return clamp_keeping_gradient(self.decoder(self.post_quant_conv(codes_BZhw)))

@@ -8,8 +8,7 @@ on the host, where they seed what is drawn: reading them from a GPU would wait f
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -17,10 +16,9 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from varestorer.transformer.model import UNDECAYED
+from varestorer.utils.watch import watch
 
 Batch = dict[str, Any]
-Watch = Callable[[str], AbstractContextManager[Any]]
-"""Called with the name of a part of a step; what it returns is open while that part is computed."""
 
 
 def to_device(batch: Mapping[str, Any], device: torch.device) -> Batch:
@@ -45,13 +43,13 @@ class Task(nn.Module, ABC):
         name: of the stage; the run's config sets it (`stages: {name: ...}`).
         takes_any_size: whether images need not have the system's `tile`.
         shows_lq: whether pictures are made of the degraded images, which then stand beside them.
-        watch: opened around each part of `forward`; it does nothing unless somebody measures.
+        watch: opened around each part of `forward`, see `utils.watch`.
     """
 
     name: str = "task"
     takes_any_size = False
     shows_lq = True
-    watch: Watch = nullcontext
+    watch = watch
 
     @abstractmethod
     def forward(self, batch: Batch, step: int) -> dict[str, Tensor]:

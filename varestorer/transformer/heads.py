@@ -18,6 +18,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from varestorer.utils.seeds import uniform_per_sample
+from varestorer.utils.watch import watch
 
 # Uniform noise in [0, 1) for the tokens of a scale: (scale number, shape) -> tensor.
 Noise = Callable[[int, tuple[int, ...]], Tensor]
@@ -108,6 +109,7 @@ class BitHead(Head):
     def logits(self, x_BLC: Tensor) -> Tensor:
         return rearrange(self(x_BLC), "b l (z two) -> b l z two", two=2)
 
+    @watch("select")
     def select(self, logits: Tensor, uniform: Tensor | None = None, top_k: int = 0, top_p: float = 0.0) -> Tensor:
         if uniform is not None and top_k != 1:  # of two choices, more than one is all
             logits = _drop_unlikely_bit(logits, top_p) + gumbel(uniform)
@@ -161,6 +163,7 @@ class CodeHead(Head):
     def logits(self, x_BLC: Tensor) -> Tensor:
         return self(x_BLC)
 
+    @watch("select")
     def select(self, logits: Tensor, uniform: Tensor | None = None, top_k: int = 0, top_p: float = 0.0) -> Tensor:
         if uniform is None or top_k == 1:
             return logits.argmax(dim=-1)

@@ -41,6 +41,7 @@ from varestorer.transformer.layout import (
     TokenLayout,
     pyramid_layout,
 )
+from varestorer.utils.watch import watch
 
 # Called with (block number, tokens) after each block; returns the tokens that go on.
 AfterBlock = Callable[[int, Tensor], Tensor]
@@ -230,6 +231,7 @@ class VARTransformer(nn.Module):
             modulation[:, :, :2].mul_(self.config.gamma_init)
             modulation[:, :, 2:].mul_(1e-3)
 
+    @watch("transformer")
     def context(self, condition: ConditionInput | Context) -> Context:
         """What the blocks and the head are told of texts or classes."""
         if isinstance(condition, Context):
@@ -240,6 +242,7 @@ class VARTransformer(nn.Module):
         context: Context = self.condition(condition)
         return context
 
+    @watch("transformer")
     def prepare(self, condition: ConditionInput | Context) -> PreparedCondition:
         """Do all that depends on condition and weights alone; for weights that rest (no gradients are kept back)."""
         context = self.context(condition)
@@ -321,6 +324,7 @@ class VARTransformer(nn.Module):
         x_BLC = self.hidden(tokens_BLZ, context, layout, mask, cache, after_block, asked, prefix_BPC)
         return self.predict(x_BLC, context)
 
+    @watch("transformer")
     def hidden(
         self,
         tokens_BLZ: Tensor | None,
@@ -347,6 +351,7 @@ class VARTransformer(nn.Module):
                     x_BLC = after_block(number, x_BLC)
         return x_BLC
 
+    @watch("transformer")
     def predict(self, x_BLC: Tensor, context: Context | PreparedCondition) -> Tensor:
         """The head, always in float32, on tokens that left the last block."""
         head = context.head_B1C if isinstance(context, PreparedCondition) else self._head_norm(context.cond_BC)

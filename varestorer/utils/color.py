@@ -10,11 +10,13 @@ from einops import rearrange
 from torch import Tensor
 
 from varestorer.utils.errors import UserError
+from varestorer.utils.watch import watch
 
 COLOR_METHODS = ("none", "adain", "wavelet")
 WAVELET_LEVELS = 5
 
 
+@watch("color")
 def match_color(image_B3HW: Tensor, reference_B3HW: Tensor, method: str) -> Tensor:
     """Move the colours of images to those of references of the same size.
 

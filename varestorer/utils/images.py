@@ -28,6 +28,7 @@ from varestorer.utils.files import atomic_write
 from varestorer.utils.finite import check_finite, is_finite
 from varestorer.utils.image_files import BROKEN_IMAGE_ERRORS, HEIC, READS_HEIC, open_image
 from varestorer.utils.scanning import Scan, report_unused, scan_folder
+from varestorer.utils.watch import watch
 
 
 def _readable_extensions() -> frozenset[str]:
@@ -129,6 +130,7 @@ def load_picture(path: str | os.PathLike, max_pixels: int | None = None) -> Pict
     return Picture(image, alpha, decoded.icc_profile, note, decoded.is_grey, decoded.bits, exif, dpi)
 
 
+@watch("read picture")
 def load_image(path: str | os.PathLike) -> Tensor:
     """(3, H, W) float32 in [0, 1]: the colours of `load_picture`; also refuses what is wholly transparent."""
     with open_image(path) as file:
@@ -236,6 +238,7 @@ def made_from(path: str | os.PathLike) -> str | None:
         return None
 
 
+@watch("write picture")
 def save_image(
     path: str | os.PathLike,
     img_CHW: Tensor,

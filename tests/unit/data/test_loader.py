@@ -8,7 +8,6 @@ from torch.utils.data import get_worker_info
 
 from varestorer.data import Degradation, PhotoCrops, build_loader
 from varestorer.data import store as store_module
-from varestorer.data.speed import loader_report, pairs_per_second
 from varestorer.utils.errors import UserError
 
 
@@ -113,10 +112,3 @@ def test_workers_share_what_was_read_before_them(data, monkeypatch):
     monkeypatch.setattr(store_module, "load_image", load_before)
     assert all(same(a, b) for a, b in zip(take(3, fresh, 3, num_workers=2), expected, strict=True))
     assert sorted(read) == [f"{number}.png" for number in range(5)]
-
-
-def test_cores_follow_from_the_step_time(photos):
-    assert pairs_per_second(str(photos), crop=32, count=2) > 0
-    text = "\n".join(loader_report(10.0, crop=512, pairs=32, seconds=0.5))
-    assert "pairs of 512 x 512, a second and core: 10.0" in text
-    assert "64.0 pairs a second): 7 cores" in text

@@ -5,8 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from varestorer.evaluation.cost import Cost, Measurement
-from varestorer.evaluation.paper_tables import SystemRecord, read_records, table_1, table_2, table_3, table_varsr
+from varestorer.evaluation.paper_tables import (
+    StageRecord,
+    SystemRecord,
+    read_records,
+    table_1,
+    table_2,
+    table_3,
+    table_varsr,
+)
 from varestorer.evaluation.tables import Table
 from varestorer.utils.errors import UsageError
 
@@ -135,8 +142,12 @@ SYSTEM = SystemRecord(
     "mine",
     64,
     num_trained=319_488,
-    costs={"VAE encoder": Cost(1_000_000, 2 * 10**9), "transformer": Cost(2_000_000, 10**9)},
-    measurement=Measurement(0.5, {"VAE encoder": 0.2, "transformer": 0.1}, 10**9),
+    stages={
+        "VAE encoder": StageRecord(1_000_000, 2 * 10**9, 0.2),
+        "transformer": StageRecord(2_000_000, 10**9, 0.1),
+    },
+    seconds=0.5,
+    peak_bytes=10**9,
     where="on a machine",
 )
 
@@ -163,7 +174,7 @@ def test_table_2_shows_ours_as_a_whole_and_by_stage(tmp_path: Path) -> None:
 
 
 def test_table_2_has_dashes_for_what_was_not_timed() -> None:
-    record = SystemRecord("mine", 64, 1, SYSTEM.costs)
+    record = SystemRecord("mine", 64, 1, SYSTEM.stages)
     beside, stages = table_2([record])
     ours = shown(beside, "mine")
     assert {ours[name][0] for name in ("seconds", "peak (GB)", "maniqa", "musiq")} == {"–"}

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from varestorer.evaluation.speed.generation import Variant, generate_without_cache, runner
+from varestorer.benchmark.generate import generate_without_cache, runner
+from varestorer.benchmark.networks import words_of
 from varestorer.systems.varestorer import VARestorer
 from varestorer.transformer.generation import MultiStepGenerator, Prefix, SamplingOptions
 
@@ -64,7 +65,7 @@ def test_generation_asks_the_device_for_no_value(tiny_system: VARestorer, has_pr
 @pytest.mark.parametrize("name", ["one", "multi", "multi+cfg", "multi+cfg+prefix", "multi+cfg+nocache"])
 def test_graphs_give_what_eager_code_gives(tiny_system: VARestorer, name: str) -> None:
     system = tiny_system.merge_adapters().to("cuda")
-    eager, graphed = (runner(system, Variant.parse(name + words), images(system)) for words in ("", "+graphs"))
+    eager, graphed = (runner(system, words_of("generate", name + words), images(system)) for words in ("", "+graphs"))
     expected = eager()
     for _ in range(3):
         assert torch.equal(graphed(), expected)
@@ -74,5 +75,5 @@ def test_graphs_give_what_eager_code_gives(tiny_system: VARestorer, name: str) -
 @pytest.mark.parametrize("name", ["one", "multi+cfg"])
 def test_compiled_blocks_give_the_codes_of_eager_ones(tiny_system: VARestorer, name: str) -> None:
     system = tiny_system.merge_adapters()
-    eager, compiled = (runner(system, Variant.parse(name + words), images(system)) for words in ("", "+compile"))
+    eager, compiled = (runner(system, words_of("generate", name + words), images(system)) for words in ("", "+compile"))
     assert (eager() != compiled()).float().mean().item() < 0.02  # bits whose two logits are equal may flip

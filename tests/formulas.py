@@ -9,11 +9,16 @@ Shapes: `B` batch, `L` tokens, `T` text tokens, `C` width, `E` width of the text
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from varestorer.tokenizer import TokenizerConfig
+import torch
+
+from varestorer.systems.varestorer import VARestorer
+from varestorer.tokenizer import ScaleSchedule, TokenizerConfig
 from varestorer.transformer import TransformerConfig
 from varestorer.transformer.blocks import ffn_width
+from varestorer.transformer.layout import BlockCausal, PositionRule, pyramid_layout
 
 
 def linear(rows: int, inputs: int, outputs: int) -> int:
@@ -132,3 +137,70 @@ def _res_blocks(positions: int, inputs: int, outputs: int, number: int) -> int:
     shortcut = convolution(positions, inputs, outputs, side=1) if inputs != outputs else 0
     first = convolution(positions, inputs, outputs) + shortcut + convolution(positions, outputs, outputs)
     return first + (number - 1) * 2 * convolution(positions, outputs, outputs)
+
+
+def generation_flops(system: VARestorer, words: frozenset[str], batch_size: int) -> tuple[int, int, int]:
+    """Operations of a way to generate, the text prepared; tokens that pass the network, and passes."""
+    sizes, samples = system.transformer.config, batch_size * (2 if "cfg" in words else 1)
+    passes = _passes(system.schedule, words, system.student_config.long_input)
+    num_text = sizes.text_length
+    flops = samples * sum(_pass_flops(sizes, one, num_text) for one in passes)
+    return flops, samples * sum(one.tokens for one in passes), len(passes)
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """A pass of one sample through the network.
+
+    Attributes:
+        tokens: that enter.
+        outputs: that leave the last block.
+        pairs: of a token and one that it is compared with, in a block.
+        output_pairs: in the last block, where only outputs ask.
+        has_start: whether the start token, which has no input, is among them.
+        num_ready: tokens of a prefix, which were embedded before.
+    """
+
+    tokens: int
+    outputs: int
+    pairs: int
+    output_pairs: int
+    has_start: bool = True
+    num_ready: int = 0
+
+
+def _passes(schedule: ScaleSchedule, words: frozenset[str], has_long_input: bool) -> list[_Pass]:
+    """The passes of a variant; one whose scales do not see later ones compares as `BlockCausal` does."""
+    num_tokens, image = schedule.num_tokens, schedule.num_tokens_per_scale[-1]
+    if "one" in words:
+        entering = num_tokens + (image if has_long_input and "short" not in words else 0)
+        return [_Pass(entering, num_tokens, entering**2, num_tokens * entering)]
+    ends = [tokens.stop for tokens in schedule.slices]
+    if "nocache" not in words:
+        ahead = image if "prefix" in words else 0
+        first = ends[0] + ahead
+        passes = [_Pass(first, ends[0], first**2, ends[0] * first, num_ready=ahead)]
+        for new, end in zip(schedule.num_tokens_per_scale[1:], ends[1:], strict=True):
+            passes.append(_Pass(new, new, new * (end + ahead), new * (end + ahead), has_start=False))
+        return passes
+    pairs = zip(ends, schedule.num_tokens_per_scale, strict=True)
+    if "prefix" in words:
+        return [_Pass(end + image, new, (end + image) ** 2, new * (end + image), num_ready=image) for end, new in pairs]
+    layout = pyramid_layout(schedule, PositionRule("rope", 4), torch.device("cpu"))
+
+    def num_pairs(asked: slice, end: int) -> int:
+        calls = BlockCausal.of(layout[:end]).calls(asked, end)
+        return sum((asking.stop - asking.start) * keys for asking, keys, _ in calls)
+
+    return [_Pass(e, new, num_pairs(slice(e), e), num_pairs(slice(e - new, e), e)) for e, new in pairs]
+
+
+def _pass_flops(sizes: TransformerConfig, one: _Pass, num_text: int) -> int:
+    """Operations of one pass, the text prepared."""
+    width = sizes.width
+    alone = transformer_flops(sizes, one.tokens, num_text, one.outputs) - text_flops(sizes, num_text)
+    alone -= linear(one.num_ready, sizes.latent_width, width)
+    if not one.has_start:
+        alone += linear(1, sizes.latent_width, width)
+    blocks = (sizes.depth - 1) * attention(1, one.pairs - one.tokens**2, width)
+    return alone + blocks + attention(1, one.output_pairs - one.outputs * one.tokens, width)

@@ -1,9 +1,6 @@
-"""What a training step leaves out, shares or fuses changes no loss and no gradient; and how steps are measured."""
+"""What a training step leaves out, shares or fuses changes no loss and no gradient."""
 
-import json
-from contextlib import AbstractContextManager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,20 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from varestorer.commands.benchmark import COMMAND as BENCHMARK
+from varestorer.benchmark.train_step import TrainStep, made_up_batch
 from varestorer.losses.distillation import distribution_matching_loss
 from varestorer.losses.perceptual import gaussian_band, ms_ssim
 from varestorer.systems.varestorer import VARestorer
 from varestorer.tokenizer import ScaleSchedule
 from varestorer.training.distillation import DistillationTask
 from varestorer.training.optimisers import build_optimizer
-from varestorer.training.speed import REST, StepVariant, TrainStep, counted, made_up_batch, measure_steps
 from varestorer.training.task import to_device
-from varestorer.training.teacher import TeacherTask
 from varestorer.training.tokenizer import TokenizerWeights
 from varestorer.transformer.heads import BitHead
-from varestorer.utils import rates
-from varestorer.utils.errors import UsageError
 from varestorer.utils.seeds import torch_generator
 
 CPU = torch.device("cpu")
@@ -180,105 +173,6 @@ def test_parts_that_weigh_nothing_get_no_gradient() -> None:
 def test_keys_stay_on_the_host() -> None:
     batch = to_device({"hq": torch.zeros(1, 3, 2, 2), "key": torch.arange(1), "name": ["x"]}, torch.device("meta"))
     assert batch["hq"].is_meta and not batch["key"].is_meta and batch["name"] == ["x"]
-
-
-def test_variants_are_named_by_their_means() -> None:
-    assert StepVariant.parse("eager") == StepVariant()
-    wanted = StepVariant(bf16=True, checkpoint=True, compile=True, slices=True)
-    assert StepVariant.parse("bf16+checkpoint+compile+slices") == wanted
-    for wrong in ("fast", "crop", "crop256", "bf16+"):
-        with pytest.raises(UsageError, match=r"joins some of eager, bf16, .*, slices by \+, got"):
-            StepVariant.parse(wrong)
-
-
-@pytest.fixture
-def step(tiny_system: VARestorer) -> TrainStep:
-    task = DistillationTask(tiny_system, {"mse": 1.0, "perceptual": 0.0}, condition_drop=0.0)
-    return TrainStep(task, ADAMW, 2, tiny_system.tile)
-
-
-def test_variants_take_turns_and_their_parts_make_up_the_step(step: TrainStep) -> None:
-    variants = {name: StepVariant.parse(name) for name in ("eager", "bf16", "checkpoint", "slices")}
-    asked = []
-    speeds = measure_steps(step, variants, 3, 1, lambda work, device: asked.append(work()) or 7)
-    assert len(asked) == len(variants)
-    for speed in speeds.values():
-        assert len(speed.whole.seconds) == 3
-        sums = [sum(part.seconds[turn] for part in speed.parts.values()) for turn in range(3)]
-        assert sums == pytest.approx(speed.whole.seconds)
-        assert {"tokens", "teacher forward", "student forward", "backward", "optimiser", REST} <= set(speed.parts)
-        assert speed.images_per_second == pytest.approx(2 / speed.whole.median)
-        assert speed.peak_bytes == 7
-    assert isinstance(step.task.watch("x"), AbstractContextManager)
-    assert "watch" not in vars(step.task)
-
-
-def test_model_operations_count_nothing_twice(step: TrainStep) -> None:
-    plain = counted(step, StepVariant())
-    assert counted(step, StepVariant(checkpoint=True, slices=True)) == plain
-    assert plain["image losses"] > 0 and plain["student forward"] > 0
-    assert plain["backward"] > 0 and plain[REST] == 0
-
-
-def test_checkpointing_is_switched_for_its_variant_alone(step: TrainStep) -> None:
-    transformer = step.task.system.transformer  # type: ignore[union-attr]
-    for wanted in (True, False):
-        with step.prepared(StepVariant(checkpoint=wanted)):
-            assert transformer.checkpoint_activations is wanted
-
-
-def test_a_base_in_bfloat16_is_for_bfloat16_variants(tiny_system: VARestorer) -> None:
-    step = TrainStep(TeacherTask(tiny_system), ADAMW, 1, tiny_system.tile)
-    with (
-        pytest.raises(UsageError, match="are of distillation; TeacherTask has none"),
-        step.prepared(StepVariant(slices=True)),
-    ):
-        pass
-    step = TrainStep(task_of(tiny_system), ADAMW, 1, tiny_system.tile, bf16_base=True)
-    for bf16, dtype in ((True, torch.bfloat16), (False, torch.float32)):
-        with step.prepared(StepVariant(bf16=bf16)):
-            step.run(bf16)
-            assert tiny_system.transformer.blocks[0].ffn.fc1.weight.dtype == dtype
-
-
-@pytest.mark.smoke
-def test_the_command_writes_what_it_measured(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(rates.MATRIX_SIDES, "cpu", (64,))
-    words = ["what=train_step", "train=quickstart_scratch", "model=tiny", "device=cpu", "repeats=2", "warmup=1"]
-    variants = ["variants=[eager,bf16]", 'overrides=["stages.student.task.perceptual=ms_ssim"]', "batch=[1,2]"]
-    assert BENCHMARK.main([*words, *variants, f"out={tmp_path}"]) == 0
-    content = json.loads((tmp_path / "benchmark.json").read_text())
-    assert [(row["variant"], row["batch"]) for row in content["steps"]] == [
-        (name, batch) for batch in (1, 2) for name in ("eager", "bf16")
-    ]
-    one, two = content["steps"][0], content["steps"][2]
-    assert two["model_flops"] == pytest.approx(2 * one["model_flops"], rel=0.1)
-    row = content["steps"][1]
-    assert row["mfu"] == pytest.approx(row["model_flops"] / row["seconds"] / content["matrix_rate"]["bfloat16"])
-    assert (tmp_path / "benchmark.png").stat().st_size > 1000
-    assert "images/s" in capsys.readouterr().out
-
-
-@pytest.mark.smoke
-@pytest.mark.parametrize(
-    ("experiment", "stage", "part"), [("nano_restorer", "texture", "restore"), ("quickstart", "student", "tokens")]
-)
-def test_the_restorer_of_an_experiment_takes_part(
-    experiment: str, stage: str, part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(rates.MATRIX_SIDES, "cpu", (64,))
-    small = '"model.restorer={num_features: 16, num_groups: 1, num_blocks: 1}"'
-    flops = {}
-    for name, more in {"small": [small], "its own": []}.items():
-        overrides = ",".join([f'"stages.{stage}.task.perceptual=ms_ssim"', *more])
-        words = ["what=train_step", f"train={experiment}", "model=tiny", "device=cpu", "repeats=1", "warmup=0"]
-        given = [*words, "batch=[1]", "variants=[eager]", f"overrides=[{overrides}]", f"out={tmp_path / name}"]
-        assert BENCHMARK.main(given) == 0
-        step = json.loads((tmp_path / name / "benchmark.json").read_text())["steps"][0]
-        flops[name] = step["parts"][part]["flops"]
-    assert 0 < flops["small"] < flops["its own"]
 
 
 @pytest.mark.gpu

@@ -8,19 +8,50 @@ from __future__ import annotations
 
 import platform
 import re
-from functools import partial
+from collections.abc import Iterable
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
+from varestorer.benchmark.counting import Count
+from varestorer.benchmark.measure import Clock, Work
 from varestorer.utils.device import CPUINFO
 from varestorer.utils.seeds import torch_generator
-from varestorer.utils.timing import in_turns
 
 MATRIX_SIDES = {"cuda": (4096, 8192), "mps": (2048, 4096), "cpu": (512, 1024)}
 COPY_BYTES = {"cuda": 2**30, "mps": 2**28, "cpu": 2**26}
 REPEATS, WARMUP = 10, 3
 LIBRARIES = ("torch", "torchvision", "transformers", "accelerate", "spandrel", "pillow", "numpy")
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a device does at best.
+
+    Attributes:
+        matrix: precision -> floating-point operations a second of products of matrices.
+        copy: bytes a second, read and written ones together.
+    """
+
+    matrix: dict[str, float]
+    copy: float
+
+    @classmethod
+    def of(cls, device: torch.device, precisions: Iterable[str]) -> Rates:
+        """Measure the rates of a device."""
+        named = dict.fromkeys(["fp32", *precisions])
+        return cls({name: matrix_rate(device, DTYPES[name]) for name in named}, copy_bandwidth(device))
+
+    def floor(self, cost: Count, precision: str) -> float:
+        """The least seconds of a part: its operations at the rate of products, or its bytes at that of copies.
+
+        Only products of matrices and convolutions count as operations, so a part of norms and activations, or of many
+        small launches, stands well above its floor.
+        """
+        return max(cost.flops / self.matrix[precision], cost.bytes / self.copy)
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
@@ -36,9 +67,7 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
         generator = torch_generator(0, "matrix rate", device=device)
         left, right = torch.randn(2, side, side, generator=generator, device=device).to(dtype)
         out = torch.empty_like(left)
-        product = partial(torch.mm, left, right, out=out)
-        timing = in_turns({"product": product}, REPEATS, WARMUP, device)
-        rates.append(2 * side**3 / min(timing["product"].seconds))
+        rates.append(2 * side**3 / _least(lambda a=left, b=right, out=out: torch.mm(a, b, out=out), device))  # type: ignore[misc]
     return max(rates)
 
 
@@ -47,8 +76,13 @@ def copy_bandwidth(device: torch.device) -> float:
     size = COPY_BYTES.get(device.type, COPY_BYTES["cpu"])
     source = torch.zeros(size, dtype=torch.uint8, device=device)
     target = torch.ones_like(source)
-    timing = in_turns({"copy": lambda: target.copy_(source)}, REPEATS, WARMUP, device)
-    return 2 * size / min(timing["copy"].seconds)
+    return 2 * size / _least(lambda: target.copy_(source), device)
+
+
+def _least(work: Work, device: torch.device) -> float:
+    """Seconds of the fastest of several runs."""
+    clock = Clock(device)
+    return min([clock.time(work) for _ in range(WARMUP + REPEATS)][WARMUP:])
 
 
 def device_description(device: torch.device) -> str:

@@ -1,0 +1,190 @@
+"""`benchmark what=memory`: how much GPU memory a stage of training needs, by calculation: nothing is allocated.
+
+The networks live on the meta device. One micro-batch goes forward and backward there, as it would on CUDA, while every
+tensor's life is followed. Not counted: what CUDA takes for itself (about half a gigabyte), cuDNN's working memory, and
+gaps between tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from varestorer.benchmark.counting import Ledger, as_on_cuda
+from varestorer.benchmark.report import GIB, Report
+from varestorer.benchmark.train_step import TrainStep, made_up_batch
+from varestorer.evaluation.tables import Column, Table, TableRow
+from varestorer.training.optimisers import OptimizerFactory, build_optimizer
+from varestorer.training.task import Task
+from varestorer.utils.device import num_bytes
+from varestorer.utils.watch import observed, watch
+
+BACKWARD = "backward"
+
+
+@dataclass(frozen=True)
+class MemoryRow:
+    """One line of the report.
+
+    Attributes:
+        kind: weights, gradients, optimizer, averages, activations, or peak.
+        part: what of it.
+        bytes: of memory.
+    """
+
+    kind: str
+    part: str
+    bytes: int
+
+
+def run(
+    report: Report,
+    make: Callable[[], Task],
+    optimizer: OptimizerFactory,
+    micro_batches: Sequence[int],
+    side: int,
+    device: torch.device,
+    folder: Path | None,
+) -> None:
+    """Print, and write if asked, the memory of a training step at each micro-batch; on a GPU it is measured too.
+
+    Args:
+        report: prints.
+        make: the task on the meta device, its base as it is kept in training.
+        optimizer: as for `fit`.
+        micro_batches: images that go through the networks at once.
+        side: of the images, pixels.
+        device: CUDA: where the peak is measured.
+        folder: for the files.
+    """
+    columns, peaks = {}, {}
+    for micro_batch in micro_batches:
+        columns[micro_batch] = memory_report(make(), optimizer, micro_batch, side)
+        if device.type == "cuda":
+            peaks[micro_batch] = measured_peak(make().to_empty(device=device), optimizer, micro_batch, side)
+            torch.cuda.empty_cache()
+    report.show(memory_table(columns, peaks))
+    if folder is not None:
+        found = {
+            str(size): {"rows": [asdict(row) for row in rows], "measured_peak": peaks.get(size)}
+            for size, rows in columns.items()
+        }
+        report.write(folder, [], None, {"micro_batches": found})
+
+
+def memory_report(
+    task: Task, optimizer: OptimizerFactory, micro_batch: int, side: int, bf16: bool = True
+) -> list[MemoryRow]:
+    """What a training step holds at its peak, part by part, on one process.
+
+    Args:
+        task: on the meta device, its frozen weights in the precision they will be kept in (`precision.keep_base_in`).
+        optimizer: as for `fit`.
+        micro_batch: images that go through the networks at once.
+        side: of the images, pixels.
+        bf16: as under bfloat16 autocast; else in float32.
+    Returns:
+        rows whose sum is the peak, and last the peak itself. Activations are those that are alive at the peak, by the
+        part that made them.
+    """
+    parameters = list(task.trainable_parameters().values())
+    rows = [MemoryRow("weights", part, size) for part, size in weights_by_part(task).items()]
+    rows.append(MemoryRow("gradients", "of what trains", num_bytes(parameters)))
+    rows.append(MemoryRow("optimizer", "state", optimizer_bytes(task, optimizer)))
+    averaged = sum(parameter.numel() for parameter in task.averaged_parameters().values())
+    rows.append(MemoryRow("averages", "float32", averaged * torch.float32.itemsize))
+    activations = step_memory(task, micro_batch, side, bf16).at_peak
+    rows += [MemoryRow("activations", part, size) for part, size in activations.items() if size]
+    return [*rows, MemoryRow("peak", "all", sum(row.bytes for row in rows))]
+
+
+def weights_by_part(task: Task) -> dict[str, int]:
+    """Bytes of parameters and buffers: adapters, the blocks, and every other network that the task holds."""
+    found: dict[str, int] = {}
+    held = {id(tensor): (name, tensor) for name, tensor in [*task.named_parameters(), *task.named_buffers()]}
+    for name, tensor in held.values():
+        first, second, *_ = [*name.removeprefix("system.").split("."), ""]
+        part = {"perceptual": "perceptual loss", "teacher": "separate teacher", "tokenizer": f"VAE {second}"}.get(first)
+        if first == "transformer":
+            part = "transformer blocks" if second == "blocks" else "transformer, the rest"
+        part = "adapters" if ".lora_" in name else part or first
+        found[part] = found.get(part, 0) + num_bytes([tensor])
+    return found
+
+
+def optimizer_bytes(task: Task, factory: OptimizerFactory) -> int:
+    """Bytes of the optimizer's state after a step."""
+    optimizer = build_optimizer(task, factory)
+    for parameter in task.trainable_parameters().values():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+    tensors = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
+    return num_bytes(tensors)
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """Activations of a micro-batch, bytes by the part that made them.
+
+    Attributes:
+        kept: alive between the forward and the backward pass.
+        at_peak: alive when most is alive.
+    """
+
+    kept: dict[str, int]
+    at_peak: dict[str, int]
+
+
+def step_memory(task: Task, micro_batch: int, side: int, bf16: bool) -> StepMemory:
+    """Send a micro-batch forward and backward through a task on the meta device."""
+    for parameter in task.trainable_parameters().values():
+        parameter.grad = torch.zeros_like(parameter)  # there from the micro-batch before
+    batch = made_up_batch(micro_batch, side, torch.device("meta"))
+    ledger = Ledger((*task.parameters(), *task.buffers()))
+    with ledger, as_on_cuda(bf16), observed(ledger.opened):
+        losses = task(batch, 1)
+        kept = dict(ledger.live)
+        with watch(BACKWARD):
+            losses["loss"].backward()
+    for parameter in task.parameters():
+        parameter.grad = None
+    return StepMemory(kept, dict(ledger.at_peak))
+
+
+def measured_peak(task: Task, optimizer: OptimizerFactory, micro_batch: int, side: int) -> int:
+    """Bytes that a task takes at most on a GPU in two steps of two micro-batches, bfloat16 autocast.
+
+    What else the process holds there is left out.
+
+    Args:
+        task: on the GPU, with any weights; it may be changed.
+        optimizer: as for `fit`.
+        micro_batch: images that go through the networks at once.
+        side: of the images, pixels.
+    """
+    device = next(task.parameters()).device
+    others = torch.cuda.memory_allocated(device) - sum(weights_by_part(task).values())
+    torch.cuda.reset_peak_memory_stats(device)
+    step = TrainStep(task, optimizer, micro_batch, side)
+    for _ in range(2):
+        step.gradients(bf16=True)
+        step.run(bf16=True)
+    return int(torch.cuda.max_memory_allocated(device)) - others
+
+
+def memory_table(columns: dict[int, list[MemoryRow]], peaks: dict[int, int]) -> Table:
+    """GiB, a column for each micro-batch."""
+    sizes = {size: {(row.kind, row.part): row.bytes / GIB for row in rows} for size, rows in columns.items()}
+    names = list(dict.fromkeys(name for found in sizes.values() for name in found if name[0] != "peak"))
+    rows = [
+        TableRow({"GiB": kind, "of": part, **{str(size): found.get((kind, part)) for size, found in sizes.items()}})
+        for kind, part in [*names, ("peak", "all")]
+    ]
+    if peaks:
+        rows.append(TableRow({"GiB": "measured", "of": "peak", **{str(n): peak / GIB for n, peak in peaks.items()}}))
+    texts = Column("GiB", is_text=True), Column("of", is_text=True)
+    return Table((*texts, *(Column(str(size)) for size in columns)), tuple(rows), "at a micro-batch of")

@@ -1,0 +1,243 @@
+"""What was measured, as tables, as JSON and as a picture of bars."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from varestorer.benchmark.counting import Count
+from varestorer.benchmark.measure import REST, Measured, Work, measure
+from varestorer.benchmark.roofline import Rates, device_description, library_versions
+from varestorer.evaluation.tables import Cell, Column, Table, TableRow, to_text, write_tables
+from varestorer.utils.files import atomic_write, write_json
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Run:
+    """A variant at one size of batch.
+
+    Attributes:
+        variant: its name.
+        batch: images at once.
+        precision: of the blocks: every part is held against its rate, though the VAE's encoder works in float32
+            whatever the blocks do.
+        measured: seconds and memory.
+        counts: part -> its operations and least bytes.
+        more: further columns of the overview.
+    """
+
+    variant: str
+    batch: int
+    precision: str
+    measured: Measured
+    counts: Mapping[str, Count]
+    more: dict[str, Cell] = field(default_factory=dict)
+
+    @property
+    def seconds(self) -> float:
+        """Of the whole, the median."""
+        return self.measured.whole.median
+
+    @property
+    def flops(self) -> int:
+        """Of all parts."""
+        return sum(cost.flops for cost in self.counts.values())
+
+    def floor(self, rates: Rates) -> float:
+        """Seconds: the floors of all parts together."""
+        return sum(rates.floor(cost, self.precision) for cost in self.counts.values())
+
+    def content(self, rates: Rates) -> dict[str, Any]:
+        """For other programs: seconds, bytes, operations."""
+        whole, rate = self.measured.whole, rates.matrix[self.precision]
+        parts: dict[str, dict[str, Any]] = {
+            part: {"seconds": timing.median, "spread": timing.spread, "flops": 0, "least_bytes": 0}
+            for part, timing in self.measured.parts.items()
+        }
+        for part, cost in self.counts.items():
+            parts.setdefault(part, {"seconds": None}).update(flops=cost.flops, least_bytes=cost.bytes)
+        return {
+            "variant": self.variant,
+            "batch": self.batch,
+            "precision": self.precision,
+            "seconds": whole.median,
+            "spread": whole.spread,
+            "all_seconds": whole.seconds,
+            "images_per_second": self.batch / whole.median,
+            "peak_bytes": self.measured.peak_bytes,
+            "flops": self.flops,
+            "share_of_matrix_rate": self.flops / whole.median / rate,
+            "floor_seconds": self.floor(rates),
+            "parts": parts,
+            **self.more,
+        }
+
+
+def overview(runs: Sequence[Run], rates: Rates, title: str = "") -> Table:
+    """A line for each run, its whole."""
+    rows = []
+    for run in runs:
+        seconds, peak, floor = run.seconds, run.measured.peak_bytes, run.floor(rates)
+        cells: dict[str, Cell] = {
+            "variant": run.variant,
+            "batch": run.batch,
+            "in": run.precision,
+            "ms": 1000 * seconds,
+            "spread": 1000 * run.measured.whole.spread,
+            "runs": len(run.measured.whole.seconds),
+            "images/s": run.batch / seconds,
+            "peak GiB": None if peak is None else peak / GIB,
+            "GFLOP": run.flops / 1e9 or None,
+            "GFLOP/s": run.flops / seconds / 1e9 or None,
+            "% of rate": 100 * run.flops / seconds / rates.matrix[run.precision] or None,
+            "floor ms": 1000 * floor or None,
+            "x floor": seconds / floor if floor else None,
+            **run.more,
+        }
+        rows.append(TableRow(cells))
+    return _table(rows, title)
+
+
+def parts_table(run: Run, rates: Rates) -> Table:
+    """The parts of a run, each beside what the device could do."""
+    rows = []
+    for part, timing in run.measured.parts.items():
+        seconds, cost = timing.median, run.counts.get(part, Count(0, 0))
+        floor = rates.floor(cost, run.precision)
+        cells: dict[str, Cell] = {
+            "part": part,
+            "ms": 1000 * seconds,
+            "spread": 1000 * timing.spread,
+            "GFLOP": cost.flops / 1e9 or None,
+            "% of rate": 100 * cost.flops / seconds / rates.matrix[run.precision] if cost.flops and seconds else None,
+            "least MB": cost.bytes / 1e6 or None,
+            "% of copies": 100 * cost.bytes / seconds / rates.copy if cost.bytes and seconds else None,
+            "floor ms": 1000 * floor or None,
+            "x floor": seconds / floor if floor and part != REST else None,
+        }
+        rows.append(TableRow(cells))
+    return _table(rows, f"{run.variant}, batch {run.batch}, against the rate of {run.precision}")
+
+
+def cost_table(counts: Mapping[str, Count], parameters: Mapping[str, int], title: str) -> Table:
+    """What one image costs, by count alone."""
+    rows = [
+        TableRow(
+            {
+                "part": part,
+                "parameters (M)": parameters[part] / 1e6 if part in parameters else None,
+                "GFLOP": counts[part].flops / 1e9 or None if part in counts else None,
+                "least MB": counts[part].bytes / 1e6 or None if part in counts else None,
+            }
+        )
+        for part in dict.fromkeys([*parameters, *counts])
+    ]
+    whole = {"parameters (M)": sum(parameters.values()) / 1e6, "GFLOP": sum(c.flops for c in counts.values()) / 1e9}
+    return _table([*rows, TableRow({"part": "all", **whole})], title)
+
+
+def _table(rows: Sequence[TableRow], title: str) -> Table:
+    """A table of all columns that a row has a figure for."""
+    names = dict.fromkeys(name for row in rows for name, cell in row.cells.items() if cell is not None)
+    texts = {name for row in rows for name, cell in row.cells.items() if isinstance(cell, str)}
+    return Table(tuple(Column(name, is_text=name in texts) for name in names), tuple(rows), title)
+
+
+class Report:
+    """Prints what is measured when it is there, and writes it all at the end.
+
+    Args:
+        what: the benchmark.
+        model: its subject.
+        device: where it runs.
+        say: prints a text.
+    """
+
+    def __init__(self, what: str, model: str, device: torch.device, say: Callable[[str], object]) -> None:
+        self.what, self.model, self.say = what, model, say
+        self.place = {"device": device_description(device), "versions": library_versions()}
+        self.title = f"benchmark {what}: {model} on {self.place['device']}"
+        self.tables: list[Table] = []
+        say(f"{self.title}\n" + ", ".join(f"{name} {number}" for name, number in library_versions().items()))
+
+    def show(self, table: Table) -> None:
+        """Print a table, and keep it."""
+        self.tables.append(table)
+        self.say(f"\n{to_text(table)}")
+
+    def measure(self, works: Mapping[str, Work], device: torch.device, options: Any) -> dict[str, Measured]:
+        """Time works in turns, see `measure.measure`; the seconds of each first run are printed at once.
+
+        Args:
+            works: by name.
+            device: where they work.
+            options: of the command: `repeats`, `warmup` and `minutes`.
+        """
+
+        def told(name: str, seconds: float) -> None:
+            self.say(f"{name}: first run {seconds:.3f} s")
+
+        return measure(works, options.repeats, options.warmup, device, 60 * options.minutes, told)
+
+    def show_rates(self, rates: Rates) -> None:
+        """Print the rates of the device."""
+        matrix = ", ".join(f"{rate / 1e12:.3g} TFLOP/s in {precision}" for precision, rate in rates.matrix.items())
+        self.say(f"\nmeasured rates: products of matrices {matrix}; copies {rates.copy / 1e9:.3g} GB/s")
+
+    def show_runs(self, runs: Sequence[Run], rates: Rates, title: str = "") -> None:
+        """Print the runs of one size of batch, as wholes and by their parts."""
+        for run in runs:
+            if set(run.measured.parts) - {REST}:  # those of a CUDA graph are launched together
+                self.show(parts_table(run, rates))
+        self.show(overview(runs, rates, title))
+
+    def write(self, folder: Path, runs: Sequence[Run], rates: Rates | None, content: Mapping[str, Any]) -> None:
+        """Write benchmark.json, the tables, and the picture of the runs."""
+        measured = {} if rates is None else {"rates": {"matrix": rates.matrix, "copy": rates.copy}}
+        found = {"runs": [run.content(rates) for run in runs]} if rates is not None else {}
+        whole = {"what": self.what, "model": self.model, **self.place, **measured, **found, **content}
+        write_json(folder / "benchmark.json", whole, indent=2)
+        tables = write_tables(self.tables, self.title, folder, "benchmark")
+        written = [
+            "benchmark.json",
+            *(path.name for path in tables),
+        ]
+        if runs and rates is not None:
+            write_bars(folder / "benchmark.png", runs, rates, self.title)
+            written.append("benchmark.png")
+        self.say(f"\nwritten: {', '.join(written)} to {folder}")
+
+
+def write_bars(path: Path, runs: Sequence[Run], rates: Rates, title: str) -> None:
+    """Draw milliseconds of an image: the parts of each run end to end, and the sum of their floors."""
+    from matplotlib import colormaps
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 1.6 + 0.5 * len(runs)), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    names = list(dict.fromkeys(part for run in runs for part in run.measured.parts))
+    left = [0.0] * len(runs)
+    for name, color in zip(names, colormaps["tab20"].colors, strict=False):  # type: ignore[attr-defined]
+        timings = [run.measured.parts.get(name) for run in runs]
+        widths = [1000 * t.median / run.batch if t else 0 for t, run in zip(timings, runs, strict=True)]
+        axes.barh(range(len(runs)), widths, left=left, height=0.6, color=color, label=name)
+        left = [a + b for a, b in zip(left, widths, strict=True)]
+    floors = [1000 * run.floor(rates) / run.batch for run in runs]
+    places = range(len(runs))
+    axes.vlines(floors, [n - 0.4 for n in places], [n + 0.4 for n in places], "k", "dashed", label="floor")
+    axes.set_yticks(places, [f"{run.variant}, batch {run.batch}" for run in runs])
+    axes.invert_yaxis()
+    axes.set_xlabel("milliseconds an image, median")
+    axes.set_title(title, fontsize=9)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format="png")

@@ -1,1 +1,0 @@
-"""How fast restoring and generation are, stage by stage, beside what the device could do."""

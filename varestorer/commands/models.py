@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -72,6 +72,7 @@ def get(name: str) -> dict[str, Path]:
     Raises:
         UsageError: nothing of that name is known.
     """
+    name = name.removeprefix(f"{HUB}/")
     if is_bundle(shipped(name)):
         return {f"{name}, which comes with the package": shipped(name)}
     if release := release_of(name):
@@ -103,8 +104,7 @@ def of_experiment(name: str) -> list[str]:
     import hydra
 
     cfg = hydra.compose("train", [f"+experiment={name}", f"weights_dir={HUB}"])
-    values = _leaves(OmegaConf.to_container(cfg.model, resolve=True))
-    return sorted({value.removeprefix(f"{HUB}/") for value in values if value.startswith(f"{HUB}/")})
+    return sorted(set(re.findall(rf": {HUB}/(\S+)", OmegaConf.to_yaml(cfg.model, resolve=True))))
 
 
 def push(folder: str, name: str, private: bool) -> str:
@@ -181,15 +181,6 @@ def _bundles() -> Iterator[tuple[str, str]]:
 
 def _size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
-
-
-def _leaves(node: Any) -> Iterator[str]:
-    """All texts below a node."""
-    if isinstance(node, str):
-        yield node
-    elif isinstance(node, dict | list):
-        for child in node.values() if isinstance(node, dict) else node:
-            yield from _leaves(child)
 
 
 COMMAND = ModelsCommand("models", "models", models, schema=ModelsOptions)

@@ -292,6 +292,9 @@ def test_precision_is_a_part_of_what_was_scored(
         (["method=bicubic", "model_path=x"], "model_path= is for method=spandrel and method=tokenizer"),
         (["method=bicubic", "steps=multi"], "steps= is for ckpt=MODEL"),
         (["method=bicubic", "precision=bf16"], "precision= is for ckpt=MODEL"),
+        (["method=bicubic", "doubt=bicubic"], "doubt= is for ckpt=MODEL"),
+        (["steps=multi", "doubt=bicubic"], "doubt= is for ckpt=MODEL"),
+        (["doubt=none"], "doubt must be one of restorer, bicubic"),
     ],
 )
 def test_wrong_commands(words: list[str], message: str, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -307,6 +310,20 @@ def test_without_a_source_it_is_the_shipped_model(root: Path, words: list[str]) 
     settings = json.loads((root.parent / "out" / "settings.json").read_text())
     assert settings["ckpt"] == DEFAULT
     assert load_image(root.parent / "out" / "images" / "0.png").shape == (3, 48, 64)
+
+
+def test_doubt_is_written_beside_the_scores(
+    root: Path, tiny_system: VARestorer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_system.save_pretrained(root.parent / "bundle")
+    words = [f"ckpt={root.parent / 'bundle'}", "metrics=[psnr]", "limit=2"]
+    assert run(root, *words, "doubt=restorer") == 2
+    assert "no restorer: give doubt=bicubic" in capsys.readouterr().err
+    assert run(root, *words, "doubt=bicubic") == 0
+    assert "doubt.png" in capsys.readouterr().out
+    content = json.loads((root.parent / "out" / "doubt.json").read_text())
+    mean = json.loads((root.parent / "out" / "summary.json").read_text())["metrics"]["psnr"]["mean"]
+    assert content["curves"]["psnr"]["doubt"][0] == pytest.approx(mean, abs=1e-3)
 
 
 def test_a_model_of_other_traits_is_another_model(

@@ -132,13 +132,14 @@ def test_a_folder_with_awkward_names(
 
 
 def test_options_reach_the_system(system: Enlarger, photos: Path, tmp_path: Path) -> None:
-    more = ["select=sample", "color=wavelet", "tile=32", "overlap=8", "batch=3", "scale=3.0"]
+    more = ["select=sample", "color=wavelet", "tile=32", "overlap=8", "batch=3", "scale=3.0", "fidelity=0.25"]
     assert COMMAND.main(words(photos, tmp_path / "out", *more)) == 0
     wanted = {"select": "sample", "color": "wavelet", "tile": 32, "overlap": 8, "batch": 3, "scale": 3}
-    wanted |= {"prompt": None, "uncertainty": False}
+    wanted |= {"prompt": None, "uncertainty": False, "fidelity": 0.25}
     assert wanted.items() <= system.calls[0].items() and "steps" not in system.calls[0]  # the system's own way
     assert system.is_merged
-    assert entries_of(tmp_path / "out")["a.png"]["prompt"] is None
+    entry = entries_of(tmp_path / "out")["a.png"]
+    assert entry["prompt"] is None and entry["fidelity"] == 0.25
 
 
 def test_uncertainty_is_the_mean_over_scales_beside_the_result(system: Enlarger, photos: Path, tmp_path: Path) -> None:
@@ -399,7 +400,9 @@ def test_compat_gets_prompt_tiles_and_both_global_generators_seeded(
         ("uncertainty=maybe", "uncertainty"),
         ("device=tpu", "device must be auto, cpu, cuda, cuda:N or mps, got"),
         ("prompt=a dog caption=auto", "prompt and caption=auto contradict"),
-        ("steps=multi uncertainty=true", "uncertainty=true"),
+        ("steps=multi uncertainty=true", "uncertainty= and fidelity="),
+        ("fidelity=1.5", "fidelity must be"),
+        ("fidelity=0.5 sizes=[1,4]", "fidelity= is for one size"),
         ("compat=official select=sample", "leave out select=sample"),
         ("compat=official steps=2 color=adain", "leave out steps=2 color=adain"),
         ("compat=official uncertainty=true batch=4", "leave out batch=4 uncertainty=True"),

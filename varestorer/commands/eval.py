@@ -17,6 +17,7 @@ from varestorer.data.folders import find_images_or_pairs, find_pairs
 from varestorer.data.testsets.checking import known_set
 from varestorer.data.testsets.known import BENCHMARKS
 from varestorer.evaluation.detective import explain, read_figures, report
+from varestorer.evaluation.doubt import check_doubt, measure_doubt, write_doubt
 from varestorer.evaluation.evaluator import Evaluator
 from varestorer.evaluation.logged import log_evaluation
 from varestorer.evaluation.outputs import write_report
@@ -38,6 +39,7 @@ from varestorer.evaluation.sources import (
 )
 from varestorer.systems import load
 from varestorer.systems.acceleration import Acceleration
+from varestorer.systems.base import System
 from varestorer.utils.errors import UsageError, UserError
 from varestorer.utils.files import expand_user
 from varestorer.utils.images import load_image
@@ -168,6 +170,9 @@ def _evaluate(options: EvalOptions, whole: list[Pair], out: Path, processes: Pro
     evaluator = _evaluator(options, asked, processes, has_references=any(hq for _, _, hq in pairs))
     if evaluator.unavailable and processes.is_main:
         log.warning("left out, for they cannot run here: %s", ", ".join(evaluator.unavailable))
+    if options.doubt is not None:
+        assert isinstance(source, SystemSource) and isinstance(source.system, System)
+        check_doubt(source.system, pairs, evaluator, options.doubt)
     progress = Progress(out, _settings(options, evaluator, source, processes))
     keep = None if options.predictions else progress.images
     evaluation = evaluator.evaluate(pairs, source, dataset, keep, progress=progress, processes=processes)
@@ -178,8 +183,18 @@ def _evaluate(options: EvalOptions, whole: list[Pair], out: Path, processes: Pro
         files += write_report(evaluation, out, source.method, options.dataset.get("pairs"), enlargement)
         log_evaluation(evaluation, source.method, _logger(options, out, source.method))
         say(summary_text(evaluation, unmet))
+    has_failed = bool(evaluation.failures or unmet)
+    if options.doubt is not None:
+        assert isinstance(source, SystemSource) and isinstance(source.system, System)
+        scored = [pair for pair, row in zip(pairs, evaluation.rows, strict=True) if not row.errors]
+        doubt = measure_doubt(source.system, scored, evaluator, options.doubt, options.scale, options.seed, processes)
+        has_failed |= bool(doubt.failures)
+        if processes.is_main:
+            files += write_doubt(doubt, out, f"{source.method}, {dataset}")
+            say("\n".join([*(f"doubt of {name}: {why}" for name, why in doubt.failures.items())]))
+    if processes.is_main:
         say(f"wrote {', '.join(path.name for path in files)}{' and images/' if keep else ''} to {out}")
-    return FAILED if evaluation.failures or unmet else OK
+    return FAILED if has_failed else OK
 
 
 def _logger(options: EvalOptions, out: Path, method: str) -> Logger:
@@ -267,6 +282,8 @@ def _check_source(options: EvalOptions) -> None:
         raise UsageError("precision= is for ckpt=MODEL, or the shipped model")
     if options.steps != "one" and (options.predictions or options.method):
         raise UsageError("steps= is for ckpt=MODEL, or the shipped model")
+    if options.doubt and (options.predictions or options.method or options.steps != "one" or options.size):
+        raise UsageError("doubt= is for ckpt=MODEL, or the shipped model, in its own steps and size")
 
 
 def _system(options: EvalOptions, processes: Processes) -> KnownSource:

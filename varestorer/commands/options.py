@@ -115,6 +115,14 @@ examples:
         "none", "none | adain | wavelet: give the result the colors of the input", choices=("none", "adain", "wavelet")
     )
     uncertainty: bool = option(False, "true: save <stem>.uncertainty.png, a heat map of where the model guessed")
+    fidelity: float = option(
+        0.0,
+        "0 to 1: the share of the area that is taken from the model's restorer (from the enlarged input where it has "
+        "none): where the model changed most without being sure",
+        "SHARE",
+        least=0,
+        most=1,
+    )
     tile: int | None = option(
         None, "side of the squares restored at once (default: the size the model was trained on)", "PIXELS", least=1
     )
@@ -325,6 +333,14 @@ Exit status: 0 all well; 1 an image, or a metric asked for with metrics=, failed
         "where more is no faster",
         "N",
         least=1,
+    )
+    doubt: str | None = option(
+        None,
+        "of ckpt: also write whether the model knows where it guesses (doubt.md, .png): calibration of its symbols, "
+        "and what is left of the error where the most doubtful area is taken from its restorer, or from the enlarged "
+        "input (bicubic); restores and scores each image again",
+        "restorer|bicubic",
+        choices=("restorer", "bicubic"),
     )
     limit: int | None = option(None, "only the first N images", "N", least=1)
     scale: int = option(4, "how much larger the references are", least=1)

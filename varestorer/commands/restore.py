@@ -89,8 +89,12 @@ def check_options(options: RestoreOptions) -> None:
         raise UsageError(f"megapixels and {targets[0]} contradict each other: leave one of them out")
     if options.prompt and options.caption == "auto":
         raise UsageError("prompt and caption=auto contradict each other: give the text, or have images described")
-    if options.uncertainty and options.steps == "multi":
-        raise UsageError("uncertainty=true is about the student, which steps=multi does not ask: use steps=one or K")
+    if (options.uncertainty or options.fidelity) and options.steps == "multi":
+        raise UsageError(
+            "uncertainty= and fidelity= are about the student, which steps=multi does not ask: use steps=one or K"
+        )
+    if options.fidelity and options.sizes:
+        raise UsageError("fidelity= is for one size: leave sizes= out")
     if options.linears != "none" and options.steps != "one":
         raise UsageError(f"linears={options.linears} is for one step, got steps={options.steps}; leave one of them out")
     own = (
@@ -101,6 +105,7 @@ def check_options(options: RestoreOptions) -> None:
         "overlap",
         "batch",
         "uncertainty",
+        "fidelity",
         "precision",
         "compile",
         "graphs",
@@ -170,6 +175,8 @@ def settings_of(options: RestoreOptions, acceleration: Acceleration | None) -> d
         settings["trained_scale"] = options.trained_scale
     if acceleration is not None:
         settings |= {"precision": acceleration.precision, "linears": acceleration.linears}
+    if options.fidelity:
+        settings["fidelity"] = options.fidelity
     if options.sizes is not None:
         settings["sizes"] = [whole(size) for size in options.sizes]
     return settings if options.caption == "auto" else settings | {"prompt": options.prompt}
@@ -195,7 +202,7 @@ def size_label(size: float) -> str:
 
 def bind(system: VARestorer, options: RestoreOptions, texts: Texts) -> RestoreImage:
     """Bind the options, so that only an image, its job and its seed are missing."""
-    keys = ("select", "steps", "color", "tile", "overlap", "batch", "uncertainty", "sizes", "trained_scale")
+    keys = ("select", "steps", "color", "tile", "overlap", "batch", "uncertainty", "fidelity", "sizes", "trained_scale")
     wishes = {key: getattr(options, key) for key in keys}
     wishes["steps"] = None if options.steps == "one" else options.steps  # the way of the system
     chosen: dict[str, Any] = {key: value for key, value in wishes.items() if value is not None}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain, repeat
 from pathlib import Path
@@ -114,12 +114,15 @@ class Evaluator:
         check_sizes(image_3HW, reference_3HW)
         return self.score_batch([image_3HW], [reference_3HW])[0]
 
-    def score_batch(self, images: Sequence[Tensor], references: Sequence[Tensor | None]) -> list[Scores]:
+    def score_batch(
+        self, images: Sequence[Tensor], references: Sequence[Tensor | None], only: Collection[str] | None = None
+    ) -> list[Scores]:
         """Score images of one size.
 
         Args:
             images: (3, H, W) RGB in [0, 1]; rounded to 8 bit first, as the references are.
             references: the same size; without them only metrics that need none run.
+            only: columns that are asked for; None for all.
         Raises:
             ValueError: some have a reference and some have none.
         """
@@ -130,7 +133,8 @@ class Evaluator:
             raise ValueError(f"{len(images)} images need as many references, or none, got {len(given)}")
         found = [Scores() for _ in images]
         for name, metric in self.image_metrics.items():
-            if not metric.needs_reference or reference_B3HW is not None:
+            is_asked = only is None or name in only
+            if is_asked and (not metric.needs_reference or reference_B3HW is not None):
                 _score(name, metric, image_B3HW, reference_B3HW, found)
         return found
 

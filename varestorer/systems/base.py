@@ -30,6 +30,7 @@ from varestorer.systems.acceleration import (
     decode_in_bf16,
     quantize_linears,
 )
+from varestorer.systems.fidelity import check_fidelity, give_up
 from varestorer.tokenizer import MultiScaleTokenizer, ScaleSchedule, TokenPyramid
 from varestorer.tokenizer.quantizer import resize_area, to_map
 from varestorer.transformer import VARTransformer
@@ -296,6 +297,10 @@ class System(
         maps = [F.interpolate(x, size=size, mode="bilinear", align_corners=False) for x in self.split(entropy_BL1)]
         return torch.cat(maps, dim=1)
 
+    def faithful(self, lq_B3tt: Tensor) -> Tensor:
+        """What `fidelity` falls back to: degraded squares in [0, 1], cleaned where there is a restorer."""
+        return lq_B3tt
+
     @overload
     def restore(self, image: list[Any], scale: float = ..., **options: Any) -> list[Restoration]: ...
 
@@ -333,6 +338,7 @@ class System(
         overlap: int | None = None,
         batch: int = 8,
         uncertainty: bool = False,
+        fidelity: float = 0.0,
         sizes: Sequence[float] | None = None,
         progress: Callable[[int, int], None] | None = None,
         **request: Any,
@@ -351,6 +357,9 @@ class System(
             overlap: pixels shared by neighboring tiles; None for a quarter of a tile.
             batch: tiles per forward pass.
             uncertainty: whether to return it; costs K channels of the size of the result.
+            fidelity: share of the area, 0 to 1, that is taken from the restorer, or from the enlarged image where there
+                is none: where the network changed most without being sure, see `systems.fidelity`. Costs K + 3
+                channels. Not with `sizes`.
             sizes: enlargements that are returned, from one pass: `scale`, and what part of it the model's `sides` are
                 of `tile`. None for `scale` alone.
             progress: is called with the squares done and all there are, first with none done.
@@ -358,9 +367,10 @@ class System(
 
         Raises:
             ValueError: an image or a scale of another kind or range; says what was wanted and what came.
-            UserError: unknown `select`, `steps`, `color`, `tile` or `sizes`, an impossible overlap; a result that is
-                not finite.
+            UserError: unknown `select`, `steps`, `color`, `tile` or `sizes`, an impossible overlap or fidelity; a
+                result that is not finite.
         """
+        check_fidelity(fidelity, sizes)
         image = as_picture(image)
         height, width = image.shape[-2:]
         wanted = scaled_size(height, width, scale)
@@ -373,15 +383,17 @@ class System(
         total = num_tiles(size, system.tile, overlap, system.step)
         if progress is not None:
             progress(0, total)
-        asked = self.accept(Request(**request, sides=sides), uncertainty)
+        has_maps = uncertainty or fidelity > 0
+        asked = self.accept(Request(**request, sides=sides), has_maps)
 
         def run(tiles_B3tt: Tensor, numbers: list[int]) -> list[Tensor]:
             tiles = to_device(tiles_B3tt, self.device)
             restored = system.restore_squares(tiles, numbers, asked)
             pairs = zip((*restored.smaller, restored.images_B3HW), sides, strict=True)
             images = [match_color(image, resize_area(tiles, (side, side)), color) for image, side in pairs]
-            if uncertainty and restored.logits is not None:
-                images[-1] = torch.cat([images[-1], system.uncertainty(restored.logits)], dim=1)
+            faithful = [match_color(self.faithful(tiles), tiles, color)] if fidelity else []
+            maps = [system.uncertainty(restored.logits)] if has_maps and restored.logits is not None else []
+            images[-1] = torch.cat([images[-1], *faithful, *maps], dim=1)
             if progress is not None:
                 progress(numbers[-1] + 1, total)
             return [to_device(image, tiles_B3tt.device) for image in images]
@@ -391,6 +403,7 @@ class System(
         results = [(scaled_size(height, width, factor), side) for factor, side in zip(factors, sides, strict=True)]
         squares = size, system.tile, overlap, batch, run, results, system.step
         tiled = restore_to_sizes(to_device(image, place), *squares, enlarge=self.enlarge)
+        tiled[-1] = give_up(tiled[-1], fidelity)
         for whole in tiled:
             check_finite(whole, "the result")
             if is_grey(image):

@@ -285,6 +285,9 @@ class VARestorer(System):
 
     # ---- restoring squares, in one step or in several
 
+    def faithful(self, lq_B3tt: Tensor) -> Tensor:
+        return lq_B3tt if self.restorer is None else self.restorer(lq_B3tt)
+
     @torch.inference_mode()
     def restore_batch(
         self, lq_B3HW: Tensor, noise: Noise | None = None, steps: str | int = "one", text: Text | None = None

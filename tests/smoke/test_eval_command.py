@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,6 +17,7 @@ from hydra.utils import instantiate
 
 from varestorer.commands.entry import compose
 from varestorer.commands.eval import COMMAND
+from varestorer.commands.tables import COMMAND as TABLES
 from varestorer.data.testsets.fingerprints import joint_hash, pixel_hash
 from varestorer.data.testsets.known import BENCHMARKS
 from varestorer.evaluation.evaluator import Evaluator
@@ -98,6 +100,41 @@ def test_a_known_set_under_another_name_is_refused(
     assert "holds the pixels of realsr, not of drealsr" in capsys.readouterr().err
     assert run(root, "method=bicubic", "metrics=[psnr]", dataset="realsr") == 0
     assert run(root, "method=bicubic", "metrics=[psnr]", f"out={root.parent / 'own'}") == 0  # as a folder of one's own
+
+
+def test_methods_are_compared_on_one_page(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = root.parent / "out"
+    words = ["metrics=[psnr]", f"compare=[plain=bicubic,hq={root / 'hr'}]", "pairwise=true"]
+    assert run(root, *words) == 0
+    text = capsys.readouterr().out
+    assert "plain on folder, protocol varestorer: 3 images scored" in text and "pairwise.json to" in text
+    table = (out / "table.md").read_text()
+    assert "| ▸ hq |" in table and "| plain - hq | psnr | -" in table
+    titles = re.findall("<figcaption>(.*?)</figcaption>", (out / "gallery.html").read_text())
+    assert titles == ["LQ", "plain", "hq", "HQ"] * 3
+    assert json.loads((out / "hq" / "summary.json").read_text())["method"] == "hq"
+    study = json.loads((out / "pairwise.json").read_text())
+    answers = [{"trial": i, "chosen": 1, "left": i % 2} for i in range(3)]
+    (out / "answers.json").write_text(json.dumps({"study": study["study"], "answers": answers}))
+    tables = ["table=preference", f"runs=[{out}]", f"answers=[{out / 'answers.json'}]", f"out={root.parent / 'tables'}"]
+    assert TABLES.main(tables) == 0
+    assert "| plain - hq | 0 | 0 | 3 | 0.000 | 0.000 to 0.000 |" in capsys.readouterr().out
+    # evaluations are taken up again: by the folder of one, too
+    assert run(root, *words) == 0
+    again = root.parent / "again"
+    assert run(root, f"compare=[{out / 'plain'},b={out / 'hq'}]", "metrics=[psnr]", f"out={again}") == 0
+    assert (again / "table.md").read_text().count("▸") >= 2
+    capsys.readouterr()
+    for words, message in [
+        (["compare=[bicubic,bicubic]"], "two methods are called bicubic"),
+        (["compare=[LQ=bicubic]"], "cannot be called 'LQ'"),
+        (["compare=[a/b=bicubic]"], "cannot be called 'a/b'"),
+        (["compare=[bicubic]", "pairwise=true"], "two methods or more"),
+        (["compare=[bicubic]", "method=bicubic"], "leave out method="),
+        (["compare=[bicubic]", "explain='psnr=3'"], "leave out explain="),
+    ]:
+        assert run(root, *words, f"out={root.parent / 'c'}") == 2
+        assert message in capsys.readouterr().err
 
 
 def test_two_files_are_compared_without_a_data_set(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -50,11 +50,12 @@ def test_table_3_without_runs_is_the_published_one(tmp_path: Path, capsys: pytes
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["table=4"], "table must be 1, 2, 3, varsr, got 4"),
-        (["table=one"], "table must be 1, 2, 3, varsr, got one"),
+        (["table=4"], "table must be 1, 2, 3, varsr, preference, got 4"),
+        (["table=one"], "table must be 1, 2, 3, varsr, preference, got one"),
         (["table=2", "model=nano", "repeats=x"], "repeats: Value 'x'"),
         (["table=2", "model=nano", "repeats=0"], "repeats must be at least 1, got repeats=0"),
         ([], "no value for table"),
+        (["table=preference"], "takes one folder in runs="),
         (["table=1", "model=nano"], "model= and ckpt= are for table=2"),
         (["table=2", "model=huge"], "huge"),
         (["table=1", "runs=[/nowhere]"], "/nowhere has no summary.json"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from varestorer.evaluation.doubt import check_doubt, measure_doubt, write_doubt
 from varestorer.evaluation.evaluator import Evaluator
 from varestorer.evaluation.logged import log_evaluation
 from varestorer.evaluation.outputs import write_report
+from varestorer.evaluation.preference import write_pairwise
 from varestorer.evaluation.processes import Processes
 from varestorer.evaluation.progress import Progress, write_records
 from varestorer.evaluation.protocols import Protocol, listed_protocols, load_protocol
@@ -35,6 +36,7 @@ from varestorer.evaluation.sources import (
     Source,
     SpandrelSource,
     SystemSource,
+    source_keys,
     weights_digest,
 )
 from varestorer.systems import load
@@ -71,7 +73,7 @@ def run_eval(cfg: DictConfig) -> int:
     check_options(options)
     processes = Processes.start(options.device)
     try:
-        return _run(options, processes) if options.image is None else _compare(options, processes)
+        return _run(options, processes) if options.image is None else _two_files(options, processes)
     finally:
         processes.end()
 
@@ -89,6 +91,8 @@ def check_options(options: EvalOptions) -> None:
     if options.image is not None or options.reference is not None:
         check_two_files(options)
         return
+    if options.pairwise and len(options.compare or []) < 2:
+        raise UsageError("pairwise=true goes with compare=[...] of two methods or more")
     if options.dataset is None:
         raise UsageError(f"dataset= is missing: which data set it is, one of {', '.join(BENCHMARKS)}")
     if options.data.root is None:
@@ -107,12 +111,12 @@ def check_two_files(options: EvalOptions) -> None:
     """
     if options.image is None or options.reference is None:
         raise UsageError("image= and reference= go together: give both files")
-    given = [key for key in ("dataset", "ckpt", "predictions", "method") if getattr(options, key) is not None]
+    given = [key for key in ("dataset", "compare", *SOURCES) if getattr(options, key) is not None]
     if given:
         raise UsageError(f"image= and reference= compare two files: leave out {given[0]}=")
 
 
-def _compare(options: EvalOptions, processes: Processes) -> int:
+def _two_files(options: EvalOptions, processes: Processes) -> int:
     """Score one image against another and say so; nothing is written.
 
     Raises:
@@ -148,16 +152,63 @@ def _explain(options: EvalOptions, pairs: Sequence[Pair], source: Source) -> int
 
 def _run(options: EvalOptions, processes: Processes) -> int:
     whole = _pairs(options)
+    if options.compare is not None:
+        return _compare(options, whole, processes)
     _check_source(options)
     if options.explain is not None:
         return _explain(options, whole[: options.limit], _source(options, whole, processes))
     # the default has the time in it, which each process reads for itself
     out = processes.of_main(expand_user(options.out))
     with processes.keeping(out):
-        return _evaluate(options, whole, out, processes)
+        return _evaluate(options, whole, out, processes)[1]
 
 
-def _evaluate(options: EvalOptions, whole: list[Pair], out: Path, processes: Processes) -> int:
+def _compare(options: EvalOptions, whole: list[Pair], processes: Processes) -> int:
+    """Evaluate several methods, each in a folder of its own, and set them side by side."""
+    chosen = _chosen(options)
+    for label, one in chosen.items():
+        if set(label) & set("/\\") or label.startswith(".") or label in ("LQ", "HQ", "gallery"):
+            raise UsageError(f"compare: a method cannot be called {label!r}; give NAME=WHAT")
+        _check_source(one)
+    out = processes.of_main(expand_user(options.out))
+    evaluations, statuses = {}, []
+    with processes.keeping(out):
+        for label, one in chosen.items():
+            evaluations[label], status = _evaluate(one, whole, out / label, processes, label)
+            statuses.append(status)
+        if processes.is_main:
+            files = write_report(evaluations, out, options.dataset.get("pairs"), options.scale)
+            files += write_pairwise(evaluations, out, options.scale) if options.pairwise else []
+            say(f"wrote {', '.join(path.name for path in files)} to {out}")
+    return max(statuses)
+
+
+def _chosen(options: EvalOptions) -> dict[str, EvalOptions]:
+    """The methods of compare=, each as the options of its own evaluation.
+
+    Raises:
+        UsageError: a name twice, or keys that say themselves what is scored.
+    """
+    given = [key for key in (*SOURCES, "model_path", "size", "explain") if getattr(options, key) is not None]
+    if given:
+        raise UsageError(f"compare= says itself what is scored: leave out {given[0]}=")
+    chosen: dict[str, EvalOptions] = {}
+    for text in options.compare or []:
+        label, found, what = text.partition("=")
+        if not found or expand_user(text).exists():
+            label, what = Path(text).stem, text
+        if label in chosen:
+            raise UsageError(f"compare: two methods are called {label}; give each a name, NAME=WHAT")
+        source = source_keys(what)
+        network: dict[str, Any] = {} if "ckpt" in source else {"precision": None, "steps": "one", "doubt": None}
+        chosen[label] = replace(options, **{"compare": None, **source, **network})
+    return chosen
+
+
+def _evaluate(
+    options: EvalOptions, whole: list[Pair], out: Path, processes: Processes, label: str | None = None
+) -> tuple[Evaluation, int]:
+    """Score one method, write what it gives, and say so; with the exit status."""
     is_smaller = options.size is not None and options.size != options.scale
     dataset = options.dataset["name"] + (f"_x{options.size:g}" if is_smaller else "")
     if is_smaller:
@@ -178,11 +229,12 @@ def _evaluate(options: EvalOptions, whole: list[Pair], out: Path, processes: Pro
     evaluation = evaluator.evaluate(pairs, source, dataset, keep, progress=progress, processes=processes)
     unmet = [name for name in asked or [] if name in evaluation.summary()["unavailable"]]
     if processes.is_main:
-        files = write_records(evaluation, out)
+        method = label or source.method
+        files = write_records(evaluation, out, method)
         enlargement = options.size or options.scale
-        files += write_report(evaluation, out, source.method, options.dataset.get("pairs"), enlargement)
-        log_evaluation(evaluation, source.method, _logger(options, out, source.method))
-        say(summary_text(evaluation, unmet))
+        files += write_report({method: evaluation}, out, options.dataset.get("pairs"), enlargement)
+        log_evaluation(evaluation, method, _logger(options, out, method))
+        say(f"{method} on {summary_text(evaluation, unmet)}")
     has_failed = bool(evaluation.failures or unmet)
     if options.doubt is not None:
         assert isinstance(source, SystemSource) and isinstance(source.system, System)
@@ -190,11 +242,11 @@ def _evaluate(options: EvalOptions, whole: list[Pair], out: Path, processes: Pro
         doubt = measure_doubt(source.system, scored, evaluator, options.doubt, options.scale, options.seed, processes)
         has_failed |= bool(doubt.failures)
         if processes.is_main:
-            files += write_doubt(doubt, out, f"{source.method}, {dataset}")
+            files += write_doubt(doubt, out, f"{method}, {dataset}")
             say("\n".join([*(f"doubt of {name}: {why}" for name, why in doubt.failures.items())]))
     if processes.is_main:
         say(f"wrote {', '.join(path.name for path in files)}{' and images/' if keep else ''} to {out}")
-    return FAILED if has_failed else OK
+    return evaluation, FAILED if has_failed else OK
 
 
 def _logger(options: EvalOptions, out: Path, method: str) -> Logger:

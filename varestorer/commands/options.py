@@ -251,6 +251,7 @@ Score restored images against their references, per image and on average.
 
 usage: python scripts/eval.py dataset=NAME data.root=FOLDER [ckpt=... | predictions=... | method=...]
        python scripts/eval.py image=FILE reference=FILE [protocol=...] [metrics=...]    one image against another
+       python scripts/eval.py compare=[ours=RUN,other=FOLDER,bicubic] dataset=NAME data.root=FOLDER   side by side
        python scripts/eval.py protocol=list                                             which paper uses which
 """
     NOTES: ClassVar[str] = """
@@ -292,6 +293,17 @@ Exit status: 0 all well; 1 an image, or a metric asked for with metrics=, failed
         "figures that a paper prints for these pictures: says which conventions (channel, border, rounding, crop, "
         "file format, variant of the metric) give them, nearest first",
         "'psnr=25.15,ssim=0.7341'",
+    )
+    compare: list[str] | None = option(
+        None,
+        "several methods on one page of pictures and in one table: NAME=WHAT each, where WHAT is bicubic, a MODEL as "
+        "in ckpt, a folder of restored images or of an evaluation (its out=), or a file that spandrel loads",
+        "[ours=...,other=...,bicubic]",
+    )
+    pairwise: bool = option(
+        False,
+        "of compare: also pairwise.html, on which people choose blindly between two methods; their answers make "
+        "scripts/tables.py table=preference",
     )
     steps: str = option(
         "one", "of ckpt: one: the student at once; K: the teacher predicts the last K-1 scales; multi: all fine ones"
@@ -375,6 +387,7 @@ Assemble a table of a paper: the published rows, and ours beside them.
 usage: python scripts/tables.py table=1 "runs=['ours=outputs/eval/realsr_1','ours=outputs/eval/div2k_1']"
        python scripts/tables.py table=2 'model=[nano,2b]'
        python scripts/tables.py table=3 "runs=['w/o KL=outputs/eval/div2k_2']"
+       python scripts/tables.py table=preference runs=COMPARISON answers=[FILE,...]
 """
     NOTES: ClassVar[str] = """
 Writes table<N>.md, .tex and .html to `out`. What nobody published or measured is a dash.
@@ -386,8 +399,8 @@ Exit status: 0 all well; 1 something could not be read or written; 2 the command
         MISSING,
         "1: ten metrics on DIV2K-Val, DRealSR and RealSR; 2: parameters, FLOPs by torch's counter, seconds and peak "
         "memory, as a whole and by stages; 3: ablations on DIV2K-Val; varsr: VARSR and its ablations, under its "
-        "protocol",
-        "1|2|3|varsr",
+        "protocol; preference: what people chose on a page of eval pairwise=true",
+        "1|2|3|varsr|preference",
         title="which table",
     )
     runs: list[str] | None = option(
@@ -395,6 +408,11 @@ Exit status: 0 all well; 1 something could not be read or written; 2 the command
         "folders of scripts/eval.py (their out=), each maybe with the name of its row: 'label=folder'; all under one "
         "protocol, for means under two cannot be compared",
         "[...]",
+    )
+    answers: list[str] | None = option(
+        None,
+        "of table=preference: the files that raters saved from pairwise.html; runs= names its folder",
+        "[FILE,...]",
     )
     out: str = option("outputs/tables", "folder of the tables")
     model: Any = option(

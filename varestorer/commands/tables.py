@@ -29,6 +29,7 @@ from varestorer.evaluation.paper_tables import (
     table_3,
     table_varsr,
 )
+from varestorer.evaluation.preference import preference_tables, read_answers, read_study
 from varestorer.evaluation.tables import Table, to_markdown, write_tables
 from varestorer.systems import SYSTEMS
 from varestorer.systems.base import System
@@ -37,7 +38,10 @@ from varestorer.utils.errors import UsageError, reason
 from varestorer.utils.files import check_writable, expand_user
 from varestorer.utils.schema import typed
 
-TITLES = {number: f"Table {number} of VARestorer" for number in ("1", "2", "3")} | {"varsr": "VARSR and its ablations"}
+TITLES = {number: f"Table {number} of VARestorer" for number in ("1", "2", "3")} | {
+    "varsr": "VARSR and its ablations",
+    "preference": "What people prefer",
+}
 MAX_TIMED_ON_CPU = 1e9  # parameters
 PROMPT_TOKENS = 512  # of the published text encoder
 
@@ -65,6 +69,11 @@ def tables(cfg: DictConfig) -> int:
 def _tables(options: TablesOptions, number: str) -> list[Table]:
     if number != "2" and (_model_names() or options.ckpt is not None):
         raise UsageError(f"model= and ckpt= are for table=2; table={number} takes runs=")
+    if number == "preference":
+        if len(_listed(options.runs)) != 1:
+            raise UsageError("table=preference takes one folder in runs=: the out= of eval compare=[...] pairwise=true")
+        study = read_study(_listed(options.runs)[0])
+        return preference_tables(study, read_answers(study, _listed(options.answers)))
     records = read_records(_listed(options.runs))
     if number == "1":
         return table_1(records)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from varestorer.evaluation.outputs import MAX_PICTURES, spread
+from varestorer.evaluation.outputs import spread
 from varestorer.evaluation.results import Evaluation
 from varestorer.utils.loggers import Logger
 
@@ -18,7 +18,7 @@ def log_evaluation(evaluation: Evaluation, method: str, logger: Logger) -> None:
     group = f"eval/{evaluation.dataset}"
     metrics = evaluation.summary()["metrics"]
     logger.log_metrics(group, None, {name: entry["mean"] for name, entry in metrics.items()})
-    rows = spread([row for row in evaluation.rows if row.image is not None], MAX_PICTURES)
+    rows = spread([row for row in evaluation.rows if row.image is not None])
     if rows:
         names = [name for name in evaluation.metrics if any(name in row.scores for row in rows)]
         cells = [[row.name, row.lq, row.image, row.reference, *(row.scores.get(n) for n in names)] for row in rows]

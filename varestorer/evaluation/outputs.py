@@ -8,18 +8,28 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import quote
 
-from varestorer.evaluation.paper_tables import measured_rows, published_rows
-from varestorer.evaluation.pictures import HINT, PictureColumn, detailed_crops, enlarge, html_picture, render
+from varestorer.evaluation.paper_tables import EvaluationRecord, measured_rows, pairs_table, published_rows
+from varestorer.evaluation.pictures import (
+    HINT,
+    PictureColumn,
+    detailed_crops,
+    differing_crops,
+    enlarge,
+    html_picture,
+    render,
+)
 from varestorer.evaluation.results import Evaluation, Row
 from varestorer.evaluation.tables import LEGEND, Column, Table, TableRow, figure, write_tables
 from varestorer.utils.files import atomic_write, fitting_name, name_bytes, write_text
 from varestorer.utils.images import load_image, save_image
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 SCATTER = "scatter.png"
 GALLERY, COPIES = "gallery.html", "gallery"
 MAX_PICTURES = 30
@@ -39,18 +49,16 @@ LABEL_PLACES = [
 
 
 def write_report(
-    evaluation: Evaluation,
+    evaluations: Mapping[str, Evaluation],
     out: Path,
-    method: str = "this run",
     expected_pairs: int | None = None,
     scale: float = 4,
 ) -> list[Path]:
     """Write `table.md`, `table.tex`, `table.html`, `gallery.html` and `scatter.png`.
 
     Args:
-        evaluation: the scores.
+        evaluations: the scores by the names of the methods, of one data set under one protocol.
         out: made when it is not there; older files in it are replaced.
-        method: name of our row.
         expected_pairs: size of the published test set; over another number of images our means compete for no mark.
         scale: side of the restored images over that of the LQ images.
     Returns:
@@ -58,16 +66,23 @@ def write_report(
     Raises:
         UserError: a file cannot be read or written; names it.
     """
-    comparison = comparison_table(evaluation, method, expected_pairs)
-    title = f"{evaluation.dataset}, protocol {evaluation.protocol}"
-    written = write_tables([comparison, figures_table(evaluation)], title, out, "table")
-    page = write_gallery(evaluation, out, method, scale)
+    records = [_record(label, evaluation) for label, evaluation in evaluations.items()]
+    first = next(iter(evaluations.values()))
+    comparison = comparison_table(evaluations, expected_pairs)
+    title = f"{first.dataset}, protocol {first.protocol}"
+    figures = [
+        replace(figures_table(evaluation), title="Our figures" if len(records) == 1 else f"Figures of {label}")
+        for label, evaluation in evaluations.items()
+    ]
+    tables = [comparison, *pairs_table(records, list(first.columns)), *figures]
+    written = write_tables(tables, title, out, "table")
+    page = write_gallery(evaluations, out, scale)
     if page is None:
         log.info("no gallery.html: no scored image has a file")
     else:
         written.append(page)
     comparable = [row for row in comparison.rows if row.is_ranked]
-    if write_scatter(out / SCATTER, comparable, evaluation.columns, title) is None:
+    if write_scatter(out / SCATTER, comparable, first.columns, title) is None:
         wanted = f"one of {', '.join(DISTORTION)} and one of {', '.join(PERCEPTION)}"
         log.info("no %s: it needs %s, of ours and of another method over the same images", SCATTER, wanted)
     else:
@@ -75,25 +90,38 @@ def write_report(
     return written
 
 
-def comparison_table(evaluation: Evaluation, method: str, expected_pairs: int | None = None) -> Table:
-    """Our row under those of the same data set and protocol."""
-    summary = evaluation.summary()
-    names = list(evaluation.columns)
-    is_whole = expected_pairs is None or summary["n"] == expected_pairs
-    means = {name: entry["mean"] for name, entry in summary["metrics"].items()}
-    ours = TableRow({"method": method, "source": "this evaluation"} | means, is_ours=True, is_ranked=is_whole)
-    others = [rows(evaluation.dataset, evaluation.protocol, names) for rows in (published_rows, measured_rows)]
-    notes = [LEGEND, f"{summary['n']} images scored, {len(evaluation.rows) - summary['n']} not."]
-    if not is_whole:
-        notes.append(f"The other rows are means over {expected_pairs} images: not comparable with ours.")
-    if evaluation.seconds_per_image is not None:
-        notes.append(f"{evaluation.seconds_per_image:.3f} s per image (wall time of making it).")
+def _record(label: str, evaluation: Evaluation) -> EvaluationRecord:
+    """As the tables of the papers take it."""
+    columns = {
+        name: {row.name: row.scores[name] for row in evaluation.rows if name in row.scores}
+        for name in evaluation.columns
+    }
+    return EvaluationRecord(label, Path(), evaluation.summary(), columns)
+
+
+def comparison_table(evaluations: Mapping[str, Evaluation], expected_pairs: int | None = None) -> Table:
+    """Our rows under those of the same data set and protocol."""
+    first = next(iter(evaluations.values()))
+    names = list(first.columns)
+    ours, notes = [], [LEGEND]
+    for label, evaluation in evaluations.items():
+        record = _record(label, evaluation)
+        scored, of = record.summary["n"], "" if len(evaluations) == 1 else f"{label}: "
+        is_whole = expected_pairs is None or scored == expected_pairs
+        cells = {"method": label, "source": "this evaluation"} | record.means
+        ours.append(TableRow(cells, is_ours=True, is_ranked=is_whole, scores=record.scores))
+        notes.append(f"{of}{scored} images scored, {len(evaluation.rows) - scored} not.")
+        if not is_whole:
+            notes.append(f"The other rows are means over {expected_pairs} images: not comparable with ours.")
+        if evaluation.seconds_per_image is not None:
+            notes.append(f"{of}{evaluation.seconds_per_image:.3f} s per image (wall time of making it).")
+    others = [rows(first.dataset, first.protocol, names) for rows in (published_rows, measured_rows)]
     columns = (
         Column("method", is_text=True),
-        *(Column(name, is_lower) for name, is_lower in evaluation.columns.items()),
+        *(Column(name, is_lower) for name, is_lower in first.columns.items()),
         Column("source", is_text=True),
     )
-    return Table(columns, (*others[0], *others[1], ours), notes=tuple(notes))
+    return Table(columns, (*others[0], *others[1], *ours), notes=tuple(dict.fromkeys(notes)))
 
 
 def figures_table(evaluation: Evaluation) -> Table:
@@ -112,55 +140,72 @@ def figures_table(evaluation: Evaluation) -> Table:
         *(Column(name, is_text=True) for name in ("id", "weights (SHA-256)")),
     )
     missing = tuple(f"{name} is not available: {reason}" for name, reason in summary["unavailable"].items())
-    return Table(columns, tuple(rows), "Our figures", missing)
+    return Table(columns, tuple(rows), notes=missing)
 
 
-def write_gallery(evaluation: Evaluation, out: Path, method: str, scale: float = 4) -> Path | None:
+def write_gallery(evaluations: Mapping[str, Evaluation], out: Path, scale: float = 4) -> Path | None:
     """Write `gallery.html`, which opens from its folder: pictures from elsewhere are copied to `gallery/`.
 
     Args:
-        evaluation: what was scored; of many images `MAX_PICTURES`, evenly spread, are shown.
+        evaluations: what was scored, by the titles of its columns; of many images `MAX_PICTURES`, evenly spread.
         out: its folder.
-        method: name of the restored column.
         scale: side of the restored image over that of the LQ image.
     Returns:
         The page; None when no scored image has a file.
     Raises:
         UserError: a picture cannot be read, or the page not be written.
     """
-    rows = spread([row for row in evaluation.rows if row.image is not None], MAX_PICTURES)
-    if not rows:
+    first = next(iter(evaluations.values()))
+    shown = shared_rows(evaluations)
+    if not shown:
         return None
-    pictures = [_picture(row, out, method, scale) for row in rows]
-    introduction = f"{len(rows)} of {len(evaluation.rows)} images, evenly spread."
-    title = f"{evaluation.dataset}: {method}"
+    pictures = [_picture(rows, out, scale) for rows in shown]
+    introduction = f"{len(shown)} of {len(first.rows)} images, evenly spread."
+    if len(evaluations) > 1:
+        introduction += " Framed is where the methods differ most."
+    title = f"{first.dataset}: {', '.join(evaluations)}"
     page = render("gallery.html", title=title, introduction=introduction, hint=HINT, pictures=pictures)
     write_text(out / GALLERY, page)
     return out / GALLERY
 
 
-def spread(rows: list[Row], count: int) -> list[Row]:
-    """At most `count` of the rows, evenly spread, the first always among them."""
-    if len(rows) <= count:
-        return rows
-    return [rows[number * len(rows) // count] for number in range(count)]
+def shared_rows(evaluations: Mapping[str, Evaluation]) -> list[dict[str, Row]]:
+    """Of the images that all methods have files of, at most `MAX_PICTURES`, evenly spread: method -> row."""
+    found = [{row.name: row for row in evaluation.rows if row.image is not None} for evaluation in evaluations.values()]
+    names = [name for name in found[0] if all(name in rows for rows in found)]
+    kept = [name for name in names if all(rows[name].scores or not rows[name].errors for rows in found)]
+    return [{label: rows[name] for label, rows in zip(evaluations, found, strict=True)} for name in spread(kept)]
 
 
-def _picture(row: Row, out: Path, method: str, scale: float) -> str:
-    """One image of the page; what is the same place is found at the size of the restored image."""
-    files = {"LQ": row.lq, method: row.image, "HQ": row.reference}
+def spread(items: list[T], count: int = MAX_PICTURES) -> list[T]:
+    """At most `count` of the items, evenly spread, the first always among them."""
+    if len(items) <= count:
+        return items
+    return [items[number * len(items) // count] for number in range(count)]
+
+
+def _picture(rows: Mapping[str, Row], out: Path, scale: float) -> str:
+    """One image of the page; what is the same place is found at the size of the restored images."""
+    first = next(iter(rows.values()))
+    files = {"LQ": first.lq, **{label: row.image for label, row in rows.items()}, "HQ": first.reference}
     images = {label: load_image(path) for label, path in files.items() if path is not None}
-    height, width = images[method].shape[-2:]
+    height, width = (max(images[label].shape[axis] for label in rows) for axis in (-2, -1))
+    roles = ("lq", *(f"restored{number or ''}" for number in range(len(rows))), "hq")
     columns = []
-    for role, (label, path) in zip(("lq", "restored", "hq"), files.items(), strict=True):
+    for role, (label, path) in zip(roles, files.items(), strict=True):
         if path is not None:
             image = images[label]
-            source = _link(path, out, fitting_name(row.name, f"_{role}.png"))
-            columns.append(PictureColumn(label, source, enlarge(image, height, width), image.shape[-1] < width))
-    crops = sorted(detailed_crops(columns[-1].image, NUM_CROPS, max(1, round(scale))), key=lambda crop: crop.left)
-    scores = ", ".join(f"{name} {figure(value)}" for name, value in row.scores.items())
-    note = f"{width} x {height}" + (f"; {scores}" if scores else "")
-    return html_picture(row.name, note, columns, crops)
+            source = _link(path, out, fitting_name(first.name, f"_{role}.png"))
+            scores = rows[label].scores if label in rows else {}
+            note = ", ".join(f"{name} {figure(value)}" for name, value in scores.items())
+            columns.append(PictureColumn(label, source, enlarge(image, height, width), image.shape[-1] < width, note))
+    multiple = max(1, round(scale))
+    if len(rows) > 1:
+        crops = differing_crops([c.image for c in columns if c.label in rows], NUM_CROPS, multiple)
+    else:
+        crops = detailed_crops(columns[-1].image, NUM_CROPS, multiple)
+    crops.sort(key=lambda crop: crop.left)
+    return html_picture(first.name, f"{width} x {height}", columns, crops)
 
 
 def _link(path: Path, out: Path, name: str) -> str:

@@ -26,8 +26,8 @@ MIN_SIDE, MAX_SIDE = 24, 72
 DETAIL_WIDTH = 3 * MAX_SIDE
 """Width of an enlarged detail, pixels."""
 
-HINT = """Under each picture the framed places, enlarged pixel by pixel. Click a picture to see it at its own pixels;
-then the arrow keys step through the columns at the same place, + and - zoom, Esc closes."""
+HINT = """Under each picture the framed places, enlarged pixel by pixel. Click a picture to see it at its own pixels,
+and any two of them under a slider or in turns."""
 
 
 @dataclass(frozen=True)
@@ -59,12 +59,14 @@ class PictureColumn:
         source: URL of the whole picture.
         image: its pixels (3, H, W), all columns at one size.
         is_small: whether the page enlarges it, which then shows its pixels.
+        note: more of it, such as its scores.
     """
 
     label: str
     source: str
     image: Tensor
     is_small: bool = False
+    note: str = ""
 
 
 def html_picture(name: str, note: str, columns: Sequence[PictureColumn], crops: Sequence[Crop]) -> Markup:
@@ -87,20 +89,36 @@ def _magnify(detail_3hw: Tensor) -> Tensor:
 
 
 def detailed_crops(image_3HW: Tensor, count: int = 1, multiple: int = 1) -> list[Crop]:
-    """Find the squares with the most detail (energy of the differences between neighbours), a side apart or more.
+    """The squares with the most detail (energy of the differences between neighbours), see `best_crops`."""
+    grey = image_3HW.float().mean(dim=0)
+    energy = torch.zeros_like(grey)
+    energy[:-1] += (grey[1:] - grey[:-1]).abs()
+    energy[:, :-1] += (grey[:, 1:] - grey[:, :-1]).abs()
+    return best_crops(energy, count, multiple)
+
+
+def differing_crops(images: Sequence[Tensor], count: int = 1, multiple: int = 1, side: int | None = None) -> list[Crop]:
+    """The squares in which images (3, H, W) of one size differ most, see `best_crops`."""
+    return best_crops(torch.stack(list(images)).float().std(dim=0, correction=0).mean(dim=0), count, multiple, side)
+
+
+def best_crops(energy_HW: Tensor, count: int = 1, multiple: int = 1, side: int | None = None) -> list[Crop]:
+    """Find the squares of the largest sums, a side apart or more.
 
     Args:
-        image_3HW: at least `multiple` pixels wide and high.
+        energy_HW: not negative; at least `multiple` pixels wide and high.
         count: squares wanted; fewer are found in a small picture.
         multiple: edges of the squares are multiples of this, so that pixels of a smaller picture stay whole.
+        side: of the squares, at most that of the picture; default: a quarter of the shorter side, `MIN_SIDE` to
+            `MAX_SIDE`.
     Returns:
-        Squares of a quarter of the shorter side, `MIN_SIDE` to `MAX_SIDE`, best first.
+        Squares, best first.
     """
-    height, width = image_3HW.shape[-2:]
-    side = min(max(min(height, width) // 4, MIN_SIDE), MAX_SIDE, height, width)
+    height, width = energy_HW.shape
+    side = min(side or min(max(min(height, width) // 4, MIN_SIDE), MAX_SIDE), height, width)
     side = max(side // multiple, 1) * multiple
-    stride = max(side // 4 // multiple, 1) * multiple
-    sums = torch.nn.functional.avg_pool2d(_detail(image_3HW)[None], side, stride)[0]
+    stride = max(min(side // 4, MIN_SIDE) // multiple, 1) * multiple
+    sums = torch.nn.functional.avg_pool2d(energy_HW[None, None], side, stride)[0, 0]
     crops: list[Crop] = []
     while len(crops) < count and sums.max() >= 0:
         best = int(sums.argmax())
@@ -109,15 +127,6 @@ def detailed_crops(image_3HW: Tensor, count: int = 1, multiple: int = 1) -> list
         reach = -(-2 * side // stride)
         sums[max(row - reach + 1, 0) : row + reach, max(column - reach + 1, 0) : column + reach] = -1
     return crops
-
-
-def _detail(image_3HW: Tensor) -> Tensor:
-    """Absolute differences to the pixel below and to the right, (H, W)."""
-    grey = image_3HW.float().mean(dim=0)
-    energy = torch.zeros_like(grey)
-    energy[:-1] += (grey[1:] - grey[:-1]).abs()
-    energy[:, :-1] += (grey[:, 1:] - grey[:, :-1]).abs()
-    return energy
 
 
 def enlarge(image_3HW: Tensor, height: int, width: int) -> Tensor:

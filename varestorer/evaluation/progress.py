@@ -168,12 +168,13 @@ def _plain(value: Any) -> str:
 SUMMARY = "summary.json"
 
 
-def write_records(evaluation: Evaluation, folder: Path) -> list[Path]:
+def write_records(evaluation: Evaluation, folder: Path, method: str) -> list[Path]:
     """Write the records of an evaluation.
 
     Args:
         evaluation: the scores.
         folder: made when it is not there; older records in it are replaced.
+        method: what was scored; the name of its row in tables.
     Returns:
         The files written.
     Raises:
@@ -181,5 +182,5 @@ def write_records(evaluation: Evaluation, folder: Path) -> list[Path]:
     """
     names = [name for name, metric in evaluation.metrics.items() if not metric.is_of_folders]
     write_rows(folder / PER_IMAGE, names, evaluation.rows)
-    write_json(folder / SUMMARY, evaluation.summary(), indent=2)
+    write_json(folder / SUMMARY, {"method": method} | evaluation.summary(), indent=2)
     return [folder / PER_IMAGE, folder / SUMMARY]

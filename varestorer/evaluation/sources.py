@@ -5,6 +5,7 @@ A source is a callable `(name, lq_path) -> Candidate`; it raises UserError for a
 
 from __future__ import annotations
 
+import json
 import pickle
 import time
 import unicodedata
@@ -20,14 +21,20 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
+from varestorer.evaluation.progress import IMAGES, SETTINGS, SUMMARY
 from varestorer.evaluation.results import Pair
 from varestorer.systems.varestorer import VARestorer
 from varestorer.utils.errors import UsageError, UserError, reason
-from varestorer.utils.files import expand_user, file_sha256
+from varestorer.utils.files import expand_user, file_sha256, read_text
 from varestorer.utils.finite import check_weights
 from varestorer.utils.images import list_images, load_image, resize
 from varestorer.utils.seeds import derive_seed
 from varestorer.utils.tiling import restore_tiled
+from varestorer.weights.bundle import is_bundle
+from varestorer.weights.files import read_entries
+from varestorer.weights.published.infinity import STUDENT_FILE
+from varestorer.weights.published.varsr import network_kind
+from varestorer.weights.runs import BEST, LATEST, is_run
 
 
 @dataclass(frozen=True)
@@ -87,6 +94,34 @@ class Restorer(Protocol):
     def restore(self, image: Any, scale: int = 4, **options: Any) -> Any:
         """Restore one (3, h, w) image in [0, 1]; the result has `image`, (3, h * scale, w * scale)."""
         ...
+
+
+def source_keys(what: str) -> dict[str, str]:
+    """Which options of `eval` a word of compare= stands for: `method`, `predictions`, `model_path` or `ckpt`.
+
+    Raises:
+        UsageError: the folder of an evaluation whose settings cannot be read.
+    """
+    path = expand_user(what)
+    if what == "bicubic":
+        return {"method": "bicubic"}
+    if path.is_file() and path.name not in (STUDENT_FILE, LATEST, BEST):
+        is_varsr = path.suffix.lower() in (".pth", ".safetensors") and network_kind(read_entries(path)) is not None
+        return {"ckpt": what} if is_varsr else {"method": "spandrel", "model_path": what}
+    if (path / SUMMARY).is_file():  # of an evaluation
+        made = path / IMAGES
+        return {"predictions": str(made) if made.is_dir() else _scored_folder(path / SETTINGS)}
+    if path.is_dir() and not is_run(path) and not is_bundle(path) and list_images(path):
+        return {"predictions": what}
+    return {"ckpt": what}
+
+
+def _scored_folder(settings: Path) -> str:
+    """The folder of images that an evaluation scored and did not make."""
+    try:
+        return str(json.loads(read_text(settings))["predictions"])
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UsageError(f"compare: {settings} does not say where the images are ({reason(error)})") from error
 
 
 class FolderSource:

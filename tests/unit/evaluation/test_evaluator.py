@@ -347,7 +347,7 @@ def small_evaluation(pairs: list[Pair]) -> Evaluation:
 
 def test_records(pairs: list[Pair], tmp_path: Path) -> None:
     result = small_evaluation(pairs)
-    files = write_records(result, tmp_path / "out")
+    files = write_records(result, tmp_path / "out", "ours")
     assert [path.name for path in files] == ["per_image.csv", "summary.json"]
     with files[0].open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -355,7 +355,7 @@ def test_records(pairs: list[Pair], tmp_path: Path) -> None:
     assert [row["image"] for row in rows] == ["a", "b", "sub/c"]
     assert rows[1] == {"image": "b", "psnr": "", "ssim": "", "seconds": "", "error": "broken, truly"}
     assert float(rows[0]["psnr"]) == result.rows[0].scores["psnr"]
-    assert json.loads(files[1].read_text()) == result.summary()
+    assert json.loads(files[1].read_text()) == {"method": "ours"} | result.summary()
 
 
 def test_references_are_rounded_to_eight_bits_too() -> None:

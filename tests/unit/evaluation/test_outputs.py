@@ -26,7 +26,7 @@ from varestorer.evaluation.outputs import (
 from varestorer.evaluation.pictures import detailed_crops
 from varestorer.evaluation.results import Evaluation, Row
 from varestorer.evaluation.tables import TableRow
-from varestorer.utils.images import resize, save_image
+from varestorer.utils.images import load_image, resize, save_image
 from varestorer.utils.iqa import Metric, metric_config
 from varestorer.utils.loggers import WandbLogger, open_loggers, open_wandb
 
@@ -40,7 +40,7 @@ def evaluation(rows: tuple[Row, ...], *names: str, dataset: str = "realsr") -> E
 
 
 def ours(rows: tuple[Row, ...], *names: str, expected: int | None = None) -> dict[str, str]:
-    table = comparison_table(evaluation(rows, *names), "ours", expected)
+    table = comparison_table({"ours": evaluation(rows, *names)}, expected)
     return dict(zip([column.name for column in table.columns], [cell.mark for cell in table.shown()[-1]], strict=True))
 
 
@@ -48,7 +48,7 @@ def test_our_row_competes_with_published_ones() -> None:
     rows = (Row("a", {"psnr": 30.0, "lpips": 0.27}), Row("b", {"psnr": 40.0, "lpips": 0.2718}))
     marks = ours(rows, "psnr", "lpips")
     assert marks == {"method": "", "psnr": "best", "lpips": "second", "musiq": "", "source": ""}  # 0.2709, as PASD has
-    table = comparison_table(evaluation(rows, "psnr", "lpips"), "ours")
+    table = comparison_table({"ours": evaluation(rows, "psnr", "lpips")})
     assert table.rows[-1].cells["psnr"] == 35.0 and "musiq" not in table.rows[-1].cells
     assert [row.is_ours for row in table.rows].count(True) == 1 and len(table.rows) == 8 + 3 + 1
 
@@ -57,7 +57,7 @@ def test_means_over_other_images_win_nothing() -> None:
     rows = (Row("a", {"psnr": 99.0}),)
     assert ours(rows, "psnr", expected=1)["psnr"] == "best"
     assert ours(rows, "psnr", expected=100)["psnr"] == ""
-    notes = comparison_table(evaluation(rows, "psnr"), "ours", 100).notes
+    notes = comparison_table({"ours": evaluation(rows, "psnr")}, 100).notes
     assert any("means over 100 images: not comparable" in note for note in notes)
 
 
@@ -93,7 +93,7 @@ def decoded(url: str) -> np.ndarray:
 
 
 def test_gallery_opens_from_its_folder(scored: tuple[Row, ...], tmp_path: Path) -> None:
-    page = write_gallery(evaluation(scored, "psnr"), tmp_path / "out", "ours <1>")
+    page = write_gallery({"ours <1>": evaluation(scored, "psnr")}, tmp_path / "out")
     assert page is not None
     links = [unquote(url) for url in sources(page) if not url.startswith("data:")]
     assert links == [
@@ -107,7 +107,7 @@ def test_gallery_opens_from_its_folder(scored: tuple[Row, ...], tmp_path: Path) 
 
 
 def test_crops_show_the_same_place_of_every_column(scored: tuple[Row, ...], tmp_path: Path) -> None:
-    page = write_gallery(evaluation(scored[:1], "psnr"), tmp_path / "out", "ours")
+    page = write_gallery({"ours": evaluation(scored[:1], "psnr")}, tmp_path / "out")
     assert page is not None
     lq, restored, hq = (decoded(url) for url in [url for url in sources(page) if url.startswith("data:")][::2])
     assert lq.shape == restored.shape == hq.shape == (216, 216, 3)
@@ -119,16 +119,37 @@ def test_crops_show_the_same_place_of_every_column(scored: tuple[Row, ...], tmp_
 
 def test_gallery_without_references_shows_two_columns(scored: tuple[Row, ...], tmp_path: Path) -> None:
     rows = tuple(Row(row.name, image=row.image, lq=row.lq) for row in scored)
-    page = write_gallery(evaluation(rows, "psnr"), tmp_path / "out", "ours")
+    page = write_gallery({"ours": evaluation(rows, "psnr")}, tmp_path / "out")
     assert page is not None
     assert re.findall("<figcaption>(.*?)</figcaption>", page.read_text(encoding="utf-8")) == ["LQ", "ours"] * 2
+
+
+def test_methods_stand_side_by_side_with_the_same_crops_where_they_differ(
+    scored: tuple[Row, ...], tmp_path: Path
+) -> None:
+    row = scored[0]
+    changed = load_image(str(row.image))
+    changed[:, 96:120, 64:88] = 0  # 24 pixels, the side of a crop of 96 x 128
+    save_image(tmp_path / "other.png", changed)
+    other = Row(row.name, {"psnr": 9.0}, image=tmp_path / "other.png", reference=row.reference, lq=row.lq)
+    methods = {"ours": evaluation(scored, "psnr"), "other": evaluation((other,), "psnr")}
+    page = write_gallery(methods, tmp_path / "out")
+    assert page is not None
+    text = page.read_text(encoding="utf-8")
+    assert re.findall("<figcaption>(.*?)</figcaption>", text) == ["LQ", "ours", "other", "HQ"]  # of what both have
+    crops = [decoded(url) for url in sources(page) if url.startswith("data:")]
+    black = [float((crop == 0).all(axis=2).mean()) for crop in crops]
+    assert len(crops) == 8 and max(black[4:6]) > 0.4 and max(black[:4] + black[6:]) < 0.01
+    assert (tmp_path / "out/gallery/a b#1_restored1.png").is_file() and "psnr 9.000" in text
+    table = comparison_table(methods)
+    assert [line.cells["method"] for line in table.rows[-2:]] == ["ours", "other"]
 
 
 def test_formats_that_browsers_do_not_show_become_png(scored: tuple[Row, ...], tmp_path: Path) -> None:
     tif = tmp_path / "hr" / "a.tif"
     Image.open(str(scored[0].reference)).save(tif)
     row = Row("a", image=tif, lq=scored[0].lq)
-    page = write_gallery(evaluation((row,), "psnr"), tmp_path / "out", "ours")
+    page = write_gallery({"ours": evaluation((row,), "psnr")}, tmp_path / "out")
     assert page is not None and "gallery/a_restored.png" in sources(page)
     assert Image.open(tmp_path / "out/gallery/a_restored.png").format == "PNG"
 
@@ -187,7 +208,7 @@ def test_better_is_right_and_up(
 
 
 def test_report_writes_all_files(scored: tuple[Row, ...], tmp_path: Path) -> None:
-    files = write_report(evaluation(scored, "psnr", "lpips", "niqe"), tmp_path / "out", "ours")
+    files = write_report({"ours": evaluation(scored, "psnr", "lpips", "niqe")}, tmp_path / "out")
     names = ["table.md", "table.tex", "table.html", "gallery.html", "scatter.png"]
     assert [path.name for path in files] == names and all(path.is_file() for path in files)
     assert Image.open(tmp_path / "out" / "scatter.png").width > 500
@@ -197,13 +218,13 @@ def test_means_over_other_images_are_not_plotted_beside_the_published(
     scored: tuple[Row, ...], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level("INFO"):
-        files = write_report(evaluation(scored, "psnr", "niqe"), tmp_path / "out", "ours", expected_pairs=100)
+        files = write_report({"ours": evaluation(scored, "psnr", "niqe")}, tmp_path / "out", expected_pairs=100)
     assert "scatter.png" not in [path.name for path in files] and "no scatter.png" in caplog.text
 
 
 def test_report_leaves_out_what_has_nothing_to_show(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO"):
-        files = write_report(evaluation((Row("a", {"psnr": 30.0}),), "psnr", dataset="folder"), tmp_path, "ours")
+        files = write_report({"ours": evaluation((Row("a", {"psnr": 30.0}),), "psnr", dataset="folder")}, tmp_path)
     assert [path.name for path in files] == ["table.md", "table.tex", "table.html"]
     assert "no gallery.html" in caplog.text and "no scatter.png" in caplog.text
 

@@ -17,6 +17,7 @@ COMMANDS = {
     "train": ("varestorer.commands.train", "train a network, such as the one-step student of the paper"),
     "eval": ("varestorer.commands.eval", "score a network, or anybody's pictures, on a dataset"),
     "restore": ("varestorer.commands.restore", "restore one picture or a folder of them"),
+    "demo": ("varestorer.commands.demo", "a page in the browser to drop photographs into"),
     "convert": ("varestorer.commands.convert", "convert, merge, check and share weights"),
     "prepare_data": ("varestorer.commands.prepare_data", "explain, check and make test sets; pack photographs"),
     "precompute_text": (

@@ -762,6 +762,42 @@ Exit status: 0 nothing is wrong, though something may lack; 1 something is wrong
     metrics: list[str] | None = option(None, "those to look at (default: of all protocols and losses)", "[NAME,...]")
 
 
+@dataclass
+class DemoOptions(CommandOptions):
+    """Of `demo`."""
+
+    INTRO: ClassVar[str] = """
+A page in the browser: drop photographs, see them before and after, download the results.
+
+usage: python scripts/demo.py [ckpt=MODEL] [key=value ...]      (pip install -e ".[demo]" first)
+"""
+    NOTES: ClassVar[str] = """
+Says the page's address when it is ready; Ctrl-C ends it. Nothing is sent anywhere. What visitors bring and get lies in
+a temporary folder, which is removed at the end. Visitors take turns, picture by picture.
+
+Exit status: 0 ended by Ctrl-C; 1 the page could not be served; 2 the command was wrong.
+"""
+
+    ckpt: str | None = option(
+        None, "chosen at first, as ckpt= of scripts/restore.py; without it the shipped model", "MODEL", title="options"
+    )
+    models: str = option("outputs", "folder whose runs and bundles can be chosen too")
+    text_encoder: str | None = option(
+        None, "folder or hub name of the encoder of prompts (google/flan-t5-xl), for models that read text", "PATH"
+    )
+    max_megapixels: float = option(64, "of a result; larger ones are refused", above=0)
+    batch: int | None = option(
+        None, "squares restored at once; default: as the model has it, and 1 on the CPU", "N", least=1
+    )
+    precision: str = option("auto", "auto | fp32 | bf16, as of scripts/restore.py", choices=("auto", "fp32", "bf16"))
+    device: str = option("auto", DEVICES)
+    host: str = option(
+        "127.0.0.1", "who may visit: this machine alone; 0.0.0.0: whoever reaches it, without a password"
+    )
+    port: int | None = option(None, "of the page; default: the first free one from 7860", "N", least=1)
+    browser: bool = option(False, "true: open the page in the browser here")
+
+
 OPTIONS: dict[str, type[CommandOptions]] = {
     "train": TrainConfig,
     "restore": RestoreOptions,
@@ -774,6 +810,7 @@ OPTIONS: dict[str, type[CommandOptions]] = {
     "precompute_text": PrecomputeTextOptions,
     "models": ModelsOptions,
     "doctor": DoctorOptions,
+    "demo": DemoOptions,
 }
 
 

@@ -6,7 +6,7 @@ import logging
 import math
 import re
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from varestorer.weights import DEFAULT
 
 LOG = logging.getLogger(__name__)
 TARGETS = ("width", "height", "megapixels")  # in place of scale
+Squares = Callable[[str, tuple[int, int], float], AbstractContextManager[Callable[[int, int], None]]]
 BAR = "{desc}: {percentage:3.0f}% {n_fmt}/{total_fmt}{unit} [{elapsed}, {remaining} left]"
 
 
@@ -200,8 +201,8 @@ def size_label(size: float) -> str:
     return f"x{size:g}"
 
 
-def bind(system: VARestorer, options: RestoreOptions, texts: Texts) -> RestoreImage:
-    """Bind the options, so that only an image, its job and its seed are missing."""
+def bind(system: VARestorer, options: RestoreOptions, texts: Texts, squares: Squares | None = None) -> RestoreImage:
+    """Bind the options, so that only an image, its job and its seed are missing; `squares` shows progress."""
     keys = ("select", "steps", "color", "tile", "overlap", "batch", "uncertainty", "fidelity", "sizes", "trained_scale")
     wishes = {key: getattr(options, key) for key in keys}
     wishes["steps"] = None if options.steps == "one" else options.steps  # the way of the system
@@ -219,7 +220,7 @@ def bind(system: VARestorer, options: RestoreOptions, texts: Texts) -> RestoreIm
             is_tiled = options.tile is not None
             official = system.restore_official(image_3HW, scale, prompt=text, tiled=is_tiled, seed=seed)
             return Restored(official, details=details)
-        with squares(job.name, (height, width), scale) as progress:
+        with (squares or show_squares)(job.name, (height, width), scale) as progress:
             result = system.restore(image_3HW, scale, prompt=text, seed=seed, progress=progress, **chosen)
         maps_KHW = result.uncertainty_KHW
         smaller = {size_label(size): image for size, image in result.smaller.items()} if options.sizes else {}
@@ -229,7 +230,7 @@ def bind(system: VARestorer, options: RestoreOptions, texts: Texts) -> RestoreIm
 
 
 @contextmanager
-def squares(name: str, size: tuple[int, int], scale: float) -> Iterator[Callable[[int, int], None]]:
+def show_squares(name: str, size: tuple[int, int], scale: float) -> Iterator[Callable[[int, int], None]]:
     """Show how many squares of an image of `size` are done, and the time left; what is ahead is said first."""
     height, width = scaled_size(*size, scale)
     with ExitStack() as stack:

@@ -234,6 +234,11 @@ class System(
         return tuple(side for side in squares if 2 * side >= self.tile)
 
     @property
+    def ways(self) -> list[str]:
+        """What `steps` may be, the model's own way first; it is called "one" whatever it is."""
+        return ["one"]
+
+    @property
     def sides(self) -> tuple[int, ...]:
         """Sides of the images that one pass can make of a square of side `tile`, smallest first, `tile` the last."""
         return (self.tile,)

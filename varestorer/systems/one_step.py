@@ -153,6 +153,10 @@ class OneStepSystem(System):
 
     # ---- restoring
 
+    @property
+    def ways(self) -> list[str]:
+        return ["one", "multi"] if self.student_config.has_teacher else ["one"]
+
     def is_one_step(self, request: Request) -> bool:
         """Whether the student answers; else the network restores as its paper says.
 

@@ -21,6 +21,7 @@ from varestorer.conditioning.captioner import DEFAULT_NAME as CAPTIONER
 from varestorer.conditioning.captioner import Captioner
 from varestorer.conditioning.text_encoder import DEFAULT_NAME as TEXT_ENCODER
 from varestorer.conditioning.text_encoder import DEFAULT_WIDTH, TextEncoder
+from varestorer.systems.base import System
 from varestorer.systems.plan import Job
 from varestorer.systems.varestorer import VARestorer
 from varestorer.utils.errors import UserError
@@ -87,7 +88,7 @@ def find_texts(
         raise UserError(
             f"prompt= and caption= are for systems that read text, and {system.name} does not; leave them out"
         )
-    if options.text_encoder is None and system.transformer.config.text_width != DEFAULT_WIDTH:
+    if not reads_text(system, options.text_encoder):
         what = "no captions are made" if options.use_captions else "the prompt is recorded, and changes nothing"
         logger.warning("this model was trained without text: %s", what)
         return Texts(prompts)
@@ -95,6 +96,12 @@ def find_texts(
         prompts = caption_images(system, jobs, Captioner(options.captioner or CAPTIONER, device), scale, max_pixels)
     encoder = TextEncoder(options.text_encoder or TEXT_ENCODER, device)
     return Texts(prompts, encode_prompts(system, prompts.values(), encoder))
+
+
+def reads_text(system: System, text_encoder: str | None = None) -> bool:
+    """Whether prompts change what a system makes, where the encoder is this one; None: flan-t5-xl."""
+    config = system.transformer.config
+    return not config.num_classes and (text_encoder is not None or config.text_width == DEFAULT_WIDTH)
 
 
 def caption_images(

@@ -332,6 +332,13 @@ class VARestorer(System):
         context = (self.texts or PreparedTexts()).of(self, prompt) if is_one_pass else None
         return replace(request, prompt=prompt, context=context)
 
+    @property
+    def ways(self) -> list[str]:
+        student = self.student_config
+        if student.merged or not student.lora_rank or student.conditioning == "prefix":
+            return ["one"]
+        return ["one", *map(str, range(2, len(self.schedule) + 1)), "multi"]
+
     def _is_one_pass(self, steps: str | int) -> bool:
         return steps == "one" and self.student_config.conditioning != "prefix"
 

@@ -1,0 +1,256 @@
+"""The page: what is on it, and what its parts do. Visitors' pictures are kept in their own session's state."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from ipaddress import ip_address
+from threading import Event
+from typing import Any
+
+import gradio as gr
+from matplotlib import colormaps
+from matplotlib.colors import to_hex
+
+from varestorer.commands.demo.studio import CancelledError, Result, Studio
+from varestorer.commands.restore import FORMATS
+from varestorer.utils.errors import UserError, reason
+from varestorer.utils.images import IMAGE_EXTENSIONS
+
+LOG = logging.getLogger(__name__)
+RESTORED, GUESSED = "restored", "where it guessed"
+OWN_QUALITY = {"jpg": 95, "webp": 90, "avif": 90}
+CSS = """
+#legend .bar { height: 14px; border-radius: 4px; }
+#legend .ends { display: flex; justify-content: space-between; font-size: 13px; }
+#status, #plan { overflow-wrap: anywhere; }
+footer { display: none !important; }
+"""
+
+Changes = dict[Any, Any]
+"""Part of the page -> what becomes of it."""
+
+
+class Page:
+    """The parts of the page by their names, and what they do with the help of a studio."""
+
+    def __init__(self, studio: Studio) -> None:
+        self.studio, host = studio, studio.options.host
+        self.stops: dict[str | None, Event] = {}  # of sessions
+        try:
+            self.is_local = ip_address(host).is_loopback
+        except ValueError:
+            self.is_local = host == "localhost"
+        with gr.Blocks(title="varestorer", analytics_enabled=False, delete_cache=(3600, 86400)) as self.blocks:
+            self.results, self.chosen = gr.State([], delete_callback=studio.forget), gr.State(0)
+            gr.Markdown("## varestorer\nDrop photographs, see them before and after, download what they became.")
+            with gr.Row():
+                with gr.Column(scale=2, min_width=320):
+                    self._lay_out_wishes()
+                with gr.Column(scale=5, min_width=320):
+                    self._lay_out_results()
+            self._connect()
+
+    def serve(self) -> str:
+        """Start the server in a thread of its own; returns the page's address.
+
+        Raises:
+            UserError: no port is free.
+        """
+        options = self.studio.options
+        theme = gr.themes.Default(primary_hue="orange", font="system-ui", font_mono="monospace")  # none is fetched
+        self.blocks.queue(default_concurrency_limit=None)  # the studio makes visitors take turns
+        try:
+            _, address, _ = self.blocks.launch(
+                server_name=options.host,
+                server_port=options.port,
+                inbrowser=options.browser,
+                **{"share": False, "ssr_mode": False, "enable_monitoring": False, "mcp_server": False, "quiet": True},
+                **{"theme": theme, "css": CSS, "max_file_size": "500mb", "prevent_thread_lock": True},
+            )
+        except (OSError, ValueError) as error:
+            where = f"{options.host}:{options.port or ''}"
+            raise UserError(
+                f"no page can be served at {where}; give another port= or host= ({reason(error)})"
+            ) from error
+        return str(address)
+
+    def _lay_out_wishes(self) -> None:
+        choices, first = self.studio.choices, self.studio.first
+        system = next((system for system, names in choices.items() if first in names), "")
+        kinds = sorted(IMAGE_EXTENSIONS)
+        self.files = gr.File(file_count="multiple", file_types=kinds, label="Photographs", height=150)
+        self.plan = gr.Markdown(elem_id="plan")
+        self.scale = gr.Slider(1, 8, 4, step=0.5, label="Times larger")
+        self.system = gr.Radio(list(choices), value=system, label="System", visible=len(choices) > 1)
+        info = "of the list, or a folder, a file or a hub name" if self.is_local else None
+        self.ckpt = gr.Dropdown(
+            choices.get(system, []), value=first, label="Model", allow_custom_value=self.is_local, info=info
+        )
+        self.prompt = gr.Textbox(label="What the picture shows", placeholder="a dog on grass", visible=False)
+        with gr.Accordion("More", open=False):
+            self.color = gr.Radio(["none", "adain", "wavelet"], value="none", label="Colors of the input")
+            self.steps = gr.Dropdown(["one"], value="one", label="Steps")
+            self.select = gr.Radio(["argmax", "sample"], value="argmax", label="Likeliest choices, or drawn ones")
+            self.seed = gr.Number(0, precision=0, label="Seed of what is drawn")
+            self.uncertainty = gr.Checkbox(True, label="Map of where the model guessed")
+        with gr.Row():
+            self.start = gr.Button("Restore", variant="primary", min_width=120)
+            self.stop = gr.Button("Cancel", variant="stop", visible=False, min_width=120)
+        self.status = gr.Markdown(elem_id="status")
+
+    def _lay_out_results(self) -> None:
+        self.slider = gr.ImageSlider(label="Before and after", max_height=720, elem_id="slider", buttons=["fullscreen"])
+        self.view = gr.Radio([RESTORED, GUESSED], value=RESTORED, label="The right side shows", visible=False)
+        self.legend = gr.HTML(visible=False, elem_id="legend")
+        looks: dict[str, Any] = {"columns": 5, "fit_columns": False, "object_fit": "cover", "allow_preview": False}
+        self.gallery = gr.Gallery(label="Pictures", visible=False, buttons=[], elem_id="gallery", **looks)
+        with gr.Row(visible=False, equal_height=True) as self.saving:
+            self.format = gr.Dropdown(list(FORMATS), value="png", label="Format", min_width=100)
+            self.quality = gr.Slider(1, 100, 95, step=1, label="Quality", visible=False, min_width=140)
+            self.one = gr.DownloadButton("Download", elem_id="download", variant="primary", min_width=120)
+            self.all = gr.DownloadButton("Download all", elem_id="download-all", visible=False, min_width=120)
+
+    def _connect(self) -> None:
+        """Say which part calls what: handlers take the parts they read (a set) and return those they change."""
+        loud: dict[str, Any] = {"api_visibility": "private"}
+        quiet = loud | {"show_progress": "hidden"}
+        looks, saved = [self.slider, self.legend, self.view], [self.saving, self.quality, self.one, self.all]
+        wishes = {self.scale, self.prompt, self.color, self.steps, self.select, self.seed, self.uncertainty}
+        wanted = {self.results, self.chosen, self.view, self.format, self.quality}
+        ahead = [self.files.change, self.scale.change, self.ckpt.change]
+        gr.on(ahead, self.look_ahead, [self.files, self.ckpt, self.scale], self.plan, **quiet)
+        self.system.input(lambda name: self.studio.choices[name][0], self.system, self.ckpt, **quiet)
+        of_model = [self.status, self.prompt, self.steps]
+        gr.on([self.blocks.load, self.ckpt.change], self.choose_model, self.ckpt, of_model, **loud)
+        changed = [self.status, self.results, self.chosen, *looks, self.gallery, self.start, self.stop, *saved]
+        asked = {self.files, self.ckpt, *wishes, *wanted}
+        self.start.click(self.restore, asked, changed, show_progress_on=[self.slider], **loud)
+        self.stop.click(self.cancel, None, self.status, **quiet)
+        self.view.input(self.show, wanted, looks, **quiet)
+        self.gallery.select(self.choose_picture, wanted, [self.chosen, *looks, *saved], **quiet)
+        self.start.click(None, js="() => document.getElementById('slider').scrollIntoView({block: 'nearest'})", **loud)
+        formed = self.format.input(lambda name: OWN_QUALITY.get(name, 95), self.format, self.quality, **quiet)
+        formed.then(self.offer, wanted, saved, show_progress_on=[self.one], **loud)
+        self.quality.release(self.offer, wanted, saved, show_progress_on=[self.one], **loud)
+        self.blocks.unload(self.cancel)
+
+    def look_ahead(self, files: list[str] | None, ckpt: str, scale: float) -> str:
+        """How large the pictures become, before it is done."""
+        lines = [self.studio.preview(file, ckpt, scale) for file in files or [] if self.may_use(ckpt)]
+        return "\n".join(lines if len(lines) < 2 else [f"- {line}" for line in lines])
+
+    def may_use(self, ckpt: str) -> bool:
+        """Whether a model was offered; whoever is at this machine may name any."""
+        return self.is_local or any(ckpt in names for names in self.studio.choices.values())
+
+    def choose_model(self, ckpt: str) -> Changes:
+        """Load a model, and show what it can be asked for."""
+        try:
+            if not self.may_use(ckpt):
+                raise UserError("choose a model of the list")
+            model = self.studio.model(ckpt)
+        except UserError as error:
+            return {self.status: f"**{error}**"}
+        ways = gr.update(choices=model.ways, value="one", visible=len(model.ways) > 1)
+        return {self.status: "", self.prompt: gr.update(visible=model.reads_text), self.steps: ways}
+
+    def restore(
+        self,
+        asked: dict[Any, Any],
+        request: gr.Request,
+        progress: gr.Progress = gr.Progress(),  # noqa: B008  # how gradio is asked for one
+    ) -> Iterator[Changes]:
+        """Restore the visitor's pictures and show each as it is done."""
+        files, ckpt = asked[self.files] or [], asked[self.ckpt]
+        if not files or not self.may_use(ckpt):
+            yield {self.status: "**Choose a model of the list.**" if files else "**Drop a photograph first.**"}
+            return
+        keys = ("scale", "prompt", "color", "steps", "select", "seed", "uncertainty")
+        wishes = {key: asked[getattr(self, key)] for key in keys}
+        wishes |= {"prompt": wishes["prompt"] or None, "seed": int(wishes["seed"] or 0)}
+        running = {self.start: gr.update(interactive=False), self.stop: gr.update(visible=True)}
+        yield {self.status: "", self.saving: gr.update(visible=False), **running}
+        done: list[Result] = []
+        failed: list[str] = []
+        end = ""
+        try:
+            self.studio.forget(asked[self.results])
+            stop = self.stops[request.session_hash] = Event()
+            for outcome in self.studio.restore(files, ckpt, wishes, stop, lambda *now: progress(now[0], desc=now[1])):
+                (done if isinstance(outcome, Result) else failed).append(outcome)  # type: ignore[arg-type]
+                pictures = gr.update(value=[(str(one.after), one.name) for one in done], visible=len(files) > 1)
+                yield {
+                    self.status: report(done, failed, len(files)),
+                    self.results: list(done),
+                    self.chosen: 0,
+                    self.gallery: pictures,
+                    **self.show(asked | {self.results: done, self.chosen: 0}),
+                }
+        except CancelledError:
+            end = "Cancelled. "
+        except UserError as error:
+            end = f"**{error}** "
+        except Exception as error:  # noqa: BLE001  # the page goes on, and so do other visitors
+            LOG.exception("the page failed")
+            end = f"**This should not happen: {reason(error)}. The server's terminal says more.** "
+        ended = {self.start: gr.update(interactive=True), self.stop: gr.update(visible=False)}
+        yield {self.status: end + report(done, failed, len(files)), **ended}
+        yield self.offer(asked | {self.results: done, self.chosen: 0})
+
+    def show(self, asked: dict[Any, Any]) -> Changes:
+        """Slider and legend of the chosen picture."""
+        if not asked[self.results]:
+            return {self.view: gr.update(visible=False)}
+        result = asked[self.results][asked[self.chosen]]
+        is_map = asked[self.view] == GUESSED and result.overlay is not None
+        return {
+            self.slider: (str(result.before), str(result.overlay if is_map else result.after)),
+            self.legend: gr.update(value=legend(result.span), visible=is_map),
+            self.view: gr.update(visible=result.overlay is not None),
+        }
+
+    def choose_picture(self, asked: dict[Any, Any], event: gr.SelectData) -> Changes:
+        """Show the picture that was clicked."""
+        asked[self.chosen] = int(event.index)
+        return {self.chosen: asked[self.chosen], **self.show(asked), **self.offer(asked)}
+
+    def offer(self, asked: dict[Any, Any]) -> Changes:
+        """Make the files that can be downloaded."""
+        done, ending = asked[self.results], asked[self.format]
+        if not done:
+            return {self.saving: gr.update(visible=False)}
+        quality = int(asked[self.quality]) if ending in OWN_QUALITY else None
+        try:
+            path = self.studio.download([done[asked[self.chosen]]], ending, quality)
+            every = self.studio.download(done, ending, quality) if len(done) > 1 else None
+        except UserError as error:
+            raise gr.Error(str(error)) from error
+        return {
+            self.saving: gr.update(visible=True),
+            self.quality: gr.update(visible=quality is not None),
+            self.one: gr.update(value=str(path)),
+            self.all: gr.update(value=every and str(every), visible=every is not None),
+        }
+
+    def cancel(self, request: gr.Request) -> str:
+        """Stop the visitor's own work; also when the page is closed."""
+        self.stops.pop(request.session_hash, Event()).set()
+        return "Stopping after this square..."
+
+
+def legend(span: tuple[float, float]) -> str:
+    """The color scale of an overlay, as HTML."""
+    stops = ", ".join(to_hex(colormaps["inferno"](number / 8)) for number in range(9))
+    return (
+        f'<div class="bar" style="background: linear-gradient(to right, {stops})"></div>'
+        f'<div class="ends"><span>surest: {span[0]:.2f}</span><span>guessed: {span[1]:.2f}</span></div>'
+        "entropy of the model's choices, from 0 (decided) to 1 (a coin toss); colors span this picture's own range"
+    )
+
+
+def report(done: list[Result], failed: list[str], total: int) -> str:
+    """What became of the pictures."""
+    if len(done) == total == 1:
+        return f"{done[0].name}: {done[0].size} pixels"
+    return "\n\n".join([*(f"**{line}**" for line in failed), f"{len(done)} of {total} restored"])

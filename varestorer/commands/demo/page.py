@@ -67,6 +67,7 @@ class Page:
                 inbrowser=options.browser,
                 **{"share": False, "ssr_mode": False, "enable_monitoring": False, "mcp_server": False, "quiet": True},
                 **{"theme": theme, "css": CSS, "max_file_size": "500mb", "prevent_thread_lock": True},
+                _frontend=False,  # its look at the page gives a busy machine three seconds
             )
         except (OSError, ValueError) as error:
             where = f"{options.host}:{options.port or ''}"

@@ -71,9 +71,7 @@ class Page:
             )
         except (OSError, ValueError) as error:
             where = f"{options.host}:{options.port or ''}"
-            raise UserError(
-                f"no page can be served at {where}; give another port= or host= ({reason(error)})"
-            ) from error
+            raise UserError(f"no page can be served at {where}: is the port taken? Give another port=") from error
         return str(address)
 
     def _lay_out_wishes(self) -> None:
@@ -104,7 +102,13 @@ class Page:
         self.slider = gr.ImageSlider(label="Before and after", max_height=720, elem_id="slider", buttons=["fullscreen"])
         self.view = gr.Radio([RESTORED, GUESSED], value=RESTORED, label="The right side shows", visible=False)
         self.legend = gr.HTML(visible=False, elem_id="legend")
-        looks: dict[str, Any] = {"columns": 5, "fit_columns": False, "object_fit": "cover", "allow_preview": False}
+        looks: dict[str, Any] = {
+            "columns": 4,
+            "height": "auto",
+            "fit_columns": False,
+            "object_fit": "cover",
+            "allow_preview": False,
+        }
         self.gallery = gr.Gallery(label="Pictures", visible=False, buttons=[], elem_id="gallery", **looks)
         with gr.Row(visible=False, equal_height=True) as self.saving:
             self.format = gr.Dropdown(list(FORMATS), value="png", label="Format", min_width=100)
@@ -134,7 +138,7 @@ class Page:
         formed = self.format.input(lambda name: OWN_QUALITY.get(name, 95), self.format, self.quality, **quiet)
         formed.then(self.offer, wanted, saved, show_progress_on=[self.one], **loud)
         self.quality.release(self.offer, wanted, saved, show_progress_on=[self.one], **loud)
-        self.blocks.unload(self.cancel)
+        self.blocks.unload(self.leave)
 
     def look_ahead(self, files: list[str] | None, ckpt: str, scale: float) -> str:
         """How large the pictures become, before it is done."""
@@ -230,14 +234,18 @@ class Page:
         return {
             self.saving: gr.update(visible=True),
             self.quality: gr.update(visible=quality is not None),
-            self.one: gr.update(value=str(path)),
+            self.one: gr.update(value=str(path), label=f"Download {ending}"),
             self.all: gr.update(value=every and str(every), visible=every is not None),
         }
 
     def cancel(self, request: gr.Request) -> str:
-        """Stop the visitor's own work; also when the page is closed."""
-        self.stops.pop(request.session_hash, Event()).set()
+        """Stop the visitor's own work."""
+        self.leave(request)
         return "Stopping after this square..."
+
+    def leave(self, request: gr.Request) -> None:
+        """The page was closed."""
+        self.stops.pop(request.session_hash, Event()).set()
 
 
 def legend(span: tuple[float, float]) -> str:

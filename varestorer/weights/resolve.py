@@ -9,6 +9,7 @@ import hashlib
 import logging
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +197,19 @@ def system_of(path: Path) -> str:
         return target.split(".")[-2]
     kinds = ("varsr", "c2i", "var")
     return "varsr" if is_published(path) and network_kind(read_entries(path)) in kinds else "varestorer"
+
+
+def models_by_system(folder: str, *names: str) -> dict[str, list[str]]:
+    """Name of a system -> models of it: of these, and the runs and bundles of a folder and its folders, newest first."""
+    root = expand_user(folder)
+    found = [path for path in (*root.glob("*"), *root.glob("*/*")) if is_run(path) or is_bundle(path)]
+    found.sort(key=lambda path: -path.stat().st_mtime)
+    models: dict[str, list[str]] = {}
+    for name in dict.fromkeys([*names, *map(str, found)]):
+        with suppress(UserError):  # a run without a checkpoint yet
+            system = release.system if (release := release_of(name)) else system_of(locate(name, {}))
+            models.setdefault(system, []).append(name)
+    return models
 
 
 def model_of_run(path: Path) -> DictConfig:

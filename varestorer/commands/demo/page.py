@@ -58,34 +58,27 @@ class Page:
             UserError: no port is free.
         """
         options = self.studio.options
+        place = {"server_name": options.host, "server_port": options.port, "inbrowser": options.browser}
+        off = {"share": False, "ssr_mode": False, "enable_monitoring": False, "mcp_server": False, "quiet": True}
+        off["_frontend"] = False  # gradio's look at its own page, which gives a busy machine three seconds
         theme = gr.themes.Default(primary_hue="orange", font="system-ui", font_mono="monospace")  # none is fetched
-        self.blocks.queue(default_concurrency_limit=None)  # the studio makes visitors take turns
+        more = {"theme": theme, "css": CSS, "max_file_size": "500mb", "prevent_thread_lock": True}
         try:
-            _, address, _ = self.blocks.launch(
-                server_name=options.host,
-                server_port=options.port,
-                inbrowser=options.browser,
-                **{"share": False, "ssr_mode": False, "enable_monitoring": False, "mcp_server": False, "quiet": True},
-                **{"theme": theme, "css": CSS, "max_file_size": "500mb", "prevent_thread_lock": True},
-                _frontend=False,  # its look at the page gives a busy machine three seconds
-            )
-        except (OSError, ValueError) as error:
-            where = f"{options.host}:{options.port or ''}"
+            # everybody is let in at once: the studio makes visitors take turns
+            return str(self.blocks.queue(default_concurrency_limit=None).launch(**place, **off, **more)[1])
+        except OSError as error:
+            where = f"{options.host}:{options.port or 7860}"
             raise UserError(f"no page can be served at {where}: is the port taken? Give another port=") from error
-        return str(address)
 
     def _lay_out_wishes(self) -> None:
-        choices, first = self.studio.choices, self.studio.first
-        system = next((system for system, names in choices.items() if first in names), "")
         kinds = sorted(IMAGE_EXTENSIONS)
         self.files = gr.File(file_count="multiple", file_types=kinds, label="Photographs", height=150)
         self.plan = gr.Markdown(elem_id="plan")
         self.scale = gr.Slider(1, 8, 4, step=0.5, label="Times larger")
-        self.system = gr.Radio(list(choices), value=system, label="System", visible=len(choices) > 1)
-        info = "of the list, or a folder, a file or a hub name" if self.is_local else None
-        self.ckpt = gr.Dropdown(
-            choices.get(system, []), value=first, label="Model", allow_custom_value=self.is_local, info=info
-        )
+        models = [(f"{system}: {name}", name) for system, names in self.studio.choices.items() for name in names]
+        info = "or the path of a folder or file, or a hub name" if self.is_local else None
+        free = {"allow_custom_value": self.is_local, "info": info}
+        self.ckpt = gr.Dropdown(models, value=self.studio.first, label="System and checkpoint", **free)
         self.prompt = gr.Textbox(label="What the picture shows", placeholder="a dog on grass", visible=False)
         with gr.Accordion("More", open=False):
             self.color = gr.Radio(["none", "adain", "wavelet"], value="none", label="Colors of the input")
@@ -102,14 +95,9 @@ class Page:
         self.slider = gr.ImageSlider(label="Before and after", max_height=720, elem_id="slider", buttons=["fullscreen"])
         self.view = gr.Radio([RESTORED, GUESSED], value=RESTORED, label="The right side shows", visible=False)
         self.legend = gr.HTML(visible=False, elem_id="legend")
-        looks: dict[str, Any] = {
-            "columns": 4,
-            "height": "auto",
-            "fit_columns": False,
-            "object_fit": "cover",
-            "allow_preview": False,
-        }
-        self.gallery = gr.Gallery(label="Pictures", visible=False, buttons=[], elem_id="gallery", **looks)
+        looks: dict[str, Any] = {"columns": 4, "height": "auto", "fit_columns": False, "object_fit": "cover"}
+        looks |= {"allow_preview": False, "buttons": []}
+        self.gallery = gr.Gallery(label="Pictures", visible=False, elem_id="gallery", **looks)
         with gr.Row(visible=False, equal_height=True) as self.saving:
             self.format = gr.Dropdown(list(FORMATS), value="png", label="Format", min_width=100)
             self.quality = gr.Slider(1, 100, 95, step=1, label="Quality", visible=False, min_width=140)
@@ -125,7 +113,6 @@ class Page:
         wanted = {self.results, self.chosen, self.view, self.format, self.quality}
         ahead = [self.files.change, self.scale.change, self.ckpt.change]
         gr.on(ahead, self.look_ahead, [self.files, self.ckpt, self.scale], self.plan, **quiet)
-        self.system.input(lambda name: self.studio.choices[name][0], self.system, self.ckpt, **quiet)
         of_model = [self.status, self.prompt, self.steps]
         gr.on([self.blocks.load, self.ckpt.change], self.choose_model, self.ckpt, of_model, **loud)
         changed = [self.status, self.results, self.chosen, *looks, self.gallery, self.start, self.stop, *saved]
@@ -135,8 +122,7 @@ class Page:
         self.view.input(self.show, wanted, looks, **quiet)
         self.gallery.select(self.choose_picture, wanted, [self.chosen, *looks, *saved], **quiet)
         self.start.click(None, js="() => document.getElementById('slider').scrollIntoView({block: 'nearest'})", **loud)
-        formed = self.format.input(lambda name: OWN_QUALITY.get(name, 95), self.format, self.quality, **quiet)
-        formed.then(self.offer, wanted, saved, show_progress_on=[self.one], **loud)
+        self.format.input(self.choose_format, wanted, saved, show_progress_on=[self.one], **loud)
         self.quality.release(self.offer, wanted, saved, show_progress_on=[self.one], **loud)
         self.blocks.unload(self.leave)
 
@@ -220,6 +206,11 @@ class Page:
         asked[self.chosen] = int(event.index)
         return {self.chosen: asked[self.chosen], **self.show(asked), **self.offer(asked)}
 
+    def choose_format(self, asked: dict[Any, Any]) -> Changes:
+        """Offer another format, in its own quality."""
+        asked[self.quality] = OWN_QUALITY.get(asked[self.format], asked[self.quality])
+        return self.offer(asked)
+
     def offer(self, asked: dict[Any, Any]) -> Changes:
         """Make the files that can be downloaded."""
         done, ending = asked[self.results], asked[self.format]
@@ -233,7 +224,7 @@ class Page:
             raise gr.Error(str(error)) from error
         return {
             self.saving: gr.update(visible=True),
-            self.quality: gr.update(visible=quality is not None),
+            self.quality: gr.update(value=asked[self.quality], visible=quality is not None),
             self.one: gr.update(value=str(path), label=f"Download {ending}"),
             self.all: gr.update(value=every and str(every), visible=every is not None),
         }

@@ -7,7 +7,7 @@ import tempfile
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Event, Lock
@@ -27,14 +27,12 @@ from varestorer.systems.plan import Job, Plan
 from varestorer.systems.prompts import TextOptions, find_texts, reads_text
 from varestorer.utils.device import limit_threads, pick_device
 from varestorer.utils.errors import UserError
-from varestorer.utils.files import expand_user, fitting_name
+from varestorer.utils.files import fitting_name
 from varestorer.utils.image_files import open_image
 from varestorer.utils.images import Writing, heat_map, load_picture, resize, save_image
 from varestorer.utils.tiling import num_tiles, scaled_size
 from varestorer.weights import DEFAULT
-from varestorer.weights.bundle import is_bundle
-from varestorer.weights.resolve import locate, system_of
-from varestorer.weights.runs import is_run
+from varestorer.weights.resolve import models_by_system
 
 KEPT = 2  # models in memory
 VIEW = 4096  # longest side of what the page shows, pixels
@@ -86,13 +84,7 @@ class Studio:
         self._models: OrderedDict[tuple[str, bool], Model] = OrderedDict()
         self._loading, self._turn = Lock(), Lock()
         self.model(self.first)
-        root = expand_user(options.models)
-        found = [path for path in (*root.glob("*"), *root.glob("*/*")) if is_run(path) or is_bundle(path)]
-        found.sort(key=lambda path: -path.stat().st_mtime)
-        self.choices: dict[str, list[str]] = {}
-        for name in dict.fromkeys([self.first, DEFAULT, *map(str, found)]):
-            with suppress(UserError):  # a run without a checkpoint yet
-                self.choices.setdefault(system_of(locate(name, {})), []).append(name)
+        self.choices = models_by_system(options.models, self.first, DEFAULT)
 
     def model(self, ckpt: str, steps: str = "one") -> Model:
         """A model, loaded if it is not; the one that was used longest ago makes room. One step merges its adapters."""

@@ -200,7 +200,7 @@ def system_of(path: Path) -> str:
 
 
 def models_by_system(folder: str, *names: str) -> dict[str, list[str]]:
-    """Name of a system -> models of it: of these, and the runs and bundles of a folder and its folders, newest first."""
+    """System -> models of it: those named, then the runs and bundles in a folder and its folders, newest first."""
     root = expand_user(folder)
     found = [path for path in (*root.glob("*"), *root.glob("*/*")) if is_run(path) or is_bundle(path)]
     found.sort(key=lambda path: -path.stat().st_mtime)

@@ -34,7 +34,7 @@ def studio(bundle: str, tmp_path: Path) -> Studio:
     return Studio(options, tmp_path / "work")
 
 
-def photo(path: Path, height: int = 5, width: int = 6, **options: Any) -> str:
+def photo(path: Path, height: int = 10, width: int = 12, **options: Any) -> str:
     save_image(path, torch.rand(3, height, width), **options)
     return str(path)
 
@@ -57,25 +57,25 @@ def test_models_of_the_folder_can_be_chosen(studio: Studio, bundle: str) -> None
 def test_progress_tells_squares_and_the_time_left(studio: Studio, tmp_path: Path) -> None:
     told: list[tuple[float, str]] = []
     file = photo(tmp_path / "a.png")
-    assert studio.preview(file, studio.first, 4.0) == "a.png: 6 x 5 to 24 x 20 pixels, squares: 4"
+    assert studio.preview(file, studio.first, 4.0) == "a.png: 12 x 10 to 48 x 40 pixels, squares: 4"
     (result,) = restored(studio, file, tell=lambda *now: told.append(now))
     assert [share for share, _ in told] == [0, 0.25, 0.5, 0.75, 1]
     assert told[0][1] == "a.png: square 0 of 4" and told[-1][1] == "a.png: square 4 of 4, 0 s left"
-    assert isinstance(result, Result) and result.size == "24 x 20" and result.picture.name == "a_x4.png"
+    assert isinstance(result, Result) and result.size == "48 x 40" and result.picture.name == "a_x4.png"
     assert result.overlay is not None and 0 <= result.span[0] < result.span[1] <= 1
-    assert studio.preview(file, studio.first, 1.5).endswith("to 9 x 8 pixels, squares: 4, about 0 s")
+    assert studio.preview(file, studio.first, 1.5).endswith("to 18 x 15 pixels, squares: 4, about 0 s")
 
 
 def test_what_fails_is_a_line_without_folders(studio: Studio, tmp_path: Path) -> None:
     (tmp_path / "b.png").write_bytes(b"no picture")
-    studio.options.max_megapixels = 0.001
+    studio.options.max_megapixels = 0.002
     files = str(tmp_path / "b.png"), photo(tmp_path / "c.png", 40, 40), photo(tmp_path / "d.png")
     broken, large, good = restored(studio, *files)
     assert str(broken).startswith("cannot read the image b.png") and str(tmp_path) not in str(broken)
-    assert large == "c.png: the result would have 160 x 160 pixels, above 0.001 megapixels; choose a smaller scale"
+    assert large == "c.png: the result would have 160 x 160 pixels, above 0.002 megapixels; choose a smaller scale"
     assert isinstance(good, Result)
     assert studio.preview(files[0], studio.first, 4.0) == broken
-    with pytest.raises(UserError, match="color must be none, adain or wavelet"):
+    with pytest.raises(UserError, match="color must be one of none, adain, wavelet"):
         restored(studio, files[2], color="red")
 
 
@@ -134,7 +134,7 @@ def test_large_results_get_no_map(studio: Studio, tmp_path: Path, monkeypatch: p
     (result,) = restored(studio, photo(tmp_path / "a.png"))
     assert isinstance(result, Result) and result.overlay is None
     with Image.open(result.before) as before, Image.open(result.picture) as whole:
-        assert before.size == (12, 10) and whole.size == (24, 20)
+        assert before.size == (12, 10) and whole.size == (48, 40)
 
 
 def test_without_gradio_a_line_says_what_to_install(

@@ -13,11 +13,12 @@ from matplotlib import colormaps
 from matplotlib.colors import to_hex
 
 from varestorer.commands.demo.studio import CancelledError, Result, Studio
-from varestorer.commands.restore import FORMATS
+from varestorer.commands.options import RestoreOptions
 from varestorer.utils.errors import UserError, reason
 from varestorer.utils.images import IMAGE_EXTENSIONS
 
 LOG = logging.getLogger(__name__)
+FORMATS = RestoreOptions.__dataclass_fields__["format"].metadata["choices"]
 RESTORED, GUESSED = "restored", "where it guessed"
 OWN_QUALITY = {"jpg": 95, "webp": 90, "avif": 90}
 CSS = """

@@ -18,8 +18,8 @@ import numpy as np
 from PIL import ExifTags
 from torch import Tensor
 
-from varestorer.commands.options import DemoOptions
-from varestorer.commands.restore import RestoreOptions, bind, check_fit, check_options, means
+from varestorer.commands.options import DemoOptions, RestoreOptions, check
+from varestorer.commands.restore import bind, check_fit, means
 from varestorer.systems import load
 from varestorer.systems.base import Request
 from varestorer.systems.folder import Restored, restore_files
@@ -138,7 +138,7 @@ class Studio:
             CancelledError: `stop` was set.
         """
         options = self._wishes(ckpt, wishes)
-        check_options(options)
+        check(options)
         for number, file in enumerate(files, 1):
             place = f"{Path(file).name} ({number} of {len(files)})" if len(files) > 1 else Path(file).name
             while not self._turn.acquire(timeout=0.2):

@@ -45,7 +45,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     assert found, line + (folder / "log").read_text()
     yield found[0]
     server.send_signal(signal.SIGINT)
-    assert server.wait(30) == 0
+    assert server.wait(60) == 0
     assert not [*folder.glob("varestorer-demo-*")]
     log = (folder / "log").read_text()
     assert "Traceback" not in log and "UserWarning" not in log, log

@@ -9,11 +9,13 @@ from zipfile import ZipFile
 import pytest
 import torch
 from PIL import ExifTags, Image
+from tiny_sizes import HVAR_SIZES, VARSR_SIZES
 
 from varestorer.commands import run
 from varestorer.commands.demo import studio as room
 from varestorer.commands.demo.studio import CancelledError, Result, Studio
 from varestorer.commands.options import DemoOptions
+from varestorer.systems import system_class
 from varestorer.systems.varestorer import VARestorer
 from varestorer.utils.errors import UserError
 from varestorer.utils.images import save_image
@@ -126,6 +128,18 @@ def test_downloads_keep_what_the_photograph_says(studio: Studio, tmp_path: Path)
         assert file.namelist() == ["1_a_x4.tif", "2_a_x4.tif"]
     studio.forget(results)
     assert not any(studio.folder.iterdir())
+
+
+@pytest.mark.parametrize("name", ["hvar", "varsr"])
+def test_systems_of_the_other_papers_restore_in_all_their_ways(studio: Studio, tmp_path: Path, name: str) -> None:
+    sizes = {"hvar": HVAR_SIZES, "varsr": VARSR_SIZES}[name]
+    ckpt, file = str(tmp_path / "models" / name), photo(tmp_path / "a.png")
+    system_class(name)(**sizes, student={"lora_rank": 2}).eval().save_pretrained(ckpt)
+    assert Studio(studio.options, studio.folder).choices[name] == [ckpt]
+    assert studio.model(ckpt).ways == ["one", "multi"] and not studio.model(ckpt).reads_text
+    for steps in ("one", "multi"):
+        (result,) = studio.restore([file], ckpt, WISHES | {"steps": steps}, Event(), lambda share, text: None)
+        assert isinstance(result, Result) and result.size == "48 x 40" and result.overlay is not None
 
 
 def test_large_results_get_no_map(studio: Studio, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -127,12 +127,8 @@ class Studio:
     ) -> Iterator[Result | str]:
         """Restore a visitor's files, in turn with those of others; yields a result, or a line about what failed.
 
-        Args:
-            files: that were brought.
-            ckpt: the model.
-            wishes: of `RestoreOptions`.
-            stop: is set when the visitor has had enough.
-            tell: is called with the share that is done, 0 to 1, and a line.
+        `tell` is called with the share that is done, 0 to 1, and a line; `stop` ends it after the square in work.
+
         Raises:
             UserError: what is wished for cannot be done.
             CancelledError: `stop` was set.

@@ -25,6 +25,7 @@ CSS = """
 #legend .bar { height: 14px; border-radius: 4px; }
 #legend .ends { display: flex; justify-content: space-between; font-size: 13px; }
 #status, #plan { overflow-wrap: anywhere; }
+#gallery .grid-wrap { min-height: 0; }
 footer { display: none !important; }
 """
 
@@ -82,7 +83,7 @@ class Page:
         self.ckpt = gr.Dropdown(models, value=self.studio.first, label="System and checkpoint", **free)
         self.prompt = gr.Textbox(label="What the picture shows", placeholder="a dog on grass", visible=False)
         with gr.Accordion("More", open=False):
-            self.color = gr.Radio(["none", "adain", "wavelet"], value="none", label="Colors of the input")
+            self.color = gr.Radio(["none", "adain", "wavelet"], value="none", label="Take the colors of the input")
             self.steps = gr.Dropdown(["one"], value="one", label="Steps")
             self.select = gr.Radio(["argmax", "sample"], value="argmax", label="Likeliest choices, or drawn ones")
             self.seed = gr.Number(0, precision=0, label="Seed of what is drawn")
@@ -102,8 +103,9 @@ class Page:
         with gr.Row(visible=False, equal_height=True) as self.saving:
             self.format = gr.Dropdown(list(FORMATS), value="png", label="Format", min_width=100)
             self.quality = gr.Slider(1, 100, 95, step=1, label="Quality", visible=False, min_width=140)
-            self.one = gr.DownloadButton("Download", elem_id="download", variant="primary", min_width=120)
-            self.all = gr.DownloadButton("Download all", elem_id="download-all", visible=False, min_width=120)
+            button: dict[str, Any] = {"size": "md", "min_width": 120}
+            self.one = gr.DownloadButton("Download", elem_id="download", variant="primary", **button)
+            self.all = gr.DownloadButton("Download all", elem_id="download-all", visible=False, **button)
 
     def _connect(self) -> None:
         """Say which part calls what: handlers take the parts they read (a set) and return those they change."""
@@ -122,7 +124,7 @@ class Page:
         self.stop.click(self.cancel, None, self.status, **quiet)
         self.view.input(self.show, wanted, looks, **quiet)
         self.gallery.select(self.choose_picture, wanted, [self.chosen, *looks, *saved], **quiet)
-        self.start.click(None, js="() => document.getElementById('slider').scrollIntoView({block: 'nearest'})", **loud)
+        self.start.click(None, js="() => document.getElementById('slider').scrollIntoView({block: 'center'})", **loud)
         self.format.input(self.choose_format, wanted, saved, show_progress_on=[self.one], **loud)
         self.quality.release(self.offer, wanted, saved, show_progress_on=[self.one], **loud)
         self.blocks.unload(self.leave)

@@ -199,9 +199,10 @@ def _chosen(options: EvalOptions) -> dict[str, EvalOptions]:
             label, what = Path(text).stem, text
         if label in chosen:
             raise UsageError(f"compare: two methods are called {label}; give each a name, NAME=WHAT")
-        source = source_keys(what)
-        network = {} if "ckpt" in source else {"precision": None, "steps": "one"}
-        chosen[label] = replace(options, compare=None, **source, **network)
+        keys: dict[str, Any] = {"compare": None, **source_keys(what)}
+        if "ckpt" not in keys:
+            keys |= {"precision": None, "steps": "one"}  # of networks
+        chosen[label] = replace(options, **keys)
     return chosen
 
 

@@ -192,16 +192,19 @@ def _chosen(options: EvalOptions) -> dict[str, EvalOptions]:
     given = [key for key in (*SOURCES, "model_path", "size", "explain") if getattr(options, key) is not None]
     if given:
         raise UsageError(f"compare= says itself what is scored: leave out {given[0]}=")
+    if not options.compare:
+        raise UsageError("compare= must name at least one method, as NAME=WHAT, got []")
     chosen: dict[str, EvalOptions] = {}
-    for text in options.compare or []:
+    for text in options.compare:
         label, found, what = text.partition("=")
         if not found or expand_user(text).exists():
             label, what = Path(text).stem, text
         if label in chosen:
             raise UsageError(f"compare: two methods are called {label}; give each a name, NAME=WHAT")
-        source = source_keys(what)
-        network: dict[str, Any] = {} if "ckpt" in source else {"precision": None, "steps": "one", "doubt": None}
-        chosen[label] = replace(options, **{"compare": None, **source, **network})
+        keys: dict[str, Any] = {"compare": None, **source_keys(what)}
+        if "ckpt" not in keys:
+            keys |= {"precision": None, "steps": "one", "doubt": None}  # of networks
+        chosen[label] = replace(options, **keys)
     return chosen
 
 

@@ -27,7 +27,7 @@ from torch.optim import Optimizer
 from varestorer.data.contents import changes
 from varestorer.training.ema import Ema
 from varestorer.training.optimisers import load_optimizer_tensors, optimizer_tensors
-from varestorer.training.parallel import like, whole_tensors
+from varestorer.training.parallel import all_gathered, sharded_like
 from varestorer.training.rng import capture_rng, restore_rng
 from varestorer.utils.errors import UserError
 from varestorer.utils.files import atomic_write
@@ -177,7 +177,7 @@ class Checkpointer:
             "optimizer": optimizer_tensors(trained.optimizer, trained.parameters),
         }
         is_main = self.accelerator.is_main_process
-        return {name: whole_tensors(tensors, is_main) for name, tensors in files.items()}
+        return {name: all_gathered(tensors, is_main) for name, tensors in files.items()}
 
     def _write(self, folder: Path, trained: Trained, notes: Mapping[str, Any], generators: list[Any]) -> None:
         tensors = {f"{k}/{rank}": v for rank, (_, found) in enumerate(generators) for k, v in found.items()}
@@ -265,4 +265,4 @@ def _load_parameters(parameters: Mapping[str, nn.Parameter], saved: Mapping[str,
             "run's own model options"
         )
     for name, parameter in parameters.items():
-        parameter.copy_(like(saved[name], parameter))
+        parameter.copy_(sharded_like(saved[name], parameter))

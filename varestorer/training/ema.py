@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from varestorer.training.parallel import like
+from varestorer.training.parallel import sharded_like
 
 
 class Ema:
@@ -44,7 +44,7 @@ class Ema:
             KeyError: a name is missing.
         """
         for name, average in self.averages.items():
-            average.copy_(like(averages[name], average))
+            average.copy_(sharded_like(averages[name], average))
 
     @torch.no_grad()
     def copy_to_parameters(self) -> None:

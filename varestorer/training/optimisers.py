@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from varestorer.training.parallel import like, whole
+from varestorer.training.parallel import sharded_like, unsharded_tensor
 from varestorer.training.task import Task
 from varestorer.utils.errors import UserError
 
@@ -61,7 +61,7 @@ def set_learning_rate(optimizer: Optimizer, factor: float) -> float:
 
 def gradient_norm(parameters: Mapping[str, nn.Parameter]) -> Tensor:
     """The 2-norm of all gradients together, a scalar on their device: reading it makes the host wait."""
-    return whole(torch.nn.utils.get_total_norm([p.grad for p in parameters.values() if p.grad is not None]))
+    return unsharded_tensor(torch.nn.utils.get_total_norm([p.grad for p in parameters.values() if p.grad is not None]))
 
 
 def clip_gradients(parameters: Mapping[str, nn.Parameter], norm: Tensor, max_norm: float) -> None:
@@ -71,7 +71,7 @@ def clip_gradients(parameters: Mapping[str, nn.Parameter], norm: Tensor, max_nor
 
 def nonfinite_gradients(parameters: Mapping[str, nn.Parameter]) -> list[str]:
     """Names of the parameters whose gradient has a NaN or an infinity; all processes of a sharded task have to ask."""
-    graded = ((name, whole(p.grad)) for name, p in parameters.items() if p.grad is not None)
+    graded = ((name, unsharded_tensor(p.grad)) for name, p in parameters.items() if p.grad is not None)
     return [name for name, grad in graded if not bool(torch.isfinite(grad).all())]
 
 
@@ -100,7 +100,9 @@ def load_optimizer_tensors(
     for path, tensor in tensors.items():
         key, name = path.split("/", 1)
         parameter = parameters[name]
-        states.setdefault(name, {})[key] = like(tensor, parameter) if tensor.shape == parameter.shape else tensor
+        states.setdefault(name, {})[key] = (
+            sharded_like(tensor, parameter) if tensor.shape == parameter.shape else tensor
+        )
     packed = optimizer.state_dict()
     numbers = dict(zip(_parameter_ids(optimizer.param_groups), _numbers(packed["param_groups"]), strict=True))
     packed["state"] = {numbers[id(parameters[name])]: state for name, state in states.items()}

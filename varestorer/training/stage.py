@@ -25,7 +25,7 @@ from varestorer.training.optimisers import (
     gradient_norm,
     nonfinite_gradients,
 )
-from varestorer.training.parallel import added_up_later, shard, together
+from varestorer.training.parallel import no_gradient_sync, shard, unsharded
 from varestorer.training.precision import keep_base_in
 from varestorer.training.rng import seed_everything
 from varestorer.training.run import NONFINITE, Run
@@ -293,13 +293,13 @@ class Stage:
         forked = [device] if device.type == "cuda" else []
         self.task.eval()
         averaged = self.trained.ema.in_place()
-        with torch.random.fork_rng(forked), averaged, together(self.task), torch.no_grad(), self._autocast():
+        with torch.random.fork_rng(forked), averaged, unsharded(self.task), torch.no_grad(), self._autocast():
             yield
         self.task.train()
 
     def _no_sync(self) -> contextlib.AbstractContextManager[Any]:
         if self.cfg.sharding == "fsdp2":
-            return added_up_later(self.task)
+            return no_gradient_sync(self.task)
         return self.run.accelerator.no_sync(self.model)
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:

@@ -12,8 +12,8 @@ import torch.distributed as dist
 
 from varestorer.systems.varestorer import VARestorer
 from varestorer.training.distillation import DistillationTask
-from varestorer.training.ema import Ema
-from varestorer.training.optimisers import (
+from varestorer.training.optim import (
+    Ema,
     build_optimizer,
     clip_gradients,
     gradient_norm,

@@ -15,9 +15,8 @@ from varestorer.commands.entry import OK, Command, config_dir, say
 from varestorer.commands.options import ModelsOptions
 from varestorer.conditioning.pretrained import local_folder
 from varestorer.systems import system_class
-from varestorer.utils.cache import cache_folder
 from varestorer.utils.errors import UsageError
-from varestorer.utils.files import expand_user
+from varestorer.utils.files import cache_folder, expand_user
 from varestorer.utils.hub import asking_hub, is_hub_name, split_revision
 from varestorer.utils.schema import typed
 from varestorer.weights.bundle import ASSETS, CARD, is_bundle, shipped

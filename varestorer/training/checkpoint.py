@@ -25,12 +25,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from varestorer.data.contents import changes
-from varestorer.training.ema import Ema
-from varestorer.training.optimisers import load_optimizer_tensors, optimizer_tensors
+from varestorer.training.optim import Ema, load_optimizer_tensors, optimizer_tensors
 from varestorer.training.parallel import all_gathered, sharded_like
-from varestorer.training.rng import capture_rng, restore_rng
 from varestorer.utils.errors import UserError
 from varestorer.utils.files import atomic_write
+from varestorer.utils.seeds import capture_rng, restore_rng
 from varestorer.weights import storage
 from varestorer.weights.runs import BEST, FOLDER, INITIAL, LATEST, newest_checkpoint, place_of, step_folders, step_of
 

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from varestorer.training.checkpoint import Checkpointer, Score, Trained
 from varestorer.training.config import TrainerConfig
-from varestorer.training.ema import Ema
 from varestorer.training.meter import Meter
-from varestorer.training.optimisers import (
+from varestorer.training.optim import (
+    Ema,
     OptimizerFactory,
     build_optimizer,
     clip_gradients,
@@ -26,13 +26,12 @@ from varestorer.training.optimisers import (
     nonfinite_gradients,
 )
 from varestorer.training.parallel import no_gradient_sync, shard, unsharded
-from varestorer.training.precision import keep_base_in
-from varestorer.training.rng import seed_everything
 from varestorer.training.run import NONFINITE, Run
 from varestorer.training.scores import ImageScores
 from varestorer.training.stopping import StoppedError
-from varestorer.training.task import Batch, Task, to_device
+from varestorer.training.task import Batch, Task, keep_base_in, to_device
 from varestorer.utils.errors import UsageError, UserError
+from varestorer.utils.seeds import seed_everything
 from varestorer.weights import storage
 
 LOG = logging.getLogger(__name__)

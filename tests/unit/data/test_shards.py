@@ -15,8 +15,8 @@ from varestorer.data import shards as shards_module
 from varestorer.data.packing import pack
 from varestorer.data.shards import INDEX, packed_photographs
 from varestorer.data.text import EncoderRecord, TextWriter, write_captions
-from varestorer.utils.cache import cache_folder
 from varestorer.utils.errors import UserError
+from varestorer.utils.files import cache_folder
 from varestorer.utils.images import load_image
 
 

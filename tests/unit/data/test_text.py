@@ -26,7 +26,7 @@ from varestorer.data.text import (
     write_captions,
 )
 from varestorer.systems.varestorer import VARestorer
-from varestorer.training.text import prompts_of
+from varestorer.training.teacher import prompts_of
 from varestorer.utils.errors import UserError
 from varestorer.utils.images import save_image
 

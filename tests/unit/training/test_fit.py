@@ -21,9 +21,8 @@ from varestorer.data import PhotoCrops
 from varestorer.data import workers as data_workers
 from varestorer.data.loader import collate
 from varestorer.training import meter
-from varestorer.training.ema import Ema
 from varestorer.training.fit import fit, make_accelerator
-from varestorer.training.optimisers import build_optimizer
+from varestorer.training.optim import Ema, build_optimizer
 from varestorer.training.run import Run
 from varestorer.training.stopping import StoppedError, StopRequest, leave_signals_to_parent
 from varestorer.utils.errors import UserError

@@ -15,8 +15,7 @@ from varestorer.tokenizer import TokenPyramid
 from varestorer.training.distillation import DistillationTask, DistillationWeights
 from varestorer.training.restorer import RestorerTask
 from varestorer.training.task import Batch
-from varestorer.training.teacher import TeacherTask
-from varestorer.training.text import prompts_of
+from varestorer.training.teacher import TeacherTask, prompts_of
 from varestorer.utils.seeds import torch_generator
 
 

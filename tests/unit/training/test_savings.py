@@ -14,7 +14,7 @@ from varestorer.losses.perceptual import gaussian_band, ms_ssim
 from varestorer.systems.varestorer import VARestorer
 from varestorer.tokenizer import ScaleSchedule
 from varestorer.training.distillation import DistillationTask
-from varestorer.training.optimisers import build_optimizer
+from varestorer.training.optim import build_optimizer
 from varestorer.training.task import to_device
 from varestorer.training.tokenizer import TokenizerWeights
 from varestorer.transformer.heads import BitHead

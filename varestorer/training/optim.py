@@ -1,8 +1,9 @@
-"""Optimisers: parameter groups, learning rate, gradient norm, and their state by parameter name."""
+"""Optimizers: parameter groups, learning rate, gradient norm, state by parameter name; and the EMA of the weights."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -115,3 +116,61 @@ def _parameter_ids(groups: Iterable[dict[str, Any]]) -> list[int]:
 
 def _numbers(packed_groups: Iterable[dict[str, Any]]) -> list[int]:
     return [number for group in packed_groups for number in group["params"]]
+
+
+class Ema:
+    """Averaged float32 copy of some parameters, kept on their device and sharded as they are.
+
+    `average <- d * average + (1 - d) * weight` with `d = min(decay, (1 + step) / (10 + step))`, so that the
+    first steps do not remember the initial weights for long (the warm-up of TensorFlow's moving average).
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
+        """Start at the parameters' present values.
+
+        Args:
+            parameters: by the name they have in checkpoints.
+            decay: largest decay, in [0, 1).
+        """
+        self._parameters = dict(parameters)
+        self._decay = decay
+        self.averages = {name: _float_copy(p) for name, p in self._parameters.items()}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Take in the weights after optimiser step `step` (from 1)."""
+        decay = min(self._decay, (1 + step) / (10 + step))
+        weights = [parameter.detach().float() for parameter in self._parameters.values()]
+        torch._foreach_lerp_(list(self.averages.values()), weights, 1.0 - decay)
+
+    @torch.no_grad()
+    def load(self, averages: Mapping[str, Tensor]) -> None:
+        """Take over saved averages (whole ones); the names must be exactly the parameters' names.
+
+        Raises:
+            KeyError: a name is missing.
+        """
+        for name, average in self.averages.items():
+            average.copy_(sharded_like(averages[name], average))
+
+    @torch.no_grad()
+    def copy_to_parameters(self) -> None:
+        """Replace the weights by their averages."""
+        for name, parameter in self._parameters.items():
+            parameter.copy_(self.averages[name])
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Lend the averages to the parameters for the length of a `with` block."""
+        kept = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
+        self.copy_to_parameters()
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, parameter in self._parameters.items():
+                    parameter.copy_(kept[name])
+
+
+def _float_copy(parameter: nn.Parameter) -> Tensor:
+    return parameter.detach().to(torch.float32, copy=True)

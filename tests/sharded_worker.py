@@ -44,7 +44,7 @@ SIZES: dict[str, Any] = {
 
 
 class Training:
-    """A task, its optimiser and its averages, in one of `world` processes."""
+    """A task, its optimizer and its averages, in one of `world` processes."""
 
     def __init__(self, rank: int = 0, world: int = 1) -> None:
         self.rank, self.world = rank, world
@@ -59,7 +59,7 @@ class Training:
         self.ema = Ema(self.task.averaged_parameters(), 0.9)
 
     def step(self, number: int) -> dict[str, float]:
-        """Take an optimiser step; mean loss over all samples, and gradient norm."""
+        """Take an optimizer step; mean loss over all samples, and gradient norm."""
         keys = range(SAMPLES * number + self.rank, SAMPLES * (number + 1), self.world)
         size = len(keys) // ACCUMULATE
         total = torch.zeros(())

@@ -1,4 +1,4 @@
-"""The restorer: a network, frozen outside its own stage, that cleans a degraded image before it is tokenised.
+"""The restorer: a network, frozen outside its own stage, that cleans a degraded image before it is tokenized.
 
 VARestorer uses DiffBIR's general SwinIR. The network itself comes from spandrel, which reads its size from
 the weights; any 1x RGB restoration network that spandrel knows fits as well. A small model trains its own, an RCAN

@@ -45,7 +45,7 @@ class Trained:
     parameters: dict[str, nn.Parameter]
     optimizer: Optimizer
     ema: Ema
-    step: int = 0  # optimiser steps taken
+    step: int = 0  # optimizer steps taken
     samples: int = 0  # samples seen: the position in the endless sequence of the data
     skipped: int = 0  # steps in a row, up to this one, that were left out because something was not finite
 

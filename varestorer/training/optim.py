@@ -17,20 +17,20 @@ from varestorer.utils.errors import UserError
 OptimizerFactory = Callable[[list[dict[str, Any]]], Optimizer]
 FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
 FUSED_ON = ("cpu", "cuda")
-"""Optimisers, and devices, whose whole step is one kernel unless their options choose another way."""
+"""Optimizers, and devices, whose whole step is one kernel unless their options choose another way."""
 
 
 def can_fuse(parameter: nn.Parameter) -> bool:
     """Whether a fused step may have a parameter.
 
-    It goes through memory without a look at strides, and an optimiser's state comes out of a checkpoint contiguous: the
+    It goes through memory without a look at strides, and an optimizer's state comes out of a checkpoint contiguous: the
     kernels of convolutions, kept in channels_last, would meet the state of other elements after a resume.
     """
     return parameter.device.type in FUSED_ON and parameter.is_contiguous()
 
 
 def build_optimizer(task: Task, factory: OptimizerFactory) -> Optimizer:
-    """Make an optimiser over a task's trainable parameters, without decay where the task says so.
+    """Make an optimizer over a task's trainable parameters, without decay where the task says so.
 
     Args:
         task: `no_decay` splits its parameters in two groups.
@@ -77,10 +77,10 @@ def nonfinite_gradients(parameters: Mapping[str, nn.Parameter]) -> list[str]:
 
 
 def optimizer_tensors(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """The optimiser's state as `"<state>/<parameter name>"`, such as `exp_avg/encoder.conv.weight`.
+    """The optimizer's state as `"<state>/<parameter name>"`, such as `exp_avg/encoder.conv.weight`.
 
     Raises:
-        UserError: the optimiser keeps something that is not a tensor.
+        UserError: the optimizer keeps something that is not a tensor.
     """
     tensors: dict[str, Tensor] = {}
     for name, parameter in parameters.items():
@@ -138,7 +138,7 @@ class Ema:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Take in the weights after optimiser step `step` (from 1)."""
+        """Take in the weights after optimizer step `step` (from 1)."""
         decay = min(self._decay, (1 + step) / (10 + step))
         weights = [parameter.detach().float() for parameter in self._parameters.values()]
         torch._foreach_lerp_(list(self.averages.values()), weights, 1.0 - decay)

@@ -41,7 +41,7 @@ NAMES_SHOWN = 16  # file names of a bad batch in its error message
 
 @dataclass(frozen=True)
 class Gradients:
-    """What one optimiser step is about to use, the same in every process but for the names.
+    """What one optimizer step is about to use, the same in every process but for the names.
 
     Attributes:
         losses: `loss` and its parts.
@@ -60,7 +60,7 @@ class Gradients:
 
 @dataclass
 class Stage:
-    """A task on its device, wrapped for all processes, with its optimiser and averages."""
+    """A task on its device, wrapped for all processes, with its optimizer and averages."""
 
     task: Task
     model: nn.Module  # the task, or DDP around it
@@ -109,7 +109,7 @@ class Stage:
         return cls(task, model, cfg, run, trained, checkpointer, meter, scores or ImageScores())
 
     def backward(self, batches: Iterator[Mapping[str, Any]], step: int) -> Gradients:
-        """Gradients of one optimiser step, clipped; losses are means over micro-batches and processes."""
+        """Gradients of one optimizer step, clipped; losses are means over micro-batches and processes."""
         accelerator, count = self.run.accelerator, self.cfg.accumulate
         totals: dict[str, Tensor] = {}
         names: list[str] = []
@@ -137,7 +137,7 @@ class Stage:
         return Gradients(dict(zip(totals, means, strict=True)), norm, names, keys, stop > 0)
 
     def update(self, gradients: Gradients, step: int) -> None:
-        """Take the optimiser step, unless something is not finite.
+        """Take the optimizer step, unless something is not finite.
 
         Raises:
             UserError: something is not finite, for more than `cfg.skip_nonfinite` steps in a row.
@@ -280,7 +280,7 @@ class Stage:
             return
         files = ", ".join(names[:NAMES_SHOWN]) + (", ..." if len(names) > NAMES_SHOWN else "")
         raise UserError(
-            f"{problem}; stopped before the optimiser step. Files of the batch: {files} (all of them in "
+            f"{problem}; stopped before the optimizer step. Files of the batch: {files} (all of them in "
             f"{self.run.run_dir / NONFINITE}). Look at these, lower optimizer.lr, use trainer.precision=fp32, or leave "
             "out a few such steps with trainer.skip_nonfinite=N"
         )

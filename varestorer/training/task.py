@@ -58,9 +58,9 @@ class Task(nn.Module, ABC):
 
         Args:
             batch: images already on the task's device, see `to_device`.
-            step: the optimiser step being taken, from 1.
+            step: the optimizer step being taken, from 1.
         Returns:
-            scalars: `"loss"`, the total that is minimised, and any parts to report beside it (such as `kl`,
+            scalars: `"loss"`, the total that is minimized, and any parts to report beside it (such as `kl`,
             `mse`). Means over the samples, so that micro-batches and processes average. In eval mode nothing is
             dropped, flipped or drawn.
         """

@@ -250,7 +250,7 @@ def metric_id(name: str, options: Mapping[str, Any]) -> str:
 def reads_plainly(path: str | Path, image_3HW: Tensor) -> bool:
     """Whether pyiqa's metrics of folders see these pixels in a file, of which they know nothing but `convert("RGB")`.
 
-    They miss orientation, depth, ranges and colour profiles.
+    They miss orientation, depth, ranges and color profiles.
 
     Args:
         path: the file.

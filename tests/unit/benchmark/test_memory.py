@@ -57,7 +57,7 @@ def test_weights_are_exact(task: Task) -> None:
     assert halved == 2 * frozen > 0
 
 
-def test_the_optimisers_state_is_exact(task: Task) -> None:
+def test_the_optimizers_state_is_exact(task: Task) -> None:
     trained = sum(parameter.numel() for parameter in task.trainable_parameters().values())
     steps = len(task.trainable_parameters())
     assert optimizer_bytes(on_meta(task), ADAMW) == 4 * (2 * trained + steps)
@@ -76,7 +76,7 @@ def test_kept_activations_are_those_of_a_real_pass(
 
 
 def test_kept_activations_under_autocast_are_near_the_cpus(task: Task) -> None:
-    # CUDA's autocast normalises in float32, the CPU's does not, so CUDA keeps more
+    # CUDA's autocast normalizes in float32, the CPU's does not, so CUDA keeps more
     kept = sum(step_memory(on_meta(task), 2, 32, bf16=True).kept.values())
     assert 0.9 < kept / saved_bytes(task, 2, bf16=True) < 2.0
 

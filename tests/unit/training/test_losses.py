@@ -1,4 +1,4 @@
-"""What the stages minimise: the paper's weights, and from whom to whom gradients go."""
+"""What the stages minimize: the paper's weights, and from whom to whom gradients go."""
 
 from collections.abc import Callable
 
@@ -25,7 +25,7 @@ def batch_of(*keys: int) -> Batch:
     return {"hq": hq, "lq": lq, "name": [str(k) for k in keys], "key": torch.tensor(keys)}
 
 
-def test_distillation_minimises_the_papers_sum(tiny_system: VARestorer) -> None:
+def test_distillation_minimizes_the_papers_sum(tiny_system: VARestorer) -> None:
     """L = 0.1 L_KL + 0.25 L_perc + 0.5 L_MSE, L_KL = sum over scales of KL(teacher || student)."""
     losses = DistillationTask(tiny_system, perceptual="ms_ssim").eval()(batch_of(0, 1), 1)
     parts = {name: losses[name].item() for name in ("kl", "perceptual", "mse")}

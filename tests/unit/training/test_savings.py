@@ -134,7 +134,7 @@ def test_what_is_kept_for_the_blur_serves_training_after_restoring() -> None:
     ms_ssim(images.clone().requires_grad_(), images.flip(-1)).sum().backward()
 
 
-def test_the_optimiser_is_one_kernel_and_takes_the_same_steps(tiny_system: VARestorer) -> None:
+def test_the_optimizer_is_one_kernel_and_takes_the_same_steps(tiny_system: VARestorer) -> None:
     task = task_of(tiny_system)
     fused = build_optimizer(task, ADAMW)
     plain = [p.detach().clone().requires_grad_() for p in task.trainable_parameters().values()]

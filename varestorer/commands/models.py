@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
+import hydra
 from omegaconf import DictConfig, OmegaConf
 
 import varestorer.training.config  # noqa: F401  # the schemas that configs/train.yaml names
@@ -100,8 +101,6 @@ def experiments() -> list[str]:
 
 def of_experiment(name: str) -> list[str]:
     """The published files that an experiment's model is made of."""
-    import hydra
-
     cfg = hydra.compose("train", [f"+experiment={name}", f"weights_dir={HUB}"])
     return sorted(set(re.findall(rf": {HUB}/(\S+)", OmegaConf.to_yaml(cfg.model, resolve=True))))
 

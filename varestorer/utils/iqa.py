@@ -208,8 +208,6 @@ def weight_files(name: str) -> list[Path]:
     Raises:
         MetricUnavailableError: one is missing (one line: which, and where it belongs).
     """
-    import torch
-
     if missing := missing_weights(name):
         offline = _is_offline()
         _check_available(name, [] if not offline and network_reachable() else missing, offline)

@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 
 from varestorer.systems.varestorer import VARestorer
-from varestorer.training.distillation import DistillationTask
 from varestorer.training.optim import (
     Ema,
     build_optimizer,
@@ -22,6 +21,7 @@ from varestorer.training.optim import (
     optimizer_tensors,
 )
 from varestorer.training.parallel import all_gathered, no_gradient_sync, shard, sharded_like, unsharded
+from varestorer.training.tasks.distillation import DistillationTask
 from varestorer.utils.seeds import torch_generator
 
 ACCUMULATE = 2

@@ -19,7 +19,7 @@ from varestorer.systems.varsr import VARSR
 from varestorer.systems.varsr_files import class_to_restoration
 from varestorer.tokenizer import quantizer
 from varestorer.tokenizer.quantizer import RESIZES, MultiScaleQuantizer, phi_index
-from varestorer.training.varsr import VARSRTask
+from varestorer.training.tasks.varsr import VARSRTask
 from varestorer.transformer import blocks, layout
 from varestorer.transformer.refiner import DATA_SCALE, Refiner
 from varestorer.weights.published.varsr import published_varsr_name

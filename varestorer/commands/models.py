@@ -11,7 +11,6 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-import varestorer.training.config  # noqa: F401  # the schemas that configs/train.yaml names
 from varestorer.commands.entry import OK, Command, config_dir, say
 from varestorer.commands.options import ModelsOptions
 from varestorer.conditioning.pretrained import local_folder

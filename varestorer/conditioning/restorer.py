@@ -35,7 +35,7 @@ MOST_MASKS = 4  # two for each size of image
 
 
 class Restorer(nn.Module):
-    """A 1x restoration network that takes any image size, frozen unless `training.restorer` trains it.
+    """A 1x restoration network that takes any image size, frozen unless `training.tasks.restorer` trains it.
 
     Attributes:
         network: the network; always in evaluation mode.

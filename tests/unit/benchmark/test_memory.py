@@ -8,9 +8,9 @@ import torch
 
 from varestorer.benchmark.memory import measured_peak, memory_report, optimizer_bytes, step_memory, weights_by_part
 from varestorer.systems.varestorer import VARestorer
-from varestorer.training.distillation import DistillationTask
 from varestorer.training.task import Task, keep_base_in
-from varestorer.training.teacher import TeacherTask
+from varestorer.training.tasks.distillation import DistillationTask
+from varestorer.training.tasks.teacher import TeacherTask
 
 ADAMW = partial(torch.optim.AdamW, lr=1e-3)
 

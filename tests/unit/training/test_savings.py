@@ -13,10 +13,10 @@ from varestorer.losses.distillation import distribution_matching_loss
 from varestorer.losses.perceptual import gaussian_band, ms_ssim
 from varestorer.systems.varestorer import VARestorer
 from varestorer.tokenizer import ScaleSchedule
-from varestorer.training.distillation import DistillationTask
 from varestorer.training.optim import build_optimizer
 from varestorer.training.task import to_device
-from varestorer.training.tokenizer import TokenizerWeights
+from varestorer.training.tasks.distillation import DistillationTask
+from varestorer.training.tasks.tokenizer import TokenizerWeights
 from varestorer.transformer.heads import BitHead
 from varestorer.utils.seeds import torch_generator
 

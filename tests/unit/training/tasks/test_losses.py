@@ -8,14 +8,13 @@ import torch.nn.functional as F
 from omegaconf import DictConfig
 from torch import Tensor
 
-import varestorer.training.config  # noqa: F401  # the schemas of training
 from varestorer.conditioning.restorer import new_restorer
 from varestorer.systems.varestorer import VARestorer
 from varestorer.tokenizer import TokenPyramid
-from varestorer.training.distillation import DistillationTask, DistillationWeights
-from varestorer.training.restorer import RestorerTask
 from varestorer.training.task import Batch
-from varestorer.training.teacher import TeacherTask, prompts_of
+from varestorer.training.tasks.distillation import DistillationTask, DistillationWeights
+from varestorer.training.tasks.restorer import RestorerTask
+from varestorer.training.tasks.teacher import TeacherTask, prompts_of
 from varestorer.utils.seeds import torch_generator
 
 

@@ -11,9 +11,8 @@ import torch
 import torch.distributed as dist
 
 from varestorer.systems.varestorer import VARestorer
-from varestorer.training.distillation import DistillationTask
-from varestorer.training.ema import Ema
-from varestorer.training.optimisers import (
+from varestorer.training.optim import (
+    Ema,
     build_optimizer,
     clip_gradients,
     gradient_norm,
@@ -21,7 +20,8 @@ from varestorer.training.optimisers import (
     nonfinite_gradients,
     optimizer_tensors,
 )
-from varestorer.training.parallel import added_up_later, like, shard, together, whole_tensors
+from varestorer.training.parallel import all_gathered, no_gradient_sync, shard, sharded_like, unsharded
+from varestorer.training.tasks.distillation import DistillationTask
 from varestorer.utils.seeds import torch_generator
 
 ACCUMULATE = 2
@@ -44,7 +44,7 @@ SIZES: dict[str, Any] = {
 
 
 class Training:
-    """A task, its optimiser and its averages, in one of `world` processes."""
+    """A task, its optimizer and its averages, in one of `world` processes."""
 
     def __init__(self, rank: int = 0, world: int = 1) -> None:
         self.rank, self.world = rank, world
@@ -59,13 +59,13 @@ class Training:
         self.ema = Ema(self.task.averaged_parameters(), 0.9)
 
     def step(self, number: int) -> dict[str, float]:
-        """Take an optimiser step; mean loss over all samples, and gradient norm."""
+        """Take an optimizer step; mean loss over all samples, and gradient norm."""
         keys = range(SAMPLES * number + self.rank, SAMPLES * (number + 1), self.world)
         size = len(keys) // ACCUMULATE
         total = torch.zeros(())
         for micro in range(ACCUMULATE):
             later = self.world > 1 and micro < ACCUMULATE - 1
-            with added_up_later(self.task) if later else contextlib.nullcontext():
+            with no_gradient_sync(self.task) if later else contextlib.nullcontext():
                 loss = self.task(batch_of(list(keys)[micro * size : (micro + 1) * size]), number)["loss"]
                 (loss / ACCUMULATE).backward()
             total += loss.detach() / ACCUMULATE
@@ -84,7 +84,7 @@ class Training:
         """What a checkpoint holds, whole; nothing in all processes but the first."""
         states = optimizer_tensors(self.optimizer, self.parameters)
         files = {"model": self.parameters, "ema": self.ema.averages, "optimizer": states}
-        found = {name: whole_tensors(tensors, self.rank == 0) for name, tensors in files.items()}
+        found = {name: all_gathered(tensors, self.rank == 0) for name, tensors in files.items()}
         return {
             name: {key: value.detach().clone() for key, value in tensors.items()} for name, tensors in found.items()
         }
@@ -92,13 +92,13 @@ class Training:
     def load(self, saved: dict[str, dict[str, torch.Tensor]]) -> None:
         with torch.no_grad():
             for name, parameter in self.parameters.items():
-                parameter.copy_(like(saved["model"][name], parameter))
+                parameter.copy_(sharded_like(saved["model"][name], parameter))
         self.ema.load(saved["ema"])
         load_optimizer_tensors(self.optimizer, self.parameters, saved["optimizer"])
 
     def picture(self) -> torch.Tensor:
         self.task.eval()
-        with self.ema.in_place(), together(self.task), torch.no_grad():
+        with self.ema.in_place(), unsharded(self.task), torch.no_grad():
             image = self.task.restored(batch_of([99]))["student"].clone()
         self.task.train()
         return image

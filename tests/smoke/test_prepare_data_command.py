@@ -48,7 +48,7 @@ def test_help_names_every_key_and_the_sets(capsys: pytest.CaptureFixture[str]):
 def test_every_set_is_explained(name: str, capsys: pytest.CaptureFixture[str]):
     assert COMMAND.main([f"dataset={name}"]) == 0
     text = capsys.readouterr().out
-    assert text.startswith(f"{name}: ") and "licence" in text and f"dataset={name} data.root=" in text
+    assert text.startswith(f"{name}: ") and "license" in text and f"dataset={name} data.root=" in text
     assert all(len(line) <= 120 for line in text.splitlines())
 
 
@@ -100,7 +100,7 @@ def test_settings_of_the_degradation_count_as_options(tmp_path: Path, photos: Pa
     assert "begun with other options: degradation=" in capsys.readouterr().err
 
 
-def test_the_released_pixels_are_recognised(shared: Path, capsys: pytest.CaptureFixture[str]):
+def test_the_released_pixels_are_recognized(shared: Path, capsys: pytest.CaptureFixture[str]):
     assert COMMAND.main(["dataset=realsr", f"data.root={shared / 'benchmarks' / 'realsr'}"]) == 0
     text = capsys.readouterr().out
     assert "100 PNG, 8-bit RGB, 512x512" in text and "  the same as in the copy" in text

@@ -42,7 +42,7 @@ def test_all_of_it_is_small_and_packed_into_the_wheel() -> None:
 
 def test_its_card_says_how_it_was_made_and_what_it_is_worth() -> None:
     card = (BUNDLE / "README.md").read_text(encoding="utf-8")
-    for heading in ("Data", "Training", "Measured", "Limits", "Licences"):
+    for heading in ("Data", "Training", "Measured", "Limits", "Licenses"):
         assert f"\n## {heading}\n" in card
     assert "license: mit" not in card.splitlines()[:3]  # the photographs' terms are named instead
 

@@ -16,7 +16,7 @@ from varestorer.benchmark.counting import Ledger, as_on_cuda
 from varestorer.benchmark.report import GIB, Report
 from varestorer.benchmark.train_step import BACKWARD, TrainStep, made_up_batch
 from varestorer.evaluation.tables import Column, Table, TableRow
-from varestorer.training.optimisers import OptimizerFactory, build_optimizer
+from varestorer.training.optim import OptimizerFactory, build_optimizer
 from varestorer.training.task import Task
 from varestorer.utils.device import num_bytes
 from varestorer.utils.watch import observed, watch

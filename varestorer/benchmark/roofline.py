@@ -1,7 +1,7 @@
 """What a device can do at best, measured: products of matrices and copies; and what it is called.
 
 A share of a rate measured in the same run says more than one of a data sheet: it holds the clocks, the power limit and
-the neighbours of that run.
+the neighbors of that run.
 """
 
 from __future__ import annotations

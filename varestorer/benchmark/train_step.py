@@ -24,11 +24,9 @@ from varestorer.benchmark.report import Report, Run
 from varestorer.benchmark.roofline import Rates
 from varestorer.data.datasets import PhotoCrops
 from varestorer.data.degradation import Degradation
-from varestorer.training.distillation import DistillationTask
-from varestorer.training.ema import Ema
-from varestorer.training.optimisers import OptimizerFactory, build_optimizer, clip_gradients, gradient_norm
-from varestorer.training.precision import keep_base_in
-from varestorer.training.task import Batch, Task
+from varestorer.training.optim import Ema, OptimizerFactory, build_optimizer, clip_gradients, gradient_norm
+from varestorer.training.task import Batch, Task, keep_base_in
+from varestorer.training.tasks.distillation import DistillationTask
 from varestorer.transformer import VARTransformer
 from varestorer.transformer.blocks import Block
 from varestorer.utils.errors import UsageError

@@ -20,8 +20,7 @@ from varestorer.commands.entry import FAILED, OK, Command, config_dir, say
 from varestorer.commands.options import BenchmarkOptions
 from varestorer.commands.quoting import Keys, quote_value
 from varestorer.commands.train import stage_config
-from varestorer.training.precision import keep_base_in
-from varestorer.training.task import Task
+from varestorer.training.task import Task, keep_base_in
 from varestorer.utils.device import pick_device
 from varestorer.utils.errors import UsageError
 from varestorer.utils.files import check_writable, expand_user

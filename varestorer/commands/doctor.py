@@ -17,10 +17,9 @@ from varestorer.commands.entry import FAILED, OK, Command, say
 from varestorer.commands.options import DoctorOptions
 from varestorer.evaluation.protocols import PROTOCOLS
 from varestorer.systems import load
-from varestorer.utils.cache import cache_folder
 from varestorer.utils.device import gains_from_bf16, has_amx, pick_device, usable_cores
 from varestorer.utils.errors import UserError
-from varestorer.utils.files import file_sha256
+from varestorer.utils.files import cache_folder, file_sha256
 from varestorer.utils.iqa_sandbox import ask_network
 from varestorer.utils.iqa_weights import WEIGHT_FILES, find_weights, hub_folder, missing_package
 from varestorer.utils.schema import typed

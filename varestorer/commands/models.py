@@ -8,16 +8,15 @@ from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
+import hydra
 from omegaconf import DictConfig, OmegaConf
 
-import varestorer.training.config  # noqa: F401  # the schemas that configs/train.yaml names
 from varestorer.commands.entry import OK, Command, config_dir, say
 from varestorer.commands.options import ModelsOptions
 from varestorer.conditioning.pretrained import local_folder
 from varestorer.systems import system_class
-from varestorer.utils.cache import cache_folder
 from varestorer.utils.errors import UsageError
-from varestorer.utils.files import expand_user
+from varestorer.utils.files import cache_folder, expand_user
 from varestorer.utils.hub import asking_hub, is_hub_name, split_revision
 from varestorer.utils.schema import typed
 from varestorer.weights.bundle import ASSETS, CARD, is_bundle, shipped
@@ -101,8 +100,6 @@ def experiments() -> list[str]:
 
 def of_experiment(name: str) -> list[str]:
     """The published files that an experiment's model is made of."""
-    import hydra
-
     cfg = hydra.compose("train", [f"+experiment={name}", f"weights_dir={HUB}"])
     return sorted(set(re.findall(rf": {HUB}/(\S+)", OmegaConf.to_yaml(cfg.model, resolve=True))))
 

@@ -139,7 +139,7 @@ def card(benchmark: Benchmark) -> str:
         "for": benchmark.purpose,
         "from": benchmark.origin,
         "folder": benchmark.layout,
-        "licence": benchmark.licence,
+        "license": benchmark.license,
     }
     lines = [
         fill(text, WIDTH, initial_indent=f"  {name:9}", subsequent_indent=" " * 11, break_on_hyphens=False)

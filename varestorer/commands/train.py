@@ -18,13 +18,12 @@ from torch import nn
 
 from varestorer.commands.entry import OK, Command, say
 from varestorer.data.loader import collate
-from varestorer.training.changes import check_resumable
 from varestorer.training.checkpoint import save_initial
 from varestorer.training.checks import check_stages
 from varestorer.training.config import TrainConfig, TrainerConfig
 from varestorer.training.fit import fit, make_accelerator
 from varestorer.training.parallel import in_cluster_job, join_cluster_job
-from varestorer.training.rng import seed_everything
+from varestorer.training.resume import check_resumable
 from varestorer.training.run import Run, choose_run_dir, environment
 from varestorer.training.scores import ImageScores
 from varestorer.training.stopping import StoppedError
@@ -33,6 +32,7 @@ from varestorer.utils.errors import UsageError, UserError
 from varestorer.utils.locks import locked
 from varestorer.utils.loggers import open_loggers
 from varestorer.utils.schema import check, typed
+from varestorer.utils.seeds import seed_everything
 from varestorer.weights.load import load_into
 from varestorer.weights.runs import CONFIG, load_initial
 

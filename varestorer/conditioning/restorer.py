@@ -1,4 +1,4 @@
-"""The restorer: a network, frozen outside its own stage, that cleans a degraded image before it is tokenised.
+"""The restorer: a network, frozen outside its own stage, that cleans a degraded image before it is tokenized.
 
 VARestorer uses DiffBIR's general SwinIR. The network itself comes from spandrel, which reads its size from
 the weights; any 1x RGB restoration network that spandrel knows fits as well. A small model trains its own, an RCAN
@@ -35,7 +35,7 @@ MOST_MASKS = 4  # two for each size of image
 
 
 class Restorer(nn.Module):
-    """A 1x restoration network that takes any image size, frozen unless `training.restorer` trains it.
+    """A 1x restoration network that takes any image size, frozen unless `training.tasks.restorer` trains it.
 
     Attributes:
         network: the network; always in evaluation mode.

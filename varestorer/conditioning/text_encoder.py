@@ -9,7 +9,7 @@ from torch import Tensor
 
 from varestorer.conditioning.pretrained import fingerprint, free_memory, load_pretrained, local_folder
 from varestorer.conditioning.text_cache import CacheKey, TextCache
-from varestorer.utils.cache import cache_folder
+from varestorer.utils.files import cache_folder
 
 DEFAULT_NAME = "google/flan-t5-xl"
 DEFAULT_WIDTH = 2048  # of its features; networks of another width were trained without it

@@ -28,7 +28,7 @@ def fill_square(img_CHW: Tensor, side: int) -> Tensor:
     return pad_reflect(img_CHW, top, side - height - top, left, side - width - left)
 
 
-def centre_box(size: tuple[int, int], window: tuple[int, int]) -> Box:
+def center_box(size: tuple[int, int], window: tuple[int, int]) -> Box:
     """The box of at most `window` (height, width) in the middle of a picture."""
     height, width = min(size[0], window[0]), min(size[1], window[1])
     return (size[0] - height) // 2, (size[1] - width) // 2, height, width

@@ -66,7 +66,27 @@ class EpochOrder:
         return int(self._order[place])
 
 
-class PhotoCrops(Dataset[Sample]):
+class _Crops(Dataset[Sample]):
+    """What data sets of crops share."""
+
+    store: ImageStore
+    root: str | None
+    texts: Texts | None
+
+    def __len__(self) -> int:
+        """Number of images, or pairs (of one epoch); sample numbers go on beyond it."""
+        return len(self.store)
+
+    def read_ahead(self) -> None:
+        """Before workers start: see `ImageStore.read_ahead`."""
+        self.store.read_ahead()
+
+    def contents(self) -> Contents:
+        """Which files, and which texts, the samples are of."""
+        return file_contents(self.store.items, self.root) | (contents_of(self.texts) or {})
+
+
+class PhotoCrops(_Crops):
     """Random squares of photographs, with bad versions made by a degradation.
 
     Args:
@@ -114,18 +134,6 @@ class PhotoCrops(Dataset[Sample]):
         self.order = EpochOrder(len(files), seed)
         self.labels, self.spoil = _labels(files, label), spoil
 
-    def __len__(self) -> int:
-        """Number of images (of one epoch); sample numbers go on beyond it."""
-        return len(self.store)
-
-    def read_ahead(self) -> None:
-        """Before workers start: see `ImageStore.read_ahead`."""
-        self.store.read_ahead()
-
-    def contents(self) -> Contents:
-        """Which files, and which texts, the samples are of."""
-        return file_contents(self.store.items, self.root) | (contents_of(self.texts) or {})
-
     def __getitem__(self, n: int) -> Sample:
         """Make sample n, any number >= 0."""
         index, (photo,) = self.store.read(self.order[n])
@@ -144,7 +152,7 @@ class PhotoCrops(Dataset[Sample]):
         return with_text(sample, self.texts, index)
 
 
-class PairedCrops(Dataset[Sample]):
+class PairedCrops(_Crops):
     """Random squares of real pairs, the bad ones enlarged to the good ones' size (bicubic, 8-bit levels).
 
     Args:
@@ -170,18 +178,6 @@ class PairedCrops(Dataset[Sample]):
         self.store = ImageStore([(low, high) for _, low, high in pairs], str(root))
         self.order = EpochOrder(len(pairs), seed)
         self.texts = open_texts(text, root, [high for _, _, high in pairs])
-
-    def __len__(self) -> int:
-        """Number of pairs (of one epoch); sample numbers go on beyond it."""
-        return len(self.store)
-
-    def read_ahead(self) -> None:
-        """Before workers start: see `ImageStore.read_ahead`."""
-        self.store.read_ahead()
-
-    def contents(self) -> Contents:
-        """Which files, and which texts, the samples are of."""
-        return file_contents(self.store.items, self.root) | (contents_of(self.texts) or {})
 
     def __getitem__(self, n: int) -> Sample:
         """Make sample n, any number >= 0."""

@@ -1,7 +1,7 @@
 """The photographs inside the wheels of scikit-image and scikit-learn: real pictures without a download.
 
-Seven natural colour scenes, looked at one by one (their other pictures are drawings, textures, microscopy,
-grey or of the sky). The split is fixed; both views of the motorcycle are on the training side.
+Seven natural color scenes, looked at one by one (their other pictures are drawings, textures, microscopy,
+gray or of the sky). The split is fixed; both views of the motorcycle are on the training side.
 """
 
 from importlib.util import find_spec

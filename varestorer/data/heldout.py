@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from varestorer.data.crops import centre_box, cut, fill_square
+from varestorer.data.crops import center_box, cut, fill_square
 from varestorer.data.datasets import Sample, pair_factor
 from varestorer.data.degradation import Degrade, round_to_8bit
 from varestorer.data.embedded import embedded_paths
@@ -54,7 +54,7 @@ def _degraded_pairs(
     samples: list[Sample] = []
     for index, (photo,) in store.read_all():
         key = keys[index]
-        hq = _centre(photo.float() / 255, crop, scale)
+        hq = _center(photo.float() / 255, crop, scale)
         lq = degradation(hq, numpy_generator(seed, "heldout", key))
         samples.append({"hq": hq, "lq": lq, "name": paths[key].stem, "key": key})
     return samples
@@ -69,7 +69,7 @@ def _real_pairs(root: str, crop: int | None, limit: int | None, scale: int) -> l
         key = keys[index]
         pair_factor(low, high, scale, store.items[index])
         lq = round_to_8bit(resize(low.float() / 255, (high.shape[-2], high.shape[-1])))
-        lq, hq = (_centre(side, crop, scale) for side in (lq, high.float() / 255))
+        lq, hq = (_center(side, crop, scale) for side in (lq, high.float() / 255))
         samples.append({"hq": hq, "lq": lq, "name": pairs[key][0], "key": key})
     return samples
 
@@ -80,10 +80,10 @@ def _spread(count: int, limit: int | None) -> list[int]:
     return [i * count // taken for i in range(taken)]
 
 
-def _centre(img_3HW: Tensor, crop: int | None, scale: int) -> Tensor:
+def _center(img_3HW: Tensor, crop: int | None, scale: int) -> Tensor:
     """The central square, or the whole cut to multiples of `scale`."""
     size: tuple[int, int] = (img_3HW.shape[-2], img_3HW.shape[-1])
     if crop is not None:
-        return fill_square(cut(img_3HW, centre_box(size, (crop, crop))), crop)
+        return fill_square(cut(img_3HW, center_box(size, (crop, crop))), crop)
     whole = max(1, size[0] // scale) * scale, max(1, size[1] // scale) * scale
-    return cut(img_3HW, centre_box(size, whole))
+    return cut(img_3HW, center_box(size, whole))

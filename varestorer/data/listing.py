@@ -17,9 +17,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from varestorer.utils.cache import cache_folder
 from varestorer.utils.errors import UserError, reason
-from varestorer.utils.files import expand_user, name_bytes, read_text, write_json
+from varestorer.utils.files import cache_folder, expand_user, name_bytes, read_text, write_json
 from varestorer.utils.images import report_no_images, split_images
 from varestorer.utils.scanning import Stamp, scan_folder, stamp
 

@@ -53,39 +53,48 @@ def photographs(samples: Iterable[Mapping[str, Any]]) -> list[Photograph]:
     return found
 
 
+def _bicubic(photo: Photograph) -> Tensor:
+    return resize(photo.lr, (photo.hq.shape[-2], photo.hq.shape[-1]), "bicubic")
+
+
+def _restored(system: System, photo: Photograph) -> Tensor:
+    return system.restore(photo.lr, SCALE).image
+
+
+def _sampled_by(system: VARSR, **sampling: float | bool) -> VARSR:
+    """The same networks with another sampling."""
+    other = copy.copy(system)
+    other.sampling = replace(system.sampling, **sampling)  # type: ignore[arg-type]
+    return other
+
+
 def methods(system: VARestorer) -> dict[str, Callable[[Photograph], Tensor]]:
     """Every way to a full-size image, by the name of its column."""
     student = copy.deepcopy(system).merge_adapters()  # as `restore` does where no teacher is needed
     ways: dict[str, Callable[[Photograph], Tensor]] = {
-        "bicubic": lambda photo: resize(photo.lr, (photo.hq.shape[-2], photo.hq.shape[-1]), "bicubic"),
+        "bicubic": _bicubic,
         "multi-step": lambda photo: system.restore(photo.lr, SCALE, steps="multi").image,
     }
     if system.student_config.lora_rank:  # else all of the network trained, and nothing is left of its start
         undistilled = copy.deepcopy(system)
         init_adapters(undistilled.transformer)  # as a student starts: the teacher, asked for all scales at once
         undistilled.merge_adapters()
-        ways[UNDISTILLED] = lambda photo: undistilled.restore(photo.lr, SCALE).image
+        ways[UNDISTILLED] = partial(_restored, undistilled)
     return ways | {
-        "one step": lambda photo: student.restore(photo.lr, SCALE).image,
+        "one step": partial(_restored, student),
         "tokenizer ceiling": lambda photo: system.reconstruct(photo.hq),
     }
 
 
 def guided_methods(system: VARSR) -> dict[str, Callable[[Photograph], Tensor]]:
     """VARSR's ways: asked for bad and for good quality, guided from one to the other, and with the refiner."""
-
-    def variant(**sampling: float | bool) -> VARSR:
-        other = copy.copy(system)  # with the same networks
-        other.sampling = replace(system.sampling, **sampling)  # type: ignore[arg-type]
-        return other
-
-    bad, plain = (variant(guidance=0.0, use_refiner=False) for _ in range(2))
+    bad, plain = (_sampled_by(system, guidance=0.0, use_refiner=False) for _ in range(2))
     bad.qualities = bad.prepare(torch.tensor([system.transformer.config.num_classes - 1], device=system.device))
-    columns = {"negative-prompted": bad, "unguided": plain, "guided": variant(use_refiner=False), "refined": system}
-    ways = {name: partial(_restored, one) for name, one in columns.items()}
+    guided = _sampled_by(system, use_refiner=False)
+    columns = {"negative-prompted": bad, "unguided": plain, "guided": guided, "refined": system}
     return {
-        "bicubic": lambda photo: resize(photo.lr, (photo.hq.shape[-2], photo.hq.shape[-1]), "bicubic"),
-        **ways,
+        "bicubic": _bicubic,
+        **{name: partial(_restored, one) for name, one in columns.items()},
         "tokenizer ceiling": lambda photo: system.reconstruct(photo.hq),
     }
 
@@ -102,16 +111,7 @@ def curve_methods(system: VARSR) -> dict[str, Callable[[Photograph], Tensor]]:
     }
     if system.refiner is not None:
         chosen |= {f"{steps} refiner steps": {"refiner_steps": steps} for steps in (1, 2, 5, 10, 20, 50)}
-    ways: dict[str, Callable[[Photograph], Tensor]] = {}
-    for name, sampling in chosen.items():
-        other = copy.copy(system)  # with the same networks
-        other.sampling = replace(trained, **sampling)  # type: ignore[arg-type]
-        ways[name] = partial(_restored, other)
-    return ways
-
-
-def _restored(system: System, photo: Photograph) -> Tensor:
-    return system.restore(photo.lr, SCALE).image
+    return {name: partial(_restored, _sampled_by(system, **sampling)) for name, sampling in chosen.items()}
 
 
 def one_step_methods(system: OneStepSystem) -> dict[str, Callable[[Photograph], Tensor]]:
@@ -119,16 +119,15 @@ def one_step_methods(system: OneStepSystem) -> dict[str, Callable[[Photograph], 
     undistilled = copy.deepcopy(system)
     init_adapters(undistilled.transformer)
     ways: dict[str, Callable[[Photograph], Tensor]] = {
-        "bicubic": lambda photo: resize(photo.lr, (photo.hq.shape[-2], photo.hq.shape[-1]), "bicubic"),
+        "bicubic": _bicubic,
         "multi-step": lambda photo: system.restore(photo.lr, SCALE, steps="multi").image,
     }
     if isinstance(system, VARSR) and system.refiner is not None:
-        plain = copy.copy(system)  # with the same networks
-        plain.sampling = replace(system.sampling, use_refiner=False)
+        plain = _sampled_by(system, use_refiner=False)
         ways["multi-step, no refiner"] = lambda photo: plain.restore(photo.lr, SCALE, steps="multi").image
     return ways | {
-        UNDISTILLED: lambda photo: undistilled.restore(photo.lr, SCALE).image,
-        "one step": lambda photo: system.restore(photo.lr, SCALE).image,
+        UNDISTILLED: partial(_restored, undistilled),
+        "one step": partial(_restored, system),
         "tokenizer ceiling": lambda photo: system.reconstruct(photo.hq),
     }
 
@@ -212,21 +211,28 @@ def write_comparison(
     """
     system.to(device).eval()
     rows, pictures = compare_methods(system, photographs(heldout), protocol, metrics, WAYS[ways](system))
-    curves = read_curves(run_dir / "metrics.jsonl")
     seconds = {row["method"]: row["seconds"] for row in rows}
-    facts = {
-        "training": ", ".join(f"{stage} {len(c)} steps {c[-1]['seconds']:.0f} s" for stage, c in curves.items()),
-        "parameters": parameter_counts(system),
-        "protocol": protocol,
-        "seed": config["seed"],
-        "device": str(device),
-    }
+    facts: dict[str, Any] = {"parameters": parameter_counts(system)}
     if "one step" in seconds:
         facts["one step against multi-step"] = f"{seconds['multi-step'] / seconds['one step']:.2f} times as fast"
-    path = run_dir / "report.html"
-    write_run_report(path, title, curves, rows, pictures, facts)
+    facts |= {"protocol": protocol, "seed": config["seed"], "device": str(device)}
+    return _write(run_dir, title, rows, pictures, facts)
+
+
+def _write(
+    run_dir: Path,
+    title: str,
+    rows: Sequence[Mapping[str, Any]],
+    pictures: Mapping[str, Mapping[str, Tensor]],
+    facts: Mapping[str, Any],
+) -> Path:
+    """Write `report.html`, and its rows and facts as `report.json`."""
+    curves = read_curves(run_dir / "metrics.jsonl")
+    training = ", ".join(f"{stage} {len(c)} steps {c[-1]['seconds']:.0f} s" for stage, c in curves.items())
+    facts = {"training": training, **facts}
+    write_run_report(run_dir / "report.html", title, curves, rows, pictures, facts)
     write_json(run_dir / "report.json", {"rows": rows, "facts": facts}, indent=1)
-    return path
+    return run_dir / "report.html"
 
 
 def parameter_counts(system: Any) -> str:
@@ -234,7 +240,7 @@ def parameter_counts(system: Any) -> str:
     adapters = sum(p.numel() for name, p in system.transformer.named_parameters() if ".lora_" in name)
     transformer = sum(p.numel() for p in system.transformer.parameters()) - adapters
     tokenizer = sum(p.numel() for p in system.tokenizer.parameters())
-    counts = {"tokenizer": tokenizer, "transformer": transformer, "adapters": adapters}
+    counts = {"tokenizer": tokenizer, "transformer": transformer} | ({"adapters": adapters} if adapters else {})
     for name in ("restorer", "prefix_encoder", "refiner"):
         if (part := getattr(system, name, None)) is not None:
             counts = {name.replace("_", " "): sum(p.numel() for p in part.parameters()), **counts}
@@ -373,17 +379,9 @@ def write_sizes(
     system.to(device).eval()
     other = None if plain is None else HVAR.from_pretrained(plain, device=device)
     rows, pictures = compare_sizes(system, photographs(heldout), protocol, metrics, other)
-    curves = read_curves(run_dir / "metrics.jsonl")
-    counts = {part: sum(p.numel() for p in getattr(system, part).parameters()) for part in ("tokenizer", "transformer")}
-    facts = {
-        "training": ", ".join(f"{stage} {len(c)} steps {c[-1]['seconds']:.0f} s" for stage, c in curves.items()),
-        "parameters": ", ".join(f"{part} {count / 1e6:.2f} M" for part, count in counts.items()),
+    facts: dict[str, Any] = {
+        "parameters": parameter_counts(system),
         "plain tokenizer": plain or "the same networks, which were tuned for the hierarchy",
-        "protocol": protocol,
-        "seed": config["seed"],
-        "device": str(device),
     }
-    path = run_dir / "report.html"
-    write_run_report(path, title, curves, rows, pictures, facts)
-    (run_dir / "report.json").write_text(json.dumps({"rows": rows, "facts": facts}, indent=1), encoding="utf-8")
-    return path
+    facts |= {"protocol": protocol, "seed": config["seed"], "device": str(device)}
+    return _write(run_dir, title, rows, pictures, facts)

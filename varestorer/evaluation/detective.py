@@ -86,7 +86,7 @@ class Convention:
         parts = (
             (self.channel or self.metric) + (", rounded" if self.is_rounded else ""),
             f"without a border of {self.border}" if self.border else "",
-            f"centre of {CROP} pixels of LQ" if self.is_cropped else "",
+            f"center of {CROP} pixels of LQ" if self.is_cropped else "",
             saved,
         )
         return ", ".join(filter(None, parts))

@@ -144,7 +144,7 @@ def series(lines: Sequence[Mapping[str, Any]], name: str) -> tuple[np.ndarray, n
 
 
 def smooth(values: np.ndarray, share: float = 0.05) -> np.ndarray:
-    """Centred running mean over `share` of the series; the window shrinks at both ends."""
+    """Centered running mean over `share` of the series; the window shrinks at both ends."""
     half = max(int(len(values) * share / 2), 0)
     sums = np.concatenate([[0.0], np.cumsum(values)])
     index = np.arange(len(values))

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from varestorer.evaluation.results import Pair, Row
 from varestorer.evaluation.sources import Candidate, FolderSource, Source
-from varestorer.utils.ahead import make_ahead
 from varestorer.utils.errors import UserError
 from varestorer.utils.files import file_sha256, fitting_name
 from varestorer.utils.finite import check_finite
 from varestorer.utils.images import load_image, made_from, resize, save_image
+from varestorer.utils.prefetch import prefetch
 from varestorer.utils.tiling import scaled_size
 
 log = logging.getLogger(__name__)
@@ -61,9 +61,9 @@ class SampleReader:
     def read(self, chunks: Sequence[Sequence[Pair]]) -> Iterator[list[Sample]]:
         """Samples of each chunk of pairs, in order."""
         if getattr(self.source, "runs_ahead", False):
-            yield from make_ahead(lambda chunk: [self._finish(self._begin(pair)) for pair in chunk], chunks)
+            yield from prefetch(lambda chunk: [self._finish(self._begin(pair)) for pair in chunk], chunks)
         else:
-            for begun in make_ahead(lambda chunk: [self._begin(pair) for pair in chunk], chunks):
+            for begun in prefetch(lambda chunk: [self._begin(pair) for pair in chunk], chunks):
                 yield [self._finish(sample) for sample in begun]
 
     def file(self, pair: Pair) -> Path | None:

@@ -19,7 +19,6 @@ from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from varestorer.systems.plan import REPORT_NAME, Job, Plan, beside
-from varestorer.utils.ahead import make_ahead
 from varestorer.utils.device import usable_cores
 from varestorer.utils.errors import UserError, reason
 from varestorer.utils.files import file_sha256, read_text, write_json
@@ -36,6 +35,7 @@ from varestorer.utils.images import (
     save_image,
 )
 from varestorer.utils.locks import locked
+from varestorer.utils.prefetch import prefetch
 from varestorer.utils.seeds import derive_seed
 
 logger = logging.getLogger(__name__)
@@ -218,8 +218,8 @@ class _Runner:
 
     def run(self, jobs: Iterable[Job]) -> Iterator[None]:
         """Yield as files are done. Restoring is this thread's; reading is one file ahead, writing some behind."""
-        read = make_ahead(self._read, jobs)
-        return make_ahead(self._write, map(self._restore, read), depth=WRITERS, threads=WRITERS, finish=True)
+        read = prefetch(self._read, jobs)
+        return prefetch(self._write, map(self._restore, read), depth=WRITERS, threads=WRITERS, finish=True)
 
     def _read(self, job: Job) -> _Work:
         work = _Work(job)

@@ -105,7 +105,7 @@ def _tiled(system: Any, image_HW3: np.ndarray, features_TE: Tensor) -> np.ndarra
 
 @torch.inference_mode()
 def restore_square(system: Any, square_3tt: Tensor, features_TE: Tensor) -> np.ndarray:
-    """One forward pass: perhaps drop the prompt, clean and tokenise, predict, draw the bits, decode, truncate.
+    """One forward pass: perhaps drop the prompt, clean and tokenize, predict, draw the bits, decode, truncate.
 
     Args:
         system: see `restore_official`.

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 NORMS = ("group", "none")
 
 
-def normalisation(norm: str, channels: int) -> nn.Module:
+def normalization(norm: str, channels: int) -> nn.Module:
     """What stands before an activation.
 
     "group" is the published network's: 32 groups, eps 1e-6, affine. "none" lets a small network keep the brightness of
@@ -36,9 +36,9 @@ class ResBlock(nn.Module):
 
     def __init__(self, channels_in: int, channels_out: int, norm: str) -> None:
         super().__init__()
-        self.norm1 = normalisation(norm, channels_in)
+        self.norm1 = normalization(norm, channels_in)
         self.conv1 = conv3x3(channels_in, channels_out)
-        self.norm2 = normalisation(norm, channels_out)
+        self.norm2 = normalization(norm, channels_out)
         self.conv2 = conv3x3(channels_out, channels_out)
         changes = channels_in != channels_out
         self.shortcut = nn.Conv2d(channels_in, channels_out, 1) if changes else nn.Identity()
@@ -54,7 +54,7 @@ class AttentionBlock(nn.Module):
 
     def __init__(self, channels: int, norm: str) -> None:
         super().__init__()
-        self.norm = normalisation(norm, channels)
+        self.norm = normalization(norm, channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.proj = nn.Conv2d(channels, channels, 1)
 
@@ -76,7 +76,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Doubles the size: nearest neighbour, then a 3x3 convolution."""
+    """Doubles the size: nearest neighbor, then a 3x3 convolution."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ class Level(nn.Module):
         channels_out: of all that follows.
         num_blocks: residual blocks.
         resample: the change of resolution, if any.
-        norm: see `normalisation`.
+        norm: see `normalization`.
         use_attention: one `AttentionBlock` after each residual block.
     """
 
@@ -137,7 +137,7 @@ class Encoder(nn.Module):
         num_blocks: residual blocks per level.
         patch_size: pixels folded into channels (pixel unshuffle) before the first convolution; 1 is the
             published network, larger values make a small network much faster.
-        norm: see `normalisation`.
+        norm: see `normalization`.
         use_attention: in the last, coarsest level after each block, and in the middle (VAR's autoencoder).
     """
 
@@ -168,7 +168,7 @@ class Encoder(nn.Module):
             for level in range(len(multipliers))
         )
         self.middle = _middle(widths[-1], norm, use_attention)
-        self.norm_out = normalisation(norm, widths[-1])
+        self.norm_out = normalization(norm, widths[-1])
         self.conv_out = conv3x3(widths[-1], latent_channels)
 
     def forward(self, img_B3HW: Tensor) -> Tensor:
@@ -208,7 +208,7 @@ class Decoder(nn.Module):
             )
             for level in reversed(range(len(multipliers)))
         )
-        self.norm_out = normalisation(norm, widths[0])
+        self.norm_out = normalization(norm, widths[0])
         self.conv_out = conv3x3(widths[0], 3 * patch_size**2)
         self.shuffle = nn.PixelShuffle(patch_size)
 

@@ -37,7 +37,7 @@ class TokenizerConfig:
         num_encoder_blocks: residual blocks per encoder level.
         num_decoder_blocks: residual blocks per decoder level.
         patch_size: pixels folded into channels before the first convolution (1 = published).
-        norm: "group" (published) or "none", see `autoencoder.normalisation`.
+        norm: "group" (published) or "none", see `autoencoder.normalization`.
         vocabulary: entries of the codebook (VAR: 4096); 0: the binary spherical quantizer of Infinity.
         use_attention: attention at the coarsest level and in the middle (VAR).
         use_quant_conv: a convolution on both sides of the quantizer (VAR).

@@ -45,7 +45,7 @@ class Adversary(nn.Module):
     """The discriminator and both sides of its game as one sum of losses.
 
     The discriminator's loss sees the reconstruction detached, the network's loss sees the discriminator's weights
-    detached. So no gradient of one reaches the other, and one backward pass and one optimiser make the same step as two
+    detached. So no gradient of one reaches the other, and one backward pass and one optimizer make the same step as two
     of each (Adam treats every weight alone); both share learning rate and schedule. Clipping alone joins them, see
     `DISCRIMINATOR_FACTOR`. The adaptive weight is of a micro-batch, not of each sample.
 
@@ -72,7 +72,7 @@ class Adversary(nn.Module):
             target_B3HW: the photographs.
             reconstruction: the scalar loss that the adversarial one is weighed against.
             last_layer: the decoder's last weight.
-            step: the optimiser step being taken, from 1.
+            step: the optimizer step being taken, from 1.
         """
         own = hinge_loss(self.discriminator(target_B3HW), self.discriminator(image_B3HW.detach()))
         if step < self.options.start_step:

@@ -25,12 +25,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from varestorer.data.contents import changes
-from varestorer.training.ema import Ema
-from varestorer.training.optimisers import load_optimizer_tensors, optimizer_tensors
-from varestorer.training.parallel import like, whole_tensors
-from varestorer.training.rng import capture_rng, restore_rng
+from varestorer.training.optim import Ema, load_optimizer_tensors, optimizer_tensors
+from varestorer.training.parallel import all_gathered, sharded_like
 from varestorer.utils.errors import UserError
 from varestorer.utils.files import atomic_write
+from varestorer.utils.seeds import capture_rng, restore_rng
 from varestorer.weights import storage
 from varestorer.weights.runs import BEST, FOLDER, INITIAL, LATEST, newest_checkpoint, place_of, step_folders, step_of
 
@@ -46,7 +45,7 @@ class Trained:
     parameters: dict[str, nn.Parameter]
     optimizer: Optimizer
     ema: Ema
-    step: int = 0  # optimiser steps taken
+    step: int = 0  # optimizer steps taken
     samples: int = 0  # samples seen: the position in the endless sequence of the data
     skipped: int = 0  # steps in a row, up to this one, that were left out because something was not finite
 
@@ -177,7 +176,7 @@ class Checkpointer:
             "optimizer": optimizer_tensors(trained.optimizer, trained.parameters),
         }
         is_main = self.accelerator.is_main_process
-        return {name: whole_tensors(tensors, is_main) for name, tensors in files.items()}
+        return {name: all_gathered(tensors, is_main) for name, tensors in files.items()}
 
     def _write(self, folder: Path, trained: Trained, notes: Mapping[str, Any], generators: list[Any]) -> None:
         tensors = {f"{k}/{rank}": v for rank, (_, found) in enumerate(generators) for k, v in found.items()}
@@ -265,4 +264,4 @@ def _load_parameters(parameters: Mapping[str, nn.Parameter], saved: Mapping[str,
             "run's own model options"
         )
     for name, parameter in parameters.items():
-        parameter.copy_(like(saved[name], parameter))
+        parameter.copy_(sharded_like(saved[name], parameter))

@@ -126,7 +126,7 @@ def _check_task_files(task: DictConfig) -> None:
 
 
 def _check_optimizer(node: DictConfig) -> None:
-    """The optimiser takes its options."""
+    """The optimizer takes its options."""
     make = instantiate(node, _convert_="all")
     try:
         make([torch.nn.Parameter(torch.zeros(1))])

@@ -136,7 +136,7 @@ class TrainerConfig:
         return self.base_precision != "fp32" and self.uses_bf16(device)
 
     def learning_rate_factor(self, step: int) -> float:
-        """Part of the peak learning rate used by optimiser step `step` (from 1): a pure function.
+        """Part of the peak learning rate used by optimizer step `step` (from 1): a pure function.
 
         Linear warm-up reaches 1 at `warmup_steps`; the cosine then falls and would be at `final_lr_ratio` in the
         step after `max_steps`, so that the last step still moves.

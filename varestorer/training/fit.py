@@ -17,7 +17,7 @@ from varestorer.data.contents import contents_of
 from varestorer.data.loader import WORKERS_KEY
 from varestorer.data.workers import StopWaitingError, deaths_explained
 from varestorer.training.config import TrainerConfig
-from varestorer.training.optimisers import OptimizerFactory, set_learning_rate
+from varestorer.training.optim import OptimizerFactory, set_learning_rate
 from varestorer.training.run import Run
 from varestorer.training.scores import ImageScores
 from varestorer.training.stage import Stage

@@ -25,7 +25,7 @@ PEAK_FLOPS = {
 class Meter:
     """Measures the steps of one stage in this process.
 
-    Model FLOPs utilisation (MFU) is given on devices of `PEAK_FLOPS`: the operations of the first micro-batch's forward
+    Model FLOPs utilization (MFU) is given on devices of `PEAK_FLOPS`: the operations of the first micro-batch's forward
     and backward pass as torch counts them (matrix products, convolutions, attention; activations computed again count
     again), over the time they take and the device's bfloat16 peak, whatever the precision. Images per second stand for
     tokens per second too: every image of a stage has the same number of tokens.
@@ -36,8 +36,8 @@ class Meter:
 
         Args:
             device: of the training.
-            samples: per optimiser step, over all processes.
-            micro_batches: per optimiser step and process.
+            samples: per optimizer step, over all processes.
+            micro_batches: per optimizer step and process.
         """
         self._device = device
         self._samples = samples

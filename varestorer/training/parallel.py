@@ -1,7 +1,7 @@
-"""Jobs of many processes, and sharding: weights, gradients, averages and optimiser state spread over them (FSDP2).
+"""Jobs of many processes, and sharding: weights, gradients, EMA and optimizer state spread over them (FSDP2).
 
-Each process keeps its part of every tensor; a block's weights are put together just before they are used. What is
-saved is whole, so a checkpoint can be read by any number of processes, sharded or not.
+Each process keeps its shard of every tensor; a block's weights are all-gathered just before they are used. What is
+saved is unsharded, so a checkpoint can be read by any number of processes, sharded or not.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ def join_cluster_job() -> None:
 def shard(task: Task, device: torch.device, bf16: bool = False) -> None:
     """Spread a task over all processes, in place: each transformer block by itself, then all else that trains.
 
-    Frozen weights outside of the blocks (tokenizer, perceptual loss) stay whole in every process. Has to come before
-    the optimiser and the averages are made, as the parameters become other objects.
+    Frozen weights outside of the blocks (tokenizer, perceptual loss) are replicated in every process. Has to come
+    before the optimizer and the EMA are made, as the parameters become other objects.
 
     Args:
         task: on its device, the same weights in every process.
         device: of the task.
-        bf16: put the blocks' weights together in bfloat16, half the traffic; each process's part and the sums of
+        bf16: all-gather the blocks' weights in bfloat16, half the traffic; shards and the reduction of
             gradients stay float32, and so does everything outside of the blocks. Wants bfloat16 autocast.
     Raises:
         UsageError: there is only one process.
@@ -61,18 +61,18 @@ def shard(task: Task, device: torch.device, bf16: bool = False) -> None:
     held_by_blocks: set[nn.Parameter] = set()
     for block in [module for module in task.modules() if isinstance(module, Block)]:
         fully_shard(block, mesh=mesh, mp_policy=in_blocks)
-        _prepare_whole(block)
+        _prepare_unsharded(block)
         held_by_blocks |= set(block.parameters())
     frozen = {parameter for parameter in task.parameters() if not parameter.requires_grad}
     elsewhere = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
     fully_shard(task, mesh=mesh, mp_policy=elsewhere, ignored_params=frozen - held_by_blocks)
 
 
-def _prepare_whole(block: Block) -> None:
-    """Let a sharded block put its weights together for `prepare` too, when that is called before its forward pass."""
+def _prepare_unsharded(block: Block) -> None:
+    """All-gather a sharded block's weights for `prepare` too, when that is called before its forward pass."""
     prepare = block.prepare
 
-    def prepare_whole(context: Context) -> BlockContext:
+    def prepare_unsharded(context: Context) -> BlockContext:
         if not isinstance(block.self_attention.v_bias, DTensor):  # the forward pass is going on
             return prepare(context)
         assert isinstance(block, FSDPModule)
@@ -82,12 +82,12 @@ def _prepare_whole(block: Block) -> None:
         finally:
             block.reshard()
 
-    block.prepare = prepare_whole  # type: ignore[method-assign]
+    block.prepare = prepare_unsharded  # type: ignore[method-assign]
 
 
 @contextmanager
-def added_up_later(task: nn.Module) -> Iterator[None]:
-    """Keep the gradients of a sharded task in this process for now (all but the last micro-batch of a step)."""
+def no_gradient_sync(task: nn.Module) -> Iterator[None]:
+    """Leave out the reduction of a sharded task's gradients (in all but the last micro-batch of a step)."""
     assert isinstance(task, FSDPModule), "shard the task first"
     task.set_requires_gradient_sync(False)
     try:
@@ -97,15 +97,15 @@ def added_up_later(task: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def together(task: nn.Module) -> Iterator[None]:
-    """Put a sharded task's weights outside of the blocks together, to use parts of it without calling it.
+def unsharded(task: nn.Module) -> Iterator[None]:
+    """All-gather a sharded task's weights outside of the blocks, to use parts of it without calling it.
 
     All processes have to enter, and to use the same parts. Does nothing to a task that is not sharded.
     """
     if not isinstance(task, FSDPModule):
         yield
         return
-    task.reshard()  # what is put together is made of the weights of this moment
+    task.reshard()  # what is gathered are the weights of this moment
     task.unshard()
     try:
         yield
@@ -113,13 +113,13 @@ def together(task: nn.Module) -> Iterator[None]:
         task.reshard()
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor in full; all processes have to ask for those that are sharded."""
+def unsharded_tensor(tensor: Tensor) -> Tensor:
+    """A tensor in full (all-gather): all processes have to call this for sharded ones."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def whole_tensors(tensors: Mapping[str, Tensor], wanted: bool) -> dict[str, Tensor]:
-    """Tensors in full, one after the other; all processes have to ask.
+def all_gathered(tensors: Mapping[str, Tensor], wanted: bool) -> dict[str, Tensor]:
+    """Tensors in full, one all-gather after the other; all processes have to call this.
 
     Args:
         tensors: the same names in every process.
@@ -129,13 +129,13 @@ def whole_tensors(tensors: Mapping[str, Tensor], wanted: bool) -> dict[str, Tens
     """
     gathered: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        full = whole(tensor.detach())
+        full = unsharded_tensor(tensor.detach())
         if wanted:
             gathered[name] = full.cpu() if isinstance(tensor, DTensor) else tensor
     return gathered
 
 
-def like(full: Tensor, tensor: Tensor) -> Tensor:
+def sharded_like(full: Tensor, tensor: Tensor) -> Tensor:
     """A full tensor that every process has, sharded as `tensor` is; as it is if that is not sharded."""
     if not isinstance(tensor, DTensor):
         return full

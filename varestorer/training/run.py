@@ -117,7 +117,7 @@ class Run:
         skipped: bool = False,
         speed: Mapping[str, float] | None = None,
     ) -> None:
-        """Add one optimiser step to `metrics.jsonl` and the logger.
+        """Add one optimizer step to `metrics.jsonl` and the logger.
 
         Args:
             stage: its name.

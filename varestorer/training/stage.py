@@ -16,23 +16,22 @@ from torch import Tensor, nn
 
 from varestorer.training.checkpoint import Checkpointer, Score, Trained
 from varestorer.training.config import TrainerConfig
-from varestorer.training.ema import Ema
 from varestorer.training.meter import Meter
-from varestorer.training.optimisers import (
+from varestorer.training.optim import (
+    Ema,
     OptimizerFactory,
     build_optimizer,
     clip_gradients,
     gradient_norm,
     nonfinite_gradients,
 )
-from varestorer.training.parallel import added_up_later, shard, together
-from varestorer.training.precision import keep_base_in
-from varestorer.training.rng import seed_everything
+from varestorer.training.parallel import no_gradient_sync, shard, unsharded
 from varestorer.training.run import NONFINITE, Run
 from varestorer.training.scores import ImageScores
 from varestorer.training.stopping import StoppedError
-from varestorer.training.task import Batch, Task, to_device
+from varestorer.training.task import Batch, Task, keep_base_in, to_device
 from varestorer.utils.errors import UsageError, UserError
+from varestorer.utils.seeds import seed_everything
 from varestorer.weights import storage
 
 LOG = logging.getLogger(__name__)
@@ -42,7 +41,7 @@ NAMES_SHOWN = 16  # file names of a bad batch in its error message
 
 @dataclass(frozen=True)
 class Gradients:
-    """What one optimiser step is about to use, the same in every process but for the names.
+    """What one optimizer step is about to use, the same in every process but for the names.
 
     Attributes:
         losses: `loss` and its parts.
@@ -61,7 +60,7 @@ class Gradients:
 
 @dataclass
 class Stage:
-    """A task on its device, wrapped for all processes, with its optimiser and averages."""
+    """A task on its device, wrapped for all processes, with its optimizer and averages."""
 
     task: Task
     model: nn.Module  # the task, or DDP around it
@@ -110,7 +109,7 @@ class Stage:
         return cls(task, model, cfg, run, trained, checkpointer, meter, scores or ImageScores())
 
     def backward(self, batches: Iterator[Mapping[str, Any]], step: int) -> Gradients:
-        """Gradients of one optimiser step, clipped; losses are means over micro-batches and processes."""
+        """Gradients of one optimizer step, clipped; losses are means over micro-batches and processes."""
         accelerator, count = self.run.accelerator, self.cfg.accumulate
         totals: dict[str, Tensor] = {}
         names: list[str] = []
@@ -138,7 +137,7 @@ class Stage:
         return Gradients(dict(zip(totals, means, strict=True)), norm, names, keys, stop > 0)
 
     def update(self, gradients: Gradients, step: int) -> None:
-        """Take the optimiser step, unless something is not finite.
+        """Take the optimizer step, unless something is not finite.
 
         Raises:
             UserError: something is not finite, for more than `cfg.skip_nonfinite` steps in a row.
@@ -281,7 +280,7 @@ class Stage:
             return
         files = ", ".join(names[:NAMES_SHOWN]) + (", ..." if len(names) > NAMES_SHOWN else "")
         raise UserError(
-            f"{problem}; stopped before the optimiser step. Files of the batch: {files} (all of them in "
+            f"{problem}; stopped before the optimizer step. Files of the batch: {files} (all of them in "
             f"{self.run.run_dir / NONFINITE}). Look at these, lower optimizer.lr, use trainer.precision=fp32, or leave "
             "out a few such steps with trainer.skip_nonfinite=N"
         )
@@ -293,13 +292,13 @@ class Stage:
         forked = [device] if device.type == "cuda" else []
         self.task.eval()
         averaged = self.trained.ema.in_place()
-        with torch.random.fork_rng(forked), averaged, together(self.task), torch.no_grad(), self._autocast():
+        with torch.random.fork_rng(forked), averaged, unsharded(self.task), torch.no_grad(), self._autocast():
             yield
         self.task.train()
 
     def _no_sync(self) -> contextlib.AbstractContextManager[Any]:
         if self.cfg.sharding == "fsdp2":
-            return added_up_later(self.task)
+            return no_gradient_sync(self.task)
         return self.run.accelerator.no_sync(self.model)
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:

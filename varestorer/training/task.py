@@ -8,13 +8,14 @@ on the host, where they seed what is drawn: reading them from a GPU would wait f
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
+from varestorer.transformer.blocks import Block
 from varestorer.transformer.model import UNDECAYED
 from varestorer.utils.watch import watch
 
@@ -57,9 +58,9 @@ class Task(nn.Module, ABC):
 
         Args:
             batch: images already on the task's device, see `to_device`.
-            step: the optimiser step being taken, from 1.
+            step: the optimizer step being taken, from 1.
         Returns:
-            scalars: `"loss"`, the total that is minimised, and any parts to report beside it (such as `kl`,
+            scalars: `"loss"`, the total that is minimized, and any parts to report beside it (such as `kl`,
             `mse`). Means over the samples, so that micro-batches and processes average. In eval mode nothing is
             dropped, flipped or drawn.
         """
@@ -133,3 +134,24 @@ def train_only(root: nn.Module, trained: Iterable[nn.Parameter]) -> None:
     root.requires_grad_(False)
     for parameter in trained:
         parameter.requires_grad_(True)
+
+
+def keep_base_in(task: Task, dtype: torch.dtype) -> None:
+    """Keep the frozen matrices of the transformer's blocks in a precision; vectors and what trains stay float32.
+
+    Under bfloat16 autocast, which rounds every matrix before its product, bfloat16 halves the memory of the base and
+    changes no loss and no gradient. Without autocast the blocks cannot be used then.
+
+    Args:
+        task: on any device, not sharded yet.
+        dtype: float32 gives what bfloat16 left, rounded.
+    """
+    for layer in frozen_matrices(task):
+        layer.weight.data = layer.weight.data.to(dtype)
+
+
+def frozen_matrices(task: Task) -> Iterator[nn.Linear]:
+    """Linear layers inside the blocks whose weights do not train, of the student and of a separate teacher."""
+    blocks = (module for module in task.modules() if isinstance(module, Block))
+    layers = (layer for block in blocks for layer in block.modules() if isinstance(layer, nn.Linear))
+    return (layer for layer in layers if not layer.weight.requires_grad)

@@ -1,4 +1,4 @@
-"""Giving a restored image the colours of the degraded one.
+"""Giving a restored image the colors of the degraded one.
 
 Letters: `B` images, `H W` pixels. Images are RGB in [0, 1].
 """
@@ -18,7 +18,7 @@ WAVELET_LEVELS = 5
 
 @watch("color")
 def match_color(image_B3HW: Tensor, reference_B3HW: Tensor, method: str) -> Tensor:
-    """Move the colours of images to those of references of the same size.
+    """Move the colors of images to those of references of the same size.
 
     Args:
         image_B3HW: float in [0, 1].
@@ -61,7 +61,7 @@ def match_color_8bit(image_HW3: np.ndarray, reference_HW3: np.ndarray, method: s
 
 
 def _adain(image_B3HW: Tensor, reference_B3HW: Tensor) -> Tensor:
-    """Adaptive instance normalisation; 1e-5 on both variances keeps the noise of flat images small."""
+    """Adaptive instance normalization; 1e-5 on both variances keeps the noise of flat images small."""
     mean_B311 = image_B3HW.mean(dim=(-2, -1), keepdim=True)
     wanted_B311 = reference_B3HW.mean(dim=(-2, -1), keepdim=True)
     variances = [x.var(dim=(-2, -1), correction=0, keepdim=True) + 1e-5 for x in (image_B3HW, reference_B3HW)]

@@ -208,8 +208,6 @@ def weight_files(name: str) -> list[Path]:
     Raises:
         MetricUnavailableError: one is missing (one line: which, and where it belongs).
     """
-    import torch
-
     if missing := missing_weights(name):
         offline = _is_offline()
         _check_available(name, [] if not offline and network_reachable() else missing, offline)
@@ -250,7 +248,7 @@ def metric_id(name: str, options: Mapping[str, Any]) -> str:
 def reads_plainly(path: str | Path, image_3HW: Tensor) -> bool:
     """Whether pyiqa's metrics of folders see these pixels in a file, of which they know nothing but `convert("RGB")`.
 
-    They miss orientation, depth, ranges and colour profiles.
+    They miss orientation, depth, ranges and color profiles.
 
     Args:
         path: the file.

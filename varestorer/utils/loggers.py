@@ -33,7 +33,7 @@ class Logger:
     """
 
     def log_metrics(self, group: str, step: int | None, values: Mapping[str, float]) -> None:
-        """Numbers of one optimiser step, or of a whole evaluation (step None)."""
+        """Numbers of one optimizer step, or of a whole evaluation (step None)."""
 
     def log_image(self, group: str, step: int, path: Path) -> None:
         """A picture that was just saved, as `<group>/samples`."""

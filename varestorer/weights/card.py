@@ -7,11 +7,11 @@ from typing import Any
 
 from varestorer.weights.published import RESTORER_FILE, STUDENT_FILE, TOKENIZER_FILE, TRANSFORMER_FILE
 
-# What was read in the owners' repositories; the licence of a repository need not be that of its weights.
+# What was read in the owners' repositories; the license of a repository need not be that of its weights.
 TERMS = {
     STUDENT_FILE: "VARestorer (EternalEvan/VARestorer): the repository is MIT",
-    TRANSFORMER_FILE: "Infinity (FoundationVision/Infinity): its licence was not verified",
-    TOKENIZER_FILE: "the tokenizer of Infinity (FoundationVision/Infinity): its licence was not verified",
+    TRANSFORMER_FILE: "Infinity (FoundationVision/Infinity): its license was not verified",
+    TOKENIZER_FILE: "the tokenizer of Infinity (FoundationVision/Infinity): its license was not verified",
     RESTORER_FILE: "GeneralSwinIR of DiffBIR (XPixelGroup/DiffBIR): the repository is Apache-2.0",
 }
 BASED_ON = {STUDENT_FILE: (TRANSFORMER_FILE,)}  # what a file was trained from, and so holds too
@@ -19,7 +19,7 @@ CONTENTS = {
     "tokenizer.safetensors": "images to tokens and back",
     "transformer.safetensors": "predicts the tokens",
     "adapters.safetensors": "make the one-step student of the transformer",
-    "restorer.safetensors": "cleans an image before it is tokenised",
+    "restorer.safetensors": "cleans an image before it is tokenized",
 }
 
 PAPERS = {  # system -> its name, arXiv number, title, where, when
@@ -84,9 +84,9 @@ measurements out of its pictures.
 
 {sources}
 
-## Licences
+## Licenses
 
-{licences}
+{licenses}
 
 ## Citation
 
@@ -118,21 +118,21 @@ def model_card(
         sizes=_sizes(config, precision),
         adapters=_adapters(student),
         sources=_sources(sources),
-        licences=_licences(sources) if from_release else OWN_LICENCE,
+        licenses=_licenses(sources) if from_release else OWN_LICENSE,
         citation=_citation(config["system"], title, venue, year, arxiv),
     )
 
 
-OWN_LICENCE = (
+OWN_LICENSE = (
     "The weights belong to whoever trained them; change `license` in the head of this file if it is not MIT.\n"
     "The `varestorer` package is MIT."
 )
 
 
 def _front_matter(from_release: bool) -> str:
-    licence = ["license: other", "license_name: terms-of-the-parts"] if from_release else ["license: mit"]
+    license = ["license: other", "license_name: terms-of-the-parts"] if from_release else ["license: mit"]
     tags = ["super-resolution", "image-restoration", "visual-autoregressive", "safetensors"]
-    lines = [*licence, "library_name: varestorer", "pipeline_tag: image-to-image", "tags:"]
+    lines = [*license, "library_name: varestorer", "pipeline_tag: image-to-image", "tags:"]
     return "\n".join([*lines, *(f"  - {tag}" for tag in tags)])
 
 
@@ -208,7 +208,7 @@ def _sources(sources: Mapping[str, str]) -> str:
     return "\n".join(["| file | SHA-256 |", "|---|---|", *rows])
 
 
-def _licences(sources: Mapping[str, str]) -> str:
+def _licenses(sources: Mapping[str, str]) -> str:
     names = set(sources).union(*(BASED_ON.get(name, ()) for name in sources))
     lines = [f"- `{name}`: {terms}." for name, terms in TERMS.items() if name in names]
     head = (

@@ -16,9 +16,8 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from varestorer.utils.cache import cache_folder
 from varestorer.utils.errors import UsageError, UserError, reason
-from varestorer.utils.files import check_room, expand_user, in_bytes, temporary_path
+from varestorer.utils.files import cache_folder, check_room, expand_user, in_bytes, temporary_path
 from varestorer.utils.hub import CACHE_OPTIONS, asking_hub, fetch_folder, is_hub_name, split_revision
 from varestorer.utils.locks import locked
 from varestorer.weights.bundle import (

@@ -8,10 +8,9 @@ import torch
 
 from varestorer.benchmark.memory import measured_peak, memory_report, optimizer_bytes, step_memory, weights_by_part
 from varestorer.systems.varestorer import VARestorer
-from varestorer.training.distillation import DistillationTask
-from varestorer.training.precision import keep_base_in
-from varestorer.training.task import Task
-from varestorer.training.teacher import TeacherTask
+from varestorer.training.task import Task, keep_base_in
+from varestorer.training.tasks.distillation import DistillationTask
+from varestorer.training.tasks.teacher import TeacherTask
 
 ADAMW = partial(torch.optim.AdamW, lr=1e-3)
 
@@ -58,7 +57,7 @@ def test_weights_are_exact(task: Task) -> None:
     assert halved == 2 * frozen > 0
 
 
-def test_the_optimisers_state_is_exact(task: Task) -> None:
+def test_the_optimizers_state_is_exact(task: Task) -> None:
     trained = sum(parameter.numel() for parameter in task.trainable_parameters().values())
     steps = len(task.trainable_parameters())
     assert optimizer_bytes(on_meta(task), ADAMW) == 4 * (2 * trained + steps)
@@ -77,7 +76,7 @@ def test_kept_activations_are_those_of_a_real_pass(
 
 
 def test_kept_activations_under_autocast_are_near_the_cpus(task: Task) -> None:
-    # CUDA's autocast normalises in float32, the CPU's does not, so CUDA keeps more
+    # CUDA's autocast normalizes in float32, the CPU's does not, so CUDA keeps more
     kept = sum(step_memory(on_meta(task), 2, 32, bf16=True)[0].values())
     assert 0.9 < kept / saved_bytes(task, 2, bf16=True) < 2.0
 

@@ -9,8 +9,8 @@ import torch
 from varestorer.benchmark.measure import REST, measure
 from varestorer.benchmark.train_step import TrainStep, loader_report, pairs_per_second
 from varestorer.systems.varestorer import VARestorer
-from varestorer.training.distillation import DistillationTask
-from varestorer.training.teacher import TeacherTask
+from varestorer.training.tasks.distillation import DistillationTask
+from varestorer.training.tasks.teacher import TeacherTask
 from varestorer.utils.errors import UsageError
 
 CPU = torch.device("cpu")

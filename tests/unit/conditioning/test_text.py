@@ -17,8 +17,8 @@ from text_models import save_blip, save_t5
 from varestorer.conditioning.captioner import Captioner
 from varestorer.conditioning.pretrained import fingerprint, local_folder
 from varestorer.conditioning.text_encoder import TextEncoder, add_positive_prompt
-from varestorer.utils.cache import cache_folder
 from varestorer.utils.errors import UserError
+from varestorer.utils.files import cache_folder
 
 transformers = pytest.importorskip("transformers")
 

@@ -67,7 +67,7 @@ def test_samples_are_functions_of_their_number(photos):
     assert len(data) == 5 and sorted(sample["name"] for sample in first[:5]) == list("01234")
 
 
-def test_hidden_colours_and_pictures_are_not_trained_on(tmp_path):
+def test_hidden_colors_and_pictures_are_not_trained_on(tmp_path):
     """Green is visible, red is not, and the last picture is red alone."""
     for number in range(20):
         pixels = np.zeros((48, 48, 4), np.uint8)

@@ -201,7 +201,7 @@ def test_embedded_photographs_and_their_split():
     assert names["train"] == ["astronaut", "chelsea", "motorcycle_left", "motorcycle_right", "rocket", "flower"]
     for _, photo in embedded_photographs("train"):
         assert photo.shape[0] == 3 and min(photo.shape[1:]) >= 300
-        assert (photo[0] - photo[2]).abs().mean() > 0.01  # in colour
+        assert (photo[0] - photo[2]).abs().mean() > 0.01  # in color
     with pytest.raises(ValueError, match="train or heldout"):
         embedded_paths("test")
 

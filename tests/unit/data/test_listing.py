@@ -9,7 +9,7 @@ from varestorer.data import listing
 from varestorer.data.folders import hq_images
 from varestorer.data.listing import indexed_images
 from varestorer.utils import scanning
-from varestorer.utils.cache import cache_folder
+from varestorer.utils.files import cache_folder
 from varestorer.utils.images import list_images
 
 

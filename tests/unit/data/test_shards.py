@@ -15,8 +15,8 @@ from varestorer.data import shards as shards_module
 from varestorer.data.packing import pack
 from varestorer.data.shards import INDEX, packed_photographs
 from varestorer.data.text import EncoderRecord, TextWriter, write_captions
-from varestorer.utils.cache import cache_folder
 from varestorer.utils.errors import UserError
+from varestorer.utils.files import cache_folder
 from varestorer.utils.images import load_image
 
 
@@ -138,7 +138,7 @@ def test_pairs_from_shards_are_those_of_the_folder(photos, tmp_path):
 
 
 def test_a_shard_reads_pictures_as_a_folder_does(tmp_path):
-    """12 bits in 16, colours that nobody sees, and what is refused."""
+    """12 bits in 16, colors that nobody sees, and what is refused."""
     (tmp_path / "in").mkdir()
     kinds = {"a.png": np.random.default_rng(0).integers(0, 255, (8, 9, 4), np.uint8) // 255 * 255 + 7}
     kinds["a.png"][:4, :, 3] = 0

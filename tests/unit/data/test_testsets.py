@@ -132,7 +132,7 @@ def write_16bit_png(path: Path, height: int, width: int) -> None:
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunks)
 
 
-def test_sixteen_bit_colour_is_told_from_eight_bit(pairs: Path):
+def test_sixteen_bit_color_is_told_from_eight_bit(pairs: Path):
     write_16bit_png(pairs / "lr" / "1.png", 8, 8)
     assert check_test_set(pairs, SMALL).offenders == {"lr/1.png": ["is 16-bit RGB, wanted 8-bit RGB"]}
 

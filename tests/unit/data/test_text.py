@@ -14,7 +14,6 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import Tensor
 
-import varestorer.training.config  # noqa: F401  # registers the schemas of the train config
 from varestorer.data import BicubicDegradation, PairedCrops, PhotoCrops, build_loader
 from varestorer.data.text import (
     EncoderRecord,
@@ -26,7 +25,7 @@ from varestorer.data.text import (
     write_captions,
 )
 from varestorer.systems.varestorer import VARestorer
-from varestorer.training.text import prompts_of
+from varestorer.training.tasks.teacher import prompts_of
 from varestorer.utils.errors import UserError
 from varestorer.utils.images import save_image
 

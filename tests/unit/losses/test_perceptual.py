@@ -18,7 +18,7 @@ from varestorer.losses.perceptual import (
     num_scales,
 )
 from varestorer.losses.pixel import l1_loss, mse_loss
-from varestorer.training.distillation import DistillationTask
+from varestorer.training.tasks.distillation import DistillationTask
 from varestorer.utils.images import load_image
 from varestorer.utils.iqa import Metric, MetricUnavailableError, create_metric, weight_files
 from varestorer.utils.iqa_weights import missing_weights

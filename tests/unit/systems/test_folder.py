@@ -434,7 +434,7 @@ def test_sixteen_bits_come_back_as_sixteen(tmp_path: Path, ending: str) -> None:
     (tmp_path / "in").mkdir()
     write_16_bits(tmp_path / "in" / f"rgb{ending}", deep, {})
     write_16_bits(tmp_path / "in" / f"rgba{ending}", np.dstack([deep, deep[..., :1]]), {})
-    Image.fromarray(deep[..., 0]).save(tmp_path / "in" / f"grey{ending}")
+    Image.fromarray(deep[..., 0]).save(tmp_path / "in" / f"gray{ending}")
     plan = plan_restoration(tmp_path / "in", tmp_path / "out", ending=ending)
     assert restore_files(plan, ramp).num_restored == 3
     wanted = (torch.linspace(0, 1, 3000) * 65535).round()
@@ -469,7 +469,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         restore_files(plan_restoration(image, tmp_path / "file/out"), double)
 
 
-def test_alpha_is_resized_and_kept_with_the_colour_profile(tmp_path: Path) -> None:
+def test_alpha_is_resized_and_kept_with_the_color_profile(tmp_path: Path) -> None:
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     image = Image.new("RGBA", (8, 6), (200, 100, 50, 255))
     image.paste((10, 20, 30, 0), (0, 0, 4, 6))
@@ -488,19 +488,19 @@ def test_alpha_is_resized_and_kept_with_the_colour_profile(tmp_path: Path) -> No
     assert (plain.alpha, plain.icc_profile) == (None, None)
 
 
-def test_a_grey_file_comes_back_with_one_channel_and_others_as_they_were(tmp_path: Path) -> None:
-    grey = Image.linear_gradient("L").resize((8, 6))
+def test_a_gray_file_comes_back_with_one_channel_and_others_as_they_were(tmp_path: Path) -> None:
+    gray = Image.linear_gradient("L").resize((8, 6))
     (tmp_path / "in").mkdir()
     kinds = {"L": "L", "1": "L", "LA": "LA", "I;16": "I;16", "RGB": "RGB", "RGBA": "RGBA"}
     for number, mode in enumerate(kinds):
-        grey.convert(mode).save(tmp_path / "in" / f"{number}.png")
+        gray.convert(mode).save(tmp_path / "in" / f"{number}.png")
     run(tmp_path / "in", tmp_path / "out")
     for number, mode in enumerate(kinds.values()):
         with Image.open(tmp_path / "out" / f"{number}.png") as file:
             assert file.mode == mode
 
 
-def test_colours_that_a_restoration_gave_to_grey_are_kept(tmp_path: Path) -> None:
+def test_colors_that_a_restoration_gave_to_gray_are_kept(tmp_path: Path) -> None:
     Image.new("L", (8, 6), 90).save(tmp_path / "a.png")
     tint = torch.tensor([1, 0.5, 0.2])[:, None, None]
     run(tmp_path / "a.png", tmp_path / "out", lambda image, job, seed: Restored(image * tint))

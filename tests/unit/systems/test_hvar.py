@@ -12,7 +12,7 @@ from tiny_sizes import HVAR_SIZES
 from varestorer.losses.preference import log_likelihood, preference_loss
 from varestorer.systems.hvar import HVAR, VAR_SIDES, enlarged_grid, start_from_var
 from varestorer.tokenizer.quantizer import resize_area
-from varestorer.training.hvar import HVARTask, HVARTokenizerTask
+from varestorer.training.tasks.hvar import HVARTask, HVARTokenizerTask
 from varestorer.transformer import TransformerConfig, VARTransformer
 from varestorer.transformer.heads import BitHead, CodeHead
 from varestorer.utils.errors import UserError

@@ -10,7 +10,7 @@ from varestorer import systems
 from varestorer.systems.hvar import HVAR
 from varestorer.systems.one_step import OneStepSystem
 from varestorer.systems.varsr import VARSR
-from varestorer.training.distillation import DistillationTask
+from varestorer.training.tasks.distillation import DistillationTask
 from varestorer.utils.errors import UserError
 
 

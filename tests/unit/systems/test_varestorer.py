@@ -18,9 +18,9 @@ from varestorer.systems.official import restore_official
 from varestorer.systems.varestorer import VARestorer
 from varestorer.tokenizer.quantizer import to_tokens
 from varestorer.training.checkpoint import save_initial
-from varestorer.training.distillation import DistillationTask
-from varestorer.training.teacher import TeacherTask
-from varestorer.training.tokenizer import TokenizerTask
+from varestorer.training.tasks.distillation import DistillationTask
+from varestorer.training.tasks.teacher import TeacherTask
+from varestorer.training.tasks.tokenizer import TokenizerTask
 from varestorer.transformer.heads import gumbel, keyed_noise
 from varestorer.transformer.layout import long_layout
 from varestorer.utils.errors import UserError

@@ -11,7 +11,7 @@ from varestorer.systems.acceleration import Acceleration
 from varestorer.systems.base import Request
 from varestorer.systems.varsr import VARSR, SamplingConfig
 from varestorer.training.config import TrainerConfig
-from varestorer.training.varsr import VARSRTask
+from varestorer.training.tasks.varsr import VARSRTask
 from varestorer.utils.errors import UsageError, UserError
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from varestorer.systems.varestorer import VARestorer
 from varestorer.tokenizer import MultiScaleQuantizer, ScaleSchedule
 from varestorer.tokenizer.quantizer import resize_area
-from varestorer.training.tokenizer import TokenizerTask
+from varestorer.training.tasks.tokenizer import TokenizerTask
 from varestorer.utils.images import to_network
 from varestorer.utils.seeds import torch_generator
 

@@ -1,4 +1,4 @@
-"""Quantiser, residual pyramid, autoencoder."""
+"""Quantizer, residual pyramid, autoencoder."""
 
 import pytest
 import torch

@@ -21,9 +21,8 @@ from varestorer.data import PhotoCrops
 from varestorer.data import workers as data_workers
 from varestorer.data.loader import collate
 from varestorer.training import meter
-from varestorer.training.ema import Ema
 from varestorer.training.fit import fit, make_accelerator
-from varestorer.training.optimisers import build_optimizer
+from varestorer.training.optim import Ema, build_optimizer
 from varestorer.training.run import Run
 from varestorer.training.stopping import StoppedError, StopRequest, leave_signals_to_parent
 from varestorer.utils.errors import UserError
@@ -193,11 +192,11 @@ def test_left_out_steps_count_in_a_row_also_over_a_resume(tmp_path: Path):
     train(tmp_path / "apart", cfg, nan_at=[2, 4])
     with pytest.raises(KilledError):
         train(tmp_path / "row", cfg, nan_at=[2, 3], fail_at=3)
-    with pytest.raises(UserError, match="step 3 of stage toy.*stopped before the optimiser step"):
+    with pytest.raises(UserError, match="step 3 of stage toy.*stopped before the optimizer step"):
         train(tmp_path / "row", cfg, nan_at=[2, 3])
 
 
-def test_left_out_steps_leave_weights_averages_and_optimiser_alone(tmp_path: Path):
+def test_left_out_steps_leave_weights_averages_and_optimizer_alone(tmp_path: Path):
     train(tmp_path, config(checkpoint_every=1, keep_last=9, skip_nonfinite=1), nan_at=3)
     for name in ("model", "ema", "optimizer"):
         two, three = (load_file(tmp_path / f"checkpoints/toy/step_00000{n}/{name}.safetensors") for n in (2, 3))
@@ -224,7 +223,7 @@ def test_a_picture_that_breaks_during_a_run_does_not_end_it(tmp_path: Path, capl
     assert [str(path) in line for path, line in zip(broken, warnings, strict=True)] == [True, True]
 
 
-def test_speed_memory_and_utilisation_are_measured(tmp_path: Path, monkeypatch):
+def test_speed_memory_and_utilization_are_measured(tmp_path: Path, monkeypatch):
     logger = KeptNumbers()
     monkeypatch.setattr(meter, "_peak_flops", lambda device: 1e12)
     torch.manual_seed(5)

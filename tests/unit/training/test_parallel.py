@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from varestorer.systems.varestorer import VARestorer
-from varestorer.training.distillation import DistillationTask
 from varestorer.training.parallel import shard
 from varestorer.training.task import Task
-from varestorer.training.teacher import TeacherTask
+from varestorer.training.tasks.distillation import DistillationTask
+from varestorer.training.tasks.teacher import TeacherTask
 from varestorer.utils.errors import UsageError
 
 SPAWN = (

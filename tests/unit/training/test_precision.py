@@ -5,8 +5,8 @@ import torch
 from torch import Tensor, nn
 
 from varestorer.systems.varestorer import VARestorer
-from varestorer.training.distillation import DistillationTask
-from varestorer.training.precision import frozen_matrices, keep_base_in
+from varestorer.training.task import frozen_matrices, keep_base_in
+from varestorer.training.tasks.distillation import DistillationTask
 
 BATCH = {"hq": torch.rand(2, 3, 32, 32), "lq": torch.rand(2, 3, 32, 32), "name": ["a", "b"], "key": torch.arange(2)}
 

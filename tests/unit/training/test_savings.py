@@ -13,10 +13,10 @@ from varestorer.losses.distillation import distribution_matching_loss
 from varestorer.losses.perceptual import gaussian_band, ms_ssim
 from varestorer.systems.varestorer import VARestorer
 from varestorer.tokenizer import ScaleSchedule
-from varestorer.training.distillation import DistillationTask
-from varestorer.training.optimisers import build_optimizer
+from varestorer.training.optim import build_optimizer
 from varestorer.training.task import to_device
-from varestorer.training.tokenizer import TokenizerWeights
+from varestorer.training.tasks.distillation import DistillationTask
+from varestorer.training.tasks.tokenizer import TokenizerWeights
 from varestorer.transformer.heads import BitHead
 from varestorer.utils.seeds import torch_generator
 
@@ -134,7 +134,7 @@ def test_what_is_kept_for_the_blur_serves_training_after_restoring() -> None:
     ms_ssim(images.clone().requires_grad_(), images.flip(-1)).sum().backward()
 
 
-def test_the_optimiser_is_one_kernel_and_takes_the_same_steps(tiny_system: VARestorer) -> None:
+def test_the_optimizer_is_one_kernel_and_takes_the_same_steps(tiny_system: VARestorer) -> None:
     task = task_of(tiny_system)
     fused = build_optimizer(task, ADAMW)
     plain = [p.detach().clone().requires_grad_() for p in task.trainable_parameters().values()]

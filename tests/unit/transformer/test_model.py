@@ -264,7 +264,7 @@ def test_nucleus_never_drops_the_likelier_bit() -> None:
     assert HEAD.select(skewed, unlikely, top_p=0.97)
 
 
-def test_noise_of_a_sample_does_not_depend_on_its_neighbours() -> None:
+def test_noise_of_a_sample_does_not_depend_on_its_neighbors() -> None:
     together = keyed_noise(0, [3, 7], "x", "cpu")(1, (2, 4, 8, 2))
     alone = keyed_noise(0, [7], "x", "cpu")(1, (1, 4, 8, 2))
     assert torch.equal(together[1], alone[0])
@@ -311,7 +311,7 @@ def test_the_learned_scale_of_attention_stops_at_100(tiny_system: VARestorer) ->
     assert torch.allclose(logits[1], logits[2], atol=1e-5) and not torch.allclose(logits[0], logits[1], atol=1e-3)
 
 
-def test_text_is_normalised_however_weak_it_is() -> None:
+def test_text_is_normalized_however_weak_it_is() -> None:
     x = torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(0))
     expected = x / x.square().mean(dim=-1, keepdim=True).sqrt()
     for strength in (0.02, 1.0, 50.0):

@@ -12,11 +12,11 @@ from safetensors.torch import save_file
 
 from varestorer.data import listing
 from varestorer.utils import locks
-from varestorer.utils.cache import cache_folder
 from varestorer.utils.device import pick_device
 from varestorer.utils.errors import UsageError, UserError
 from varestorer.utils.files import (
     atomic_write,
+    cache_folder,
     check_writable,
     expand_user,
     fitting_name,

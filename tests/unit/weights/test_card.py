@@ -50,7 +50,7 @@ def test_sources_are_listed_with_their_hashes_and_the_owners_terms() -> None:
     for name, digest in RELEASE.items():
         assert f"| `{name}` | `{digest}` |" in card
     assert "`varestorer.pth`: VARestorer (EternalEvan/VARestorer): the repository is MIT." in card
-    assert "`infinity_2b_reg.pth`: Infinity (FoundationVision/Infinity): its licence was not verified." in card
+    assert "`infinity_2b_reg.pth`: Infinity (FoundationVision/Infinity): its license was not verified." in card
     assert "DiffBIR (XPixelGroup/DiffBIR): the repository is Apache-2.0." in card
     assert "owners' terms apply" in card
 

@@ -17,8 +17,8 @@ from varestorer.systems import load
 from varestorer.systems.hvar import HVAR
 from varestorer.systems.varestorer import VARestorer
 from varestorer.systems.varsr import VARSR
-from varestorer.utils.cache import cache_folder
 from varestorer.utils.errors import UsageError, UserError
+from varestorer.utils.files import cache_folder
 from varestorer.weights.bundle import shipped
 from varestorer.weights.releases import check_room, fetch, in_bytes
 

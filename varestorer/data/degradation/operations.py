@@ -54,21 +54,21 @@ def resample(img_CHW: Tensor, size: tuple[int, int], mode: str) -> Tensor:
     return interpolate(img_CHW[None], size, mode=mode, **options)[0]
 
 
-def add_gaussian_noise(img_CHW: Tensor, sigma: float, use_grey: bool, rng: np.random.Generator) -> Tensor:
+def add_gaussian_noise(img_CHW: Tensor, sigma: float, use_gray: bool, rng: np.random.Generator) -> Tensor:
     """Add white noise of standard deviation `sigma` (8-bit levels), clamped.
 
     Args:
         img_CHW: picture.
         sigma: standard deviation, in levels of 255.
-        use_grey: the same noise in all channels.
+        use_gray: the same noise in all channels.
         rng: source of the noise.
     """
-    shape = (1, *img_CHW.shape[1:]) if use_grey else tuple(img_CHW.shape)
+    shape = (1, *img_CHW.shape[1:]) if use_gray else tuple(img_CHW.shape)
     noise = torch.from_numpy(rng.standard_normal(shape, dtype=np.float32))
     return (img_CHW + noise * (sigma / 255)).clamp(0, 1)
 
 
-def add_poisson_noise(img_CHW: Tensor, scale: float, use_grey: bool, rng: np.random.Generator) -> Tensor:
+def add_poisson_noise(img_CHW: Tensor, scale: float, use_gray: bool, rng: np.random.Generator) -> Tensor:
     """Add shot noise, `scale` times what counting `2^ceil(log2(levels))` photons at white gives, clamped.
 
     `levels` is the number of different 8-bit levels in the picture, so that flat pictures get more noise
@@ -77,10 +77,10 @@ def add_poisson_noise(img_CHW: Tensor, scale: float, use_grey: bool, rng: np.ran
     Args:
         img_CHW: picture.
         scale: factor on the noise.
-        use_grey: noise of the luma picture, the same in all channels.
+        use_gray: noise of the luma picture, the same in all channels.
         rng: source of the noise.
     """
-    source = (img_CHW * LUMA[:, None, None]).sum(0, keepdim=True) if use_grey else img_CHW
+    source = (img_CHW * LUMA[:, None, None]).sum(0, keepdim=True) if use_gray else img_CHW
     levels = to_uint8(source).numpy()
     num_levels = np.count_nonzero(np.bincount(levels.ravel(), minlength=256))
     photons = float(2 ** np.ceil(np.log2(num_levels)))

@@ -81,10 +81,10 @@ class RandomBlur(_Step):
     Attributes:
         prob: probability of any blur.
         sinc_prob: probability of a sinc kernel; otherwise one of the six kinds below.
-        kind_probs: Gaussian isotropic, anisotropic; generalised Gaussian iso-, anisotropic; plateau iso-,
+        kind_probs: Gaussian isotropic, anisotropic; generalized Gaussian iso-, anisotropic; plateau iso-,
             anisotropic.
         sigma: standard deviations, pixels.
-        gaussian_beta: shape of the generalised Gaussian; below and above 1 are equally likely.
+        gaussian_beta: shape of the generalized Gaussian; below and above 1 are equally likely.
         plateau_beta: shape of the plateau, likewise.
         size: side of the kernel, odd numbers of this range.
     """
@@ -151,20 +151,20 @@ class RandomNoise(_Step):
         gaussian_prob: probability of Gaussian noise (Poisson otherwise).
         sigma: standard deviation of Gaussian noise, levels of 255.
         poisson_scale: factor on Poisson noise.
-        grey_prob: probability of the same noise in all channels.
+        gray_prob: probability of the same noise in all channels.
     """
 
     gaussian_prob: float = 0.5
     sigma: Range = (1.0, 15.0)
     poisson_scale: Range = (0.05, 2.0)
-    grey_prob: float = 0.4
+    gray_prob: float = 0.4
 
     def __call__(self, img_CHW: Tensor, rng: np.random.Generator) -> Tensor:
-        is_gaussian, use_grey = bool(rng.random() < self.gaussian_prob), bool(rng.random() < self.grey_prob)
+        is_gaussian, use_gray = bool(rng.random() < self.gaussian_prob), bool(rng.random() < self.gray_prob)
         strength = _uniform(rng, self.sigma if is_gaussian else self.poisson_scale)
         source = np.random.Generator(np.random.PCG64(int(rng.integers(2**63))))
         add = add_gaussian_noise if is_gaussian else add_poisson_noise
-        return add(img_CHW, strength, use_grey, source)
+        return add(img_CHW, strength, use_gray, source)
 
 
 @dataclass(frozen=True)

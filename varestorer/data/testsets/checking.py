@@ -205,7 +205,7 @@ def read_image(path: Path) -> ReadImage:
 
 
 def _mode(file: ImageFile.ImageFile) -> str:
-    """Depth and mode as stored; Pillow calls 16-bit colour RGB too and drops half of it when decoding."""
+    """Depth and mode as stored; Pillow calls 16-bit color RGB too and drops half of it when decoding."""
     stored = str(file.tile[0][3]) if file.tile else ""
     depth = "16-bit" if "16" in stored or "16" in file.mode else "8-bit"
     return f"{depth} {file.mode.partition(';')[0]}"

@@ -24,7 +24,7 @@ class Benchmark:
         purpose: what it is good for.
         origin: where it comes from.
         layout: what its folder holds.
-        licence: what its images may be used for.
+        license: what its images may be used for.
         fetch: commands that fetch it.
         root: the folder to give as `data.root` after these.
         pairs: number of pairs, or of images without references; None: any.
@@ -39,7 +39,7 @@ class Benchmark:
     purpose: str
     origin: str
     layout: str
-    licence: str
+    license: str
     fetch: tuple[str, ...] = ()
     root: str = "FOLDER"
     pairs: int | None = None
@@ -57,7 +57,7 @@ _BENCHMARKS = (
         "StableSR's training",
         origin=RELEASE,
         layout=f"{SIDES} (the archive has gt beside lq); {CROPS}",
-        licence="S-Lab License 1.0 (non-commercial) for the release, academic research only for DIV2K's photographs",
+        license="S-Lab License 1.0 (non-commercial) for the release, academic research only for DIV2K's photographs",
         fetch=FETCH,
         root="data/StableSR_testsets/DIV2K_V2_val",
         pairs=3000,
@@ -71,7 +71,7 @@ _BENCHMARKS = (
         "cameras",
         origin=RELEASE,
         layout=f"{SIDES} (the archive has test_HR beside test_LR); {CROPS}",
-        licence="S-Lab License 1.0 (non-commercial) for the release; the photographs are RealSR's (csjcai/RealSR)",
+        license="S-Lab License 1.0 (non-commercial) for the release; the photographs are RealSR's (csjcai/RealSR)",
         fetch=FETCH,
         root="data/StableSR_testsets/RealSRVal_crop128",
         pairs=100,
@@ -88,7 +88,7 @@ _BENCHMARKS = (
         purpose="real degradation with a reference; the central crops of DRealSR's x4 test images, by five cameras",
         origin=RELEASE,
         layout=f"{SIDES} (the archive has test_HR beside test_LR); {CROPS}",
-        licence="S-Lab License 1.0 (non-commercial) for the release; the photographs are DRealSR's (xiezw5/"
+        license="S-Lab License 1.0 (non-commercial) for the release; the photographs are DRealSR's (xiezw5/"
         "Component-Divide-and-Conquer-for-Real-World-Image-Super-Resolution)",
         fetch=FETCH,
         root="data/StableSR_testsets/DrealSRVal_crop128",
@@ -103,7 +103,7 @@ _BENCHMARKS = (
         origin="SeeSR's authors: repository cswry/SeeSR, section Test Benchmark of its README, which links to folders "
         "on two file-sharing services; fetch the folder RealLR200 by hand",
         layout="the images, or a folder that holds them in lr (or lq, test_LR); any size and format",
-        licence="collected from other test sets and the web: none is stated for the images (SeeSR's code is Apache "
+        license="collected from other test sets and the web: none is stated for the images (SeeSR's code is Apache "
         "2.0); use them for measuring, do not pass them on",
         root="RealLR200",
         pairs=200,
@@ -115,7 +115,7 @@ _BENCHMARKS = (
         purpose="your own pairs, such as a set made with make=; no published figures stand beside it",
         origin="yours",
         layout=f"{SIDES}; good images exactly scale times as large",
-        licence="yours to know",
+        license="yours to know",
     ),
     Benchmark(
         name="images",
@@ -123,7 +123,7 @@ _BENCHMARKS = (
         purpose="your own low-quality images; only metrics without a reference apply, and looking",
         origin="yours",
         layout="images (subfolders included), or a folder that holds them in lr (or lq, test_LR); any size and format",
-        licence="yours to know",
+        license="yours to know",
         reference=False,
     ),
 )

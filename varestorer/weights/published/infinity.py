@@ -242,7 +242,7 @@ def transformer_tensors(
         wanted: a `VARTransformer`'s state dict under plain names (`adapters.plain_state_dict`), on any device; for a
             teacher's file without the adapters.
         width: of the transformer.
-        tensors: the file's content; adapters are recognised by their names.
+        tensors: the file's content; adapters are recognized by their names.
         source: the file, for messages.
     Raises:
         UserError: names what is missing, unexpected or misshapen.

@@ -65,28 +65,28 @@ def test_resample_is_torchs_without_antialiasing(mode):
     assert torch.equal(resample(noise_image(), (13, 17), mode), expected)
 
 
-@pytest.mark.parametrize("use_grey", [False, True])
-def test_gaussian_noise_has_the_moments_asked_for(use_grey):
+@pytest.mark.parametrize("use_gray", [False, True])
+def test_gaussian_noise_has_the_moments_asked_for(use_gray):
     clean = torch.full((3, 200, 200), 0.5)
-    noise = add_gaussian_noise(clean, 12.0, use_grey, rng()) - clean
+    noise = add_gaussian_noise(clean, 12.0, use_gray, rng()) - clean
     assert abs(noise.mean()) < 1e-3
     assert noise.std() * 255 == pytest.approx(12.0, rel=0.02)
-    assert torch.equal(noise[0], noise[1]) == use_grey
-    assert torch.equal(noise, add_gaussian_noise(clean, 12.0, use_grey, rng()) - clean)
+    assert torch.equal(noise[0], noise[1]) == use_gray
+    assert torch.equal(noise, add_gaussian_noise(clean, 12.0, use_gray, rng()) - clean)
 
 
-@pytest.mark.parametrize("use_grey", [False, True])
-def test_poisson_noise_has_the_moments_asked_for(use_grey):
-    grey = (torch.arange(256 * 256) % 256).float().reshape(1, 256, 256) / 255
-    clean = grey.expand(3, -1, -1)  # all 256 levels: 256 photons at white
-    noise = add_poisson_noise(clean, 0.5, use_grey, rng()) - clean
-    assert torch.equal(noise[0], noise[1]) == use_grey
+@pytest.mark.parametrize("use_gray", [False, True])
+def test_poisson_noise_has_the_moments_asked_for(use_gray):
+    gray = (torch.arange(256 * 256) % 256).float().reshape(1, 256, 256) / 255
+    clean = gray.expand(3, -1, -1)  # all 256 levels: 256 photons at white
+    noise = add_poisson_noise(clean, 0.5, use_gray, rng()) - clean
+    assert torch.equal(noise[0], noise[1]) == use_gray
     for level in (40, 128, 200):
         at_level = noise[:, :, level]
         expected = 0.5 * np.sqrt(level / 255 / 256)
         assert at_level.std() == pytest.approx(expected, rel=0.12)
         assert abs(at_level.mean()) < 5 * expected / np.sqrt(256)
-    assert torch.equal(noise, add_poisson_noise(clean, 0.5, use_grey, rng()) - clean)
+    assert torch.equal(noise, add_poisson_noise(clean, 0.5, use_gray, rng()) - clean)
 
 
 def test_poisson_noise_of_few_levels_is_stronger():
@@ -111,7 +111,7 @@ def test_jpeg_loses_more_at_low_quality():
     assert torch.equal(compress_jpeg(clean, 60), compress_jpeg(clean, 60))
 
 
-def test_jpeg_halves_the_colour_resolution():
+def test_jpeg_halves_the_color_resolution():
     stripes = torch.zeros(3, 32, 32)
     stripes[0, :, ::2], stripes[2, :, 1::2] = 1, 1  # red and blue columns
     out = compress_jpeg(stripes, 100)

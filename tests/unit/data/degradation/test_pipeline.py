@@ -110,7 +110,7 @@ def test_each_kind_of_kernel(kind):
     assert {kernel.shape[0] for kernel in kernels} <= set(range(7, 22, 2))
     rows = [kernel[len(kernel) // 2, len(kernel) // 2 :].log() for kernel in kernels if len(kernel) >= 13]
     falls = [float((row[0] - row[4]) / (row[0] - row[2])) for row in rows if row[4] > -12]
-    # of all kinds only the plain isotropic Gaussian's logarithm is quadratic along every row through the centre
+    # of all kinds only the plain isotropic Gaussian's logarithm is quadratic along every row through the center
     assert np.allclose(falls, 4, rtol=0.02) == (kind < 2)
 
 
@@ -153,13 +153,13 @@ def test_noise_kinds(monkeypatch):
     for name in ("add_gaussian_noise", "add_poisson_noise"):
         monkeypatch.setattr(
             f"varestorer.data.degradation.pipeline.{name}",
-            lambda img, strength, grey, source, name=name: drawn.append((name, strength, grey)),
+            lambda img, strength, gray, source, name=name: drawn.append((name, strength, gray)),
         )
     source = rng()
     for _ in range(4000):
         RandomNoise()(photo(), source)
     assert np.mean([name == "add_gaussian_noise" for name, _, _ in drawn]) == pytest.approx(0.5, abs=0.03)
-    assert np.mean([grey for _, _, grey in drawn]) == pytest.approx(0.4, abs=0.03)
+    assert np.mean([gray for _, _, gray in drawn]) == pytest.approx(0.4, abs=0.03)
     strengths = {kind: [s for name, s, _ in drawn if name == kind] for kind, _, _ in drawn}
     for kind, low, high in (("add_gaussian_noise", 1, 15), ("add_poisson_noise", 0.05, 2)):
         assert low <= min(strengths[kind]) < 1.1 * low + 0.1 and 0.95 * high < max(strengths[kind]) <= high
@@ -258,8 +258,8 @@ def test_a_seed_keeps_its_plan(steps):
     ]
     kernels = [step[1] for step in steps if step[0] == "blur"]
     assert [len(kernel) for kernel in kernels] == [15, 19, 11]
-    centres = [float(kernel[len(kernel) // 2, len(kernel) // 2]) for kernel in kernels]
-    assert centres == pytest.approx([0.0363694, 0.1206476, 0.2489037], rel=1e-4)
+    centers = [float(kernel[len(kernel) // 2, len(kernel) // 2]) for kernel in kernels]
+    assert centers == pytest.approx([0.0363694, 0.1206476, 0.2489037], rel=1e-4)
 
 
 def test_cut_offs_of_small_kernels_are_higher(monkeypatch):

@@ -11,7 +11,7 @@ Item = TypeVar("Item")
 Made = TypeVar("Made")
 
 
-def make_ahead(
+def prefetch(
     make: Callable[[Item], Made], items: Iterable[Item], depth: int = 1, threads: int = 1, finish: bool = False
 ) -> Iterator[Made]:
     """Yield `make(item)` of each item, in order, made by other threads that are at most `depth` items ahead.

@@ -17,7 +17,7 @@ from varestorer.losses.distillation import distribution_matching_loss
 from varestorer.losses.pixel import mse_loss
 from varestorer.systems.varestorer import VARestorer
 from varestorer.training.task import Batch, Task, train_only
-from varestorer.training.text import prompts_of
+from varestorer.training.tasks.teacher import prompts_of
 from varestorer.transformer import VARTransformer
 from varestorer.transformer.adapters import adapter_parameters, use_adapters
 from varestorer.utils.errors import UserError

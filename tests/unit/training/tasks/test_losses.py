@@ -1,4 +1,4 @@
-"""What the stages minimise: the paper's weights, and from whom to whom gradients go."""
+"""What the stages minimize: the paper's weights, and from whom to whom gradients go."""
 
 from collections.abc import Callable
 
@@ -8,15 +8,13 @@ import torch.nn.functional as F
 from omegaconf import DictConfig
 from torch import Tensor
 
-import varestorer.training.config  # noqa: F401  # the schemas of training
 from varestorer.conditioning.restorer import new_restorer
 from varestorer.systems.varestorer import VARestorer
 from varestorer.tokenizer import TokenPyramid
-from varestorer.training.distillation import DistillationTask, DistillationWeights
-from varestorer.training.restorer import RestorerTask
 from varestorer.training.task import Batch
-from varestorer.training.teacher import TeacherTask
-from varestorer.training.text import prompts_of
+from varestorer.training.tasks.distillation import DistillationTask, DistillationWeights
+from varestorer.training.tasks.restorer import RestorerTask
+from varestorer.training.tasks.teacher import TeacherTask, prompts_of
 from varestorer.utils.seeds import torch_generator
 
 
@@ -26,7 +24,7 @@ def batch_of(*keys: int) -> Batch:
     return {"hq": hq, "lq": lq, "name": [str(k) for k in keys], "key": torch.tensor(keys)}
 
 
-def test_distillation_minimises_the_papers_sum(tiny_system: VARestorer) -> None:
+def test_distillation_minimizes_the_papers_sum(tiny_system: VARestorer) -> None:
     """L = 0.1 L_KL + 0.25 L_perc + 0.5 L_MSE, L_KL = sum over scales of KL(teacher || student)."""
     losses = DistillationTask(tiny_system, perceptual="ms_ssim").eval()(batch_of(0, 1), 1)
     parts = {name: losses[name].item() for name in ("kl", "perceptual", "mse")}

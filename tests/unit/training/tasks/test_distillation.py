@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from varestorer.systems.varestorer import VARestorer
-from varestorer.training.distillation import DistillationTask
 from varestorer.training.task import Batch
+from varestorer.training.tasks.distillation import DistillationTask
 from varestorer.transformer import VARTransformer
 from varestorer.transformer.adapters import (
     adapter_parameters,

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from varestorer.systems.varestorer import VARestorer
-from varestorer.training.prefix import PrefixTask
+from varestorer.training.tasks.teacher import PrefixTask
 from varestorer.transformer.layout import prefix_causal_mask
 from varestorer.utils.errors import UserError
 

@@ -1,4 +1,7 @@
-"""Stage 2: the scale-causal teacher learns to predict each scale's bits from the coarser ones (Infinity)."""
+"""Stage 2: the scale-causal teacher learns to predict each scale's bits from the coarser ones (Infinity).
+
+And the same without distillation, from a prefix of degraded tokens (VARestorer, table 3).
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,6 @@ from varestorer.systems.varestorer import VARestorer
 from varestorer.tokenizer import TokenPyramid
 from varestorer.tokenizer.quantizer import Corruption
 from varestorer.training.task import Batch, Task, train_only
-from varestorer.training.text import prompts_of
 from varestorer.transformer import ClassLabels, TextFeatures
 from varestorer.transformer.adapters import adapter_parameters
 from varestorer.transformer.drop_path import branch_factors, dropped_paths
@@ -119,3 +121,69 @@ class TeacherTask(Task):
     def restored(self, batch: Batch) -> dict[str, Tensor]:
         """The teacher going on from the coarse scales of the degraded image."""
         return {"multi-step": self.system.restore_batch(batch["lq"], steps="multi").images_B3HW}
+
+
+def prompts_of(batch: Batch, system: VARestorer, condition_drop: float, seed: int) -> TextFeatures | ClassLabels:
+    """Features of the batch's prompts, some replaced by the null text; the null text where there are no prompts.
+
+    A dropped prompt becomes the null text of its length; a sample without a prompt gets all of the null text, as in
+    restoring without a prompt.
+
+    Args:
+        batch: its optional entry "text" is a list of (T, E) features on any device, or None, one per sample.
+        system: holds the learned null text.
+        condition_drop: share of prompts that are dropped; which ones depends on seed and sample alone.
+        seed: of the drops.
+    Raises:
+        UserError: features of another width than the model's.
+    """
+    keys = batch["key"]
+    if system.transformer.config.num_classes:  # qualities instead of words, and what is restored to is good
+        return ClassLabels(torch.zeros(len(keys), dtype=torch.int64, device=system.device))
+    if "text" not in batch:
+        return system.null_text(len(keys))
+    null_TE = system.transformer.condition.null_features
+    draws = uniform_per_sample((), seed, keys, "condition drop").tolist()
+    chosen: list[Tensor] = []
+    for text_TE, draw in zip(batch["text"], draws, strict=True):
+        if text_TE is None:
+            chosen.append(null_TE)
+            continue
+        if text_TE.shape[-1] != null_TE.shape[-1]:
+            raise UserError(
+                f"data.text holds features of width {text_TE.shape[-1]}, but the model wants {null_TE.shape[-1]}; make "
+                "the folder again with the text encoder of this model (scripts/precompute_text.py text_encoder=...)"
+            )
+        # the null text gets a gradient, if only of zero, in every process: they wait for each other's
+        prompt_TE = text_TE.to(null_TE) + 0 * null_TE.sum()
+        chosen.append(null_TE[: len(text_TE)] if draw < condition_drop else prompt_TE)
+    return TextFeatures.from_list(chosen)
+
+
+class PrefixTask(TeacherTask):
+    """Bit cross entropy on the photograph, the degraded image in front; only the adapters train.
+
+    Args:
+        system: with `student.conditioning: prefix`.
+        prefix_drop: share of samples whose prefix is hidden, so that guidance has something to compare with.
+        options: those of `TeacherTask`.
+    """
+
+    def __init__(self, system: VARestorer, prefix_drop: float = 0.1, **options: float | bool) -> None:
+        if system.student_config.conditioning != "prefix":
+            raise UserError("this stage trains the prefix; set model.student.conditioning=prefix")
+        super().__init__(system, **options)  # type: ignore[arg-type]
+        self.prefix_drop = prefix_drop
+        train_only(self, adapter_parameters(system.transformer).values())
+
+    def logits(self, pyramid: TokenPyramid, text: TextFeatures | ClassLabels, batch: Batch) -> Tensor:
+        with torch.no_grad():
+            lq_pyramid = self.system.condition(batch["lq"]).pyramid
+        if not self.training:
+            return self.system.prefix_logits(pyramid, lq_pyramid, text)
+        draws = uniform_per_sample((), self.seed, batch["key"], "prefix drop", batch["lq"].device)
+        return self.system.prefix_logits(pyramid, lq_pyramid, text, draws < self.prefix_drop)
+
+    def restored(self, batch: Batch) -> dict[str, Tensor]:
+        """The degraded image restored scale by scale."""
+        return {"multi-step": self.system.restore_batch(batch["lq"]).images_B3HW}

@@ -52,7 +52,7 @@ class TokenizerTask(Task):
         system: holds the tokenizer.
         weights: arguments of `TokenizerWeights`.
         perceptual: see `losses.build.perceptual_loss`.
-        continuous_steps: first steps without quantisation; the network learns to reconstruct before it has to spend
+        continuous_steps: first steps without quantization; the network learns to reconstruct before it has to spend
             its features on bits.
         adversarial: arguments of `adversary.Adversarial`.
         scale_drop: share of steps that decode the sum of the first scales alone, of a random number of them.
@@ -90,7 +90,7 @@ class TokenizerTask(Task):
         target = to_network(batch["hq"])
         with self.watch("encode"):
             features = tokenizer.features(target)
-        with self.watch("quantise"):
+        with self.watch("quantize"):
             pyramid = tokenizer.quantizer(features.detach(), self.system.schedule)
             is_continuous = self.training and step <= self.continuous_steps
             total = pyramid.cumulative[self._num_scales(step) - 1]

@@ -8,7 +8,7 @@ import torch
 from varestorer.systems.varestorer import VARestorer
 from varestorer.training.scores import ImageScores
 from varestorer.training.task import Batch
-from varestorer.training.tokenizer import TokenizerTask, bit_usage
+from varestorer.training.tasks.tokenizer import TokenizerTask, bit_usage
 from varestorer.utils.seeds import torch_generator
 
 ADVERSARIAL = {"weight": 0.5, "start_step": 2, "channels": 8, "layers": 2}

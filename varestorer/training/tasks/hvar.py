@@ -112,7 +112,7 @@ class HVARTokenizerTask(NestedTask):
         images = tokenizer.reduced(to_network(batch["hq"]), schedule)
         with self.watch("encode"), torch.set_grad_enabled(self.trains_encoder and torch.is_grad_enabled()):
             features = [tokenizer.features(image) for image in images]
-        with self.watch("quantise"):
+        with self.watch("quantize"):
             pyramid = tokenizer.quantizer([x.detach() for x in features], schedule)
             sums = [codes for k, codes in enumerate(pyramid.cumulative) if schedule.ends_target(k)]
             # the gradient goes to the codes, and straight through to an encoder that trains

@@ -1,4 +1,4 @@
-"""Stage 0, for systems that train their own: the restorer learns to clean degraded images before they are tokenised."""
+"""Stage 0, for systems that train their own: the restorer learns to clean degraded images before they are tokenized."""
 
 from __future__ import annotations
 

@@ -13,8 +13,8 @@ from omegaconf import DictConfig
 from varestorer.commands.train import train
 from varestorer.conditioning.restorer import Restorer, new_restorer
 from varestorer.systems.varestorer import VARestorer
-from varestorer.training.restorer import RestorerTask
 from varestorer.training.task import Batch
+from varestorer.training.tasks.restorer import RestorerTask
 from varestorer.utils.errors import UsageError, UserError
 from varestorer.utils.seeds import torch_generator
 from varestorer.weights.restorers import load_restorer

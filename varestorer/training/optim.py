@@ -1,35 +1,36 @@
-"""Optimisers: parameter groups, learning rate, gradient norm, and their state by parameter name."""
+"""Optimizers: parameter groups, learning rate, gradient norm, state by parameter name; and the EMA of the weights."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from varestorer.training.parallel import like, whole
+from varestorer.training.parallel import sharded_like, unsharded_tensor
 from varestorer.training.task import Task
 from varestorer.utils.errors import UserError
 
 OptimizerFactory = Callable[[list[dict[str, Any]]], Optimizer]
 FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
 FUSED_ON = ("cpu", "cuda")
-"""Optimisers, and devices, whose whole step is one kernel unless their options choose another way."""
+"""Optimizers, and devices, whose whole step is one kernel unless their options choose another way."""
 
 
 def can_fuse(parameter: nn.Parameter) -> bool:
     """Whether a fused step may have a parameter.
 
-    It goes through memory without a look at strides, and an optimiser's state comes out of a checkpoint contiguous: the
+    It goes through memory without a look at strides, and an optimizer's state comes out of a checkpoint contiguous: the
     kernels of convolutions, kept in channels_last, would meet the state of other elements after a resume.
     """
     return parameter.device.type in FUSED_ON and parameter.is_contiguous()
 
 
 def build_optimizer(task: Task, factory: OptimizerFactory) -> Optimizer:
-    """Make an optimiser over a task's trainable parameters, without decay where the task says so.
+    """Make an optimizer over a task's trainable parameters, without decay where the task says so.
 
     Args:
         task: `no_decay` splits its parameters in two groups.
@@ -61,7 +62,7 @@ def set_learning_rate(optimizer: Optimizer, factor: float) -> float:
 
 def gradient_norm(parameters: Mapping[str, nn.Parameter]) -> Tensor:
     """The 2-norm of all gradients together, a scalar on their device: reading it makes the host wait."""
-    return whole(torch.nn.utils.get_total_norm([p.grad for p in parameters.values() if p.grad is not None]))
+    return unsharded_tensor(torch.nn.utils.get_total_norm([p.grad for p in parameters.values() if p.grad is not None]))
 
 
 def clip_gradients(parameters: Mapping[str, nn.Parameter], norm: Tensor, max_norm: float) -> None:
@@ -71,15 +72,15 @@ def clip_gradients(parameters: Mapping[str, nn.Parameter], norm: Tensor, max_nor
 
 def nonfinite_gradients(parameters: Mapping[str, nn.Parameter]) -> list[str]:
     """Names of the parameters whose gradient has a NaN or an infinity; all processes of a sharded task have to ask."""
-    graded = ((name, whole(p.grad)) for name, p in parameters.items() if p.grad is not None)
+    graded = ((name, unsharded_tensor(p.grad)) for name, p in parameters.items() if p.grad is not None)
     return [name for name, grad in graded if not bool(torch.isfinite(grad).all())]
 
 
 def optimizer_tensors(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """The optimiser's state as `"<state>/<parameter name>"`, such as `exp_avg/encoder.conv.weight`.
+    """The optimizer's state as `"<state>/<parameter name>"`, such as `exp_avg/encoder.conv.weight`.
 
     Raises:
-        UserError: the optimiser keeps something that is not a tensor.
+        UserError: the optimizer keeps something that is not a tensor.
     """
     tensors: dict[str, Tensor] = {}
     for name, parameter in parameters.items():
@@ -100,7 +101,9 @@ def load_optimizer_tensors(
     for path, tensor in tensors.items():
         key, name = path.split("/", 1)
         parameter = parameters[name]
-        states.setdefault(name, {})[key] = like(tensor, parameter) if tensor.shape == parameter.shape else tensor
+        states.setdefault(name, {})[key] = (
+            sharded_like(tensor, parameter) if tensor.shape == parameter.shape else tensor
+        )
     packed = optimizer.state_dict()
     numbers = dict(zip(_parameter_ids(optimizer.param_groups), _numbers(packed["param_groups"]), strict=True))
     packed["state"] = {numbers[id(parameters[name])]: state for name, state in states.items()}
@@ -113,3 +116,61 @@ def _parameter_ids(groups: Iterable[dict[str, Any]]) -> list[int]:
 
 def _numbers(packed_groups: Iterable[dict[str, Any]]) -> list[int]:
     return [number for group in packed_groups for number in group["params"]]
+
+
+class Ema:
+    """Averaged float32 copy of some parameters, kept on their device and sharded as they are.
+
+    `average <- d * average + (1 - d) * weight` with `d = min(decay, (1 + step) / (10 + step))`, so that the
+    first steps do not remember the initial weights for long (the warm-up of TensorFlow's moving average).
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
+        """Start at the parameters' present values.
+
+        Args:
+            parameters: by the name they have in checkpoints.
+            decay: largest decay, in [0, 1).
+        """
+        self._parameters = dict(parameters)
+        self._decay = decay
+        self.averages = {name: _float_copy(p) for name, p in self._parameters.items()}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Take in the weights after optimizer step `step` (from 1)."""
+        decay = min(self._decay, (1 + step) / (10 + step))
+        weights = [parameter.detach().float() for parameter in self._parameters.values()]
+        torch._foreach_lerp_(list(self.averages.values()), weights, 1.0 - decay)
+
+    @torch.no_grad()
+    def load(self, averages: Mapping[str, Tensor]) -> None:
+        """Take over saved averages (whole ones); the names must be exactly the parameters' names.
+
+        Raises:
+            KeyError: a name is missing.
+        """
+        for name, average in self.averages.items():
+            average.copy_(sharded_like(averages[name], average))
+
+    @torch.no_grad()
+    def copy_to_parameters(self) -> None:
+        """Replace the weights by their averages."""
+        for name, parameter in self._parameters.items():
+            parameter.copy_(self.averages[name])
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Lend the averages to the parameters for the length of a `with` block."""
+        kept = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
+        self.copy_to_parameters()
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, parameter in self._parameters.items():
+                    parameter.copy_(kept[name])
+
+
+def _float_copy(parameter: nn.Parameter) -> Tensor:
+    return parameter.detach().to(torch.float32, copy=True)

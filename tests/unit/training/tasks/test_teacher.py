@@ -4,9 +4,8 @@ import pytest
 import torch
 
 from varestorer.systems.varestorer import VARestorer
-from varestorer.training.prefix import PrefixTask
 from varestorer.training.task import Batch
-from varestorer.training.teacher import TeacherTask
+from varestorer.training.tasks.teacher import PrefixTask, TeacherTask
 from varestorer.transformer.drop_path import branch_factors, dropped_paths
 from varestorer.utils.errors import UserError
 from varestorer.utils.seeds import torch_generator

@@ -192,8 +192,10 @@ def _chosen(options: EvalOptions) -> dict[str, EvalOptions]:
     given = [key for key in (*SOURCES, "model_path", "size", "explain") if getattr(options, key) is not None]
     if given:
         raise UsageError(f"compare= says itself what is scored: leave out {given[0]}=")
+    if not options.compare:
+        raise UsageError("compare= must name at least one method, as NAME=WHAT, got []")
     chosen: dict[str, EvalOptions] = {}
-    for text in options.compare or []:
+    for text in options.compare:
         label, found, what = text.partition("=")
         if not found or expand_user(text).exists():
             label, what = Path(text).stem, text

@@ -8,12 +8,17 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote
 
-from varestorer.evaluation.paper_tables import EvaluationRecord, measured_rows, pairs_table, published_rows
+from varestorer.evaluation.paper_tables import (
+    EvaluationRecord,
+    figures_table,
+    measured_rows,
+    pairs_table,
+    published_rows,
+)
 from varestorer.evaluation.pictures import (
     HINT,
     PictureColumn,
@@ -66,15 +71,11 @@ def write_report(
     Raises:
         UserError: a file cannot be read or written; names it.
     """
-    records = [_record(label, evaluation) for label, evaluation in evaluations.items()]
+    records = [record_of(label, evaluation) for label, evaluation in evaluations.items()]
     first = next(iter(evaluations.values()))
     comparison = comparison_table(evaluations, expected_pairs)
     title = f"{first.dataset}, protocol {first.protocol}"
-    figures = [
-        replace(figures_table(evaluation), title="Our figures" if len(records) == 1 else f"Figures of {label}")
-        for label, evaluation in evaluations.items()
-    ]
-    tables = [comparison, *pairs_table(records, list(first.columns)), *figures]
+    tables = [comparison, *pairs_table(records, list(first.columns)), *map(figures_table, records)]
     written = write_tables(tables, title, out, "table")
     page = write_gallery(evaluations, out, scale)
     if page is None:
@@ -90,7 +91,7 @@ def write_report(
     return written
 
 
-def _record(label: str, evaluation: Evaluation) -> EvaluationRecord:
+def record_of(label: str, evaluation: Evaluation) -> EvaluationRecord:
     """As the tables of the papers take it."""
     columns = {
         name: {row.name: row.scores[name] for row in evaluation.rows if name in row.scores}
@@ -105,7 +106,7 @@ def comparison_table(evaluations: Mapping[str, Evaluation], expected_pairs: int 
     names = list(first.columns)
     ours, notes = [], [LEGEND]
     for label, evaluation in evaluations.items():
-        record = _record(label, evaluation)
+        record = record_of(label, evaluation)
         scored, of = record.summary["n"], "" if len(evaluations) == 1 else f"{label}: "
         is_whole = expected_pairs is None or scored == expected_pairs
         cells = {"method": label, "source": "this evaluation"} | record.means
@@ -122,25 +123,6 @@ def comparison_table(evaluations: Mapping[str, Evaluation], expected_pairs: int 
         Column("source", is_text=True),
     )
     return Table(columns, (*others[0], *others[1], *ours), notes=tuple(dict.fromkeys(notes)))
-
-
-def figures_table(evaluation: Evaluation) -> Table:
-    """What our figures rest on: spread, number of images, pyiqa's id, weights; and what did not run, and why."""
-    summary = evaluation.summary()
-    rows = []
-    for name, entry in summary["metrics"].items():
-        weights = (entry["weights_sha256"] or "none")[:16]
-        spread = {key: None if entry[key] is None else f"{entry[key]:.4f}" for key in ("mean", "std", "worst_tenth")}
-        interval = None if entry["ci95"] is None else "{:.4f} to {:.4f}".format(*entry["ci95"])
-        spread |= {"95 % of the mean": interval, "worst tenth": spread["worst_tenth"]}
-        rows.append(TableRow({**entry, **spread, "metric": name, "weights (SHA-256)": weights}))
-    columns = (
-        Column("metric", is_text=True),
-        *(Column(name) for name in ("mean", "95 % of the mean", "std", "worst tenth", "n")),
-        *(Column(name, is_text=True) for name in ("id", "weights (SHA-256)")),
-    )
-    missing = tuple(f"{name} is not available: {reason}" for name, reason in summary["unavailable"].items())
-    return Table(columns, tuple(rows), notes=missing)
 
 
 def write_gallery(evaluations: Mapping[str, Evaluation], out: Path, scale: float = 4) -> Path | None:

@@ -196,7 +196,7 @@ def table_1(records: Sequence[EvaluationRecord]) -> list[Table]:
         rows += group
     columns = (Column("method", is_text=True), *_metric_columns(records, metrics))
     beside = Table(columns, tuple(rows), f"Table 1, protocol {protocol}", tuple(notes.lines))
-    return [beside, *pairs_table(records, metrics)]
+    return [beside, *pairs_table(records, metrics), *map(figures_table, records)]
 
 
 def table_varsr(records: Sequence[EvaluationRecord]) -> list[Table]:
@@ -231,7 +231,7 @@ def table_3(records: Sequence[EvaluationRecord]) -> list[Table]:
     ours = [_our_row(record, ABLATION_METRICS, "", notes) for record in records]
     columns = (Column("method", is_text=True), *_metric_columns(records, ABLATION_METRICS))
     beside = Table(columns, (*published, *ours), "Table 3: ablations on DIV2K-Val", tuple(notes.lines))
-    return [beside, *pairs_table(records, ABLATION_METRICS)]
+    return [beside, *pairs_table(records, ABLATION_METRICS), *map(figures_table, records)]
 
 
 def table_2(systems: Sequence[SystemRecord], records: Sequence[EvaluationRecord] = ()) -> list[Table]:
@@ -318,6 +318,26 @@ def _our_row(record: EvaluationRecord, metrics: Sequence[str], group: str, notes
         notes.add(f"{name}: {record.summary['n']} of {wanted} images, so its figures compete for no mark.")
     cells = {"method": record.label} | {metric: record.means.get(metric) for metric in metrics}
     return TableRow(cells, is_ours=True, is_ranked=record.is_whole, group=group, scores=record.scores)
+
+
+def figures_table(record: EvaluationRecord) -> Table:
+    """What figures rest on: spread, number of images, pyiqa's id, weights; and what did not run, and why."""
+    rows = []
+    for name, entry in record.summary["metrics"].items():
+        weights = (entry["weights_sha256"] or "none")[:16]
+        mean, std, worst = (
+            None if entry.get(key) is None else f"{entry[key]:.4f}" for key in ("mean", "std", "worst_tenth")
+        )
+        interval = None if entry.get("ci95") is None else "{:.4f} to {:.4f}".format(*entry["ci95"])
+        cells = {"metric": name, "mean": mean, "95 % of the mean": interval, "std": std, "worst tenth": worst}
+        rows.append(TableRow(cells | {"n": entry["n"], "id": entry["id"], "weights (SHA-256)": weights}))
+    columns = (
+        Column("metric", is_text=True),
+        *(Column(name) for name in ("mean", "95 % of the mean", "std", "worst tenth", "n")),
+        *(Column(name, is_text=True) for name in ("id", "weights (SHA-256)")),
+    )
+    missing = tuple(f"{name} is not available: {why}" for name, why in record.summary["unavailable"].items())
+    return Table(columns, tuple(rows), f"Figures of {record.label} on {record.dataset}", missing)
 
 
 def pairs_table(records: Sequence[EvaluationRecord], metrics: Sequence[str]) -> list[Table]:

@@ -16,13 +16,14 @@ from varestorer.evaluation.logged import log_evaluation
 from varestorer.evaluation.outputs import (
     MAX_PICTURES,
     comparison_table,
-    figures_table,
     plane,
+    record_of,
     spread,
     write_gallery,
     write_report,
     write_scatter,
 )
+from varestorer.evaluation.paper_tables import figures_table
 from varestorer.evaluation.pictures import detailed_crops
 from varestorer.evaluation.results import Evaluation, Row
 from varestorer.evaluation.tables import TableRow
@@ -63,7 +64,7 @@ def test_means_over_other_images_win_nothing() -> None:
 
 def test_figures_rest_on_spread_number_and_weights() -> None:
     rows = (Row("a", {"psnr": 30.0}), Row("b", {"psnr": 40.0}), Row("c", errors=("broken",)))
-    table = figures_table(evaluation(rows, "psnr"))
+    table = figures_table(record_of("ours", evaluation(rows, "psnr")))
     wanted = ["psnr", "35.0000", "30.0000 to 40.0000", "5.0000", "30.0000", "2", "psnr", "ab" * 8]
     assert [cell.text for cell in table.shown()[0]] == wanted
     assert table.notes == ("musiq is not available: no <weights>",)

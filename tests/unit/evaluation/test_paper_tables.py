@@ -45,7 +45,7 @@ def shown(table: Table, method: str, group: str = "") -> dict[str, tuple[str, st
 def test_table_1_has_ten_metrics_and_three_sets(tmp_path: Path) -> None:
     real = save(tmp_path / "a", "realsr", psnr=30.0, musiq=71.3)
     div = save(tmp_path / "b", "div2k", lpips=0.1)
-    (table,) = table_1(read_records([f"ours={real}", f"ours={div}"]))
+    table, *_ = table_1(read_records([f"ours={real}", f"ours={div}"]))
     assert [column.heading for column in table.columns] == [
         *("method", "psnr ↑", "ssim ↑", "lpips ↓", "maniqa ↑", "musiq ↑"),
         *("niqe ↓", "clipiqa ↑", "liqe ↑", "qalign ↑", "fid ↓"),
@@ -71,14 +71,14 @@ def test_protocols_do_not_mix(tmp_path: Path) -> None:
 
 
 def test_table_1_under_another_protocol_has_no_published_rows(tmp_path: Path) -> None:
-    (table,) = table_1(read_records([str(save(tmp_path / "run", "realsr", "stablesr_y", psnr=25.15))]))
+    table, *_ = table_1(read_records([str(save(tmp_path / "run", "realsr", "stablesr_y", psnr=25.15))]))
     assert {row.cells["method"] for row in table.rows} == {"run"}
     assert any("No rows were published under stablesr_y" in note for note in table.notes)
 
 
 def test_varsr_stands_beside_what_was_published_under_its_protocol(tmp_path: Path) -> None:
     runs = [f"refined={save(tmp_path / 'a', 'realsr', 'varsr', lpips=0.3)}"]
-    (table,) = table_varsr(read_records([*runs, f"plain={save(tmp_path / 'b', 'realsr', 'varsr', lpips=0.4)}"]))
+    table, *_ = table_varsr(read_records([*runs, f"plain={save(tmp_path / 'b', 'realsr', 'varsr', lpips=0.4)}"]))
     assert {"refined", "plain", "VARSR", "H-VAR"} <= {row.cells["method"] for row in table.rows}
     assert "ablations" in table.title
     with pytest.raises(UsageError, match="is under protocol=varsr"):
@@ -92,7 +92,7 @@ def test_our_methods_are_compared_image_by_image(tmp_path: Path) -> None:
         lines = [f"{n}.png,{30 + n % 7 + shift * (n % 10 != 0)}" for n in range(100)]
         (folder / "per_image.csv").write_text("\n".join(["image,psnr", *lines]) + "\n")
         runs.append(f"{name}={folder}")
-    table, pairs = table_1(read_records(runs))
+    table, pairs, *figures = table_1(read_records(runs))
     (row,) = pairs.rows
     assert (row.cells["methods"], row.cells["difference"], row.cells["images won"]) == (
         "one - two",
@@ -100,10 +100,12 @@ def test_our_methods_are_compared_image_by_image(tmp_path: Path) -> None:
         "0 of 100",
     )
     assert "≈" not in str(row.cells["95 %"])
+    assert [figure.title for figure in figures] == ["Figures of one on realsr", "Figures of two on realsr"]
+    assert figures[0].rows[0].cells["mean"] == "30.0000" and "fid is not available: no weights" in figures[0].notes
 
 
 def test_means_over_a_part_of_the_set_compete_for_no_mark(tmp_path: Path) -> None:
-    (table,) = table_1(read_records([f"ours={save(tmp_path / 'a', 'realsr', n=7, psnr=90.0)}"]))
+    table, *_ = table_1(read_records([f"ours={save(tmp_path / 'a', 'realsr', n=7, psnr=90.0)}"]))
     assert shown(table, "ours", "realsr")["psnr"] == ("90.00", "")
     assert any("7 of 100 images" in note for note in table.notes)
 
@@ -129,7 +131,7 @@ def test_a_folder_may_have_an_equals_sign_in_its_name(tmp_path: Path) -> None:
 
 def test_table_3_puts_ablations_beside_the_published(tmp_path: Path) -> None:
     run = save(tmp_path / "a", "div2k", lpips=0.2, musiq=70.0, niqe=4.41, clipiqa=0.5, psnr=1.0)
-    (table,) = table_3(read_records([f"w/o KL (ours)={run}"]))
+    table, *_ = table_3(read_records([f"w/o KL (ours)={run}"]))
     assert [row.cells["method"] for row in table.rows][:4] == ["w/o distill", "w/o cross-scale", "w/o KL", "VARestorer"]
     ours = shown(table, "w/o KL (ours)")
     assert ours["lpips"] == ("0.2000", "best") and ours["musiq"] == ("70.00", "second")

@@ -127,6 +127,8 @@ def test_methods_are_compared_on_one_page(root: Path, capsys: pytest.CaptureFixt
     capsys.readouterr()
     for words, message in [
         (["compare=[bicubic,bicubic]"], "two methods are called bicubic"),
+        (["compare=[a=/nowhere/x]"], "/nowhere/x is not here"),
+        (["compare=[]"], "at least one method"),
         (["compare=[LQ=bicubic]"], "cannot be called 'LQ'"),
         (["compare=[a/b=bicubic]"], "cannot be called 'a/b'"),
         (["compare=[bicubic]", "pairwise=true"], "two methods or more"),

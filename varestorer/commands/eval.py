@@ -201,9 +201,10 @@ def _chosen(options: EvalOptions) -> dict[str, EvalOptions]:
             label, what = Path(text).stem, text
         if label in chosen:
             raise UsageError(f"compare: two methods are called {label}; give each a name, NAME=WHAT")
-        source = source_keys(what)
-        network: dict[str, Any] = {} if "ckpt" in source else {"precision": None, "steps": "one", "doubt": None}
-        chosen[label] = replace(options, **{"compare": None, **source, **network})
+        keys: dict[str, Any] = {"compare": None, **source_keys(what)}
+        if "ckpt" not in keys:
+            keys |= {"precision": None, "steps": "one", "doubt": None}  # of networks
+        chosen[label] = replace(options, **keys)
     return chosen
 
 

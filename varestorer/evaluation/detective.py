@@ -52,7 +52,7 @@ VARIANTS = {
 }
 """Metrics of pyiqa that papers call by one name."""
 JPEG = "JPEG"
-FLOAT = "not rounded to 8 bits"
+FLOAT = "image not rounded to 8 bits"
 FILES = ("", f"{JPEG} 75", f"{JPEG} 95", FLOAT)
 CROP = 128  # pixels of LQ, of the test sets of StableSR
 WINDOW = 5  # pixels that SSIM sees around each
@@ -66,7 +66,7 @@ class Convention:
     Attributes:
         metric: of pyiqa.
         channel: of PSNR and SSIM, one of `OPTIONS`.
-        is_rounded: whether the luma is in whole steps, as Matlab's rgb2ycbcr gives it for 8-bit images.
+        is_rounded: whether the luma is rounded, as Matlab's rgb2ycbcr gives it for 8-bit images.
         border: left out, pixels.
         is_cropped: whether only the middle of the image is seen, see `CROP`.
         file: what the restored image was saved as, one of `FILES`; "" for PNG.
@@ -84,7 +84,7 @@ class Convention:
         """What it is called."""
         saved = self.file if self.file in ("", FLOAT) else f"saved as {self.file}"
         parts = (
-            (self.channel or self.metric) + (" in whole steps" if self.is_rounded else ""),
+            (self.channel or self.metric) + (", rounded" if self.is_rounded else ""),
             f"without a border of {self.border}" if self.border else "",
             f"centre of {CROP} pixels of LQ" if self.is_cropped else "",
             saved,
@@ -309,7 +309,8 @@ class _Views:
         key = (way.metric, way.channel, "rounded" if way.is_rounded else "", way.file)
         if key not in self.maps:
             planes = [_planes(view, way) for view in (self._image(way.file), self.reference)]
-            self.maps[key] = np.mean([MAPS[way.metric](one, other) for one, other in zip(*planes, strict=True)], axis=0)
+            maps = [MAPS[way.metric](one, other) for one, other in zip(*planes, strict=True)]
+            self.maps = {key: np.mean(maps, axis=0)}  # one at a time: of large images all are gigabytes
         margin = WINDOW if way.metric == "ssim" else 0
         rows, columns = (slice(side.start + margin, side.stop - margin) for side in place)
         seen = self.maps[key][rows, columns]

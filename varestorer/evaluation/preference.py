@@ -20,7 +20,7 @@ from varestorer.evaluation.outputs import shared_rows
 from varestorer.evaluation.pictures import Crop, differing_crops, png_url, render
 from varestorer.evaluation.results import Evaluation, Row
 from varestorer.evaluation.tables import LEVEL, Cell, Column, Table, TableRow
-from varestorer.utils.errors import UsageError, reason
+from varestorer.utils.errors import UsageError, UserError, reason
 from varestorer.utils.files import expand_user, read_text, write_json, write_text
 from varestorer.utils.images import load_image
 
@@ -70,10 +70,10 @@ def write_pairwise(evaluations: Mapping[str, Evaluation], out: Path, scale: floa
 def _squares(rows: Mapping[str, Row], scale: float) -> dict[str, Any]:
     """The same square of every method, where they differ most, and of the LQ image."""
     images = [load_image(row.image) for row in rows.values() if row.image is not None]
-    step = max(1, round(scale))
-    height, width = (min(image.shape[axis] for image in images) for axis in (-2, -1))
-    square = differing_crops([image[:, :height, :width] for image in images], 1, step, SIDE)[0]
-    lq = next(iter(rows.values())).lq
+    step, first = max(1, round(scale)), next(iter(rows.values()))
+    if len({image.shape for image in images}) > 1:
+        raise UserError(f"the methods' images of {first.name} have different sizes: they cannot be told apart blindly")
+    square, lq = differing_crops(images, 1, step, SIDE)[0], first.lq
     small = Crop(square.top // step, square.left // step, max(1, square.side // step))
     shown = None if lq is None else png_url(small.of(load_image(lq)))
     return {"methods": [png_url(square.of(image)) for image in images], "input": shown}

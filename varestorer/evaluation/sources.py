@@ -34,6 +34,7 @@ from varestorer.weights.bundle import is_bundle
 from varestorer.weights.files import read_entries
 from varestorer.weights.published.infinity import STUDENT_FILE
 from varestorer.weights.published.varsr import network_kind
+from varestorer.weights.resolve import locate
 from varestorer.weights.runs import BEST, LATEST, is_run
 
 
@@ -100,7 +101,7 @@ def source_keys(what: str) -> dict[str, str]:
     """Which options of `eval` a word of compare= stands for: `method`, `predictions`, `model_path` or `ckpt`.
 
     Raises:
-        UsageError: the folder of an evaluation whose settings cannot be read.
+        UsageError: nothing is there, or the folder of an evaluation whose settings cannot be read.
     """
     path = expand_user(what)
     if what == "bicubic":
@@ -113,6 +114,8 @@ def source_keys(what: str) -> dict[str, str]:
         return {"predictions": str(made) if made.is_dir() else _scored_folder(path / SETTINGS)}
     if path.is_dir() and not is_run(path) and not is_bundle(path) and list_images(path):
         return {"predictions": what}
+    if not locate(what, {}).exists():
+        raise UsageError(f"compare: {what} is not here; give bicubic, a model, or a folder of images")
     return {"ckpt": what}
 
 

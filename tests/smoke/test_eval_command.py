@@ -109,7 +109,7 @@ def test_methods_are_compared_on_one_page(root: Path, capsys: pytest.CaptureFixt
     text = capsys.readouterr().out
     assert "plain on folder, protocol varestorer: 3 images scored" in text and "pairwise.json to" in text
     table = (out / "table.md").read_text()
-    assert "| ▸ hq |" in table and "| plain - hq | psnr | -" in table
+    assert "| ▸ hq |" in table and "| plain - hq | psnr ↑ | -" in table
     titles = re.findall("<figcaption>(.*?)</figcaption>", (out / "gallery.html").read_text())
     assert titles == ["LQ", "plain", "hq", "HQ"] * 3
     assert json.loads((out / "hq" / "summary.json").read_text())["method"] == "hq"

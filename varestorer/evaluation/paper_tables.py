@@ -343,14 +343,15 @@ def figures_table(record: EvaluationRecord) -> Table:
 def pairs_table(records: Sequence[EvaluationRecord], metrics: Sequence[str]) -> list[Table]:
     """Our methods in pairs, on the images that both were scored on; no table where there is no pair."""
     rows = []
-    lower = {column.name: bool(column.lower_is_better) for column in _metric_columns(records, metrics)}
+    measured = _metric_columns(records, metrics)
     for one, other in combinations(records, 2):
-        for metric in metrics if one.dataset == other.dataset else ():
-            found = paired(one.scores.get(metric, {}), other.scores.get(metric, {}), lower[metric])
+        for column in measured if one.dataset == other.dataset else ():
+            first, second = (record.scores.get(column.name, {}) for record in (one, other))
+            found = paired(first, second, bool(column.lower_is_better))
             if found is not None:
                 cells: dict[str, Cell] = {
                     "methods": f"{one.label} - {other.label}",
-                    "metric": metric,
+                    "metric": column.heading,
                     "difference": f"{found.mean:+.4f}",
                     "95 %": f"{found.low:+.4f} to {found.high:+.4f}{' ' + LEVEL if found.is_tie else ''}",
                     "images won": f"{found.wins} of {found.n}",

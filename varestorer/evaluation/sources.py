@@ -27,6 +27,7 @@ from varestorer.systems.varestorer import VARestorer
 from varestorer.utils.errors import UsageError, UserError, reason
 from varestorer.utils.files import expand_user, file_sha256, read_text
 from varestorer.utils.finite import check_weights
+from varestorer.utils.hub import is_hub_name
 from varestorer.utils.images import list_images, load_image, resize
 from varestorer.utils.seeds import derive_seed
 from varestorer.utils.tiling import restore_tiled
@@ -114,7 +115,7 @@ def source_keys(what: str) -> dict[str, str]:
         return {"predictions": str(made) if made.is_dir() else _scored_folder(path / SETTINGS)}
     if path.is_dir() and not is_run(path) and not is_bundle(path) and list_images(path):
         return {"predictions": what}
-    if not locate(what, {}).exists():
+    if not is_hub_name(what) and not locate(what, {}).exists():
         raise UsageError(f"compare: {what} is not here; give bicubic, a model, or a folder of images")
     return {"ckpt": what}
 

@@ -1,5 +1,6 @@
 """Other people's models through spandrel, on a tiny one that is made here."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from varestorer.evaluation import sources as module
-from varestorer.evaluation.sources import SpandrelSource
+from varestorer.evaluation.sources import SpandrelSource, source_keys
 from varestorer.utils.errors import UsageError, UserError
 from varestorer.utils.images import save_image
 
@@ -90,3 +91,30 @@ def test_a_broken_image_is_a_user_error(model_path: Path, tmp_path: Path) -> Non
     (tmp_path / "x.png").write_bytes(b"no image")
     with pytest.raises(UserError, match="cannot read the image"):
         SpandrelSource(model_path, 2)("x", tmp_path / "x.png")
+
+
+def test_what_a_word_of_compare_stands_for(tmp_path: Path, model_path: Path) -> None:
+    save_image(tmp_path / "plain" / "a.png", torch.rand(3, 8, 8))
+    for folder, settings in (("made", {}), ("scored", {"predictions": "/there"}), ("odd", {})):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "summary.json").write_text("{}")
+        (tmp_path / folder / "settings.json").write_text(json.dumps(settings))
+    save_image(tmp_path / "made" / "images" / "a.png", torch.rand(3, 8, 8))
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    save_image(tmp_path / "run" / "samples" / "a.png", torch.rand(3, 8, 8))
+    (tmp_path / "varestorer.pth").write_bytes(b"")
+    for what, keys in [
+        ("bicubic", {"method": "bicubic"}),
+        ("nano", {"ckpt": "nano"}),
+        ("owner/name", {"ckpt": "owner/name"}),
+        (f"{tmp_path}/run", {"ckpt": f"{tmp_path}/run"}),
+        (f"{tmp_path}/varestorer.pth", {"ckpt": f"{tmp_path}/varestorer.pth"}),
+        (str(model_path), {"method": "spandrel", "model_path": str(model_path)}),
+        (f"{tmp_path}/plain", {"predictions": f"{tmp_path}/plain"}),
+        (f"{tmp_path}/made", {"predictions": f"{tmp_path}/made/images"}),
+        (f"{tmp_path}/scored", {"predictions": "/there"}),
+    ]:
+        assert source_keys(what) == keys
+    for what, message in (("odd", "does not say where the images are"), ("none", "is not here")):
+        with pytest.raises(UsageError, match=message):
+            source_keys(f"{tmp_path}/{what}")

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import ExifTags
 from torch import Tensor
 
-from varestorer.commands.options import DemoOptions, RestoreOptions, check
+from varestorer.commands.options import DemoOptions, RestoreOptions
 from varestorer.commands.restore import bind, check_fit, means
 from varestorer.systems import load
 from varestorer.systems.base import Request
@@ -30,6 +30,7 @@ from varestorer.utils.errors import UserError
 from varestorer.utils.files import fitting_name
 from varestorer.utils.image_files import open_image
 from varestorer.utils.images import Writing, heat_map, load_picture, resize, save_image
+from varestorer.utils.schema import check
 from varestorer.utils.tiling import num_tiles, scaled_size
 from varestorer.weights import DEFAULT
 from varestorer.weights.resolve import models_by_system

@@ -12,9 +12,10 @@ from threading import Event
 
 from omegaconf import DictConfig
 
-from varestorer.commands.entry import OK, Command, say, typed
+from varestorer.commands.entry import OK, Command, say
 from varestorer.commands.options import DemoOptions
 from varestorer.utils.errors import UserError
+from varestorer.utils.schema import typed
 
 # read by gradio when it is imported; it tells nobody that it was started
 QUIET = {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}

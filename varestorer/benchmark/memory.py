@@ -8,36 +8,21 @@ gaps between tensors.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
 from varestorer.benchmark.counting import Ledger, as_on_cuda
 from varestorer.benchmark.report import GIB, Report
-from varestorer.benchmark.train_step import TrainStep, made_up_batch
+from varestorer.benchmark.train_step import BACKWARD, TrainStep, made_up_batch
 from varestorer.evaluation.tables import Column, Table, TableRow
 from varestorer.training.optimisers import OptimizerFactory, build_optimizer
 from varestorer.training.task import Task
 from varestorer.utils.device import num_bytes
 from varestorer.utils.watch import observed, watch
 
-BACKWARD = "backward"
-
-
-@dataclass(frozen=True)
-class MemoryRow:
-    """One line of the report.
-
-    Attributes:
-        kind: weights, gradients, optimizer, averages, activations, or peak.
-        part: what of it.
-        bytes: of memory.
-    """
-
-    kind: str
-    part: str
-    bytes: int
+Rows = dict[tuple[str, str], int]
+"""What memory holds (weights, gradients, optimizer, averages, activations), and what of it -> bytes."""
 
 
 def run(
@@ -60,24 +45,36 @@ def run(
         device: CUDA: where the peak is measured.
         folder: for the files.
     """
-    columns, peaks = {}, {}
+    columns: dict[int, Rows] = {}
+    peaks: dict[int, int] = {}
     for micro_batch in micro_batches:
         columns[micro_batch] = memory_report(make(), optimizer, micro_batch, side)
         if device.type == "cuda":
             peaks[micro_batch] = measured_peak(make().to_empty(device=device), optimizer, micro_batch, side)
             torch.cuda.empty_cache()
-    report.show(memory_table(columns, peaks))
+    lines = {("peak", "all"): {size: sum(rows.values()) for size, rows in columns.items()}}
+    if peaks:
+        lines["measured", "peak"] = peaks
+    held = {name: {n: rows.get(name) for n, rows in columns.items()} for rows in columns.values() for name in rows}
+    rows = [
+        TableRow({"GiB": kind, "of": part, **{str(size): value and value / GIB for size, value in found.items()}})
+        for (kind, part), found in (held | lines).items()
+    ]
+    texts = Column("GiB", is_text=True), Column("of", is_text=True)
+    report.show(Table((*texts, *(Column(str(size)) for size in columns)), tuple(rows), "at a micro-batch of"))
     if folder is not None:
         found = {
-            str(size): {"rows": [asdict(row) for row in rows], "measured_peak": peaks.get(size)}
+            str(size): {
+                "rows": [{"kind": kind, "part": part, "bytes": value} for (kind, part), value in rows.items()],
+                "peak": sum(rows.values()),
+                "measured_peak": peaks.get(size),
+            }
             for size, rows in columns.items()
         }
         report.write(folder, [], None, {"micro_batches": found})
 
 
-def memory_report(
-    task: Task, optimizer: OptimizerFactory, micro_batch: int, side: int, bf16: bool = True
-) -> list[MemoryRow]:
+def memory_report(task: Task, optimizer: OptimizerFactory, micro_batch: int, side: int, bf16: bool = True) -> Rows:
     """What a training step holds at its peak, part by part, on one process.
 
     Args:
@@ -87,18 +84,15 @@ def memory_report(
         side: of the images, pixels.
         bf16: as under bfloat16 autocast; else in float32.
     Returns:
-        rows whose sum is the peak, and last the peak itself. Activations are those that are alive at the peak, by the
-        part that made them.
+        rows whose sum is the peak. Activations are those that are alive then, by the part that made them.
     """
-    parameters = list(task.trainable_parameters().values())
-    rows = [MemoryRow("weights", part, size) for part, size in weights_by_part(task).items()]
-    rows.append(MemoryRow("gradients", "of what trains", num_bytes(parameters)))
-    rows.append(MemoryRow("optimizer", "state", optimizer_bytes(task, optimizer)))
     averaged = sum(parameter.numel() for parameter in task.averaged_parameters().values())
-    rows.append(MemoryRow("averages", "float32", averaged * torch.float32.itemsize))
-    activations = step_memory(task, micro_batch, side, bf16).at_peak
-    rows += [MemoryRow("activations", part, size) for part, size in activations.items() if size]
-    return [*rows, MemoryRow("peak", "all", sum(row.bytes for row in rows))]
+    rows = {("weights", part): size for part, size in weights_by_part(task).items()}
+    rows["gradients", "of what trains"] = num_bytes(task.trainable_parameters().values())
+    rows["optimizer", "state"] = optimizer_bytes(task, optimizer)
+    rows["averages", "float32"] = averaged * torch.float32.itemsize
+    _, at_peak = step_memory(task, micro_batch, side, bf16)
+    return rows | {("activations", part): size for part, size in at_peak.items() if size}
 
 
 def weights_by_part(task: Task) -> dict[str, int]:
@@ -126,21 +120,12 @@ def optimizer_bytes(task: Task, factory: OptimizerFactory) -> int:
     return num_bytes(tensors)
 
 
-@dataclass(frozen=True)
-class StepMemory:
-    """Activations of a micro-batch, bytes by the part that made them.
+def step_memory(task: Task, micro_batch: int, side: int, bf16: bool) -> tuple[dict[str, int], dict[str, int]]:
+    """Send a micro-batch forward and backward through a task on the meta device.
 
-    Attributes:
-        kept: alive between the forward and the backward pass.
-        at_peak: alive when most is alive.
+    Returns:
+        bytes by the part that made them: alive between the forward and the backward pass, and when most is alive.
     """
-
-    kept: dict[str, int]
-    at_peak: dict[str, int]
-
-
-def step_memory(task: Task, micro_batch: int, side: int, bf16: bool) -> StepMemory:
-    """Send a micro-batch forward and backward through a task on the meta device."""
     for parameter in task.trainable_parameters().values():
         parameter.grad = torch.zeros_like(parameter)  # there from the micro-batch before
     batch = made_up_batch(micro_batch, side, torch.device("meta"))
@@ -152,7 +137,7 @@ def step_memory(task: Task, micro_batch: int, side: int, bf16: bool) -> StepMemo
             losses["loss"].backward()
     for parameter in task.parameters():
         parameter.grad = None
-    return StepMemory(kept, dict(ledger.at_peak))
+    return kept, dict(ledger.at_peak)
 
 
 def measured_peak(task: Task, optimizer: OptimizerFactory, micro_batch: int, side: int) -> int:
@@ -174,17 +159,3 @@ def measured_peak(task: Task, optimizer: OptimizerFactory, micro_batch: int, sid
         step.gradients(bf16=True)
         step.run(bf16=True)
     return int(torch.cuda.max_memory_allocated(device)) - others
-
-
-def memory_table(columns: dict[int, list[MemoryRow]], peaks: dict[int, int]) -> Table:
-    """GiB, a column for each micro-batch."""
-    sizes = {size: {(row.kind, row.part): row.bytes / GIB for row in rows} for size, rows in columns.items()}
-    names = list(dict.fromkeys(name for found in sizes.values() for name in found if name[0] != "peak"))
-    rows = [
-        TableRow({"GiB": kind, "of": part, **{str(size): found.get((kind, part)) for size, found in sizes.items()}})
-        for kind, part in [*names, ("peak", "all")]
-    ]
-    if peaks:
-        rows.append(TableRow({"GiB": "measured", "of": "peak", **{str(n): peak / GIB for n, peak in peaks.items()}}))
-    texts = Column("GiB", is_text=True), Column("of", is_text=True)
-    return Table((*texts, *(Column(str(size)) for size in columns)), tuple(rows), "at a micro-batch of")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from varestorer.benchmark.counting import Count
-from varestorer.benchmark.measure import REST, Measured, Work, measure
+from varestorer.benchmark.measure import REST, Measured, Timing, Work, measure
 from varestorer.benchmark.roofline import Rates, device_description, library_versions
 from varestorer.evaluation.tables import Cell, Column, Table, TableRow, to_text, write_tables
 from varestorer.utils.files import atomic_write, write_json
@@ -54,99 +54,88 @@ class Run:
         return sum(rates.floor(cost, self.precision) for cost in self.counts.values())
 
     def content(self, rates: Rates) -> dict[str, Any]:
-        """For other programs: seconds, bytes, operations."""
-        whole, rate = self.measured.whole, rates.matrix[self.precision]
-        parts: dict[str, dict[str, Any]] = {
-            part: {"seconds": timing.median, "spread": timing.spread, "flops": 0, "least_bytes": 0}
-            for part, timing in self.measured.parts.items()
-        }
-        for part, cost in self.counts.items():
-            parts.setdefault(part, {"seconds": None}).update(flops=cost.flops, least_bytes=cost.bytes)
+        """All figures: seconds, bytes, operations, and shares of what the device can do at best."""
+
+        def figures(timing: Timing, cost: Count, floor: float) -> dict[str, Any]:
+            seconds, rate = timing.median, rates.matrix[self.precision]
+            return {
+                "seconds": seconds,
+                "spread": timing.spread,
+                "flops": cost.flops,
+                "share_of_matrix_rate": cost.flops / seconds / rate if seconds else None,
+                "least_bytes": cost.bytes,
+                "share_of_copy_bandwidth": cost.bytes / seconds / rates.copy if seconds else None,
+                "floor_seconds": floor,
+                "times_floor": seconds / floor if floor else None,
+            }
+
+        whole, parts = self.measured.whole, self.measured.parts
+        costs = {part: self.counts.get(part, Count(0, 0)) for part in parts}
+        moved = sum(cost.bytes for cost in self.counts.values())
         return {
             "variant": self.variant,
             "batch": self.batch,
             "precision": self.precision,
-            "seconds": whole.median,
-            "spread": whole.spread,
+            "repeats": len(whole.seconds),
             "all_seconds": whole.seconds,
             "images_per_second": self.batch / whole.median,
             "peak_bytes": self.measured.peak_bytes,
-            "flops": self.flops,
-            "share_of_matrix_rate": self.flops / whole.median / rate,
-            "floor_seconds": self.floor(rates),
-            "parts": parts,
+            **figures(whole, Count(self.flops, moved), self.floor(rates)),
+            "parts": {
+                part: figures(parts[part], cost, rates.floor(cost, self.precision)) for part, cost in costs.items()
+            },
             **self.more,
         }
 
 
-def overview(runs: Sequence[Run], rates: Rates, title: str = "") -> Table:
-    """A line for each run, its whole."""
-    rows = []
-    for run in runs:
-        seconds, peak, floor = run.seconds, run.measured.peak_bytes, run.floor(rates)
-        cells: dict[str, Cell] = {
-            "variant": run.variant,
-            "batch": run.batch,
-            "in": run.precision,
-            "ms": 1000 * seconds,
-            "spread": 1000 * run.measured.whole.spread,
-            "runs": len(run.measured.whole.seconds),
-            "images/s": run.batch / seconds,
-            "peak GiB": None if peak is None else peak / GIB,
-            "GFLOP": run.flops / 1e9 or None,
-            "GFLOP/s": run.flops / seconds / 1e9 or None,
-            "% of rate": 100 * run.flops / seconds / rates.matrix[run.precision] or None,
-            "floor ms": 1000 * floor or None,
-            "x floor": seconds / floor if floor else None,
-            **run.more,
-        }
-        rows.append(TableRow(cells))
-    return _table(rows, title)
+COLUMNS = {
+    "images/s": ("images_per_second", 1),
+    "ms": ("seconds", 1e3),
+    "spread": ("spread", 1e3),
+    "of": ("repeats", 1),
+    "peak GiB": ("peak_bytes", 1 / GIB),
+    "params (M)": ("parameters", 1e-6),
+    "GFLOP": ("flops", 1e-9),
+    "% of rate": ("share_of_matrix_rate", 1e2),
+    "least MB": ("least_bytes", 1e-6),
+    "% of copies": ("share_of_copy_bandwidth", 1e2),
+    "floor ms": ("floor_seconds", 1e3),
+    "x floor": ("times_floor", 1),
+}
+"""Heading -> a figure, and what it is multiplied with."""
+
+
+def table_of(entries: Sequence[tuple[Mapping[str, Cell], Mapping[str, Any]]], title: str) -> Table:
+    """A row for each entry: its own cells and its figures; columns without any figure are left out."""
+    rows = [
+        {**cells, **{name: figures[key] * factor for name, (key, factor) in COLUMNS.items() if figures.get(key)}}
+        for cells, figures in entries
+    ]
+    texts = {name: isinstance(cell, str) for row in rows for name, cell in row.items()}
+    order = [*entries[0][0], *COLUMNS, *texts]
+    columns = tuple(Column(name, is_text=texts[name]) for name in dict.fromkeys(order) if name in texts)
+    return Table(columns, tuple(map(TableRow, rows)), title)
 
 
 def parts_table(run: Run, rates: Rates) -> Table:
     """The parts of a run, each beside what the device could do."""
-    rows = []
-    for part, timing in run.measured.parts.items():
-        seconds, cost = timing.median, run.counts.get(part, Count(0, 0))
-        floor = rates.floor(cost, run.precision)
-        cells: dict[str, Cell] = {
-            "part": part,
-            "ms": 1000 * seconds,
-            "spread": 1000 * timing.spread,
-            "GFLOP": cost.flops / 1e9 or None,
-            "% of rate": 100 * cost.flops / seconds / rates.matrix[run.precision] if cost.flops and seconds else None,
-            "least MB": cost.bytes / 1e6 or None,
-            "% of copies": 100 * cost.bytes / seconds / rates.copy if cost.bytes and seconds else None,
-            "floor ms": 1000 * floor or None,
-            "x floor": seconds / floor if floor and part != REST else None,
-        }
-        rows.append(TableRow(cells))
-    return _table(rows, f"{run.variant}, batch {run.batch}, against the rate of {run.precision}")
+    title = f"{run.variant}, batch {run.batch}, against the rate of {run.precision}"
+    return table_of([({"part": part}, figures) for part, figures in run.content(rates)["parts"].items()], title)
+
+
+def overview(runs: Sequence[Run], rates: Rates, title: str = "") -> Table:
+    """A row for each run, its whole."""
+    own = [{"variant": run.variant, "batch": run.batch, "in": run.precision, **run.more} for run in runs]
+    return table_of([(cells, run.content(rates)) for cells, run in zip(own, runs, strict=True)], title)
 
 
 def cost_table(counts: Mapping[str, Count], parameters: Mapping[str, int], title: str) -> Table:
     """What one image costs, by count alone."""
-    rows = [
-        TableRow(
-            {
-                "part": part,
-                "parameters (M)": parameters[part] / 1e6 if part in parameters else None,
-                "GFLOP": counts[part].flops / 1e9 or None if part in counts else None,
-                "least MB": counts[part].bytes / 1e6 or None if part in counts else None,
-            }
-        )
-        for part in dict.fromkeys([*parameters, *counts])
-    ]
-    whole = {"parameters (M)": sum(parameters.values()) / 1e6, "GFLOP": sum(c.flops for c in counts.values()) / 1e9}
-    return _table([*rows, TableRow({"part": "all", **whole})], title)
-
-
-def _table(rows: Sequence[TableRow], title: str) -> Table:
-    """A table of all columns that a row has a figure for."""
-    names = dict.fromkeys(name for row in rows for name, cell in row.cells.items() if cell is not None)
-    texts = {name for row in rows for name, cell in row.cells.items() if isinstance(cell, str)}
-    return Table(tuple(Column(name, is_text=name in texts) for name in names), tuple(rows), title)
+    nothing = Count(0, 0)
+    costs = {part: (parameters.get(part, 0), counts.get(part, nothing)) for part in [*parameters, *counts]}
+    entries = {part: {"parameters": n, "flops": c.flops, "least_bytes": c.bytes} for part, (n, c) in costs.items()}
+    entries["all"] = {key: sum(entry[key] for entry in entries.values()) for key in ("parameters", "flops")}
+    return table_of([({"part": part}, entry) for part, entry in entries.items()], title)
 
 
 class Report:

@@ -50,18 +50,14 @@ def run(report: Report, sizes: Mapping[str, Any], commands: Sequence[str], repea
         works = {name: partial(python, words) for name, words in chosen.items()}
         found = measure(works, repeats, 1, torch.device("cpu"))
         loaded = {name: heavy_modules(words) for name, words in chosen.items()}
-    report.show(startup_table(found, loaded))
-    base = found[BASE].whole.median
-    content = {
-        name: {
-            "seconds": measured.whole.median,
-            "spread": measured.whole.spread,
-            "all_seconds": measured.whole.seconds,
-            "ratio_to_import_torch": measured.whole.median / base,
-            "heavy_imports": loaded[name],
-        }
-        for name, measured in found.items()
-    }
+    content = startup_content(found, loaded)
+    columns = ("seconds", "spread", "ratio_to_import_torch")
+    rows = [
+        TableRow({"program": name, "loads": " ".join(entry["heavy_imports"]) or None} | {c: entry[c] for c in columns})
+        for name, entry in content.items()
+    ]
+    texts = Column("program", is_text=True), Column("loads", is_text=True)
+    report.show(Table((texts[0], *map(Column, columns), texts[1]), tuple(rows)))
     report.write(folder, [], None, {"programs": content})
 
 
@@ -99,20 +95,16 @@ def heavy_modules(words: Sequence[str]) -> list[str]:
     return [name for name in HEAVY if name in imported]
 
 
-def startup_table(found: Mapping[str, Measured], loaded: Mapping[str, Sequence[str]]) -> Table:
-    """A row for each program."""
+def startup_content(found: Mapping[str, Measured], loaded: Mapping[str, list[str]]) -> dict[str, dict[str, Any]]:
+    """What is kept of each program."""
     base = found[BASE].whole.median
-    rows = [
-        TableRow(
-            {
-                "program": name,
-                "seconds": measured.whole.median,
-                "spread": measured.whole.spread,
-                "ratio": measured.whole.median / base,
-                "heavy imports": " ".join(loaded[name]) or None,
-            }
-        )
+    return {
+        name: {
+            "seconds": measured.whole.median,
+            "spread": measured.whole.spread,
+            "all_seconds": measured.whole.seconds,
+            "ratio_to_import_torch": measured.whole.median / base,
+            "heavy_imports": loaded[name],
+        }
         for name, measured in found.items()
-    ]
-    figures = map(Column, ("seconds", "spread", "ratio"))
-    return Table((Column("program", is_text=True), *figures, Column("heavy imports", is_text=True)), tuple(rows))
+    }

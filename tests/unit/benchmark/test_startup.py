@@ -3,8 +3,7 @@
 import pytest
 
 from varestorer.benchmark.measure import Measured, Timing
-from varestorer.benchmark.startup import BASE, heavy_modules, startup_table
-from varestorer.evaluation.tables import to_text
+from varestorer.benchmark.startup import BASE, heavy_modules, startup_content
 from varestorer.utils.errors import UserError
 
 
@@ -17,6 +16,6 @@ def test_heavy_imports_are_seen() -> None:
 
 def test_the_report_holds_ratios_and_imports() -> None:
     found = {BASE: Measured(Timing([2.0, 2.2, 1.8])), "import varestorer": Measured(Timing([0.1]))}
-    lines = to_text(startup_table(found, {BASE: ["torch"], "import varestorer": []})).splitlines()
-    assert lines[1].split() == ["import", "torch", "2.000", "0.2000", "1.000", "torch"]
-    assert lines[2].split() == ["import", "varestorer", "0.1000", "0.0000", "0.0500", "–"]
+    content = startup_content(found, {BASE: ["torch"], "import varestorer": []})
+    assert content["import varestorer"]["ratio_to_import_torch"] == pytest.approx(0.05)
+    assert content[BASE]["spread"] == pytest.approx(0.2) and content[BASE]["heavy_imports"] == ["torch"]

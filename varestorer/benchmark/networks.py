@@ -152,9 +152,7 @@ def fill(system: nn.Module, seed: int) -> None:
             flat = parameter.view(-1)
             for start in range(0, len(flat), PATTERN):
                 part = flat[start : start + PATTERN]
-                torch.mul(pattern[: len(part)], spread, out=part) if part.dtype == pattern.dtype else part.copy_(
-                    pattern[: len(part)] * spread
-                )
+                part.copy_(pattern[: len(part)] * spread)
 
 
 def sharing(system: System) -> System:
@@ -193,10 +191,6 @@ class Variants:
     def __init__(self, source: Source, device: torch.device, chosen: Mapping[str, Acceleration]) -> None:
         self.source, self.device, self.chosen = source, device, chosen
         self._bases: dict[tuple[bool, str], System] = {}
-
-    def precision(self, name: str) -> str:
-        """Of a variant's blocks: "fp32" or "bf16"."""
-        return self.chosen[name].precision
 
     def system(self, name: str) -> System:
         """A variant, accelerated; an eager one is left as it is loaded, and so computes the text for each batch.

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from varestorer.benchmark.counting import Count, as_on_cuda, count
+from varestorer.benchmark.measure import Measured, Work
 from varestorer.benchmark.networks import Source, sharing, words_of
 from varestorer.benchmark.report import Report, Run
 from varestorer.benchmark.roofline import Rates
@@ -24,7 +25,7 @@ from varestorer.systems.varestorer import VARestorer
 from varestorer.transformer.generation import Generation, MultiStepGenerator, Prefix, SamplingOptions
 from varestorer.transformer.model import PreparedCondition
 from varestorer.utils.device import gains_from_bf16
-from varestorer.utils.errors import UsageError, UserError
+from varestorer.utils.errors import UsageError
 from varestorer.utils.seeds import torch_generator
 
 GUIDANCE = 4.0  # any strength but 1 costs the same
@@ -44,23 +45,23 @@ def run(report: Report, source: Source, device: torch.device, options: Any, fold
     system = source.system(device, merged=True, precision=precision)
     assert isinstance(system, VARestorer)
     blank.set_precision(precision)
-    runs: list[Run] = []
-    for batch in options.batch:
-        drawn = torch.rand(batch, 3, system.tile, system.tile, generator=torch_generator(0, "generate")).to(device)
-        found = report.measure({name: runner(system, words, drawn) for name, words in chosen.items()}, device, options)
-        of_batch: list[Run] = []
-        for name, measured in found.items():
-            counts, tokens, passes = counted(blank, chosen[name], batch)
-            made = Run(name, batch, precision, measured, counts, {"tokens": tokens, "passes": passes})
-            first = of_batch[0] if of_batch else made
-            made.more.update({"x TFLOP": made.flops / first.flops, "x ms": made.seconds / first.seconds})
-            of_batch.append(made)
-        if of_batch:
-            report.show_runs(of_batch, rates, f"batch {batch}")
-            report.say("\n".join(explanation(of_batch)))
-        runs += of_batch
-    if not runs:
-        raise UserError("no variant could be measured; see the warnings above")
+    side = system.tile
+    firsts: dict[int, Run] = {}
+
+    def works_of(batch: int) -> dict[str, Work]:
+        drawn = torch.rand(batch, 3, side, side, generator=torch_generator(0, "generate")).to(device)
+        return {name: runner(system, words, drawn) for name, words in chosen.items()}
+
+    def run_of(name: str, batch: int, measured: Measured) -> Run:
+        counts, tokens, passes = counted(blank, chosen[name], batch)
+        made = Run(name, batch, precision, measured, counts, {"tokens": tokens, "passes": passes})
+        first = firsts.setdefault(batch, made)
+        made.more.update({"x FLOP": made.flops / first.flops, "x ms": made.seconds / first.seconds})
+        return made
+
+    runs = report.compare(works_of, run_of, rates, device, options)
+    for batch in firsts:
+        report.say("\n".join(explanation([run for run in runs if run.batch == batch])))
     report.write(folder, runs, rates, {})
     return len(runs) == len(chosen) * len(options.batch)
 

@@ -13,6 +13,7 @@ from varestorer.benchmark.counting import Count
 from varestorer.benchmark.measure import REST, Measured, Timing, Work, measure
 from varestorer.benchmark.roofline import Rates, device_description, library_versions
 from varestorer.evaluation.tables import Cell, Column, Table, TableRow, to_text, write_tables
+from varestorer.utils.errors import UserError
 from varestorer.utils.files import atomic_write, write_json
 
 GIB = 2**30
@@ -173,6 +174,36 @@ class Report:
             self.say(f"{name}: first run {seconds:.3f} s")
 
         return measure(works, options.repeats, options.warmup, device, 60 * options.minutes, told)
+
+    def compare(
+        self,
+        works_of: Callable[[int], Mapping[str, Work]],
+        run_of: Callable[[str, int, Measured], Run],
+        rates: Rates,
+        device: torch.device,
+        options: Any,
+    ) -> list[Run]:
+        """Time variants at each size of batch, and print their runs.
+
+        Args:
+            works_of: size of batch -> the works of the variants, by name.
+            run_of: what is kept of a variant's name, size of batch and measurement.
+            rates: of the device.
+            device: where they work.
+            options: of the command, see `measure`; `batch`.
+        Raises:
+            UserError: nothing could be measured.
+        """
+        runs: list[Run] = []
+        for batch in options.batch:
+            found = self.measure(works_of(batch), device, options)
+            of_batch = [run_of(name, batch, measured) for name, measured in found.items()]
+            if of_batch:
+                self.show_runs(of_batch, rates, f"as wholes, batch {batch}")
+            runs += of_batch
+        if not runs:
+            raise UserError("no variant could be measured; see the warnings above")
+        return runs
 
     def show_rates(self, rates: Rates) -> None:
         """Print the rates of the device."""

@@ -82,21 +82,15 @@ def run(report: Report, source: Source, device: torch.device, options: Any, fold
             LOG.warning("%s is not measured: %s", name, error)
     if not systems:
         raise UserError(f"none of the variants {', '.join(chosen)} can be measured here; choose others")
-    runs: list[Run] = []
-    for batch in options.batch:
-        works = {name: restoring(system, batch) for name, system in systems.items()}
-        found = report.measure(works, device, options)
-        of_batch = [
-            Run(
-                name, batch, chosen[name].precision, with_weights(measured, systems[name]), variants.counts(name, batch)
-            )
-            for name, measured in found.items()
-        ]
-        if of_batch:
-            report.show_runs(of_batch, rates, f"end to end, batch {batch}")
-        runs += of_batch
-    if not runs:
-        raise UserError("no variant could be measured; see the warnings above")
+
+    def run_of(name: str, batch: int, measured: Measured) -> Run:
+        measured = with_weights(measured, systems[name])
+        return Run(name, batch, chosen[name].precision, measured, variants.counts(name, batch))
+
+    def works_of(batch: int) -> dict[str, Work]:
+        return {name: restoring(system, batch) for name, system in systems.items()}
+
+    runs = report.compare(works_of, run_of, rates, device, options)
     pictures = picture_runs(report, systems, chosen, device, options) if options.picture else []
     if pictures:
         title = f"a picture of {options.picture} x {options.picture} pixels, from file to file, by tiles"

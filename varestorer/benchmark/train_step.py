@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from varestorer.benchmark.counting import Count, count
-from varestorer.benchmark.measure import Work
+from varestorer.benchmark.measure import Measured, Work
 from varestorer.benchmark.networks import words_of
 from varestorer.benchmark.report import Report, Run
 from varestorer.benchmark.roofline import Rates
@@ -31,7 +31,7 @@ from varestorer.training.precision import keep_base_in
 from varestorer.training.task import Batch, Task
 from varestorer.transformer import VARTransformer
 from varestorer.transformer.blocks import Block
-from varestorer.utils.errors import UsageError, UserError
+from varestorer.utils.errors import UsageError
 from varestorer.utils.seeds import torch_generator
 from varestorer.utils.watch import watch
 
@@ -56,19 +56,17 @@ def run(report: Report, make: Callable[[int], TrainStep], device: torch.device, 
     chosen = {name: words_of("train_step", name) for name in names}
     rates = Rates.of(device, [precision(words) for words in chosen.values()])
     report.show_rates(rates)
-    runs: list[Run] = []
-    for batch in options.batch:
-        step = make(batch)
-        found = report.measure({name: step.work(words) for name, words in chosen.items()}, device, options)
-        of_batch = [
-            Run(name, batch, precision(chosen[name]), measured, step.counts(chosen[name]))
-            for name, measured in found.items()
-        ]
-        if of_batch:
-            report.show_runs(of_batch, rates, f"a step of {batch} images; peak: beyond what is there between steps")
-        runs += of_batch
-    if not runs:
-        raise UserError("no variant could be measured; see the warnings above")
+    steps: dict[int, TrainStep] = {}
+
+    def works_of(batch: int) -> dict[str, Work]:
+        steps.clear()  # the networks of one size of batch at a time
+        steps[batch] = make(batch)
+        return {name: steps[batch].work(words) for name, words in chosen.items()}
+
+    def run_of(name: str, batch: int, measured: Measured) -> Run:
+        return Run(name, batch, precision(chosen[name]), measured, steps[batch].counts(chosen[name]))
+
+    runs = report.compare(works_of, run_of, rates, device, options)
     report.write(folder, runs, rates, {})
     return len(runs) == len(chosen) * len(options.batch)
 

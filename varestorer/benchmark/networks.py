@@ -34,13 +34,14 @@ PAPER_MODEL = "2b"
 PUBLISHED_MULTIPLE = 64
 """Sides that the published restorer sees are multiples of this, pixels."""
 PATTERN = 2**20  # numbers that are drawn; weights repeat them
+WAYS = ("cfg", "prefix", "nocache", "compile", "graphs")
 STEPS = ("eager", "bf16", "checkpoint", "compile", "slices")
-GRAMMAR: dict[str, dict[str, tuple[str, ...]]] = {
-    "restore": {"eager": (), **dict.fromkeys(MEANS, (*MEANS,))},
-    "generate": {"one": ("short", "compile", "graphs"), "multi": ("cfg", "prefix", "nocache", "compile", "graphs")},
-    "train_step": dict.fromkeys(STEPS, STEPS),
+GRAMMAR: dict[str, list[tuple[tuple[str, ...], tuple[str, ...]]]] = {
+    "restore": [(("eager",), ()), ((*MEANS,), (*MEANS,))],
+    "generate": [(("one",), ("short", "compile", "graphs")), (("multi",), WAYS)],
+    "train_step": [(STEPS, STEPS)],
 }
-"""Of each benchmark: the first word of a variant's name -> those that may follow, joined by +."""
+"""Of each benchmark: first words of a variant's name, and those that may follow, joined by +."""
 
 
 def words_of(what: str, name: str) -> frozenset[str]:
@@ -50,17 +51,14 @@ def words_of(what: str, name: str) -> frozenset[str]:
         UsageError: a word that is none, or that does not follow the first.
     """
     first, *more = name.split("+")
-    grammar = GRAMMAR[what]
-    if first not in grammar or not set(more) <= set(grammar[first]):
-        alike = len(set(grammar.values())) == 1
-        choices = (
-            ", ".join(grammar)
-            if alike
-            else "; ".join(
-                kind + (f" with some of {', '.join(words)}" if words else "") for kind, words in grammar.items()
-            )
-        )
-        raise UsageError(f"a variant of what={what} joins words by +: {choices}; got {name!r}")
+    if not any(first in firsts and set(more) <= set(followers) for firsts, followers in GRAMMAR[what]):
+        choices = [
+            f"{firsts[0]} with some of {', '.join(followers)}"
+            if len(firsts) == 1 < len(followers)
+            else ", ".join(firsts)
+            for firsts, followers in GRAMMAR[what]
+        ]
+        raise UsageError(f"a variant of what={what} joins words by +: {'; or '.join(choices)}; got {name!r}")
     return frozenset([first, *more])
 
 

@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 
 from varestorer.commands import COMMANDS
 from varestorer.commands.entry import Command, compose, config_dir, hydra_words
+from varestorer.commands.options import OPTIONS
 from varestorer.commands.quoting import expand_home
 from varestorer.systems.varestorer import VARestorer
 from varestorer.utils.errors import UsageError
@@ -69,7 +70,7 @@ def text_keys(schema: type, prefix: str = "") -> list[str]:
     return found
 
 
-KEYS = [(name, key) for name, command in ALL.items() if command.schema for key in text_keys(command.schema)]
+KEYS = [(name, key) for name in ALL if name != "train" for key in text_keys(OPTIONS[name])]
 KEYS += [("train", key) for key in NESTED]
 
 

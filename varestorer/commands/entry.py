@@ -16,13 +16,11 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
-from functools import cache
 from pathlib import Path
 from typing import NoReturn
 
 import hydra
 from hydra._internal.utils import get_args_parser
-from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException, InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -87,7 +85,6 @@ class Command:
 
     def _run(self, words: list[str], folder: Path) -> int:
         """Hand the words to Hydra; errors of the job come back as statuses, Hydra's own as exceptions."""
-        register_options()
         job = _Job(self.function)
         decorated = hydra.main(config_path=str(folder), config_name=self.name, version_base="1.3")(job)
         try:
@@ -130,13 +127,6 @@ class _Job:
             status = report(error)
         self.statuses.append(status)
         return status
-
-
-@cache
-def register_options() -> None:
-    """Make the classes of `commands/options.py` configs of Hydra, each under its command's name."""
-    for name, options in OPTIONS.items():
-        ConfigStore.instance().store(name, options)
 
 
 def run_function(function: Callable[[DictConfig], int], cfg: DictConfig) -> int:
@@ -207,7 +197,6 @@ def compose(config_name: str, overrides: Sequence[str] = (), configs: Path | Non
         overrides: as on the command line.
         configs: folder of configs; None for the package's.
     """
-    register_options()
     folder = (configs or config_dir()).resolve()
     keys = Keys(config_name, folder, overrides)
     with hydra.initialize_config_dir(str(folder), version_base="1.3"):

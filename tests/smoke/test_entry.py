@@ -5,21 +5,23 @@ import logging
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf
 
 import varestorer
 from varestorer.commands import main
 from varestorer.commands.entry import Command, compose, config_dir, hydra_words
+from varestorer.commands.options import OPTIONS
 from varestorer.commands.quoting import quote_value
 from varestorer.commands.train import COMMAND as TRAIN
 from varestorer.utils.errors import UsageError, UserError
-from varestorer.utils.schema import typed
+from varestorer.utils.schema import CommandOptions, option, typed
 
 TOYS = Path(__file__).parents[1]  # toy_training.py
 
@@ -35,18 +37,46 @@ def root_logger():
 
 @pytest.fixture
 def configs(tmp_path: Path) -> Path:
-    """A folder of configs with one small command, and our logging."""
+    """A folder of configs with our logging alone."""
     folder = tmp_path / "configs"
     folder.mkdir()
     (folder / "hydra").symlink_to(config_dir() / "hydra")
-    content = {"prompt": None, "input": None, "run_dir": None, "data": {"root": None}, "seed": 0, "list": [1]}
-    (folder / "toy.yaml").write_text(yaml.safe_dump(content))
-    (folder / "needs.yaml").write_text("ckpt: ???\ndata:\n  root: ???\n")
     return folder
 
 
 def command(function, config_name: str = "toy") -> Command:
-    return Command("toy", config_name, function, "toy help\n\n  toy prompt=TEXT")
+    return Command(config_name, function)
+
+
+@dataclass
+class Root:
+    root: str | None = None
+
+
+@dataclass
+class Toy(CommandOptions):
+    INTRO: ClassVar[str] = "toy help"
+    GROUPS: ClassVar[tuple[str, ...]] = ("experiment",)
+
+    prompt: str | None = option(None, "a text", "TEXT")
+    input: str | None = option(None, "a file", "FILE")
+    run_dir: str | None = None
+    data: Root = field(default_factory=Root)
+    seed: int = 0
+    list: Any = field(default_factory=lambda: [1])
+
+
+@dataclass
+class Needs(CommandOptions):
+    ckpt: str = MISSING
+    data: Root = field(default_factory=lambda: Root(MISSING))
+
+
+@pytest.fixture(autouse=True)
+def toys(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, options in (("toy", Toy), ("needs", Needs)):
+        ConfigStore.instance().store(name, options)
+        monkeypatch.setitem(OPTIONS, name, options)
 
 
 def ok(cfg: DictConfig) -> int:
@@ -196,20 +226,10 @@ def test_wrong_words_are_2(configs: Path, capsys, words: list[str], told: str):
     ],
 )
 def test_wrong_words_are_told_in_one_line_but_for_choices(configs: Path, capsys, words: list[str], told: str):
-    @dataclass
-    class Toy:
-        prompt: str | None = None
-        input: str | None = None
-        run_dir: str | None = None
-        data: Any = None
-        seed: int = 0
-        list: Any = None
-
     for group in ("experiment", "other"):
         (configs / group).mkdir()
         (configs / group / "real.yaml").write_text("# @package _global_\nseed: 1\n")
-    toy = Command("toy", "toy", lambda cfg: typed(Toy, cfg).seed, "toy help", groups=("experiment",))
-    assert toy.main(words, configs) == 2
+    assert Command("toy", lambda cfg: typed(Toy, cfg).seed).main(words, configs) == 2
     assert capsys.readouterr().err == f"error: {told}\n"
 
 
@@ -234,7 +254,7 @@ def test_a_sweep_runs_every_job_and_reports_the_worst(configs: Path, tmp_path: P
 
 def test_help_is_ours_and_config_is_hydras(configs: Path, capsys):
     assert command(ok).main(["seed=1", "--help"], configs) == 0
-    assert "toy prompt=TEXT" in capsys.readouterr().out
+    assert "prompt=TEXT" in capsys.readouterr().out
     assert command(ok).main(["--cfg", "job", "seed=7"], configs) == 0
     assert "seed: 7" in capsys.readouterr().out
 

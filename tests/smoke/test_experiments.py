@@ -47,7 +47,7 @@ def test_paper_scale_experiments_have_the_papers_numbers(compose: Callable[..., 
 
 
 WITHOUT_STUDENT = ("tokenizer_bsq", "tokenizer_gan", "teacher_512", "teacher_scratch")
-WITHOUT_STUDENT += ("nano_restorer", "nano_tokenizer", "nano_teacher")
+WITHOUT_STUDENT += ("nano_restorer", "nano_telephone", "nano_tokenizer", "nano_teacher")
 PREFIXED = ("dmd_varsr", "dmd_hvar")  # one-step students of other papers
 OF_VARSR = tuple(name for name in EXPERIMENTS if name.startswith("varsr"))
 SMALL = ("quickstart", "quickstart_scratch", "smoke")

@@ -72,7 +72,8 @@ def run(name: str, words: Sequence[str], configs: Path | None = None) -> int:
         words: after it.
         configs: folder of configs; None for the package's.
     """
-    if ("--help" in words or "-h" in words) and name in (entry := import_module("varestorer.commands.entry")).OPTIONS:
+    if "--help" in words or "-h" in words:  # without the command's module, which may need torch
+        entry = import_module("varestorer.commands.entry")
         entry.say(entry.explain(name, configs or entry.config_dir()))
         return 0
     module = import_module(COMMANDS[name][0])

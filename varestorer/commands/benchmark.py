@@ -125,4 +125,4 @@ def task_of(stage: DictConfig, system: Any) -> Task:
     return task
 
 
-COMMAND = Command("benchmark", "benchmark", benchmark, schema=BenchmarkOptions)
+COMMAND = Command("benchmark", benchmark)

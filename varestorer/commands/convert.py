@@ -256,4 +256,4 @@ def written(output: Path) -> str:
     return "\n".join([f"wrote {output}", *lines]) + use
 
 
-COMMAND = Command("convert", "convert", convert, schema=ConvertOptions)
+COMMAND = Command("convert", convert)

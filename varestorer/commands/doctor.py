@@ -182,4 +182,4 @@ def _digest(sha256: str | None) -> str:
     return "" if sha256 is None else f", SHA-256 {sha256}" + ("..." if len(sha256) < 64 else "")
 
 
-COMMAND = Command("doctor", "doctor", doctor, schema=DoctorOptions)
+COMMAND = Command("doctor", doctor)

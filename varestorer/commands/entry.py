@@ -16,13 +16,11 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
-from functools import cache
 from pathlib import Path
 from typing import NoReturn
 
 import hydra
 from hydra._internal.utils import get_args_parser
-from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException, InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -33,7 +31,6 @@ from varestorer.commands.quoting import Keys, expand_home, quote_value
 from varestorer.commands.wrong_words import check_dashes, check_words, describe
 from varestorer.utils.errors import UsageError, UserError
 from varestorer.utils.schema import help_text
-from varestorer.utils.schema import typed as typed
 
 LOG = logging.getLogger(__name__)
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
@@ -54,20 +51,12 @@ class Command:
     """One command.
 
     Attributes:
-        name: as typed after `varestorer`.
-        config_name: of its config in `configs/`.
+        name: as typed after `varestorer`; its options are those of this name in `commands/options.py`.
         function: takes the composed config, returns the exit status; raises `UserError` if it cannot.
-        help: the text of `--help`; None for what its class in `commands/options.py` says.
-        groups: folders of `configs/` whose choices the help lists.
-        schema: the dataclass that says the types of its keys, if its config does not.
     """
 
     name: str
-    config_name: str
     function: Callable[[DictConfig], int]
-    help: str | None = None
-    groups: tuple[str, ...] = ()
-    schema: type | None = None
 
     def main(self, argv: Sequence[str] | None = None, configs: Path | None = None) -> int:
         """Run the command.
@@ -85,7 +74,7 @@ class Command:
         try:
             folder = (configs or config_dir()).resolve()
             if "--help" in words or "-h" in words:
-                say(explain(self.name, folder) if self.help is None else explained(self.help, folder, self.groups))
+                say(explain(self.name, folder))
                 return OK
             return self._run(words, folder)
         except UserError as error:  # no configs
@@ -96,24 +85,21 @@ class Command:
 
     def _run(self, words: list[str], folder: Path) -> int:
         """Hand the words to Hydra; errors of the job come back as statuses, Hydra's own as exceptions."""
-        register_options()
         job = _Job(self.function)
-        decorated = hydra.main(config_path=str(folder), config_name=self.config_name, version_base="1.3")(job)
+        decorated = hydra.main(config_path=str(folder), config_name=self.name, version_base="1.3")(job)
         try:
             with _process_state(hydra_words(self, words, folder)):
                 decorated()
         except SystemExit as done:  # of --cfg, --info
             return int(done.code or OK)
         except Exception as error:  # noqa: BLE001  # the last place where an error can become one line
-            return report(error, self.groups)
+            return report(error, OPTIONS[self.name].GROUPS)
         return max(job.statuses, default=OK)
 
-    def keys(self, folder: Path) -> list[str]:
-        """Keys that the command's own config names."""
-        if self.name in OPTIONS:
-            return [item.name for item in fields(OPTIONS[self.name]) if item.name != "defaults"]  # type: ignore[arg-type]
-        file = folder / f"{self.config_name}.yaml"
-        return [str(key) for key in OmegaConf.load(file)] if file.is_file() else []
+    @property
+    def keys(self) -> list[str]:
+        """Its options, but for those of groups."""
+        return [item.name for item in fields(OPTIONS[self.name]) if item.name != "defaults"]  # type: ignore[arg-type]
 
 
 class PlainFormatter(logging.Formatter):
@@ -141,13 +127,6 @@ class _Job:
             status = report(error)
         self.statuses.append(status)
         return status
-
-
-@cache
-def register_options() -> None:
-    """Make the classes of `commands/options.py` configs of Hydra, each under its command's name."""
-    for name, options in OPTIONS.items():
-        ConfigStore.instance().store(name, options)
 
 
 def run_function(function: Callable[[DictConfig], int], cfg: DictConfig) -> int:
@@ -210,20 +189,16 @@ def config_dir() -> Path:
     raise UserError(f"no configs in {package / 'configs'} or {package.parent / 'configs'}; reinstall varestorer")
 
 
-def compose(
-    config_name: str, overrides: Sequence[str] = (), configs: Path | None = None, schema: type | None = None
-) -> DictConfig:
+def compose(config_name: str, overrides: Sequence[str] = (), configs: Path | None = None) -> DictConfig:
     """Compose a command's config without running it (for tests and notebooks).
 
     Args:
         config_name: such as `train`.
         overrides: as on the command line.
         configs: folder of configs; None for the package's.
-        schema: as of `Command`.
     """
-    register_options()
     folder = (configs or config_dir()).resolve()
-    keys = Keys(config_name, folder, schema, overrides)
+    keys = Keys(config_name, folder, overrides)
     with hydra.initialize_config_dir(str(folder), version_base="1.3"):
         return hydra.compose(config_name, [quote_value(word, keys) for word in overrides])
 
@@ -235,12 +210,7 @@ def explain(name: str, folder: Path) -> str:
         name: of a command whose options are in `commands/options.py`.
         folder: of the configs.
     """
-    return explained(help_text(OPTIONS[name]), folder, OPTIONS[name].GROUPS)
-
-
-def explained(text: str, folder: Path, groups: Sequence[str]) -> str:
-    """A help text, and the choices of groups after it."""
-    return text.strip() + "\n" + "".join(choices(folder, group) for group in groups)
+    return help_text(OPTIONS[name]) + "\n" + "".join(choices(folder, group) for group in OPTIONS[name].GROUPS)
 
 
 def choices(folder: Path, group: str) -> str:
@@ -278,7 +248,7 @@ def hydra_words(command: Command, words: Sequence[str], folder: Path) -> list[st
     Raises:
         UsageError: an unknown option, or a word that is not `key=value`.
     """
-    check_dashes(words, command.keys(folder))
+    check_dashes(words, command.keys)
     parser = get_args_parser()
     parser.error = _refuse_option  # type: ignore[method-assign]
     given = parser.parse_intermixed_args(list(words))
@@ -287,9 +257,9 @@ def hydra_words(command: Command, words: Sequence[str], folder: Path) -> list[st
         options.remove(override)
     completing = "-sc" in options or "--shell-completion" in options
     if not completing:
-        check_words(given.overrides, command.keys(folder))
+        check_words(given.overrides, command.keys)
     settings = [] if completing else [f"hydra.job.name={command.name}", *SETTINGS]
-    keys = Keys(given.config_name or command.config_name, folder, command.schema, given.overrides, given.config_dir)
+    keys = Keys(given.config_name or command.name, folder, given.overrides, given.config_dir)
     return [*settings, *(quote_value(word, keys, given.multirun) for word in given.overrides), *options]
 
 

@@ -413,4 +413,4 @@ def _protocol(options: EvalOptions) -> Protocol:
     return load_protocol(str(options.protocol["name"]), options.protocol.get("metrics"))
 
 
-COMMAND = Command("eval", "eval", run_eval, schema=EvalOptions)
+COMMAND = Command("eval", run_eval)

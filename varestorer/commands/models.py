@@ -180,4 +180,4 @@ def _size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
 
 
-COMMAND = ModelsCommand("models", "models", models, schema=ModelsOptions)
+COMMAND = ModelsCommand("models", models)

@@ -9,6 +9,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
 from varestorer.training.config import TrainConfig
@@ -812,6 +813,9 @@ OPTIONS: dict[str, type[CommandOptions]] = {
     "doctor": DoctorOptions,
     "demo": DemoOptions,
 }
+
+for _name, _options in OPTIONS.items():
+    ConfigStore.instance().store(_name, _options)
 
 
 def markdown() -> str:

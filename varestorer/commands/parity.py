@@ -32,4 +32,4 @@ def parity(cfg: DictConfig) -> int:
     return FAILED if over else OK
 
 
-COMMAND = Command("parity", "parity", parity, schema=ParityOptions)
+COMMAND = Command("parity", parity)

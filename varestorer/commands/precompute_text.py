@@ -320,4 +320,4 @@ def _read_text(path: Path) -> str | None:
         raise UserError(f"cannot read the caption {path} ({reason(error)}); wanted a text file in UTF-8") from error
 
 
-COMMAND = Command("precompute_text", "precompute_text", precompute_text, schema=PrecomputeTextOptions)
+COMMAND = Command("precompute_text", precompute_text)

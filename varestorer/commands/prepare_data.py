@@ -293,4 +293,4 @@ def _listed(versions: dict[str, str]) -> str:
     return ", ".join(f"{name} {version}" for name, version in versions.items())
 
 
-COMMAND = Command("prepare_data", "prepare_data", prepare_data, schema=PrepareDataOptions)
+COMMAND = Command("prepare_data", prepare_data)

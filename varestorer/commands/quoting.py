@@ -14,7 +14,7 @@ from contextlib import suppress
 from enum import Enum
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import hydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -47,7 +47,6 @@ class Keys:
     Args:
         config_name: of its config.
         folder: of the configs.
-        schema: its dataclass, if there is one.
         words: overrides of the command line; groups that they choose bring keys with them.
         more: another folder of configs (`--config-dir`).
     """
@@ -56,11 +55,10 @@ class Keys:
         self,
         config_name: str,
         folder: Path,
-        schema: type | None = None,
         words: Sequence[str] = (),
         more: str | None = None,
     ) -> None:
-        self.config_name, self.folder, self.schema, self.more = config_name, folder, schema, more
+        self.config_name, self.folder, self.more = config_name, folder, more
         self.choices = [word for word in words if self._is_group(word)]
 
     def kind(self, key: str) -> Kind:
@@ -82,13 +80,9 @@ class Keys:
     @cached_property
     def config(self) -> DictConfig:
         """The config of the chosen groups; empty if they cannot be composed, which Hydra will tell."""
-        config: Any = OmegaConf.create()
         with suppress(Exception):
-            config = _composed(self.config_name, self.folder, tuple(self.choices), self.more)
-        if self.schema is not None:
-            with suppress(Exception):
-                config = OmegaConf.merge(OmegaConf.structured(self.schema), config)
-        return cast(DictConfig, config)
+            return _composed(self.config_name, self.folder, tuple(self.choices), self.more)
+        return OmegaConf.create()
 
     def _kind_of(self, parts: Sequence[str]) -> Kind:
         """What the key at this place of the config holds: by its value, its type, or who is given it."""

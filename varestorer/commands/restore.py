@@ -261,4 +261,4 @@ def summary(report: FolderReport) -> str:
     return "\n".join([*lines, f"{', '.join(counts)}; {places}"])
 
 
-COMMAND = Command(name="restore", config_name="restore", function=restore, schema=RestoreOptions)
+COMMAND = Command("restore", restore)

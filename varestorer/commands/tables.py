@@ -173,4 +173,4 @@ def _listed(value: Any) -> list[str]:
     return [str(item) for item in value] if isinstance(value, list) else [str(value)]
 
 
-COMMAND = Command("tables", "tables", tables, schema=TablesOptions)
+COMMAND = Command("tables", tables)

@@ -266,4 +266,4 @@ def summary(run_dir: Path, report: Path | None) -> str:
     return "\n".join(lines if report is None else [*lines, f"report:      {report}"])
 
 
-COMMAND = Command("train", "train", train, groups=TrainConfig.GROUPS)
+COMMAND = Command("train", train)

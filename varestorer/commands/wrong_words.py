@@ -65,7 +65,8 @@ def describe(error: BaseException, groups: Sequence[str] = ()) -> str:
     text = str(error)
     override = re.match(r"Could not override '([^']+)'", text)
     if merging := re.match(r"Error merging override (.*?)=", text):
-        return f"{merging[1].lstrip('+')}: {_shortened(str(error.__cause__))}"
+        key, why = merging[1].lstrip("+"), _shortened(str(error.__cause__))
+        return why if why.startswith(f"{key}:") else f"{key}: {why}"
     for cause in (error, error.__cause__):
         if isinstance(cause, ConfigKeyError | ConfigAttributeError):
             return _unknown(override[1] if override else str(cause.full_key), _names(cause))

@@ -44,17 +44,17 @@ class Listing:
         low_folder: holds the bad images.
         high_folder: holds the good ones; None: there are none.
         images: in natural order of the names.
-        lonely: images without a partner, likewise.
-        doubles: (image, the one whose name it has too); such an image is left out.
-        unclear: images that could belong together in several ways; they are left out.
+        unpaired: images without a partner, likewise.
+        duplicates: (image, the one whose name it has too); such an image is left out.
+        ambiguous: images that could belong together in several ways; they are left out.
     """
 
     low_folder: Path
     high_folder: Path | None
     images: list[Listed]
-    lonely: list[Path]
-    doubles: list[tuple[Path, Path]]
-    unclear: list[tuple[Path, ...]] = field(default_factory=list)
+    unpaired: list[Path]
+    duplicates: list[tuple[Path, Path]]
+    ambiguous: list[tuple[Path, ...]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -159,8 +159,8 @@ def list_test_set(root: str | os.PathLike, need_pairs: bool, split: Split = "tes
     if lows:
         low = _inside(folder, _only(folder, _of_split(lows, lows, split), lows))
         _log_taken(folder, [low])
-    by_name, doubles = _by_name(low)
-    return Listing(low, None, [(name, path, None) for name, path in by_name.items()], [], doubles)
+    by_name, duplicates = _by_name(low)
+    return Listing(low, None, [(name, path, None) for name, path in by_name.items()], [], duplicates)
 
 
 def existing_folder(root: str | os.PathLike | None, wanted: str) -> Path:
@@ -296,27 +296,27 @@ def _listed(paths: Iterable[Path]) -> str:
 
 
 def _match(low_folder: Path, high_folder: Path) -> Listing:
-    (low, low_doubles), (high, high_doubles) = (_by_name(side) for side in (low_folder, high_folder))
+    (low, low_duplicates), (high, high_duplicates) = (_by_name(side) for side in (low_folder, high_folder))
     matching = match_names(low, high)
     images: list[Listed] = list(matching.pairs)
-    doubles = low_doubles + high_doubles
-    return Listing(low_folder, high_folder, images, matching.lonely, doubles, matching.unclear)
+    duplicates = low_duplicates + high_duplicates
+    return Listing(low_folder, high_folder, images, matching.unpaired, duplicates, matching.ambiguous)
 
 
 def _without_fault(listing: Listing) -> list[Listed]:
     """The images; UserError if names do not match or there are none."""
-    if listing.doubles:
-        path, earlier = listing.doubles[0]
+    if listing.duplicates:
+        path, earlier = listing.duplicates[0]
         raise UserError(f"two images of the same name: {earlier} and {path}; rename or remove one")
     where = str(listing.low_folder)
     if listing.high_folder:
         where = f"{listing.low_folder.parent} ({listing.low_folder.name} beside {listing.high_folder.name})"
-    if listing.unclear:
-        files = ", ".join(map(str, listing.unclear[0][:5]))
+    if listing.ambiguous:
+        files = ", ".join(map(str, listing.ambiguous[0][:5]))
         raise UserError(f"{where}: it is not certain which of these belong together: {files}; rename or remove some")
-    if listing.lonely:
-        files = ", ".join(map(str, listing.lonely[:5]))
-        raise UserError(f"{where}: {len(listing.lonely)} images have no partner of the same name: {files}")
+    if listing.unpaired:
+        files = ", ".join(map(str, listing.unpaired[:5]))
+        raise UserError(f"{where}: {len(listing.unpaired)} images have no partner of the same name: {files}")
     if not listing.images:
         raise UserError(f"{where} holds no image; put there {PAIRS_HELP if listing.high_folder else IMAGES_HELP}")
     return listing.images
@@ -329,9 +329,9 @@ def _by_name(folder: Path) -> tuple[dict[str, Path], list[tuple[Path, Path]]]:
         images by name; (image, earlier image of the same name) of those left out.
     """
     found: dict[str, Path] = {}
-    doubles: list[tuple[Path, Path]] = []
+    duplicates: list[tuple[Path, Path]] = []
     for path in indexed_images(folder):
         name = unicodedata.normalize("NFC", path.relative_to(folder).with_suffix("").as_posix())
         if found.setdefault(name, path) is not path:
-            doubles.append((path, found[name]))
-    return found, doubles
+            duplicates.append((path, found[name]))
+    return found, duplicates

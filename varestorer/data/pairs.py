@@ -34,13 +34,13 @@ class Matching:
 
     Attributes:
         pairs: (name, bad image, good image), in natural order of the names.
-        lonely: images without a partner, likewise.
-        unclear: images that could belong together in several ways; they are in no pair.
+        unpaired: images without a partner, likewise.
+        ambiguous: images that could belong together in several ways; they are in no pair.
     """
 
     pairs: list[tuple[str, Path, Path]] = field(default_factory=list)
-    lonely: list[Path] = field(default_factory=list)
-    unclear: list[tuple[Path, ...]] = field(default_factory=list)
+    unpaired: list[Path] = field(default_factory=list)
+    ambiguous: list[tuple[Path, ...]] = field(default_factory=list)
 
 
 def match_names(low: Images, high: Images) -> Matching:
@@ -49,7 +49,7 @@ def match_names(low: Images, high: Images) -> Matching:
     low_forms = partial(_forms, endings=_LOW_ENDINGS + _shared_scale(low))
     high_forms = partial(_forms, endings=_HIGH_ENDINGS)
     found: dict[str, list[tuple[str, str]]] = {}
-    unclear: dict[tuple[Path, ...], None] = {}
+    ambiguous: dict[tuple[Path, ...], None] = {}
     for forms in ((_whole, _whole), (low_forms, _whole), (_whole, high_forms), (low_forms, high_forms)):
         partners, rivals = _partners(lows, highs, *forms), _partners(highs, lows, *reversed(forms))
         for name, others in partners.items():
@@ -58,16 +58,16 @@ def match_names(low: Images, high: Images) -> Matching:
                 shared = max(low_forms(name) & high_forms(others[0]), key=len)
                 found.setdefault(shared, []).append((name, others[0]))
             elif others:
-                unclear[*(low[rival] for rival in contending), *(high[other] for other in others)] = None
+                ambiguous[*(low[rival] for rival in contending), *(high[other] for other in others)] = None
         lows -= {name for name, others in partners.items() if others}
         highs -= {other for other, names in rivals.items() if names}
     pairs = [(name, low[one], high[other]) for name, [(one, other), *more] in found.items() if not more]
     twice = [same for same in found.values() if len(same) > 1]  # two pairs would get one name
-    lonely = [(name, low[name]) for name in lows] + [(name, high[name]) for name in highs]
+    unpaired = [(name, low[name]) for name in lows] + [(name, high[name]) for name in highs]
     return Matching(
         sorted(pairs, key=lambda pair: natural_key(pair[0])),
-        [path for _, path in sorted(lonely, key=lambda item: natural_key(item[0]))],
-        [*unclear, *(tuple(path for one, other in same for path in (low[one], high[other])) for same in twice)],
+        [path for _, path in sorted(unpaired, key=lambda item: natural_key(item[0]))],
+        [*ambiguous, *(tuple(path for one, other in same for path in (low[one], high[other])) for same in twice)],
     )
 
 

@@ -248,5 +248,5 @@ def test_a_listing_names_all_that_does_not_match(tmp_path):
     touch(tmp_path, "lr/a.png", "lr/b.png", "lr/c.png", "lr/c.jpg", "hr/a.png", "hr/c.png", "hr/d.png")
     listing = list_test_set(tmp_path, need_pairs=True)
     assert [name for name, _, _ in listing.images] == ["a", "c"]
-    assert relative(listing.lonely, tmp_path) == ["lr/b.png", "hr/d.png"]
-    assert [relative(pair, tmp_path) for pair in listing.doubles] == [["lr/c.png", "lr/c.jpg"]]
+    assert relative(listing.unpaired, tmp_path) == ["lr/b.png", "hr/d.png"]
+    assert [relative(pair, tmp_path) for pair in listing.duplicates] == [["lr/c.png", "lr/c.jpg"]]

@@ -59,7 +59,7 @@ def test_usual_endings(low: str, high: str, name: str) -> None:
 )
 def test_other_names_stay_alone(low: str, high: str) -> None:
     matching = match([low], [high])
-    assert not matching.pairs and not matching.unclear and len(matching.lonely) == 2
+    assert not matching.pairs and not matching.ambiguous and len(matching.unpaired) == 2
 
 
 def test_names_that_end_in_such_letters_are_not_cut() -> None:
@@ -72,13 +72,13 @@ def test_names_that_end_in_such_letters_are_not_cut() -> None:
 def test_a_scale_after_a_letter_is_an_ending_only_where_all_have_it() -> None:
     assert [name for name, _, _ in match(["babyx4", "birdx4"], ["baby", "bird"]).pairs] == ["baby", "bird"]
     matching = match(["0801x2", "matrix2", "other"], ["0801", "matri", "other"])
-    assert [name for name, _, _ in matching.pairs] == ["0801", "other"] and len(matching.lonely) == 2
+    assert [name for name, _, _ in matching.pairs] == ["0801", "other"] and len(matching.unpaired) == 2
 
 
 def test_equal_names_come_first() -> None:
     matching = match(["a", "ax4", "b_LR4"], ["a", "b_HR"])
     assert [(name, low.name) for name, low, _ in matching.pairs] == [("a", "a"), ("b", "b_LR4")]
-    assert matching.lonely == [Path("lr/ax4")]
+    assert matching.unpaired == [Path("lr/ax4")]
 
 
 @pytest.mark.parametrize(
@@ -87,13 +87,13 @@ def test_equal_names_come_first() -> None:
 )
 def test_where_several_could_be_meant_none_is_taken(low: list[str], high: list[str]) -> None:
     matching = match([*low, "other"], [*high, "other"])
-    assert [name for name, _, _ in matching.pairs] == ["other"] and not matching.lonely
-    assert matching.unclear == [(*(Path("lr", name) for name in low), *(Path("hr", name) for name in sorted(high)))]
+    assert [name for name, _, _ in matching.pairs] == ["other"] and not matching.unpaired
+    assert matching.ambiguous == [(*(Path("lr", name) for name in low), *(Path("hr", name) for name in sorted(high)))]
 
 
 def test_no_two_pairs_get_one_name() -> None:
     matching = match(["a", "a_LR4"], ["a", "a_HR"])
-    assert not matching.pairs and len(matching.unclear) == 1 and len(matching.unclear[0]) == 4
+    assert not matching.pairs and len(matching.ambiguous) == 1 and len(matching.ambiguous[0]) == 4
 
 
 def test_accents_of_a_mac_are_those_of_linux(tmp_path: Path) -> None:

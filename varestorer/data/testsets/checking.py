@@ -126,11 +126,11 @@ class _Checker:
 
     def check_names(self) -> None:
         """Count, and name the files that do not pair."""
-        for path in self.listing.lonely:
+        for path in self.listing.unpaired:
             self._blame(path, "has no partner of the same name")
-        for path, earlier in self.listing.doubles:
+        for path, earlier in self.listing.duplicates:
             self._blame(path, f"has the same name as {self._show(earlier)}")
-        for images in self.listing.unclear:
+        for images in self.listing.ambiguous:
             for path in images:
                 others = ", ".join(self._show(other) for other in images if other != path)
                 self._blame(path, f"may belong to any of {others}")

@@ -47,15 +47,24 @@ def test_table_3_without_runs_is_the_published_one(tmp_path: Path, capsys: pytes
     )
 
 
+def test_table_small_measures_what_runs_scored(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["table=small", f"runs=['resized={run}']", "models=['resized=bicubic']", "licenses=['resized=MIT']"]
+    assert COMMAND.main([*words, "repeats=1", f"out={tmp_path / 'out'}"]) == 0
+    assert "| resized |" in capsys.readouterr().out and (tmp_path / "out" / "tablesmall.html").is_file()
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["table=4"], "table must be 1, 2, 3, varsr, preference, got 4"),
-        (["table=one"], "table must be 1, 2, 3, varsr, preference, got one"),
+        (["table=4"], "table must be 1, 2, 3, varsr, preference, small, got 4"),
+        (["table=one"], "table must be 1, 2, 3, varsr, preference, small, got one"),
         (["table=2", "model=nano", "repeats=x"], "repeats: Value 'x'"),
         (["table=2", "model=nano", "repeats=0"], "repeats must be at least 1, got repeats=0"),
         ([], "no value for table"),
         (["table=preference"], "takes one folder in runs="),
+        (["table=1", "models=[a=bicubic]"], "models= and licenses= are for table=small"),
+        (["table=small", "models=[bicubic]"], "models must be a list of 'label=...', got bicubic"),
+        (["table=small", "models=[a=/nowhere]"], "/nowhere"),
         (["table=1", "model=nano"], "model= and ckpt= are for table=2"),
         (["table=2", "model=huge"], "huge"),
         (["table=1", "runs=[/nowhere]"], "/nowhere has no summary.json"),

@@ -389,6 +389,7 @@ usage: python scripts/tables.py table=1 "runs=['ours=outputs/eval/realsr_1','our
        python scripts/tables.py table=2 'model=[nano,2b]'
        python scripts/tables.py table=3 "runs=['w/o KL=outputs/eval/div2k_2']"
        python scripts/tables.py table=preference runs=COMPARISON answers=[FILE,...]
+       python scripts/tables.py table=small "runs=['nano=outputs/eval/realsr_1']" "models=['nano=nano']"
 """
     NOTES: ClassVar[str] = """
 Writes table<N>.md, .tex and .html to `out`. What nobody published or measured is a dash.
@@ -400,8 +401,9 @@ Exit status: 0 all well; 1 something could not be read or written; 2 the command
         MISSING,
         "1: ten metrics on DIV2K-Val, DRealSR and RealSR; 2: parameters, FLOPs by torch's counter, seconds and peak "
         "memory, as a whole and by stages; 3: ablations on DIV2K-Val; varsr: VARSR and its ablations, under its "
-        "protocol; preference: what people chose on a page of eval pairwise=true",
-        "1|2|3|varsr|preference",
+        "protocol; preference: what people chose on a page of eval pairwise=true; small: LPIPS, DISTS and NIQE of small "
+        "models with intervals, their MB, parameters, CPU seconds and licenses",
+        "1|2|3|varsr|preference|small",
         title="which table",
     )
     runs: list[str] | None = option(
@@ -416,6 +418,16 @@ Exit status: 0 all well; 1 something could not be read or written; 2 the command
         "[FILE,...]",
     )
     out: str = option("outputs/tables", "folder of the tables")
+    models: list[str] | None = option(
+        None,
+        "what runs= scored, by the same labels, to be measured: 'label=MODEL', a file that spandrel loads (of scale 1: "
+        "behind bicubic), a bundle or run, or bicubic",
+        "[...]",
+        title="of table small",
+    )
+    licenses: list[str] | None = option(
+        None, "where no model card beside the files names them: 'label=BSD-3-Clause'", "[...]"
+    )
     model: Any = option(
         None,
         "sizes from configs/model, with random weights: nano, 125m, 2b, or a list of them",

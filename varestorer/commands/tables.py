@@ -30,6 +30,7 @@ from varestorer.evaluation.paper_tables import (
     table_varsr,
 )
 from varestorer.evaluation.preference import preference_tables, read_answers, read_study
+from varestorer.evaluation.small_models import open_models, seconds_in_turns, table_small
 from varestorer.evaluation.tables import Table, to_markdown, write_tables
 from varestorer.systems import SYSTEMS
 from varestorer.systems.base import System
@@ -41,6 +42,7 @@ from varestorer.utils.schema import typed
 TITLES = {number: f"Table {number} of VARestorer" for number in ("1", "2", "3")} | {
     "varsr": "VARSR and its ablations",
     "preference": "What people prefer",
+    "small": "Small models",
 }
 MAX_TIMED_ON_CPU = 1e9  # parameters
 PROMPT_TOKENS = 512  # of the published text encoder
@@ -74,12 +76,29 @@ def _tables(options: TablesOptions, number: str) -> list[Table]:
             raise UsageError("table=preference takes one folder in runs=: the out= of eval compare=[...] pairwise=true")
         study = read_study(_listed(options.runs)[0])
         return preference_tables(study, read_answers(study, _listed(options.answers)))
+    if number != "small" and (options.models or options.licenses):
+        raise UsageError(f"models= and licenses= are for table=small; table={number} takes runs=")
     records = read_records(_listed(options.runs))
+    if number == "small":
+        models = open_models(_labelled("models", options.models), _labelled("licenses", options.licenses))
+        return table_small(records, models, seconds_in_turns(models, options.repeats))
     if number == "1":
         return table_1(records)
     if number == "varsr":
         return table_varsr(records)
     return table_3(records) if number == "3" else table_2(system_records(options), records)
+
+
+def _labelled(key: str, given: list[str] | None) -> dict[str, str]:
+    """`label=value` of each entry.
+
+    Raises:
+        UsageError: one without a label.
+    """
+    pairs = [entry.partition("=") for entry in given or []]
+    if wrong := ["".join(pair) for pair in pairs if not (pair[0] and pair[2])]:
+        raise UsageError(f"{key} must be a list of 'label=...', got {wrong[0]}")
+    return {label: value for label, _, value in pairs}
 
 
 def system_records(options: TablesOptions) -> list[SystemRecord]:

@@ -320,7 +320,7 @@ TILE, OVERLAP = 256, 32
 
 
 class SpandrelSource:
-    """Enlarges the low-quality image with a model file that spandrel knows.
+    """Enlarges the low-quality image with a model file that spandrel knows; one of scale 1 cleans the enlarged image.
 
     Weights of any precision run in float32, so that a figure does not depend on the machine.
 
@@ -337,10 +337,10 @@ class SpandrelSource:
         self.path = expand_user(model_path)
         self.device = torch.device(device)
         self.model = _load(self.path, self.device)
-        if self.model.scale != scale:
+        if self.model.scale not in (1, scale):
             known = f"{self.path.name} ({self.model.architecture.name}) enlarges {self.model.scale} times"
             raise UsageError(f"{known}, and scale={scale} was asked for; use scale={self.model.scale}")
-        self.scale = scale
+        self.scale = scale // self.model.scale  # by which bicubic resizing enlarges first
         self.method = f"{self.path.stem} ({self.model.architecture.name})"
         self.settings: dict[str, Any] = {
             "method": "spandrel",
@@ -359,16 +359,18 @@ class SpandrelSource:
 
     def enlarge(self, lq_3hw: Tensor) -> Tensor:
         """(3, h, w) in [0, 1] to (3, h * scale, w * scale) on the CPU."""
-        height, width = lq_3hw.shape[-2:]
+        height, width = (self.scale * side for side in lq_3hw.shape[-2:])
+        if self.scale > 1:
+            lq_3hw = resize(lq_3hw, (height, width), mode="bicubic")
         if max(height, width) <= TILE:
             return self._run(lq_3hw[None])[0]
 
         def run(tiles_B3tt: Tensor, numbers: list[int]) -> Tensor:
             # the tiles are blended at the size of the input: there an output pixel is a channel
-            return pixel_unshuffle(self._run(tiles_B3tt), self.scale)
+            return pixel_unshuffle(self._run(tiles_B3tt), self.model.scale)
 
         blended = restore_tiled(lq_3hw, (height, width), TILE, OVERLAP, 1, run)
-        return pixel_shuffle(blended, self.scale).clamp(0, 1)
+        return pixel_shuffle(blended, self.model.scale).clamp(0, 1)
 
     def _run(self, lq_B3hw: Tensor) -> Tensor:
         with torch.inference_mode():

@@ -11,7 +11,9 @@ from torch import Tensor
 from varestorer.evaluation import sources as module
 from varestorer.evaluation.sources import SpandrelSource, source_keys
 from varestorer.utils.errors import UsageError, UserError
-from varestorer.utils.images import save_image
+from varestorer.utils.images import load_image, resize, save_image
+from varestorer.weights.bundle import shipped
+from varestorer.weights.restorers import load_restorer
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +57,13 @@ def test_tiles_agree_with_the_whole(model_path: Path, lq: Path, monkeypatch: pyt
     assert set(sizes) == {(1, 3, 16, 16)} and tiled.shape == whole.shape
     # a tile knows nothing of what lies around it: at its edges the two differ a little
     assert (tiled - whole).abs().mean() < 2e-3
+
+
+def test_a_model_of_scale_one_cleans_the_enlarged_image(lq: Path) -> None:
+    source = SpandrelSource(shipped("nano") / "restorer.safetensors", 4)
+    enlarged = resize(load_image(lq), (84, 136), mode="bicubic")
+    wanted = load_restorer(source.path)(enlarged[None])[0].clamp(0, 1)
+    assert torch.allclose(source("lq", lq).image.clamp(0, 1), wanted, atol=1e-3)
 
 
 def test_the_scale_must_be_the_models(model_path: Path) -> None:

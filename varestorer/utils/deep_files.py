@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from PIL import ExifTags, Image
 
+ROWS = 64  # that are packed at once
+
 
 def write_16_bits(path: Path, array_HWC: np.ndarray, options: dict[str, Any]) -> None:
     """Write uint16 gray with alpha, RGB or RGBA as PNG or TIFF, as the path's suffix says.
@@ -46,9 +48,13 @@ def write_16_bits(path: Path, array_HWC: np.ndarray, options: dict[str, Any]) ->
 
 def _png(array_HWC: np.ndarray, options: dict[str, Any]) -> bytes:
     height, width, channels = array_HWC.shape
-    rows = np.ascontiguousarray(array_HWC.astype(">u2")).view(np.uint8).reshape(height, -1)
-    filtered = np.full((height, rows.shape[1] + 1), 2, dtype=np.uint8)  # 2: each byte less the one above
-    filtered[0, 1:], filtered[1:, 1:] = rows[0], rows[1:] - rows[:-1]
+    packer, data, above = zlib.compressobj(), [], np.zeros((1, 2 * width * channels), np.uint8)
+    for first in range(0, height, ROWS):
+        rows = np.ascontiguousarray(array_HWC[first : first + ROWS], dtype=">u2").view(np.uint8).reshape(-1, above.size)
+        filtered = np.full((len(rows), above.size + 1), 2, dtype=np.uint8)  # 2: each byte less the one above
+        filtered[:, 1:] = rows - np.concatenate([above, rows[:-1]])
+        data.append(packer.compress(filtered.tobytes()))
+        above = rows[-1:]
     color = {2: 4, 3: 2, 4: 6}[channels]
     chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, color, 0, 0, 0))]
     if "icc_profile" in options:
@@ -58,7 +64,7 @@ def _png(array_HWC: np.ndarray, options: dict[str, Any]) -> bytes:
     if "exif" in options:
         chunks.append((b"eXIf", options["exif"].removeprefix(b"Exif\0\0")))
     chunks += [(kind, data) for kind, data, *_ in options["pnginfo"].chunks] if "pnginfo" in options else []
-    chunks += [(b"IDAT", zlib.compress(filtered.tobytes())), (b"IEND", b"")]
+    chunks += [(b"IDAT", b"".join([*data, packer.flush()])), (b"IEND", b"")]
     framed = (
         struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
     )

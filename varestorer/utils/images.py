@@ -41,6 +41,7 @@ def _readable_extensions() -> frozenset[str]:
 
 
 IMAGE_EXTENSIONS = _readable_extensions()
+ROWS_PIXELS = 2**20  # that are converted at once
 ROUNDING = 1e-3  # what a picture may lie beyond [0, 1]
 
 SOURCE = "Source-SHA256"
@@ -274,13 +275,15 @@ def save_image(
     ):
         if given is not None and not holds:
             raise ValueError(f"cannot write {path}: {format_.name} holds no {what}; give a name ending in .png")
-    channels = torch.cat([band.detach() for band in (img_CHW, alpha_1HW) if band is not None])
-    check_finite(channels, f"the picture for {path}")
-    _check_values(channels, f"cannot write {path}: wanted floats in [0, 1]")
+    parts = [part.detach() for part in (img_CHW, alpha_1HW) if part is not None]
+    for part in parts:
+        check_finite(part, f"the picture for {path}")
+        _check_values(part, f"cannot write {path}: wanted floats in [0, 1]")
     writing = writing or Writing()
     options = _options(format_, writing, source) | ({"icc_profile": icc_profile} if icc_profile else {})
     is_deep = format_.holds_16_bits and writing.bits == 16
-    array = _to_16_bits(channels) if is_deep else to_levels(channels)
+    arrays = [to_levels(part, 16 if is_deep else 8) for part in parts]
+    array = arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis=2)
     with atomic_write(path) as temporary:
         if array.shape[2] == 1:
             Image.fromarray(array[..., 0]).save(temporary, format=format_.name, **options)
@@ -426,15 +429,16 @@ def to_uint8(img: Tensor) -> Tensor:
     return (img.float().clamp(0, 1) * 255).round().to(torch.uint8)
 
 
-def to_levels(img_CHW: Tensor) -> np.ndarray:
-    """[0, 1] to what image libraries take: uint8 (H, W, C)."""
-    return rearrange(to_uint8(img_CHW).cpu(), "c h w -> h w c").numpy()
-
-
-def _to_16_bits(img_CHW: Tensor) -> np.ndarray:
-    """[0, 1] to uint16 (H, W, C)."""
-    levels = (img_CHW.float().clamp(0, 1) * 65535).round().to(torch.int32).cpu()
-    return rearrange(levels, "c h w -> h w c").numpy().astype(np.uint16)
+def to_levels(img_CHW: Tensor, bits: int = 8) -> np.ndarray:
+    """[0, 1] to what image libraries take: uint8, or uint16, (H, W, C); little is held beside the two."""
+    channels, height, width = img_CHW.shape
+    most, dtype = (255, torch.uint8) if bits == 8 else (65535, torch.int32)
+    levels = np.empty((height, width, channels), np.uint8 if bits == 8 else np.uint16)
+    rows = max(ROWS_PIXELS // max(width, 1), 1)
+    for first in range(0, height, rows):
+        part = (img_CHW[:, first : first + rows].float().clamp(0, 1) * most).round().to(dtype)
+        levels[first : first + rows] = rearrange(part.cpu(), "c h w -> h w c").numpy()
+    return levels
 
 
 def holds_alpha(path: str | os.PathLike) -> bool:

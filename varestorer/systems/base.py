@@ -8,6 +8,7 @@ Shapes: `B` batch, `H W` pixels, `t` side of a square, `L` tokens of all scales,
 from __future__ import annotations
 
 import inspect
+import logging
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
@@ -46,6 +47,7 @@ from varestorer.weights.load import load_into
 from varestorer.weights.resolve import HOW, check_is_whole, is_published, locate, model_of_run, release_of
 from varestorer.weights.runs import is_run, latest_checkpoint, load_run_weights
 
+LOG = logging.getLogger(__name__)
 REDUCE = "area"  # on held-out photographs at x1.5 and x2 better than Lanczos in PSNR and LPIPS
 DEVICE_PIXELS = 2**25  # of a result that is put together on the device; larger ones are on the host
 PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -341,6 +343,7 @@ class System(
         fidelity: float = 0.0,
         sizes: Sequence[float] | None = None,
         progress: Callable[[int, int], None] | None = None,
+        warn: Callable[[str], None] = LOG.warning,
         **request: Any,
     ) -> Restoration:
         """Restore an image of any size; it is enlarged first, and padded or tiled, never squashed.
@@ -363,6 +366,7 @@ class System(
             sizes: enlargements that are returned, from one pass: `scale`, and what part of it the model's `sides` are
                 of `tile`. None for `scale` alone.
             progress: is called with the squares done and all there are, first with none done.
+            warn: is told of squares that came out unlike their neighbors, and of too little memory for a batch.
             request: `prompt`, `seed`, `select` and `steps`, see `Request`.
 
         Raises:
@@ -402,7 +406,7 @@ class System(
         factors = [whole_number(scale * side / system.tile) for side in sides]
         results = [(scaled_size(height, width, factor), side) for factor, side in zip(factors, sides, strict=True)]
         squares = size, system.tile, overlap, batch, run, results, system.step
-        tiled = restore_to_sizes(to_device(image, place), *squares, enlarge=self.enlarge)
+        tiled = restore_to_sizes(to_device(image, place), *squares, enlarge=self.enlarge, warn=warn)
         tiled[-1] = give_up(tiled[-1], fidelity)
         for whole in tiled:
             check_finite(whole, "the result")

@@ -13,14 +13,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from varestorer.systems.plan import REPORT_NAME, Job, Plan, beside
 from varestorer.utils.ahead import make_ahead
-from varestorer.utils.device import usable_cores
+from varestorer.utils.device import is_out_of_memory, usable_cores
 from varestorer.utils.errors import UserError, reason
 from varestorer.utils.files import file_sha256, read_text, write_json
 from varestorer.utils.images import (
@@ -195,7 +194,7 @@ class _Work:
         except UserError as error:
             self.failure = str(error)
         except (MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             self.failure = f"not enough memory for {self.job.source}; lower batch, scale or the size of the image"
 
@@ -276,11 +275,6 @@ class _Runner:
             for path in written[:-1]:
                 path.unlink(missing_ok=True)
             raise
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """On the CPU torch says so in a plain RuntimeError."""
-    return isinstance(error, MemoryError | torch.cuda.OutOfMemoryError) or "allocate memory" in str(error)
 
 
 def _read_report(path: Path) -> dict[str, Entry]:

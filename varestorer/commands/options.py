@@ -130,6 +130,12 @@ examples:
         None, "that neighboring squares share (default: a quarter of a square)", "PIXELS", least=0
     )
     batch: int | None = option(None, "squares restored at once; fewer need less memory", "N", least=1)
+    max_memory: str | None = option(
+        None,
+        "e.g. 6G: chooses batch, and if need be precision and tile, by what they are measured to need, says how large "
+        "a picture may be, and refuses larger ones; of the process on a CPU, of what torch takes on a GPU",
+        "SIZE",
+    )
     compat: str | None = option(
         None,
         "the released script's arithmetic, with its faults, for comparisons; tile= makes it use squares",

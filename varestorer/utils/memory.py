@@ -13,6 +13,29 @@ import torch
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
+UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def parse_memory(text: str) -> int:
+    """Bytes of "6G", "1.5G" or "800M" (of 1024; GB and GiB are taken for G).
+
+    Raises:
+        ValueError: no such text.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), flags=re.IGNORECASE)
+    if found is None or float(found[1]) == 0:
+        raise ValueError(f"wanted a size such as 6G or 800M, got {text!r}")
+    return int(float(found[1]) * UNITS[found[2].upper()])
+
+
+def memory_in_use(device: torch.device) -> int | None:
+    """What the process holds on the host, or torch on a CUDA device, after giving back what is free; None: unknown."""
+    if device.type == "cuda":
+        gc.collect()
+        return torch.cuda.memory_allocated(device)
+    return _resident("VmRSS") if device.type == "cpu" and _start_counting() else None
+
+
 def peak_memory(work: Callable[[], object], device: torch.device) -> int | None:
     """Do the work and tell the most that it held beyond what was in use before it, in bytes.
 

@@ -66,6 +66,10 @@ def restore(cfg: DictConfig) -> int:
     merge = options.steps == "one" and options.compat is None
     system = load(options.ckpt, device="cpu", merge=merge)
     check_fit(system, options)
+    for weakness, why in getattr(system, "weak", {}).items():
+        key, _, value = weakness.partition("=")
+        if str(getattr(options, key, None)) == value:
+            LOG.warning("this model is poor at %s: %s", weakness, why)
     pending = plan.pending(options.overwrite)
     wanted = TextOptions(options.prompt, options.caption == "auto", options.text_encoder, options.captioner)
     texts = find_texts(system, pending, wanted, device, options.scale, options.max_pixels)
@@ -320,14 +324,11 @@ def bind(system: VARestorer, options: RestoreOptions, texts: Texts, budget: Budg
             is_tiled = options.tile is not None
             official = system.restore_official(image_3HW, scale, prompt=text, tiled=is_tiled, seed=seed)
             return Restored(official, details=details)
-        notes: list[str] = []
         batch = {} if budget is None else {"batch": batch_of(budget, options, height, width)}
         with squares(job.name, (height, width), scale) as progress:
-            ways = chosen | batch | {"progress": progress, "warn": notes.append}
+            ways = chosen | batch | {"progress": progress}
             result = system.restore(image_3HW, scale, prompt=text, seed=seed, **ways)
-        for note in notes:
-            LOG.warning("%s: %s", job.name, note)
-        details |= {"warnings": notes} if notes else {}
+        details |= {"warnings": list(result.warnings)} if result.warnings else {}
         maps_KHW = result.uncertainty_KHW
         smaller = {size_label(size): image for size, image in result.smaller.items()} if options.sizes else {}
         return Restored(result.image, None if maps_KHW is None else maps_KHW.mean(dim=0), details, smaller)

@@ -11,10 +11,11 @@ import inspect
 import logging
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, Self, overload
 
 import torch
@@ -63,11 +64,13 @@ class Restoration:
         uncertainty_KHW: where the network guessed, at each scale: mean entropy of a token, 0 (decided) to 1 (any symbol
             is as likely), up-sampled to the image; None unless asked for.
         smaller: the other sizes asked for, by their enlargement, smallest first.
+        warnings: of squares that came out unlike their neighbors, and of too little memory for a batch; also logged.
     """
 
     image: Any
     uncertainty_KHW: Tensor | None = None
     smaller: dict[float, Any] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -142,6 +145,7 @@ class System(
         acceleration: how it was accelerated; None if it was not.
         graphs: of `restore_batch`, where CUDA graphs were asked for.
         source: the path that it was loaded from, if it was.
+        weak: what it is poor at, as its bundle says: an option such as "steps=multi" -> why, and what to do.
     """
 
     name: ClassVar[str]
@@ -155,6 +159,7 @@ class System(
     acceleration: Acceleration | None = None
     graphs: BatchGraphs | None = None
     source: Path | None = None
+    weak: Mapping[str, str] = MappingProxyType({})
 
     # ---- what a paper's system says
 
@@ -326,7 +331,7 @@ class System(
         picture, back = from_anything(image)
         result = self.restore_picture(picture, scale, **options)
         smaller = {size: back(one) for size, one in result.smaller.items()}
-        return Restoration(back(result.image), result.uncertainty_KHW, smaller)
+        return Restoration(back(result.image), result.uncertainty_KHW, smaller, result.warnings)
 
     @torch.inference_mode()
     def restore_picture(
@@ -343,7 +348,6 @@ class System(
         fidelity: float = 0.0,
         sizes: Sequence[float] | None = None,
         progress: Callable[[int, int], None] | None = None,
-        warn: Callable[[str], None] = LOG.warning,
         **request: Any,
     ) -> Restoration:
         """Restore an image of any size; it is enlarged first, and padded or tiled, never squashed.
@@ -366,7 +370,6 @@ class System(
             sizes: enlargements that are returned, from one pass: `scale`, and what part of it the model's `sides` are
                 of `tile`. None for `scale` alone.
             progress: is called with the squares done and all there are, first with none done.
-            warn: is told of squares that came out unlike their neighbors, and of too little memory for a batch.
             request: `prompt`, `seed`, `select` and `steps`, see `Request`.
 
         Raises:
@@ -387,6 +390,12 @@ class System(
         total = num_tiles(size, system.tile, overlap, system.step)
         if progress is not None:
             progress(0, total)
+        warnings: list[str] = []
+
+        def warn(text: str) -> None:
+            LOG.warning(text)
+            warnings.append(text)
+
         has_maps = uncertainty or fidelity > 0
         asked = self.accept(Request(**request, sides=sides), has_maps)
 
@@ -416,7 +425,7 @@ class System(
         if wanted != size:
             channels = resize(channels, wanted, REDUCE)
         others = dict(zip(factors, smaller, strict=False))
-        return Restoration(channels[:3], channels[3:] if uncertainty else None, others)
+        return Restoration(channels[:3], channels[3:] if uncertainty else None, others, tuple(warnings))
 
     @torch.inference_mode()
     def reconstruct(self, image: Tensor, batch: int = 8) -> Tensor:
@@ -538,7 +547,9 @@ class System(
             names = ", ".join(unknown)
             raise UserError(f"{bundle / CONFIG} has entries this version does not know ({names}); update varestorer")
         weights = {part: str(bundle) for part in ("tokenizer", "transformer")}
-        return cls(**given, weights=weights, **cls.options_of(bundle, config, merge))
+        system = cls(**given, weights=weights, **cls.options_of(bundle, config, merge))
+        system.weak = dict(config.get("weak", {}))
+        return system
 
     @classmethod
     def options_of(cls, bundle: Path, config: dict[str, Any], merge: bool) -> dict[str, Any]:

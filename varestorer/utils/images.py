@@ -41,7 +41,7 @@ def _readable_extensions() -> frozenset[str]:
 
 
 IMAGE_EXTENSIONS = _readable_extensions()
-ROWS_PIXELS = 2**20  # that are converted at once
+ROWS_PIXELS = 2**17  # that are converted at once
 ROUNDING = 1e-3  # what a picture may lie beyond [0, 1]
 
 SOURCE = "Source-SHA256"
@@ -282,8 +282,7 @@ def save_image(
     writing = writing or Writing()
     options = _options(format_, writing, source) | ({"icc_profile": icc_profile} if icc_profile else {})
     is_deep = format_.holds_16_bits and writing.bits == 16
-    arrays = [to_levels(part, 16 if is_deep else 8) for part in parts]
-    array = arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis=2)
+    array = to_levels(parts, 16 if is_deep else 8)
     with atomic_write(path) as temporary:
         if array.shape[2] == 1:
             Image.fromarray(array[..., 0]).save(temporary, format=format_.name, **options)
@@ -429,15 +428,16 @@ def to_uint8(img: Tensor) -> Tensor:
     return (img.float().clamp(0, 1) * 255).round().to(torch.uint8)
 
 
-def to_levels(img_CHW: Tensor, bits: int = 8) -> np.ndarray:
-    """[0, 1] to what image libraries take: uint8, or uint16, (H, W, C); little is held beside the two."""
-    channels, height, width = img_CHW.shape
+def to_levels(img_CHW: Tensor | list[Tensor], bits: int = 8) -> np.ndarray:
+    """[0, 1] to what image libraries take: uint8, or uint16, (H, W, C), of all channels; by rows, to hold little."""
+    parts = img_CHW if isinstance(img_CHW, list) else [img_CHW]
+    height, width = parts[0].shape[1:]
     most, dtype = (255, torch.uint8) if bits == 8 else (65535, torch.int32)
-    levels = np.empty((height, width, channels), np.uint8 if bits == 8 else np.uint16)
+    levels = np.empty((height, width, sum(map(len, parts))), np.uint8 if bits == 8 else np.uint16)
     rows = max(ROWS_PIXELS // max(width, 1), 1)
     for first in range(0, height, rows):
-        part = (img_CHW[:, first : first + rows].float().clamp(0, 1) * most).round().to(dtype)
-        levels[first : first + rows] = rearrange(part.cpu(), "c h w -> h w c").numpy()
+        whole = [(part[:, first : first + rows].float().clamp(0, 1) * most).round().to(dtype).cpu() for part in parts]
+        levels[first : first + rows] = rearrange(torch.cat(whole), "c h w -> h w c").numpy()
     return levels
 
 

@@ -56,7 +56,8 @@ class Enlarger:
         self.calls.append({"scale": scale} | options)
         image = image_3HW.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
         maps_KHW = torch.stack([torch.zeros_like(image[0]), torch.ones_like(image[0])])
-        return SimpleNamespace(image=image, uncertainty_KHW=maps_KHW if options["uncertainty"] else None)
+        maps = maps_KHW if options["uncertainty"] else None
+        return SimpleNamespace(image=image, uncertainty_KHW=maps, warnings=())
 
 
 @pytest.fixture
@@ -140,6 +141,16 @@ def test_options_reach_the_system(system: Enlarger, photos: Path, tmp_path: Path
     assert system.is_merged
     entry = entries_of(tmp_path / "out")["a.png"]
     assert entry["prompt"] is None and entry["fidelity"] == 0.25
+
+
+def test_a_model_says_what_it_is_poor_at_when_it_is_asked_for(
+    system: Enlarger, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    system.weak = {"select=sample": "it guesses", "color=adain": "it blushes"}
+    assert COMMAND.main(words(photos, tmp_path / "out", "select=sample")) == 0
+    shown = capsys.readouterr()
+    text = shown.out + shown.err
+    assert "this model is poor at select=sample: it guesses" in text and "blushes" not in text
 
 
 def test_uncertainty_is_the_mean_over_scales_beside_the_result(system: Enlarger, photos: Path, tmp_path: Path) -> None:

@@ -98,3 +98,10 @@ def test_it_restores_better_than_bicubic(nano: VARestorer, name: str, metric: st
     ours = score(nano.restore(small, 4).image[None], photo[None])
     enlarged = score(resize(small, (256, 256), "bicubic")[None].clamp(0, 1), photo[None])
     assert ours < 0.75 * enlarged if score.lower_is_better else ours > enlarged
+
+
+def test_what_the_shipped_model_is_poor_at_goes_with_it(tmp_path: Path) -> None:
+    nano = VARestorer.from_pretrained()
+    assert {"select=sample", "steps=multi"} <= nano.weak.keys()
+    nano.save_pretrained(tmp_path / "copy")
+    assert VARestorer.from_pretrained(tmp_path / "copy").weak == nano.weak

@@ -6,27 +6,24 @@ the device has finished.
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import logging
 import math
-import re
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from varestorer.utils.errors import reason
+from varestorer.utils.memory import peak_memory
 from varestorer.utils.watch import observed
 
 LOG = logging.getLogger(__name__)
 REST = "the rest"
-STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 Mark = Any
 """A moment: a CUDA event, or seconds of the host's clock. Of use to the clock that made it only."""
@@ -189,27 +186,6 @@ def measure(
     return found
 
 
-def peak_memory(work: Work, device: torch.device) -> int | None:
-    """Do the work and tell the most that it held beyond what was in use before it, in bytes.
-
-    Args:
-        work: called once.
-        device: CUDA: what torch allocates there; CPU: what the process holds, where Linux and glibc tell it.
-    Returns:
-        None on other devices and systems.
-    """
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        work()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    is_told = device.type == "cpu" and _start_counting()
-    before = _resident("VmRSS") if is_told else 0
-    work()
-    return max(_resident("VmHWM") - before, 0) if is_told else None
-
-
 def held_memory(device: torch.device) -> int:
     """What torch holds on a CUDA device when nothing is left over, CUDA graphs' own memory included; else 0. Bytes."""
     gc.collect()
@@ -217,20 +193,3 @@ def held_memory(device: torch.device) -> int:
         return 0
     torch.cuda.empty_cache()
     return torch.cuda.memory_reserved(device)
-
-
-def _start_counting() -> bool:
-    """Give freed memory back to the system and set the process's peak to what it holds now."""
-    gc.collect()
-    try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-        RESET.write_text("5")
-    except (OSError, AttributeError):
-        return False
-    return STATUS.is_file()
-
-
-def _resident(name: str) -> int:
-    """A size from the process's status, bytes."""
-    found = re.search(rf"^{name}:\s+(\d+) kB", STATUS.read_text(encoding="utf-8"), flags=re.MULTILINE)
-    return int(found[1]) * 1024 if found else 0

@@ -131,6 +131,12 @@ examples:
         None, "that neighboring squares share (default: a quarter of a square)", "PIXELS", least=0
     )
     batch: int | None = option(None, "squares restored at once; fewer need less memory", "N", least=1)
+    max_memory: str | None = option(
+        None,
+        "e.g. 6G: chooses batch, and if need be precision and tile, by what they are measured to need, says how large "
+        "a picture may be, and refuses larger ones; of the process on a CPU, of what torch takes on a GPU",
+        "SIZE",
+    )
     compat: str | None = option(
         None,
         "the released script's arithmetic, with its faults, for comparisons; tile= makes it use squares",
@@ -401,8 +407,8 @@ Exit status: 0 all well; 1 something could not be read or written; 2 the command
         MISSING,
         "1: ten metrics on DIV2K-Val, DRealSR and RealSR; 2: parameters, FLOPs by torch's counter, seconds and peak "
         "memory, as a whole and by stages; 3: ablations on DIV2K-Val; varsr: VARSR and its ablations, under its "
-        "protocol; preference: what people chose on a page of eval pairwise=true; small: LPIPS, DISTS and NIQE of small "
-        "models with intervals, their MB, parameters, CPU seconds and licenses",
+        "protocol; preference: what people chose on a page of eval pairwise=true; small: LPIPS, DISTS and NIQE of "
+        "small models with intervals, their MB, parameters, CPU seconds and licenses",
         "1|2|3|varsr|preference|small",
         title="which table",
     )

@@ -7,9 +7,12 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import DictConfig
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -18,6 +21,7 @@ from varestorer.commands.entry import FAILED, OK, Command, say
 from varestorer.commands.options import RestoreOptions
 from varestorer.systems import load
 from varestorer.systems.acceleration import Acceleration
+from varestorer.systems.budget import Budget, gigabytes, measure
 from varestorer.systems.folder import FolderReport, Restored, RestoreImage, restore_files
 from varestorer.systems.plan import REPORT_NAME, Job, Plan, plan_restoration
 from varestorer.systems.prompts import TextOptions, Texts, find_texts
@@ -26,6 +30,7 @@ from varestorer.utils.device import limit_threads, pick_device
 from varestorer.utils.errors import UsageError, UserError
 from varestorer.utils.files import check_writable
 from varestorer.utils.images import Writing
+from varestorer.utils.memory import parse_memory
 from varestorer.utils.schema import typed
 from varestorer.utils.tiling import scaled_size
 from varestorer.weights import DEFAULT
@@ -33,6 +38,7 @@ from varestorer.weights import DEFAULT
 LOG = logging.getLogger(__name__)
 TARGETS = ("width", "height", "megapixels")  # in place of scale
 Squares = Callable[[str, tuple[int, int], float], AbstractContextManager[Callable[[int, int], None]]]
+MOST_SQUARES = 8  # at once, where max_memory chooses
 BAR = "{desc}: {percentage:3.0f}% {n_fmt}/{total_fmt}{unit} [{elapsed}, {remaining} left]"
 
 
@@ -61,16 +67,25 @@ def restore(cfg: DictConfig) -> int:
     merge = options.steps == "one" and options.compat is None
     system = load(options.ckpt, device="cpu", merge=merge)
     check_fit(system, options)
+    for weakness, why in getattr(system, "weak", {}).items():
+        key, _, value = weakness.partition("=")
+        if str(getattr(options, key, None)) == value:
+            LOG.warning("this model is poor at %s: %s", weakness, why)
     pending = plan.pending(options.overwrite)
     wanted = TextOptions(options.prompt, options.caption == "auto", options.text_encoder, options.captioner)
     texts = find_texts(system, pending, wanted, device, options.scale, options.max_pixels)
-    system.to(device)
-    if options.compat is None:
-        system.accelerate(means(options))
-    run = bind(system, options, texts)
+    budget = None
+    if options.max_memory is not None:
+        system, options, budget = fit(system, options, texts, device, plan)
+    else:
+        system.to(device)
+        if options.compat is None:
+            system.accelerate(means(options))
+    run = bind(system, options, texts, budget)
     settings = settings_of(options, system.acceleration)
     writing = Writing(quality=options.quality, gps=options.gps)
-    report = restore_files(plan, run, options.seed, settings, options.overwrite, options.max_pixels, writing)
+    check = None if budget is None else partial(batch_of, budget, options)
+    report = restore_files(plan, run, options.seed, settings, options.overwrite, options.max_pixels, writing, check)
     say(summary(report))
     return FAILED if report.failed else OK
 
@@ -98,7 +113,9 @@ def check_options(options: RestoreOptions) -> None:
         raise UsageError("fidelity= is for one size: leave sizes= out")
     if options.linears != "none" and options.steps != "one":
         raise UsageError(f"linears={options.linears} is for one step, got steps={options.steps}; leave one of them out")
+    check_memory(options)
     own = (
+        "max_memory",
         "sizes",
         "select",
         "steps",
@@ -115,6 +132,17 @@ def check_options(options: RestoreOptions) -> None:
     changed = [f"{key}={getattr(options, key)}" for key in own if getattr(options, key) != getattr(RestoreOptions, key)]
     if options.compat and changed:
         raise UsageError(f"compat=official does everything the released way: leave out {' '.join(changed)}")
+
+
+def check_memory(options: RestoreOptions) -> None:
+    """Refuse a limit of memory that is none, or that cannot be kept to."""
+    if options.max_memory is not None:
+        try:
+            parse_memory(options.max_memory)
+        except ValueError as error:
+            raise UsageError(f"max_memory: {error}") from error
+        if options.compile or options.graphs:
+            raise UsageError("max_memory needs batches of any size, compile and graphs one: leave one of them out")
 
 
 def check_quality(plan: Plan, quality: int | None) -> None:
@@ -201,12 +229,95 @@ def size_label(size: float) -> str:
     return f"x{size:g}"
 
 
-def bind(system: VARestorer, options: RestoreOptions, texts: Texts, squares: Squares | None = None) -> RestoreImage:
-    """Bind the options, so that only an image, its job and its seed are missing; `squares` shows progress."""
+def fit(
+    system: VARestorer, options: RestoreOptions, texts: Texts, device: torch.device, plan: Plan
+) -> tuple[VARestorer, RestoreOptions, Budget]:
+    """Choose precision, tile and batch so that restoring keeps to `max_memory`, and say what that leaves.
+
+    Half the bits change a result less than smaller squares do, so they come first.
+
+    Returns:
+        the system, accelerated; the options with the tile and the precision; what pictures have room for.
+    Raises:
+        UserError: not even the smallest squares fit.
+    """
+    limit = parse_memory(str(options.max_memory))
+    own = means(options).on(device).precision
+    ways = [(options.precision, options.tile)]
+    if options.precision == "auto" and own != "bf16" and options.linears == "none":
+        ways.append(("bf16", options.tile))
+    if options.tile is None:
+        ways += [(ways[-1][0], side) for side in sorted(system.tiles, reverse=True) if side < system.tile]
+    features = max(texts.features.values(), key=len, default=None)
+    maps = len(system.schedule)
+    channels = 2 * maps + 21 if options.fidelity else 3 + maps * options.uncertainty + (1 if options.sizes else 0)
+    budget = Budget(limit, 0, 0, 0, 0, 0, channels, options.batch or MOST_SQUARES)
+    writing = Writing(quality=options.quality)
+    target = plan.jobs[0].target if plan.jobs else "none.png"
+    for precision, tile in ways:
+        chosen = replace(options, precision=precision, tile=tile)
+        acceleration = means(chosen).on(device)
+        if system.acceleration not in (None, acceleration):  # it cannot be undone
+            system.to("meta")  # whoever holds it
+            system = load(options.ckpt, device="cpu", merge=options.steps == "one")
+        system.to(device)
+        system.accelerate(acceleration)
+        side = tile or system.tile
+        way = wishes(chosen) | {"trained_scale": 1, "overlap": 0, "tile": tile, "sizes": None, "prompt": features}
+        probe = partial(restore_row, system, side, way)
+        found = measure(limit, device, probe, target, writing, budget)
+        if found is not None:
+            break
+    else:
+        raise UserError(f"max_memory={options.max_memory} is too little for one square of {side} pixels: raise it")
+    if device.type == "cuda":  # torch gives back what it keeps, and raises, before it takes more
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(limit / total, 1.0), device)
+    scale = RestoreOptions.scale if any(getattr(options, key) for key in TARGETS) else options.scale
+    LOG.info(
+        "max_memory=%s: %s are held already; squares of %d pixels in %s, up to %d at once, need %s; results of up to "
+        "%.1f megapixels fit",
+        options.max_memory,
+        gigabytes(found.held),
+        side,
+        acceleration.precision,
+        most := max(1, min(int((found.free - found.batch_base) // found.square), found.most)),
+        gigabytes(found.batch_base + most * found.square),
+        found.largest(scale, options.trained_scale) / 1e6,
+    )
+    return system, chosen, found
+
+
+def restore_row(system: VARestorer, side: int, way: dict[str, Any], number: int) -> None:
+    """Restore so many squares at once."""
+    system.restore(torch.rand(3, side, number * side), 1, **way | {"batch": number})
+
+
+def batch_of(budget: Budget, options: RestoreOptions, height: int, width: int) -> int:
+    """Squares at once for a picture of this size, see `Budget.batch_for`."""
+    scale = scale_of(options, height, width)
+    least = scale if options.sizes else max(scale, options.trained_scale)
+    made, wanted = (math.prod(scaled_size(height, width, factor)) for factor in (least, scale))
+    return budget.batch_for(height * width, made, wanted)
+
+
+def wishes(options: RestoreOptions) -> dict[str, Any]:
+    """What `System.restore` is asked for; the rest it chooses itself."""
     keys = ("select", "steps", "color", "tile", "overlap", "batch", "uncertainty", "fidelity", "sizes", "trained_scale")
-    wishes = {key: getattr(options, key) for key in keys}
-    wishes["steps"] = None if options.steps == "one" else options.steps  # the way of the system
-    chosen: dict[str, Any] = {key: value for key, value in wishes.items() if value is not None}
+    values = {key: getattr(options, key) for key in keys}
+    values["steps"] = None if options.steps == "one" else options.steps  # the way of the system
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def bind(
+    system: VARestorer,
+    options: RestoreOptions,
+    texts: Texts,
+    budget: Budget | None = None,
+    squares: Squares | None = None,
+) -> RestoreImage:
+    """Bind the options, so that only an image, its job and its seed are missing; `squares` shows progress."""
+    chosen = wishes(options)
 
     def run(image_3HW: Tensor, job: Job, seed: int) -> Restored:
         prompt = texts.prompts.get(job.name)
@@ -220,8 +331,11 @@ def bind(system: VARestorer, options: RestoreOptions, texts: Texts, squares: Squ
             is_tiled = options.tile is not None
             official = system.restore_official(image_3HW, scale, prompt=text, tiled=is_tiled, seed=seed)
             return Restored(official, details=details)
+        batch = {} if budget is None else {"batch": batch_of(budget, options, height, width)}
         with (squares or show_squares)(job.name, (height, width), scale) as progress:
-            result = system.restore(image_3HW, scale, prompt=text, seed=seed, progress=progress, **chosen)
+            ways = chosen | batch | {"progress": progress}
+            result = system.restore(image_3HW, scale, prompt=text, seed=seed, **ways)
+        details |= {"warnings": list(result.warnings)} if result.warnings else {}
         maps_KHW = result.uncertainty_KHW
         smaller = {size_label(size): image for size, image in result.smaller.items()} if options.sizes else {}
         return Restored(result.image, None if maps_KHW is None else maps_KHW.mean(dim=0), details, smaller)

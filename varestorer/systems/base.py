@@ -8,12 +8,14 @@ Shapes: `B` batch, `H W` pixels, `t` side of a square, `L` tokens of all scales,
 from __future__ import annotations
 
 import inspect
+import logging
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, Self, overload
 
 import torch
@@ -46,6 +48,7 @@ from varestorer.weights.load import load_into
 from varestorer.weights.resolve import HOW, check_is_whole, is_published, locate, model_of_run, release_of
 from varestorer.weights.runs import is_run, latest_checkpoint, load_run_weights
 
+LOG = logging.getLogger(__name__)
 REDUCE = "area"  # on held-out photographs at x1.5 and x2 better than Lanczos in PSNR and LPIPS
 DEVICE_PIXELS = 2**25  # of a result that is put together on the device; larger ones are on the host
 PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -61,11 +64,13 @@ class Restoration:
         uncertainty_KHW: where the network guessed, at each scale: mean entropy of a token, 0 (decided) to 1 (any symbol
             is as likely), up-sampled to the image; None unless asked for.
         smaller: the other sizes asked for, by their enlargement, smallest first.
+        warnings: of squares that came out unlike their neighbors, and of too little memory for a batch; also logged.
     """
 
     image: Any
     uncertainty_KHW: Tensor | None = None
     smaller: dict[float, Any] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -140,6 +145,7 @@ class System(
         acceleration: how it was accelerated; None if it was not.
         graphs: of `restore_batch`, where CUDA graphs were asked for.
         source: the path that it was loaded from, if it was.
+        weak: what it is poor at, as its bundle says: an option such as "steps=multi" -> why, and what to do.
     """
 
     name: ClassVar[str]
@@ -153,6 +159,7 @@ class System(
     acceleration: Acceleration | None = None
     graphs: BatchGraphs | None = None
     source: Path | None = None
+    weak: Mapping[str, str] = MappingProxyType({})
 
     # ---- what a paper's system says
 
@@ -329,7 +336,7 @@ class System(
         picture, back = from_anything(image)
         result = self.restore_picture(picture, scale, **options)
         smaller = {size: back(one) for size, one in result.smaller.items()}
-        return Restoration(back(result.image), result.uncertainty_KHW, smaller)
+        return Restoration(back(result.image), result.uncertainty_KHW, smaller, result.warnings)
 
     @torch.inference_mode()
     def restore_picture(
@@ -388,6 +395,12 @@ class System(
         total = num_tiles(size, system.tile, overlap, system.step)
         if progress is not None:
             progress(0, total)
+        warnings: list[str] = []
+
+        def warn(text: str) -> None:
+            LOG.warning(text)
+            warnings.append(text)
+
         has_maps = uncertainty or fidelity > 0
         asked = self.accept(Request(**request, sides=sides), has_maps)
 
@@ -407,7 +420,7 @@ class System(
         factors = [whole_number(scale * side / system.tile) for side in sides]
         results = [(scaled_size(height, width, factor), side) for factor, side in zip(factors, sides, strict=True)]
         squares = size, system.tile, overlap, batch, run, results, system.step
-        tiled = restore_to_sizes(to_device(image, place), *squares, enlarge=self.enlarge)
+        tiled = restore_to_sizes(to_device(image, place), *squares, enlarge=self.enlarge, warn=warn)
         tiled[-1] = give_up(tiled[-1], fidelity)
         for whole in tiled:
             check_finite(whole, "the result")
@@ -417,7 +430,7 @@ class System(
         if wanted != size:
             channels = resize(channels, wanted, REDUCE)
         others = dict(zip(factors, smaller, strict=False))
-        return Restoration(channels[:3], channels[3:] if uncertainty else None, others)
+        return Restoration(channels[:3], channels[3:] if uncertainty else None, others, tuple(warnings))
 
     @torch.inference_mode()
     def reconstruct(self, image: Tensor, batch: int = 8) -> Tensor:
@@ -539,7 +552,9 @@ class System(
             names = ", ".join(unknown)
             raise UserError(f"{bundle / CONFIG} has entries this version does not know ({names}); update varestorer")
         weights = {part: str(bundle) for part in ("tokenizer", "transformer")}
-        return cls(**given, weights=weights, **cls.options_of(bundle, config, merge))
+        system = cls(**given, weights=weights, **cls.options_of(bundle, config, merge))
+        system.weak = dict(config.get("weak", {}))
+        return system
 
     @classmethod
     def options_of(cls, bundle: Path, config: dict[str, Any], merge: bool) -> dict[str, Any]:

@@ -13,15 +13,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from varestorer.systems.plan import REPORT_NAME, Job, Plan, beside
-from varestorer.utils.device import usable_cores
+from varestorer.utils.device import is_out_of_memory, usable_cores
 from varestorer.utils.errors import UserError, reason
 from varestorer.utils.files import file_sha256, read_text, write_json
+from varestorer.utils.image_files import open_image
 from varestorer.utils.images import (
     Picture,
     Writing,
@@ -103,6 +103,7 @@ def restore_files(
     overwrite: bool = False,
     max_pixels: int | None = None,
     writing: Writing | None = None,
+    check: Callable[[int, int], object] | None = None,
 ) -> FolderReport:
     """Restore the files of a plan and write `restore.json` beside the results.
 
@@ -121,6 +122,8 @@ def restore_files(
         settings: what else the entries say of how images were restored, e.g. the scale.
         overwrite: restore again what has a result.
         max_pixels: larger inputs are refused; None: above Pillow's limit (about 179 million pixels).
+        check: raises a UserError for a picture (height, width) that memory is too little for; it is asked before a
+            file is decoded, and one file is then read, restored and written before the next is begun.
         writing: how results are written; their EXIF, resolution and bits are those of their inputs.
     Raises:
         UserError: the output folder or the report cannot be written.
@@ -139,7 +142,7 @@ def restore_files(
         elif not overwrite and (plan.output / job.target).exists():
             logger.info("%s was made from another file than %s, and is made again", job.target, job.source)
     others = _other_settings(entries, {"seed": seed, **(settings or {})})
-    runner = _Runner(plan.output, restore, seed, settings or {}, max_pixels, entries, writing or Writing())
+    runner = _Runner(plan.output, restore, seed, settings or {}, max_pixels, entries, writing or Writing(), check)
     try:
         with logging_redirect_tqdm():
             for name, why in plan.rejected.items():
@@ -195,7 +198,7 @@ class _Work:
         except UserError as error:
             self.failure = str(error)
         except (MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             self.failure = f"not enough memory for {self.job.source}; lower batch, scale or the size of the image"
 
@@ -215,15 +218,21 @@ class _Runner:
     max_pixels: int | None
     entries: dict[str, Entry]
     writing: Writing
+    check: Callable[[int, int], object] | None = None
 
     def run(self, jobs: Iterable[Job]) -> Iterator[None]:
         """Yield as files are done. Restoring is this thread's; reading is one file ahead, writing some behind."""
+        if self.check is not None:
+            return map(self._write, map(self._restore, map(self._read, jobs)))
         read = prefetch(self._read, jobs)
         return prefetch(self._write, map(self._restore, read), depth=WRITERS, threads=WRITERS, finish=True)
 
     def _read(self, job: Job) -> _Work:
         work = _Work(job)
         with work.failing():
+            if self.check is not None:
+                with open_image(job.source, self.max_pixels) as file:
+                    self.check(file.height, file.width)
             work.source = file_sha256(job.source)  # before it is read: if it changes now, its result is made again
             work.picture = load_picture(job.source, self.max_pixels)
         return work
@@ -276,11 +285,6 @@ class _Runner:
             for path in written[:-1]:
                 path.unlink(missing_ok=True)
             raise
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """On the CPU torch says so in a plain RuntimeError."""
-    return isinstance(error, MemoryError | torch.cuda.OutOfMemoryError) or "allocate memory" in str(error)
 
 
 def _read_report(path: Path) -> dict[str, Entry]:

@@ -2,11 +2,14 @@
 
 import struct
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import ExifTags, Image
+
+ROWS = 64  # that are packed at once
 
 
 def write_16_bits(path: Path, array_HWC: np.ndarray, options: dict[str, Any]) -> None:
@@ -20,7 +23,8 @@ def write_16_bits(path: Path, array_HWC: np.ndarray, options: dict[str, Any]) ->
         OSError: it cannot be written.
     """
     if path.suffix.lower() == ".png":
-        path.write_bytes(_png(array_HWC, options))
+        with path.open("wb") as file:
+            file.writelines(_png(array_HWC, options))
         return
     import tifffile
 
@@ -44,22 +48,30 @@ def write_16_bits(path: Path, array_HWC: np.ndarray, options: dict[str, Any]) ->
     )
 
 
-def _png(array_HWC: np.ndarray, options: dict[str, Any]) -> bytes:
+def _png(array_HWC: np.ndarray, options: dict[str, Any]) -> Iterator[bytes]:
+    """The file, part by part, so that it is never held whole."""
     height, width, channels = array_HWC.shape
-    rows = np.ascontiguousarray(array_HWC.astype(">u2")).view(np.uint8).reshape(height, -1)
-    filtered = np.full((height, rows.shape[1] + 1), 2, dtype=np.uint8)  # 2: each byte less the one above
-    filtered[0, 1:], filtered[1:, 1:] = rows[0], rows[1:] - rows[:-1]
     color = {2: 4, 3: 2, 4: 6}[channels]
-    chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, color, 0, 0, 0))]
+    yield b"\x89PNG\r\n\x1a\n"
+    yield _chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, color, 0, 0, 0))
     if "icc_profile" in options:
-        chunks.append((b"iCCP", b"ICC Profile\0\0" + zlib.compress(options["icc_profile"])))
+        yield _chunk(b"iCCP", b"ICC Profile\0\0" + zlib.compress(options["icc_profile"]))
     if "dpi" in options:
-        chunks.append((b"pHYs", struct.pack(">IIB", *(round(value / 0.0254) for value in options["dpi"]), 1)))
+        yield _chunk(b"pHYs", struct.pack(">IIB", *(round(value / 0.0254) for value in options["dpi"]), 1))
     if "exif" in options:
-        chunks.append((b"eXIf", options["exif"].removeprefix(b"Exif\0\0")))
-    chunks += [(kind, data) for kind, data, *_ in options["pnginfo"].chunks] if "pnginfo" in options else []
-    chunks += [(b"IDAT", zlib.compress(filtered.tobytes())), (b"IEND", b"")]
-    framed = (
-        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
-    )
-    return b"".join([b"\x89PNG\r\n\x1a\n", *framed])
+        yield _chunk(b"eXIf", options["exif"].removeprefix(b"Exif\0\0"))
+    for kind, data, *_ in options["pnginfo"].chunks if "pnginfo" in options else []:
+        yield _chunk(kind, data)
+    packer, above = zlib.compressobj(), np.zeros((1, 2 * width * channels), np.uint8)
+    for first in range(0, height, ROWS):
+        rows = np.ascontiguousarray(array_HWC[first : first + ROWS], dtype=">u2").view(np.uint8).reshape(-1, above.size)
+        filtered = np.full((len(rows), above.size + 1), 2, dtype=np.uint8)  # 2: each byte less the one above
+        filtered[:, 1:] = rows - np.concatenate([above, rows[:-1]])
+        yield _chunk(b"IDAT", packer.compress(filtered.tobytes()))
+        above = rows[-1:]
+    yield _chunk(b"IDAT", packer.flush())
+    yield _chunk(b"IEND", b"")
+
+
+def _chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))

@@ -1,5 +1,6 @@
 """Choosing the device, and what suits it."""
 
+import gc
 import os
 import re
 from collections.abc import Iterable
@@ -51,6 +52,19 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
     if kinds == ("cuda", "cpu"):
         return torch.empty_like(x, device="cpu", pin_memory=True).copy_(x)
     return x.to(device)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory was too little, of the host or a device; on the CPU torch says so in a plain RuntimeError."""
+    words = ("allocate memory", "out of memory", "ALLOC_FAILED")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(word in str(error) for word in words)
+
+
+def free_memory(device: torch.device) -> None:
+    """Give back what torch keeps of a device for later."""
+    gc.collect()
+    if device.type in ("cuda", "mps"):
+        getattr(torch, device.type).empty_cache()
 
 
 def gains_from_bf16(device: torch.device) -> bool:

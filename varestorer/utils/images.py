@@ -41,6 +41,7 @@ def _readable_extensions() -> frozenset[str]:
 
 
 IMAGE_EXTENSIONS = _readable_extensions()
+ROWS_PIXELS = 2**17  # that are converted at once
 ROUNDING = 1e-3  # what a picture may lie beyond [0, 1]
 
 SOURCE = "Source-SHA256"
@@ -274,13 +275,14 @@ def save_image(
     ):
         if given is not None and not holds:
             raise ValueError(f"cannot write {path}: {format_.name} holds no {what}; give a name ending in .png")
-    channels = torch.cat([band.detach() for band in (img_CHW, alpha_1HW) if band is not None])
-    check_finite(channels, f"the picture for {path}")
-    _check_values(channels, f"cannot write {path}: wanted floats in [0, 1]")
+    parts = [part.detach() for part in (img_CHW, alpha_1HW) if part is not None]
+    for part in parts:
+        check_finite(part, f"the picture for {path}")
+        _check_values(part, f"cannot write {path}: wanted floats in [0, 1]")
     writing = writing or Writing()
     options = _options(format_, writing, source) | ({"icc_profile": icc_profile} if icc_profile else {})
     is_deep = format_.holds_16_bits and writing.bits == 16
-    array = _to_16_bits(channels) if is_deep else to_levels(channels)
+    array = to_levels(parts, 16 if is_deep else 8)
     with atomic_write(path) as temporary:
         if array.shape[2] == 1:
             Image.fromarray(array[..., 0]).save(temporary, format=format_.name, **options)
@@ -426,15 +428,17 @@ def to_uint8(img: Tensor) -> Tensor:
     return (img.float().clamp(0, 1) * 255).round().to(torch.uint8)
 
 
-def to_levels(img_CHW: Tensor) -> np.ndarray:
-    """[0, 1] to what image libraries take: uint8 (H, W, C)."""
-    return rearrange(to_uint8(img_CHW).cpu(), "c h w -> h w c").numpy()
-
-
-def _to_16_bits(img_CHW: Tensor) -> np.ndarray:
-    """[0, 1] to uint16 (H, W, C)."""
-    levels = (img_CHW.float().clamp(0, 1) * 65535).round().to(torch.int32).cpu()
-    return rearrange(levels, "c h w -> h w c").numpy().astype(np.uint16)
+def to_levels(img_CHW: Tensor | list[Tensor], bits: int = 8) -> np.ndarray:
+    """[0, 1] to what image libraries take: uint8, or uint16, (H, W, C), of all channels; by rows, to hold little."""
+    parts = img_CHW if isinstance(img_CHW, list) else [img_CHW]
+    height, width = parts[0].shape[1:]
+    most, dtype = (255, torch.uint8) if bits == 8 else (65535, torch.int32)
+    levels = np.empty((height, width, sum(map(len, parts))), np.uint8 if bits == 8 else np.uint16)
+    rows = max(ROWS_PIXELS // max(width, 1), 1)
+    for first in range(0, height, rows):
+        whole = [(part[:, first : first + rows].float().clamp(0, 1) * most).round().to(dtype).cpu() for part in parts]
+        levels[first : first + rows] = rearrange(torch.cat(whole), "c h w -> h w c").numpy()
+    return levels
 
 
 def holds_alpha(path: str | os.PathLike) -> bool:

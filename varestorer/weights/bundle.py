@@ -90,6 +90,7 @@ def save_bundle(system: Any, folder: Path, half: bool = False) -> None:
         **system.config,
         "restorer": RESTORER in parts,
         "sources": sources(system),
+        **({"weak": system.weak} if system.weak else {}),
     }
     card = model_card(config, files, config["sources"], "fp16" if half else precision(system))
     write_text(folder / CARD, card)

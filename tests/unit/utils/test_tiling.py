@@ -230,3 +230,54 @@ def test_a_scale_that_is_a_slip_is_refused() -> None:
     assert scaled_size(100, 50, 2.5) == (250, 125)
     with pytest.raises(UserError, match="the result would have 3000000 x 4000000 pixels; lower scale"):
         scaled_size(40, 30, 1e5)
+
+
+def strange(numbers: list[int], odd: int, calls: list[int]) -> Callable[[Tensor, list[int]], Tensor]:
+    """A network that darkens one square: so many times (`calls`), or whenever it comes."""
+
+    def run(tiles_B3tt: Tensor, given: list[int]) -> Tensor:
+        out = tiles_B3tt.clone()
+        for place, number in enumerate(given):
+            numbers.append(number)
+            if number == odd and (not calls or calls.pop()):
+                out[place] *= 0.7
+        return out
+
+    return run
+
+
+@pytest.mark.parametrize("odd", [0, 5, 11])
+@pytest.mark.parametrize("is_accident", [True, False])
+def test_a_square_unlike_its_neighbors_is_done_again_or_named(caplog, odd: int, is_accident: bool) -> None:
+    image = torch.rand(3, 24, 32, generator=torch.Generator().manual_seed(0)) * 0.2 + 0.6
+    seen: list[int] = []
+    once = [False] * 20 + [True] if is_accident else []
+    out = restore_tiled(image, (24, 32), 12, 6, 4, strange(seen, odd, once))
+    assert seen.count(odd) == 2 and len(seen) > 15
+    if is_accident:
+        assert torch.allclose(out, image, atol=1e-5) and not caplog.messages
+    else:
+        assert "1 of 15 squares differ" in caplog.messages[-1] and len(caplog.messages) == 1
+
+
+def test_a_model_that_changes_all_squares_alike_or_by_chance_is_left_alone(caplog) -> None:
+    image = torch.rand(3, 24, 32, generator=torch.Generator().manual_seed(0)) * 0.2 + 0.6
+    restore_tiled(image, (24, 32), 12, 6, 4, lambda tiles, numbers: tiles * 0.5)
+    chance = torch.Generator().manual_seed(1)
+    restore_tiled(image, (24, 32), 12, 6, 4, lambda tiles, numbers: torch.rand(tiles.shape, generator=chance))
+    assert not caplog.messages
+
+
+def test_a_batch_that_memory_is_too_little_for_is_halved(caplog) -> None:
+    image, sizes = torch.rand(3, 24, 32), []
+
+    def run(tiles_B3tt: Tensor, numbers: list[int]) -> Tensor:
+        sizes.append(len(numbers))
+        if len(numbers) > 2:
+            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate")
+        return tiles_B3tt
+
+    assert torch.allclose(restore_tiled(image, (24, 32), 12, 6, 8, run), image, atol=1e-5)
+    assert sizes[:4] == [8, 4, 2, 2] and caplog.messages[0] == "out of memory with 8 squares at once, going on with 4"
+    with pytest.raises(RuntimeError, match="another fault"):
+        restore_tiled(image, (24, 32), 12, 6, 8, lambda *_: (_ for _ in ()).throw(RuntimeError("another fault")))

@@ -47,4 +47,4 @@ def demo(cfg: DictConfig) -> int:
     return OK
 
 
-COMMAND = Command("demo", "demo", demo, schema=DemoOptions)
+COMMAND = Command("demo", demo)

@@ -182,7 +182,7 @@ class Studio:
             except UserError:  # not all ways of all systems know where they guessed
                 has_map = False
             chosen = replace(options, uncertainty=has_map)
-            restored = bind(model.system, chosen, texts, squares)(image_3HW, job, seed)
+            restored = bind(model.system, chosen, texts, squares=squares)(image_3HW, job, seed)
             maps.append(restored.uncertainty)
             return replace(restored, uncertainty=None)
 

@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 
 from varestorer.commands.entry import FAILED, OK, Command, say
 from varestorer.commands.options import ConvertOptions
+from varestorer.exchange import onnx, peft, spandrel
 from varestorer.systems import load
 from varestorer.systems.base import PRECISIONS
 from varestorer.systems.varestorer import VARestorer
@@ -32,6 +33,7 @@ LOG = logging.getLogger(__name__)
 
 ADAPTERS_FILE = "adapters.safetensors"
 PUBLISHED_SUFFIXES = (".pth", ".ckpt", ".safetensors")
+ALONE = ("only", "peft")  # ways to write the adapters and nothing else
 WRAPPERS = {"tokenizer": "vae", "restorer": "state_dict"}  # under which the published torch files hold their tensors
 
 
@@ -53,8 +55,7 @@ def convert(cfg: DictConfig) -> int:
     output = Path(cast(str, options.output)).resolve()
     if options.adapters == "only" and not is_published(output):
         output = output / ADAPTERS_FILE
-    is_file = is_published(output)
-    check_output(output, is_file, options.overwrite)
+    check_output(output, is_published(output) or is_onnx(output), options.overwrite)
     check_writable(output.parent, "output")
 
     system = open_system(options)
@@ -62,16 +63,29 @@ def convert(cfg: DictConfig) -> int:
         system.merge_adapters()
     if options.dtype in PRECISIONS:
         system.set_precision(options.dtype)
+    write(system, options, output)
+    say(written(output))
+    return OK
+
+
+def write(system: VARestorer, options: ConvertOptions, output: Path) -> None:
+    """Write what the options ask for."""
     if options.adapters == "only":
         save_adapters(system, output)
-    elif is_file:
+    elif options.adapters == "peft":
+        peft.save(system, output)
+    elif is_onnx(output):
+        onnx.export(system, output)
+    elif options.part == "whole":
+        spandrel.save_whole(system, output)
+    elif options.scale != 1:
+        spandrel.save_enlarging(system, output)
+    elif is_published(output):
         if options.part == "transformer":
             check_publishable(system, Path(cast(str, options.input)))
         save_published(system, options.part, output)
     else:
         save_aside(system, output, options.dtype == "fp16", options.overwrite)
-    say(written(output))
-    return OK
 
 
 def check_options(options: ConvertOptions) -> None:
@@ -89,8 +103,10 @@ def check_options(options: ConvertOptions) -> None:
         raise UsageError("no value for input or output: add input=... output=..., or check=...; see --help")
     if options.manifest is not None:
         raise UsageError("manifest= belongs to check=FILE")
-    if options.adapters == "only" and options.base:
-        raise UsageError("adapters=only takes adapters off a model, base= puts them onto one; choose one of the two")
+    if options.adapters in ALONE and options.base:
+        raise UsageError(
+            f"adapters={options.adapters} takes adapters off a model, base= puts them onto one; choose one of the two"
+        )
     check_use(options, Path(options.output))
 
 
@@ -102,11 +118,19 @@ def check_use(options: ConvertOptions, output: Path) -> None:
     """
     if options.adapters == "only" and is_published(output) and output.suffix.lower() != ".safetensors":
         raise UsageError(f"adapters=only writes a folder or a .safetensors file, got output={output}")
-    if options.dtype == "fp16" and (options.adapters == "only" or is_published(output)):
-        raise UsageError("dtype=fp16 is for storing a whole bundle: output=FOLDER, without adapters=only")
+    if options.adapters == "peft" and is_published(output):
+        raise UsageError(f"adapters=peft writes a folder, got output={output}")
+    if is_onnx(output) and (unused := [f"{key}=" for key in changed(options) if key in ("adapters", "dtype", "part")]):
+        raise UsageError(f"output={output} is always merged and in fp32; leave out {' '.join(unused)}")
+    if options.dtype == "fp16" and (options.adapters in ALONE or is_published(output)):
+        raise UsageError(f"dtype=fp16 is for storing a whole bundle: output=FOLDER, without adapters={'|'.join(ALONE)}")
+    if options.scale not in (1, 4) or (options.scale == 4 and options.part != "restorer"):
+        raise UsageError(f"scale=4 goes with part=restorer, got scale={options.scale} part={options.part}")
+    if (options.scale == 4 or options.part == "whole") and output.suffix.lower() != ".safetensors":
+        raise UsageError(f"scale=4 and part=whole write a .safetensors file, got output={output}")
     if options.part == "transformer":
         return
-    if options.adapters == "only" or not is_published(output):
+    if options.adapters in ALONE or not is_published(output):
         raise UsageError(f"part={options.part} goes with a published file: output=FILE.pth or FILE.safetensors")
     unused = [f"{key}=" for key in changed(options) if key in ("adapters", "dtype")]
     if unused:
@@ -117,6 +141,11 @@ def changed(options: ConvertOptions) -> list[str]:
     """Keys whose values are not the usual ones."""
     usual = asdict(ConvertOptions())
     return [key for key, value in asdict(options).items() if value != usual[key]]
+
+
+def is_onnx(output: Path) -> bool:
+    """Whether the name is one of an ONNX file."""
+    return output.suffix.lower() == ".onnx"
 
 
 def is_published(output: Path) -> bool:
@@ -141,10 +170,10 @@ def check_output(output: Path, is_file: bool, overwrite: bool) -> None:
             f"output={output} is a file, and a bundle is a folder; published forms end in .pth or .safetensors"
         )
     elif output.is_dir() and any(output.iterdir()):
-        if not is_bundle(output):
+        if not is_bundle(output) and not peft.is_peft(output):
             raise UserError(f"output={output} is a folder with other things in it; choose another")
         if not overwrite:
-            raise UserError(f"output={output} holds a bundle already; choose another folder, or add overwrite=true")
+            raise UserError(f"output={output} holds a model already; choose another folder, or add overwrite=true")
 
 
 def check_file(path: str, manifest: str | None) -> int:
@@ -174,10 +203,11 @@ def open_system(options: ConvertOptions) -> VARestorer:
     source = Path(cast(str, options.input))
     if not source.exists() and (options.base or is_published(source)):  # others may be names on the hub
         raise UsageError(f"input={source} does not exist")
-    adapters = student_of(source)
-    if options.base and adapters is None:
-        raise UsageError(f"base= goes with input={ADAPTERS_FILE}, but {source} is not such a file")
-    if adapters is not None and not options.base:
+    adapters, of_peft = student_of(source), peft.is_peft(source)
+    is_adapters = of_peft or adapters is not None
+    if options.base and not is_adapters:
+        raise UsageError(f"base= goes with input={ADAPTERS_FILE} or a folder of peft's, but {source} is neither")
+    if is_adapters and not options.base:
         raise UsageError(f"{source} holds adapters alone; add base=MODEL to put them onto it")
     model = Path(options.base or source)
     beside = {"tokenizer_file": options.tokenizer, "restorer_file": options.restorer}
@@ -188,6 +218,9 @@ def open_system(options: ConvertOptions) -> VARestorer:
         system.set_precision("bf16")  # what was read is float32: nothing is lost
     if is_run(model):
         system.files["run"] = model
+    if of_peft:
+        student, tensors = peft.read(source, system)
+        return put_adapters(system, source / peft.TENSORS, student, tensors)
     return system if adapters is None else put_adapters(system, source, adapters)
 
 
@@ -252,7 +285,7 @@ def written(output: Path) -> str:
     """What the command says at the end: every file and its size."""
     files = sorted(output.iterdir()) if output.is_dir() else [output]
     lines = [f"  {path.name:24} {path.stat().st_size:>14,} bytes" for path in files]
-    use = f"\nuse it with ckpt={output}" if output.is_dir() else ""
+    use = f"\nuse it with ckpt={output}" if is_bundle(output) else ""
     return "\n".join([f"wrote {output}", *lines]) + use
 
 

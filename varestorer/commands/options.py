@@ -179,18 +179,24 @@ examples:
   python scripts/convert.py input=bundle output=shared adapters=only dtype=bf16
   python scripts/convert.py input=shared/adapters.safetensors base=bundle output=again
   python scripts/convert.py input=bundle output=varestorer.pth
+  python scripts/convert.py input=nano output=nano.onnx
+  python scripts/convert.py input=nano output=nano_4x.safetensors part=restorer scale=4
   python scripts/convert.py check=weights/varestorer.pth
 """
 
     input: str | None = option(
         None,
         "the published varestorer.pth (its companions beside it), a bundle, a run of scripts/train.py, or an "
-        "adapters.safetensors (with base=)",
+        "adapters.safetensors or a folder of peft's adapters (with base=)",
         "MODEL",
         title="from what to what",
     )
     output: str | None = option(
-        None, "folder of the bundle; or a .pth, .ckpt or .safetensors file in the published form", "PATH"
+        None,
+        "folder of the bundle; or a .pth, .ckpt or .safetensors file in the published form; or a .onnx file: the "
+        "one-step student, merged, without a prompt, of squares that are enlarged already (pip install "
+        '"varestorer[onnx]")',
+        "PATH",
     )
     tokenizer: str | None = option(
         None,
@@ -204,8 +210,8 @@ examples:
     adapters: str = option(
         "separate",
         "separate: beside the transformer; merged: folded into it, faster, but without a teacher; only: write "
-        "adapters.safetensors and nothing else",
-        choices=("separate", "merged", "only"),
+        "adapters.safetensors and nothing else; peft: write them in peft's own form",
+        choices=("separate", "merged", "only", "peft"),
     )
     base: str | None = option(
         None,
@@ -222,8 +228,14 @@ examples:
     part: str = option(
         "transformer",
         "which network goes into a published file: transformer (a student with adapters apart; other students only "
-        "fit into bundles), tokenizer or restorer",
-        choices=("transformer", "tokenizer", "restorer"),
+        "fit into bundles), tokenizer or restorer; whole: the one-step student in one .safetensors file, for spandrel "
+        "after varestorer.spandrel.install()",
+        choices=("transformer", "tokenizer", "restorer", "whole"),
+    )
+    scale: int = option(
+        1,
+        "4, with part=restorer: nano's restorer as a model that enlarges too, for spandrel, chaiNNer and ComfyUI",
+        "1|4",
     )
     overwrite: bool = option(False, "true: replace a bundle, or a file, that is there already")
 

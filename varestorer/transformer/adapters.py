@@ -52,18 +52,31 @@ def attach_adapters(
     Raises:
         UserError: see `target_pattern`.
     """
-    # peft pulls in bitsandbytes where that is installed, which complains about kernels nobody asked it for
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    # callers build on the meta device, where what libraries make on import must not be, nor can be with torch 2.6
-    with torch.device("cpu"):
-        from peft import LoraConfig, inject_adapter_in_model
+    config = lora_config(rank, targets)
+    from peft import inject_adapter_in_model
 
-    pattern = target_pattern(targets)
-    config = LoraConfig(r=rank, lora_alpha=rank, lora_dropout=0.0, target_modules=pattern, bias="none")
     inject_adapter_in_model(config, transformer, adapter_name=ADAPTER)
     for layer in _cross_attentions(transformer):
         layer.adapted_v_bias = cross_value_bias or "cross_attention" not in targets
     use_adapters(transformer, True)
+
+
+def lora_config(rank: int, targets: Sequence[str], **options: Any) -> Any:
+    """What peft calls these adapters: alpha = rank, no dropout, no bias.
+
+    Args:
+        rank: r of every adapter.
+        targets: see `attach_adapters`.
+        options: more arguments of `peft.LoraConfig`.
+    """
+    # peft pulls in bitsandbytes where that is installed, which complains about kernels nobody asked it for
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # callers build on the meta device, where what libraries make on import must not be, nor can be with torch 2.6
+    with torch.device("cpu"):
+        from peft import LoraConfig
+
+    pattern = target_pattern(targets)
+    return LoraConfig(r=rank, lora_alpha=rank, lora_dropout=0.0, target_modules=pattern, bias="none", **options)
 
 
 @torch.no_grad()

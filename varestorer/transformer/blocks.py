@@ -224,7 +224,7 @@ class CrossAttention(nn.Module):
 
     def forward(self, x_BLC: Tensor, memory: CrossMemory) -> Tensor:
         q = rearrange(self.q(x_BLC), "b l (n d) -> b n l d", n=self.num_heads)
-        k, v = (x.expand(len(q), -1, -1, -1) for x in (memory.keys_BNTD, memory.values_BNTD))
+        k, v = (x.expand(q.shape[0], -1, -1, -1) for x in (memory.keys_BNTD, memory.values_BNTD))
         return self.proj(attend(q.to(v.dtype), k, v, memory.key_mask))
 
 

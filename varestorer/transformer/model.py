@@ -278,7 +278,7 @@ class VARTransformer(nn.Module):
         given = [x for x in (prefix_BPC, tokens) if x is not None]
         parts = [tokens] if tokens is not None else []
         if len(layout) == sum(sizes) + 1:
-            batch_size = len(given[0] if given else context.cond_BC)
+            batch_size = (given[0] if given else context.cond_BC).shape[0]
             first = context.cond_BC[:, None].expand(batch_size, -1, -1)
             if prefix_BPC is not None:
                 first = torch.cat([prefix_BPC, first], dim=1)

@@ -143,16 +143,25 @@ def adapter_tensors(system: Any) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in plain_state_dict(system.transformer).items() if ".lora_" in name}
 
 
+def own_adapters(system: Any) -> dict[str, Tensor]:
+    """A system's adapters, which are to be written.
+
+    Raises:
+        UserError: it has none.
+    """
+    adapters = adapter_tensors(system)
+    if not adapters:
+        raise UserError("the model has no adapters of its own: it has none at all, or they are merged")
+    return adapters
+
+
 def save_adapters(system: Any, path: Path) -> None:
     """Write the adapters, with what is needed to put them onto a teacher again.
 
     Raises:
         UserError: the system has none.
     """
-    adapters = adapter_tensors(system)
-    if not adapters:
-        raise UserError("the model has no adapters of its own: it has none at all, or they are merged")
-    save_tensors(path, adapters, adapters_metadata(system))
+    save_tensors(path, own_adapters(system), adapters_metadata(system))
 
 
 def student_of(path: Path) -> dict[str, Any] | None:
@@ -161,13 +170,14 @@ def student_of(path: Path) -> dict[str, Any] | None:
     return None if student is None else dict(json.loads(student))
 
 
-def put_adapters(base: Any, path: Path, student: dict[str, Any]) -> Any:
+def put_adapters(base: Any, path: Path, student: dict[str, Any], adapters: Mapping[str, Tensor] | None = None) -> Any:
     """The base's networks with the adapters of a file in place of its own, if it has any.
 
     Args:
         base: with the teacher's weights.
         path: a file of adapters.
         student: from `student_of`.
+        adapters: what the file holds, by plain names; None to read it.
     Raises:
         UserError: the base's adapters are merged, or the file does not fit it.
     """
@@ -177,8 +187,8 @@ def put_adapters(base: Any, path: Path, student: dict[str, Any]) -> Any:
         )
     with torch.device("meta"):
         system = type(base)(**(base.config | {"student": student}))
-    wanted, adapters = adapter_tensors(system), read_tensors(path)
-    check_names_and_shapes(wanted, adapters, str(path))
+    adapters = read_tensors(path) if adapters is None else adapters
+    check_names_and_shapes(adapter_tensors(system), adapters, str(path))
     kept = {name: t for name, t in plain_state_dict(base.transformer).items() if ".lora_" not in name}
     dtype = next(base.transformer.blocks.parameters()).dtype
     assign_plain(system.transformer, kept | {name: tensor.to(dtype) for name, tensor in adapters.items()})

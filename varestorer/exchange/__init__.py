@@ -1,0 +1,1 @@
+"""Files and plug-ins of other tools: PEFT's adapters, ONNX, spandrel and what stands on it, ComfyUI."""

@@ -400,8 +400,8 @@ Exit status: 0 all well; 1 something could not be read or written; 2 the command
         MISSING,
         "1: ten metrics on DIV2K-Val, DRealSR and RealSR; 2: parameters, FLOPs by torch's counter, seconds and peak "
         "memory, as a whole and by stages; 3: ablations on DIV2K-Val; varsr: VARSR and its ablations, under its "
-        "protocol; preference: what people chose on a page of eval pairwise=true; small: LPIPS, DISTS and NIQE of small "
-        "models with intervals, their MB, parameters, CPU seconds and licenses",
+        "protocol; preference: what people chose on a page of eval pairwise=true; small: LPIPS, DISTS and NIQE of "
+        "small models with intervals, their MB, parameters, CPU seconds and licenses",
         "1|2|3|varsr|preference|small",
         title="which table",
     )

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from varestorer.commands import run
+from varestorer.commands import COMMANDS, run
 from varestorer.commands.options import (
     OPTIONS,
     EvalOptions,
@@ -27,6 +27,10 @@ def test_readme_has_the_tables() -> None:
         "configs/README.md is not what the options say; put there what this prints: "
         'python -c "from varestorer.commands.options import markdown; print(markdown())"'
     )
+
+
+def test_every_command_has_its_options() -> None:
+    assert OPTIONS.keys() == COMMANDS.keys()
 
 
 @pytest.mark.parametrize("name", OPTIONS)

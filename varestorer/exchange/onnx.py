@@ -42,6 +42,9 @@ class OneStep(nn.Module):
 def export(system: VARestorer, path: Path) -> None:
     """Write the one-step student of a fixed square with a batch of any size.
 
+    Bits are torch's but for ties: nano's on 24 squares of RealSR differed in 7 of 744,960 (torch's own, one by one
+    and by eight, in 1), and no pixel by more than 0.02 levels.
+
     Args:
         system: in float32; its adapters are folded in, so that no teacher is left.
         path: the file. Its metadata say `tile`, the side of the square (pixels).
@@ -69,7 +72,7 @@ def export(system: VARestorer, path: Path) -> None:
             output_names=[IMAGE, BITS],
             dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
             opset_version=OPSET,
-            optimize=False,  # what runs the file does it again, and the exporter takes a third of its time over it
+            optimize=True,  # no faster, but without it onnxruntime warns of each cast that it cannot fold
             verbose=False,
             dynamo=True,
         )

@@ -35,7 +35,8 @@ def save_enlarging(system: Any, path: Path) -> None:
     Enlarging, folding and that convolution are together one of 7 x 7 pixels of the small image. An RCAN has kernels of
     one size, so this is the 3 x 3 that comes nearest to it on average over photographs. Inside three pictures of RealSR
     the result was 0.7 to 0.8 levels (root mean square) from the restorer's, and as near to the photographs. With all
-    kernels 7 x 7 it would be 0.01 to 0.2 levels, at four times the cost.
+    kernels 7 x 7 it would be 0.01 to 0.2 levels, at four times the cost. The rim of a picture, beyond which an RCAN
+    sees black, is up to 15 levels from the restorer's.
 
     Args:
         system: with such a restorer.

@@ -245,7 +245,7 @@ def write_scatter(
     points = [(_scores(row)[names[0]], _scores(row)[names[1]]) for row in drawn]
     for row, (x, y) in zip(drawn, points, strict=True):
         marker, size = ("*", 160) if row.is_ours else ("o", 36)
-        axes.scatter([x], [y], color=_colour(row), s=size, marker=marker, zorder=4 if row.is_ours else 3)
+        axes.scatter([x], [y], color=_color(row), s=size, marker=marker, zorder=4 if row.is_ours else 3)
     for name, side, invert in zip(names, "xy", (axes.invert_xaxis, axes.invert_yaxis), strict=True):
         axes.set(**{f"{side}label": f"{name} (better {'→' if side == 'x' else '↑'})"})
         if lower_is_better[name]:
@@ -265,7 +265,7 @@ def _label(axes: Any, rows: Sequence[TableRow], points: Sequence[tuple[float, fl
     pixels = axes.transData.transform(points)
     placed: list[Any] = []
     for row, point in zip(rows, points, strict=True):
-        style = {"color": _colour(row), "weight": "bold" if row.is_ours else "normal"}
+        style = {"color": _color(row), "weight": "bold" if row.is_ours else "normal"}
         label = axes.annotate(
             str(row.cells["method"]),
             point,
@@ -284,11 +284,11 @@ def _label(axes: Any, rows: Sequence[TableRow], points: Sequence[tuple[float, fl
             if inside and not box.count_overlaps(placed) and not box.count_contains(pixels):
                 break
         placed.append(box)
-        line = {"arrowstyle": "-", "color": _colour(row), "linewidth": 0.5, "alpha": 0.6}
+        line = {"arrowstyle": "-", "color": _color(row), "linewidth": 0.5, "alpha": 0.6}
         axes.annotate("", point, xytext=offset, textcoords="offset points", arrowprops=line, in_layout=False)
 
 
-def _colour(row: TableRow) -> str:
+def _color(row: TableRow) -> str:
     return OURS if row.is_ours else OTHERS
 
 

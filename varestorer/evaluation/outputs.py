@@ -32,6 +32,7 @@ from varestorer.evaluation.results import Evaluation, Row
 from varestorer.evaluation.tables import LEGEND, Column, Table, TableRow, figure, write_tables
 from varestorer.utils.files import atomic_write, fitting_name, name_bytes, write_text
 from varestorer.utils.images import load_image, save_image
+from varestorer.utils.loggers import Logger
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -296,3 +297,22 @@ def _scores(row: TableRow) -> dict[str, float]:
     """The figures of a row that the planes are made of."""
     found = {name: row.cells.get(name) for name in (*DISTORTION, *PERCEPTION)}
     return {name: float(value) for name, value in found.items() if value is not None}
+
+
+def log_evaluation(evaluation: Evaluation, method: str, logger: Logger) -> None:
+    """Log the means as `eval/<dataset>/<metric>`, and the images of the picture page as `eval/<dataset>/images`.
+
+    Args:
+        evaluation: what was scored.
+        method: heading of the column of restored images.
+        logger: is finished with it.
+    """
+    group = f"eval/{evaluation.dataset}"
+    metrics = evaluation.summary()["metrics"]
+    logger.log_metrics(group, None, {name: entry["mean"] for name, entry in metrics.items()})
+    rows = spread([row for row in evaluation.rows if row.image is not None])
+    if rows:
+        names = [name for name in evaluation.metrics if any(name in row.scores for row in rows)]
+        cells = [[row.name, row.lq, row.image, row.reference, *(row.scores.get(n) for n in names)] for row in rows]
+        logger.log_table(group, ["image", "LQ", method, "HQ", *names], cells)
+    logger.finish()

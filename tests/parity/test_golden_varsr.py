@@ -159,7 +159,7 @@ def test_constants_are_the_published_ones(golden: Path) -> None:
 @pytest.mark.parametrize("case", ["same 6 scales", "other number of scales"])
 def test_a_restorer_takes_of_a_class_model_what_the_published_one_does(golden: Path, case: str) -> None:
     meta = GoldenVARSR(golden).json("misc")["c2i_to_isr"][case]
-    kept = {name for name in meta["kept_as_initialized"] if name not in ("lvl_1L", "attn_bias_for_masking")}
+    kept = {name for name in meta["kept_as_initialised"] if name not in ("lvl_1L", "attn_bias_for_masking")}
     system = GoldenVARSR(golden).system("varsr")
     restorer = {published_varsr_name(name): name for name in system.network()}
     given = {name: t for name, t in system.network().items() if not name.startswith("prefix_encoder.")}

@@ -21,7 +21,7 @@ from varestorer.utils.images import save_image
 from varestorer.utils.locks import locked
 
 pytestmark = pytest.mark.smoke
-ALL: dict[str, Command] = {name: import_module(module).COMMAND for name, (module, _) in COMMANDS.items()}
+ALL: dict[str, Command] = {name: import_module(f"varestorer.commands.{name}").COMMAND for name in COMMANDS}
 NEEDED = {"eval": ["dataset=folder"], "train": ["+experiment=dmd_div2k"], "prepare_data": ["dataset=folder"]}
 PATHS = [
     "/mnt/donn\u00e9es/\u65e5\u672c",

@@ -84,8 +84,8 @@ def prompts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def photos(tmp_path: Path) -> Path:
     folder = tmp_path / "my photos, (old)"
     (folder / "sub").mkdir(parents=True)
-    for name, colour in (("a.png", (200, 100, 50)), ("sub/b.png", (10, 30, 250))):
-        Image.new("RGB", (5, 3), colour).save(folder / name)
+    for name, color in (("a.png", (200, 100, 50)), ("sub/b.png", (10, 30, 250))):
+        Image.new("RGB", (5, 3), color).save(folder / name)
     return folder
 
 
@@ -421,7 +421,7 @@ def test_compat_gets_prompt_tiles_and_both_global_generators_seeded(
         ("linears=int4", "linears must be one of none, int8, fp8, got linears=int4"),
         ("linears=int8 steps=2", "linears=int8 is for one step, got steps=2"),
         ("compat=official precision=bf16", "leave out precision=bf16"),
-        ("colour=red", "colour"),
+        ("colur=red", "colur"),
     ],
 )
 def test_wrong_commands_end_with_two_and_load_nothing(

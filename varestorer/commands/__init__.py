@@ -14,24 +14,18 @@ from pathlib import Path
 from varestorer import __version__
 
 COMMANDS = {
-    "train": ("varestorer.commands.train", "train a network, such as the one-step student of the paper"),
-    "eval": ("varestorer.commands.eval", "score a network, or anybody's pictures, on a dataset"),
-    "restore": ("varestorer.commands.restore", "restore one picture or a folder of them"),
-    "demo": ("varestorer.commands.demo", "a page in the browser to drop photographs into"),
-    "convert": ("varestorer.commands.convert", "convert, merge, check and share weights"),
-    "prepare_data": ("varestorer.commands.prepare_data", "explain, check and make test sets; pack photographs"),
-    "precompute_text": (
-        "varestorer.commands.precompute_text",
-        "make captions and text features of training photographs, once",
-    ),
-    "benchmark": (
-        "varestorer.commands.benchmark",
-        "how fast every stage is, and what it needs of memory",
-    ),
-    "tables": ("varestorer.commands.tables", "assemble a table of the paper, with our rows beside the published"),
-    "parity": ("varestorer.commands.parity", "compare the networks with recorded tensors"),
-    "doctor": ("varestorer.commands.doctor", "check an installation, and say what it lacks"),
-    "models": ("varestorer.commands.models", "list, fetch and share models and published weights"),
+    "train": "train a network, such as the one-step student of the paper",
+    "eval": "score a network, or anybody's pictures, on a dataset",
+    "restore": "restore one picture or a folder of them",
+    "demo": "a page in the browser to drop photographs into",
+    "convert": "convert, merge, check and share weights",
+    "prepare_data": "explain, check and make test sets; pack photographs",
+    "precompute_text": "make captions and text features of training photographs, once",
+    "benchmark": "how fast every stage is, and what it needs of memory",
+    "tables": "assemble a table of the paper, with our rows beside the published",
+    "parity": "compare the networks with recorded tensors",
+    "doctor": "check an installation, and say what it lacks",
+    "models": "list, fetch and share models and published weights",
 }
 USAGE_ERROR = 2
 
@@ -76,14 +70,14 @@ def run(name: str, words: Sequence[str], configs: Path | None = None) -> int:
         entry = import_module("varestorer.commands.entry")
         entry.say(entry.explain(name, configs or entry.config_dir()))
         return 0
-    module = import_module(COMMANDS[name][0])
+    module = import_module(f"varestorer.commands.{name}")
     return int(module.COMMAND.main(words, configs))
 
 
 def overview() -> str:
     """The text of `varestorer --help`."""
     width = max(map(len, COMMANDS))
-    lines = [f"  {name:{width}}  {summary}" for name, (_, summary) in COMMANDS.items()]
+    lines = [f"  {name:{width}}  {summary}" for name, summary in COMMANDS.items()]
     return "\n".join(
         [
             "varestorer: image super-resolution in one step with a visual autoregressive model",

@@ -80,7 +80,7 @@ def _tables(options: TablesOptions, number: str) -> list[Table]:
         raise UsageError(f"models= and licenses= are for table=small; table={number} takes runs=")
     records = read_records(_listed(options.runs))
     if number == "small":
-        models = open_models(_labelled("models", options.models), _labelled("licenses", options.licenses))
+        models = open_models(_labeled("models", options.models), _labeled("licenses", options.licenses))
         return table_small(records, models, seconds_in_turns(models, options.repeats))
     if number == "1":
         return table_1(records)
@@ -89,7 +89,7 @@ def _tables(options: TablesOptions, number: str) -> list[Table]:
     return table_3(records) if number == "3" else table_2(system_records(options), records)
 
 
-def _labelled(key: str, given: list[str] | None) -> dict[str, str]:
+def _labeled(key: str, given: list[str] | None) -> dict[str, str]:
     """`label=value` of each entry.
 
     Raises:

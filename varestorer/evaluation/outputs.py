@@ -32,6 +32,7 @@ from varestorer.evaluation.results import Evaluation, Row
 from varestorer.evaluation.tables import LEGEND, Column, Table, TableRow, figure, write_tables
 from varestorer.utils.files import atomic_write, fitting_name, name_bytes, write_text
 from varestorer.utils.images import load_image, save_image
+from varestorer.utils.loggers import Logger
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -245,7 +246,7 @@ def write_scatter(
     points = [(_scores(row)[names[0]], _scores(row)[names[1]]) for row in drawn]
     for row, (x, y) in zip(drawn, points, strict=True):
         marker, size = ("*", 160) if row.is_ours else ("o", 36)
-        axes.scatter([x], [y], color=_colour(row), s=size, marker=marker, zorder=4 if row.is_ours else 3)
+        axes.scatter([x], [y], color=_color(row), s=size, marker=marker, zorder=4 if row.is_ours else 3)
     for name, side, invert in zip(names, "xy", (axes.invert_xaxis, axes.invert_yaxis), strict=True):
         axes.set(**{f"{side}label": f"{name} (better {'→' if side == 'x' else '↑'})"})
         if lower_is_better[name]:
@@ -265,7 +266,7 @@ def _label(axes: Any, rows: Sequence[TableRow], points: Sequence[tuple[float, fl
     pixels = axes.transData.transform(points)
     placed: list[Any] = []
     for row, point in zip(rows, points, strict=True):
-        style = {"color": _colour(row), "weight": "bold" if row.is_ours else "normal"}
+        style = {"color": _color(row), "weight": "bold" if row.is_ours else "normal"}
         label = axes.annotate(
             str(row.cells["method"]),
             point,
@@ -284,11 +285,11 @@ def _label(axes: Any, rows: Sequence[TableRow], points: Sequence[tuple[float, fl
             if inside and not box.count_overlaps(placed) and not box.count_contains(pixels):
                 break
         placed.append(box)
-        line = {"arrowstyle": "-", "color": _colour(row), "linewidth": 0.5, "alpha": 0.6}
+        line = {"arrowstyle": "-", "color": _color(row), "linewidth": 0.5, "alpha": 0.6}
         axes.annotate("", point, xytext=offset, textcoords="offset points", arrowprops=line, in_layout=False)
 
 
-def _colour(row: TableRow) -> str:
+def _color(row: TableRow) -> str:
     return OURS if row.is_ours else OTHERS
 
 
@@ -296,3 +297,22 @@ def _scores(row: TableRow) -> dict[str, float]:
     """The figures of a row that the planes are made of."""
     found = {name: row.cells.get(name) for name in (*DISTORTION, *PERCEPTION)}
     return {name: float(value) for name, value in found.items() if value is not None}
+
+
+def log_evaluation(evaluation: Evaluation, method: str, logger: Logger) -> None:
+    """Log the means as `eval/<dataset>/<metric>`, and the images of the picture page as `eval/<dataset>/images`.
+
+    Args:
+        evaluation: what was scored.
+        method: heading of the column of restored images.
+        logger: is finished with it.
+    """
+    group = f"eval/{evaluation.dataset}"
+    metrics = evaluation.summary()["metrics"]
+    logger.log_metrics(group, None, {name: entry["mean"] for name, entry in metrics.items()})
+    rows = spread([row for row in evaluation.rows if row.image is not None])
+    if rows:
+        names = [name for name in evaluation.metrics if any(name in row.scores for row in rows)]
+        cells = [[row.name, row.lq, row.image, row.reference, *(row.scores.get(n) for n in names)] for row in rows]
+        logger.log_table(group, ["image", "LQ", method, "HQ", *names], cells)
+    logger.finish()

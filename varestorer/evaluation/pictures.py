@@ -89,11 +89,11 @@ def _magnify(detail_3hw: Tensor) -> Tensor:
 
 
 def detailed_crops(image_3HW: Tensor, count: int = 1, multiple: int = 1) -> list[Crop]:
-    """The squares with the most detail (energy of the differences between neighbours), see `best_crops`."""
-    grey = image_3HW.float().mean(dim=0)
-    energy = torch.zeros_like(grey)
-    energy[:-1] += (grey[1:] - grey[:-1]).abs()
-    energy[:, :-1] += (grey[:, 1:] - grey[:, :-1]).abs()
+    """The squares with the most detail (energy of the differences between neighbors), see `best_crops`."""
+    gray = image_3HW.float().mean(dim=0)
+    energy = torch.zeros_like(gray)
+    energy[:-1] += (gray[1:] - gray[:-1]).abs()
+    energy[:, :-1] += (gray[:, 1:] - gray[:, :-1]).abs()
     return best_crops(energy, count, multiple)
 
 

@@ -316,7 +316,7 @@ def weights_digest(module: nn.Module) -> str:
 
 
 TILE, OVERLAP = 256, 32
-"""Side of the squares that larger images are cut into, and what neighbours share; pixels of the LQ image."""
+"""Side of the squares that larger images are cut into, and what neighbors share; pixels of the LQ image."""
 
 
 class SpandrelSource:

@@ -14,7 +14,7 @@ from varestorer.parity.golden import Check, Group, image
 from varestorer.training.config import TrainerConfig
 from varestorer.training.optim import build_optimizer, clip_gradients, gradient_norm, set_learning_rate
 from varestorer.training.tasks.varsr import VARSRTask
-from varestorer.transformer.drop_path import branch_factors, dropped_paths
+from varestorer.transformer.model import branch_factors, dropped_paths
 from varestorer.transformer.refiner import TrainingDraws
 from varestorer.utils.images import from_network
 from varestorer.weights.published.varsr import published_varsr_name

@@ -41,7 +41,7 @@ from varestorer.utils.color import match_color
 from varestorer.utils.device import to_device
 from varestorer.utils.errors import UsageError, UserError
 from varestorer.utils.finite import check_finite
-from varestorer.utils.images import as_picture, from_anything, from_network, is_grey, resize, to_network
+from varestorer.utils.images import as_picture, from_anything, from_network, is_gray, resize, to_network
 from varestorer.utils.tiling import num_tiles, restore_tiled, restore_to_sizes, scaled_size
 from varestorer.weights.bundle import ADAPTERS, CONFIG, is_bundle, read_config, save_bundle
 from varestorer.weights.load import load_into
@@ -424,7 +424,7 @@ class System(
         tiled[-1] = give_up(tiled[-1], fidelity)
         for whole in tiled:
             check_finite(whole, "the result")
-            if is_grey(image):
+            if is_gray(image):
                 whole[:3] = whole[:3].mean(dim=0)
         *smaller, channels = (to_device(whole.clamp_(0, 1), image.device) for whole in tiled)
         if wanted != size:

@@ -27,7 +27,7 @@ from varestorer.utils.images import (
     Writing,
     heat_map,
     holds_alpha,
-    is_grey,
+    is_gray,
     load_picture,
     made_from,
     natural_key,
@@ -278,7 +278,7 @@ class _Runner:
             for target, image in [*images, (job.target, restored.image)]:
                 alpha = picture.alpha if holds_alpha(target) else None
                 alpha = None if alpha is None else resize(alpha, (image.shape[1], image.shape[2]))
-                kept = image[:1] if picture.is_grey and is_grey(image) else image
+                kept = image[:1] if picture.is_gray and is_gray(image) else image
                 written.append(self.output / target)
                 save_image(written[-1], kept, alpha, picture.icc_profile, source, writing)
         except BaseException:

@@ -21,7 +21,7 @@ from varestorer.utils.device import has_amx, has_bf16_products
 
 MAX_LOG_SCALE = math.log(100.0)
 SHORTEST = 1e-12
-"""Queries and keys shorter than this are not made longer (normalisation)."""
+"""Queries and keys shorter than this are not made longer (normalization)."""
 MOST_PRODUCTS = 2**20
 """Scores of one head, L x L_keys, up to which plain products may train: the backward pass keeps them all."""
 QUERIES_AT_ONCE = 256
@@ -109,7 +109,7 @@ class LayerCache:
         self.values: Tensor | None = None
 
     def append(self, k_BNLD: Tensor, v_BNLD: Tensor) -> tuple[Tensor, Tensor]:
-        """Store keys (normalised and rotated) and values; return those of all tokens so far."""
+        """Store keys (normalized and rotated) and values; return those of all tokens so far."""
         if self.keys is None or self.values is None:
             shape = (*k_BNLD.shape[:2], self.num_tokens, k_BNLD.shape[3])
             self.keys, self.values = k_BNLD.new_empty(shape), v_BNLD.new_empty(shape)
@@ -126,7 +126,7 @@ class SelfConstants:
 
     Attributes:
         bias_3C: of queries, keys (zero) and values.
-        scales_N1: factors of the normalised queries (the learned one of each head), then of the keys (1): 2 N rows,
+        scales_N1: factors of the normalized queries (the learned one of each head), then of the keys (1): 2 N rows,
             float32.
     """
 
@@ -150,7 +150,7 @@ class CrossMemory:
 
 
 class SelfAttention(nn.Module):
-    """Attention on L2-normalised queries and keys with a learned scale per head, rotary positions after it."""
+    """Attention on L2-normalized queries and keys with a learned scale per head, rotary positions after it."""
 
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
@@ -197,7 +197,7 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Image tokens look at the text; no normalisation, no positions.
+    """Image tokens look at the text; no normalization, no positions.
 
     Attributes:
         use_v_bias: whether the value bias is added now; switched by `adapters.use_adapters`.

@@ -1,4 +1,4 @@
-"""From what Pillow decodes to float RGB and alpha: any mode, depth, orientation and colour profile."""
+"""From what Pillow decodes to float RGB and alpha: any mode, depth, orientation and color profile."""
 
 from dataclasses import dataclass
 from io import BytesIO
@@ -26,9 +26,9 @@ class Decoded:
     Attributes:
         rgb_CHW: (3, H, W) float32 in [0, 1], encoded as `icc_profile` says, else as sRGB.
         alpha_HW: float32 in [0, 1]; None for a file without transparency.
-        icc_profile: an RGB profile that belongs to these colours.
+        icc_profile: an RGB profile that belongs to these colors.
         notes: what was left out or changed, for the user to know.
-        is_grey: the file holds one channel of grey, or a palette of greys.
+        is_gray: the file holds one channel of gray, or a palette of grays.
         bits: of a sample in the file: 8, or 16 for more than 8.
     """
 
@@ -36,15 +36,15 @@ class Decoded:
     alpha_HW: np.ndarray | None
     icc_profile: bytes | None
     notes: list[str]
-    is_grey: bool
+    is_gray: bool
     bits: int = 8
 
 
 def decode(file: ImageFile.ImageFile) -> Decoded:
     """Decode the first frame of a file that `open_image` gave.
 
-    Premultiplied colours are divided by their alpha. What is wholly transparent has no colour that anybody chose to
-    show: there the visible colours go on, see `_cover_hidden`.
+    Premultiplied colors are divided by their alpha. What is wholly transparent has no color that anybody chose to
+    show: there the visible colors go on, see `_cover_hidden`.
 
     Raises:
         what Pillow raises for a damaged file (`open_image` turns it into one line).
@@ -53,7 +53,7 @@ def decode(file: ImageFile.ImageFile) -> Decoded:
     if file.format == "TIFF":
         check_tiff(file)
     _scale_key(file)
-    is_stored_grey, bits = _is_stored_grey(file), _bits(file)
+    is_stored_gray, bits = _is_stored_gray(file), _bits(file)
     file.load()
     orientation, turn_notes = _turn_upright(file)
     notes += turn_notes
@@ -66,12 +66,12 @@ def decode(file: ImageFile.ImageFile) -> Decoded:
     # Pillow itself converts LAB to sRGB
     profile = None if file.mode == "LAB" else file.info.get("icc_profile")
     alpha = _alpha(image.mode, bands, file.info.get("transparency"))
-    rgb, kept_profile, profile_notes = _colours(file, image, bands, profile)
-    is_grey = kept_profile is None and (is_stored_grey or _is_palette_of_greys(file, rgb))
+    rgb, kept_profile, profile_notes = _colors(file, image, bands, profile)
+    is_gray = kept_profile is None and (is_stored_gray or _is_palette_of_grays(file, rgb))
     if _is_numeric(image.mode) and rgb.max() < 1 / 16:
         notes.append("very dark: if its samples use fewer bits than they have, its MaxSampleValue must say so")
     rgb = rgb if alpha is None else _cover_hidden(rgb, alpha)
-    return Decoded(rgb, alpha, kept_profile, notes + profile_notes, is_grey, bits)
+    return Decoded(rgb, alpha, kept_profile, notes + profile_notes, is_gray, bits)
 
 
 def decode_visible(file: ImageFile.ImageFile) -> np.ndarray:
@@ -146,8 +146,8 @@ def _simplify(image: Image.Image) -> Image.Image:
     """Convert to one of the modes L, LA, RGB, RGBA and CMYK; numbers (I, I;16 of any byte order, F) stay."""
     if _is_numeric(image.mode) or image.mode == "CMYK":
         return image
-    grey = image.mode in ("1", "L", "LA", "La")
-    mode = ("LA" if grey else "RGBA") if image.has_transparency_data else ("L" if grey else "RGB")
+    gray = image.mode in ("1", "L", "LA", "La")
+    mode = ("LA" if gray else "RGBA") if image.has_transparency_data else ("L" if gray else "RGB")
     return image.convert(mode)
 
 
@@ -161,32 +161,32 @@ def _shares(values: np.ndarray) -> np.ndarray:
 
 
 def _alpha(mode: str, bands: np.ndarray, key: object) -> np.ndarray | None:
-    """(H, W) float32 in [0, 1], None without transparency; a key is the one transparent value of 16-bit grey."""
+    """(H, W) float32 in [0, 1], None without transparency; a key is the one transparent value of 16-bit gray."""
     if mode in ("LA", "RGBA"):
         return _shares(bands[..., -1])
     return (bands != key).astype(np.float32) if _is_numeric(mode) and isinstance(key, int) else None
 
 
-def _is_stored_grey(file: ImageFile.ImageFile) -> bool:
-    """Whether it holds one channel of grey; call before it is decoded. Pillow turns grey PNGs of 16 bits into RGBA."""
+def _is_stored_gray(file: ImageFile.ImageFile) -> bool:
+    """Whether it holds one channel of gray; call before it is decoded. Pillow turns gray PNGs of 16 bits into RGBA."""
     is_wide = file.format == "PNG" and bool(file.tile) and str(file.tile[0][3]).startswith("LA")
     return is_wide or file.mode in ("1", "L", "LA", "La") or _is_numeric(file.mode)
 
 
 def _bits(file: ImageFile.ImageFile) -> int:
-    """8, or 16 where its samples have more; call before it is decoded, as Pillow keeps 8 of the 16 bits of colours."""
+    """8, or 16 where its samples have more; call before it is decoded, as Pillow keeps 8 of the 16 bits of colors."""
     if _is_numeric(file.mode):
         return 16
     is_deep = file.format in ("PNG", "TIFF") and bool(file.tile) and ";16" in str(file.tile[0][3])
     return 16 if is_deep else 8
 
 
-def _is_palette_of_greys(file: ImageFile.ImageFile, rgb_CHW: np.ndarray) -> bool:
+def _is_palette_of_grays(file: ImageFile.ImageFile, rgb_CHW: np.ndarray) -> bool:
     return file.mode in ("P", "PA") and bool((rgb_CHW == rgb_CHW[:1]).all())
 
 
 def _cover_hidden(rgb_CHW: np.ndarray, alpha_HW: np.ndarray) -> np.ndarray:
-    """Colours, where nothing is visible those around it, smoothly; black if nothing is visible anywhere.
+    """Colors, where nothing is visible those around it, smoothly; black if nothing is visible anywhere.
 
     Whatever is stored there (often black) would else run into the edges when the picture is enlarged.
     """
@@ -197,7 +197,7 @@ def _cover_hidden(rgb_CHW: np.ndarray, alpha_HW: np.ndarray) -> np.ndarray:
 
 
 def _covered(rgb_3HW: Tensor, seen_1HW: Tensor) -> Tensor:
-    """Colours that are not seen, which must be 0, from a picture of half the size, and so on down."""
+    """Colors that are not seen, which must be 0, from a picture of half the size, and so on down."""
     height, width = rgb_3HW.shape[-2:]
     if seen_1HW.all() or max(height, width) == 1:
         return rgb_3HW
@@ -209,13 +209,13 @@ def _covered(rgb_3HW: Tensor, seen_1HW: Tensor) -> Tensor:
     return torch.where(seen_1HW, rgb_3HW, large_3HW)
 
 
-def _colours(
+def _colors(
     file: ImageFile.ImageFile, image: Image.Image, bands: np.ndarray, profile: bytes | None
 ) -> tuple[np.ndarray, bytes | None, list[str]]:
     """(3, H, W) float32 in [0, 1], the profile that belongs to them, and notes.
 
-    An RGB profile is kept with its colours. Those of CMYK, and any of grey, are applied, which gives sRGB: what is
-    written as grey cannot have an RGB profile. A profile that fits neither way is left out.
+    An RGB profile is kept with its colors. Those of CMYK, and any of gray, are applied, which gives sRGB: what is
+    written as gray cannot have an RGB profile. A profile that fits neither way is left out.
 
     Args:
         file: for its tags.
@@ -231,12 +231,12 @@ def _colours(
         _of_white(file, _shares(bands))
         rgb, is_applied = _from_cmyk(image, profile if space == "CMYK" else None)
     else:
-        rgb, is_applied = _from_grey(_grey(file, mode, bands), profile if space in ("GRAY", "RGB") else None)
+        rgb, is_applied = _from_gray(_gray(file, mode, bands), profile if space in ("GRAY", "RGB") else None)
     if is_applied:
-        return rgb, None, [f"colours converted from its {space} profile to sRGB"]
+        return rgb, None, [f"colors converted from its {space} profile to sRGB"]
     if space == "RGB" and mode in ("RGB", "RGBA"):
         return rgb, profile, []
-    return rgb, None, [f"its colour profile ({space or 'damaged'}) does not fit and is left out"] if profile else []
+    return rgb, None, [f"its color profile ({space or 'damaged'}) does not fit and is left out"] if profile else []
 
 
 def _from_cmyk(image: Image.Image, profile: bytes | None) -> tuple[np.ndarray, bool]:
@@ -246,18 +246,18 @@ def _from_cmyk(image: Image.Image, profile: bytes | None) -> tuple[np.ndarray, b
     return _shares(rearrange(bands, "h w c -> c h w")), converted is not None
 
 
-def _from_grey(grey_HW: np.ndarray, profile: bytes | None) -> tuple[np.ndarray, bool]:
+def _from_gray(gray_HW: np.ndarray, profile: bytes | None) -> tuple[np.ndarray, bool]:
     """RGB (3, H, W), and whether the profile could be applied: to 256 levels, and between them linearly."""
     ramp = Image.fromarray(np.arange(256, dtype=np.uint8)[None])
     converted = _to_srgb(ramp.convert("RGB") if _space_of(profile) == "RGB" else ramp, profile)
     if converted is not None:
         levels = np.asarray(converted)[0].mean(axis=1) / 255
-        grey_HW = np.interp(grey_HW, np.linspace(0, 1, 256), levels).astype(np.float32)
-    return np.repeat(grey_HW[None], 3, axis=0), converted is not None
+        gray_HW = np.interp(gray_HW, np.linspace(0, 1, 256), levels).astype(np.float32)
+    return np.repeat(gray_HW[None], 3, axis=0), converted is not None
 
 
-def _grey(file: ImageFile.ImageFile, mode: str, bands: np.ndarray) -> np.ndarray:
-    """(H, W) float32 in [0, 1] of a grey or numeric mode."""
+def _gray(file: ImageFile.ImageFile, mode: str, bands: np.ndarray) -> np.ndarray:
+    """(H, W) float32 in [0, 1] of a gray or numeric mode."""
     shares = _numbers(file, mode, bands) if _is_numeric(mode) else _shares(bands if mode == "L" else bands[..., 0])
     if file.format != "TIFF" or not is_negative(file):
         return _of_white(file, shares)
@@ -298,7 +298,7 @@ def _of_white(file: ImageFile.ImageFile, shares: np.ndarray, is_deep: bool = Fal
 
 
 def _space_of(profile: bytes | None) -> str | None:
-    """Colour space of an ICC profile (RGB, GRAY, CMYK, Lab, ...), None if it is damaged."""
+    """Color space of an ICC profile (RGB, GRAY, CMYK, Lab, ...), None if it is damaged."""
     try:
         space = ImageCms.ImageCmsProfile(BytesIO(profile)).profile.xcolor_space.strip() if profile else ""
     except (OSError, ImportError):

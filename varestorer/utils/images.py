@@ -56,9 +56,9 @@ class Picture:
     Attributes:
         image: (3, H, W) RGB float32 in [0, 1].
         alpha: (1, H, W) float32 in [0, 1]; None for a file without transparency.
-        icc_profile: an RGB profile that says what the colours mean; None: sRGB.
-        note: what was left out or changed (other frames, a colour profile); None if nothing was.
-        is_grey: the file holds grey alone, so its three channels are equal.
+        icc_profile: an RGB profile that says what the colors mean; None: sRGB.
+        note: what was left out or changed (other frames, a color profile); None if nothing was.
+        is_gray: the file holds gray alone, so its three channels are equal.
         bits: of a sample in the file: 8, or 16 for more than 8.
         exif: when and by which camera it was taken, and where; without orientation, which is applied.
         dpi: pixels per inch, across and down.
@@ -68,7 +68,7 @@ class Picture:
     alpha: Tensor | None
     icc_profile: bytes | None
     note: str | None
-    is_grey: bool = False
+    is_gray: bool = False
     bits: int = 8
     exif: Image.Exif | None = None
     dpi: tuple[float, float] | None = None
@@ -110,11 +110,11 @@ def report_no_images(root: Path, names: list[str]) -> None:
 
 
 def load_picture(path: str | os.PathLike, max_pixels: int | None = None) -> Picture:
-    """Read a picture with its transparency and colour profile.
+    """Read a picture with its transparency and color profile.
 
     Any mode that Pillow reads is taken, and any depth whose white the file tells; EXIF orientation is applied; of
-    several frames the first is read; grey and CMYK colours with a profile are converted to sRGB. What is wholly
-    transparent has the colours around it, whatever the file holds there.
+    several frames the first is read; gray and CMYK colors with a profile are converted to sRGB. What is wholly
+    transparent has the colors around it, whatever the file holds there.
 
     Args:
         path: the file.
@@ -128,12 +128,12 @@ def load_picture(path: str | os.PathLike, max_pixels: int | None = None) -> Pict
     alpha = None if decoded.alpha_HW is None else torch.from_numpy(decoded.alpha_HW)[None]
     note = "; ".join(decoded.notes) or None
     image = torch.from_numpy(decoded.rgb_CHW)
-    return Picture(image, alpha, decoded.icc_profile, note, decoded.is_grey, decoded.bits, exif, dpi)
+    return Picture(image, alpha, decoded.icc_profile, note, decoded.is_gray, decoded.bits, exif, dpi)
 
 
 @watch("read picture")
 def load_image(path: str | os.PathLike) -> Tensor:
-    """(3, H, W) float32 in [0, 1]: the colours of `load_picture`; also refuses what is wholly transparent."""
+    """(3, H, W) float32 in [0, 1]: the colors of `load_picture`; also refuses what is wholly transparent."""
     with open_image(path) as file:
         return torch.from_numpy(decode_visible(file))
 
@@ -252,9 +252,9 @@ def save_image(
 
     Args:
         path: the file; its extension says the format: PNG, TIFF, WebP, AVIF, BMP or JPEG.
-        img_CHW: RGB, or one channel of grey; as `as_picture` takes it.
+        img_CHW: RGB, or one channel of gray; as `as_picture` takes it.
         alpha_1HW: transparency of the same size.
-        icc_profile: what the colours mean; None: sRGB.
+        icc_profile: what the colors mean; None: sRGB.
         source: `file_sha256` of what it was made from, for `made_from`.
         writing: what else.
     Raises:
@@ -266,7 +266,7 @@ def save_image(
         raise ValueError(f"cannot write {path}: wanted a name ending in {', '.join(_WRITTEN)}")
     if not isinstance(img_CHW, Tensor) or img_CHW.ndim != 3 or img_CHW.shape[0] not in (1, 3):
         got = f"shape {tuple(img_CHW.shape)}" if isinstance(img_CHW, Tensor) else type(img_CHW).__name__
-        raise ValueError(f"wanted a tensor, one RGB picture (3, H, W) or a grey one (1, H, W), got {got}")
+        raise ValueError(f"wanted a tensor, one RGB picture (3, H, W) or a gray one (1, H, W), got {got}")
     if alpha_1HW is not None and alpha_1HW.shape != (1, *img_CHW.shape[1:]):
         raise ValueError(f"wanted alpha (1, H, W) of {tuple(img_CHW.shape[1:])}, got shape {tuple(alpha_1HW.shape)}")
     for holds, given, what in (
@@ -361,7 +361,7 @@ def from_anything(image: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
 def _to_pillow(decoded: Decoded, image_3HW: Tensor) -> Image.Image:
     """A result with the transparency and the profile of its input."""
     size = (image_3HW.shape[1], image_3HW.shape[2])
-    bands = image_3HW[:1] if decoded.is_grey and is_grey(image_3HW) else image_3HW
+    bands = image_3HW[:1] if decoded.is_gray and is_gray(image_3HW) else image_3HW
     if decoded.alpha_HW is not None:
         bands = torch.cat([bands, resize(torch.from_numpy(decoded.alpha_HW)[None], size).to(bands)])
     levels = to_levels(bands)
@@ -378,7 +378,7 @@ def _shape_hint(image: Tensor) -> str:
     if image.ndim == 4:
         return "give the pictures of a batch one by one"
     if image.ndim == 2 or (image.ndim == 3 and image.shape[0] == 1):
-        return "use x.expand(3, -1, -1) for grey"
+        return "use x.expand(3, -1, -1) for gray"
     if image.ndim == 3 and image.shape[0] == 4:
         return "take x[:3], and save the transparency x[3:] with the result"
     if image.ndim == 3 and image.shape[-1] in (1, 3, 4):
@@ -403,13 +403,13 @@ def _check_values(image: Tensor, what: str) -> None:
         raise ValueError(f"{what}; got values from {low:.4g} to {high:.4g}: use {hint}")
 
 
-def is_grey(image_3HW: Tensor) -> bool:
+def is_gray(image_3HW: Tensor) -> bool:
     """Whether the three channels are equal everywhere."""
     return torch.equal(image_3HW[0], image_3HW[1]) and torch.equal(image_3HW[1], image_3HW[2])
 
 
 def heat_map(values_HW: Tensor) -> Tensor:
-    """Colours of values in [0, 1]: 0 is black, 1 pale yellow, the same in every picture.
+    """Colors of values in [0, 1]: 0 is black, 1 pale yellow, the same in every picture.
 
     Returns:
         (3, H, W) float32 in [0, 1].
@@ -419,8 +419,8 @@ def heat_map(values_HW: Tensor) -> Tensor:
     from matplotlib import colormaps
 
     check_finite(values_HW, "the uncertainty")
-    colours = torch.from_numpy(colormaps["inferno"](np.arange(256))[:, :3]).float()
-    return rearrange(colours[to_uint8(values_HW.detach()).cpu().int()], "h w c -> c h w")
+    colors = torch.from_numpy(colormaps["inferno"](np.arange(256))[:, :3]).float()
+    return rearrange(colors[to_uint8(values_HW.detach()).cpu().int()], "h w c -> c h w")
 
 
 def to_uint8(img: Tensor) -> Tensor:

@@ -69,7 +69,7 @@ def tile_positions(length: int, tile: int, overlap: int, step: int = 1) -> list[
     Args:
         length: pixels to cover, at least 1.
         tile: side of a tile, pixels.
-        overlap: pixels that neighbours share at least, 0 <= overlap < tile.
+        overlap: pixels that neighbors share at least, 0 <= overlap < tile.
         step: positions are multiples of it, a divisor of the tile's side; the last tile may then reach beyond the end,
             and an overlap that leaves less than a step between tiles is lowered.
     Returns:
@@ -246,9 +246,9 @@ def _weights(
     """See `bicubic`; `kernel` of the distance is 0 from `reach` on."""
     step = length / target
     width = max(step, 1.0)
-    centre = (torch.arange(start, stop, dtype=torch.float64) + 0.5) * step
-    source = slice(max(floor(centre[0] - reach * width), 0), min(ceil(centre[-1] + reach * width), length))
-    weights = kernel(((torch.arange(source.start, source.stop) + 0.5 - centre[:, None]) / width).abs())
+    center = (torch.arange(start, stop, dtype=torch.float64) + 0.5) * step
+    source = slice(max(floor(center[0] - reach * width), 0), min(ceil(center[-1] + reach * width), length))
+    weights = kernel(((torch.arange(source.start, source.stop) + 0.5 - center[:, None]) / width).abs())
     return source, (weights / weights.sum(dim=1, keepdim=True)).float().to(device)
 
 
@@ -272,7 +272,7 @@ def restore_tiled(
         image_3HW: float image in [0, 1], any size from 1x1.
         size: (height, width) of the result.
         tile: side of the squares `run` takes and returns (pixels).
-        overlap: pixels shared by neighbouring tiles, 0 <= overlap < tile.
+        overlap: pixels shared by neighboring tiles, 0 <= overlap < tile.
         batch: most tiles in one call.
         run: restores (B, 3, t, t) tiles to (B, C, t, t), given their row-major numbers, which key their noise.
         window: profile of the blending weights.

@@ -309,14 +309,14 @@ def test_metric_of_the_whole_set_sees_just_the_scored_images(pairs: list[Pair], 
 
 def test_metric_of_the_whole_set_sees_the_pixels_that_the_others_see(tmp_path: Path) -> None:
     """Turned by EXIF, 16 bit, floating, palette with a key, a format that pyiqa does not list."""
-    colours = torch.rand(3, 24, 32, generator=torch.Generator().manual_seed(0))
-    image = Image.fromarray(to_uint8(colours).permute(1, 2, 0).numpy())
-    grey = np.asarray(image.convert("L"))
+    colors = torch.rand(3, 24, 32, generator=torch.Generator().manual_seed(0))
+    image = Image.fromarray(to_uint8(colors).permute(1, 2, 0).numpy())
+    gray = np.asarray(image.convert("L"))
     exif = Image.Exif()
     exif[0x112] = 6
     image.save(tmp_path / "turned.jpg", exif=exif)
-    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "deep.png")
-    Image.fromarray((grey / 255).astype(np.float32)).save(tmp_path / "float.tif")
+    Image.fromarray(gray.astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    Image.fromarray((gray / 255).astype(np.float32)).save(tmp_path / "float.tif")
     image.quantize(16).save(tmp_path / "palette.gif")
     image.save(tmp_path / "plain.png")
     files = [tmp_path / name for name in ("turned.jpg", "deep.png", "float.tif", "palette.gif", "plain.png")]

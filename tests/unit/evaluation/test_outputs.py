@@ -12,10 +12,10 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from varestorer.evaluation.logged import log_evaluation
 from varestorer.evaluation.outputs import (
     MAX_PICTURES,
     comparison_table,
+    log_evaluation,
     plane,
     record_of,
     spread,

@@ -25,7 +25,7 @@ from varestorer.utils.images import load_image, resize, save_image
 
 
 def evaluation(folder: Path, names: str, level: float) -> Evaluation:
-    """Grey images of a level, of noise in LQ."""
+    """Gray images of a level, of noise in LQ."""
     rows = []
     for name in names:
         save_image(folder / f"{name}.png", torch.full((3, 64, 48), level))

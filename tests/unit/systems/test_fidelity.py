@@ -7,7 +7,7 @@ from torch import Tensor
 from varestorer.systems.fidelity import MOST_SORTED, blend, ranks
 from varestorer.systems.varestorer import VARestorer
 from varestorer.utils.errors import UserError
-from varestorer.utils.images import is_grey, resize
+from varestorer.utils.images import is_gray, resize
 from varestorer.utils.seeds import torch_generator
 
 
@@ -48,7 +48,7 @@ def test_what_falls_back_is_the_restorers(tiny_system: VARestorer) -> None:
     tiny_system.restorer = lambda image: image * half  # type: ignore[assignment]
     lq = picture(8, 8)
     assert torch.allclose(tiny_system.restore(lq, 4, fidelity=1).image, resize(lq, (32, 32)) * half, atol=2e-3)
-    assert is_grey(tiny_system.restore(lq[:1].expand(3, -1, -1), 4, fidelity=0.6).image)
+    assert is_gray(tiny_system.restore(lq[:1].expand(3, -1, -1), 4, fidelity=0.6).image)
 
 
 def test_fidelity_that_cannot_be_is_refused(tiny_system: VARestorer) -> None:

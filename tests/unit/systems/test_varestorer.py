@@ -24,7 +24,7 @@ from varestorer.training.tasks.tokenizer import TokenizerTask
 from varestorer.transformer.heads import gumbel, keyed_noise
 from varestorer.transformer.layout import long_layout
 from varestorer.utils.errors import UserError
-from varestorer.utils.images import is_grey, resize, to_levels, to_uint8
+from varestorer.utils.images import is_gray, resize, to_levels, to_uint8
 from varestorer.utils.seeds import torch_generator
 from varestorer.weights.bundle import adapter_tensors, put_adapters, save_adapters, student_of
 from varestorer.weights.storage import atomic_folder, write_json, write_tensors
@@ -104,12 +104,12 @@ def test_uncertainty_is_one_where_the_head_says_nothing_and_zero_where_it_is_sur
 
 
 @pytest.mark.parametrize("options", [{}, {"color": "adain"}, {"select": "sample"}, {"steps": 2}, {"tile": 16}])
-def test_grey_stays_grey_and_colour_does_not(tiny_system: VARestorer, options: dict) -> None:
-    grey = image(20, 13)[:1].expand(3, -1, -1)
-    restored = tiny_system.restore(grey, 2, uncertainty=True, **options)
-    assert is_grey(restored.image) and restored.image.std() > 0
+def test_gray_stays_gray_and_color_does_not(tiny_system: VARestorer, options: dict) -> None:
+    gray = image(20, 13)[:1].expand(3, -1, -1)
+    restored = tiny_system.restore(gray, 2, uncertainty=True, **options)
+    assert is_gray(restored.image) and restored.image.std() > 0
     assert restored.uncertainty_KHW is not None and restored.uncertainty_KHW.std() > 0
-    assert not is_grey(tiny_system.restore(image(20, 13), 2, **options).image)
+    assert not is_gray(tiny_system.restore(image(20, 13), 2, **options).image)
 
 
 @pytest.mark.parametrize("scale", [0.5, 1, 1.5, 3])
@@ -135,7 +135,7 @@ def test_each_kind_of_picture_comes_back_as_it_came(tiny_system: VARestorer, tmp
         tiny_system.restore(levels.astype(np.float32))
 
 
-def test_a_pil_image_keeps_transparency_and_grey_and_is_turned_once(tiny_system: VARestorer) -> None:
+def test_a_pil_image_keeps_transparency_and_gray_and_is_turned_once(tiny_system: VARestorer) -> None:
     clear = tiny_system.restore(Image.new("RGBA", (4, 3), (10, 20, 30, 77))).image
     assert clear.mode == "RGBA" and clear.size == (16, 12) and clear.getpixel((5, 5))[3] == 77
     turned = Image.new("L", (4, 3), 90)
@@ -151,10 +151,10 @@ def test_progress_counts_squares(tiny_system: VARestorer) -> None:
     assert total > 4 and seen == [*((done, total) for done in range(0, total, 4)), (total, total)]
 
 
-def test_grey_is_the_mean_of_what_the_channels_would_be(tiny_system: VARestorer) -> None:
-    grey = torch.zeros(3, 32, 32)
-    channels = tiny_system.restore_batch(grey[None]).images_B3HW[0]
-    assert torch.allclose(tiny_system.restore(grey, 1, trained_scale=1).image[0], channels.mean(0), atol=1e-6)
+def test_gray_is_the_mean_of_what_the_channels_would_be(tiny_system: VARestorer) -> None:
+    gray = torch.zeros(3, 32, 32)
+    channels = tiny_system.restore_batch(gray[None]).images_B3HW[0]
+    assert torch.allclose(tiny_system.restore(gray, 1, trained_scale=1).image[0], channels.mean(0), atol=1e-6)
 
 
 def test_another_range_or_scale_is_refused_by_every_door(tiny_system: VARestorer) -> None:
@@ -193,7 +193,7 @@ def test_the_published_squares() -> None:
     assert layout.levels_L.max() < system.transformer.config.num_levels
 
 
-def test_the_colours_of_the_input(tiny_system: VARestorer) -> None:
+def test_the_colors_of_the_input(tiny_system: VARestorer) -> None:
     photo = image(16, 16) * 0.2 + torch.tensor([0.6, 0.2, 0.1])[:, None, None]
     away = (tiny_system.restore(photo, 2).image.mean((1, 2)) - photo.mean((1, 2))).abs().max()
     for color in ("adain", "wavelet"):

@@ -1,4 +1,4 @@
-"""Colours of a restored image: what each method takes from the reference and what it leaves."""
+"""Colors of a restored image: what each method takes from the reference and what it leaves."""
 
 import numpy as np
 import pytest
@@ -14,13 +14,13 @@ def noise(seed: int, low: float = 0.2, high: float = 0.8, side: int = 64) -> Ten
 
 
 @pytest.mark.parametrize("method", COLOR_METHODS)
-def test_an_image_keeps_its_own_colours(method: str) -> None:
+def test_an_image_keeps_its_own_colors(method: str) -> None:
     image = noise(0)
     torch.testing.assert_close(match_color(image, image, method), image, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("method", ["adain", "wavelet"])
-def test_a_shift_of_colour_is_taken_back(method: str) -> None:
+def test_a_shift_of_color_is_taken_back(method: str) -> None:
     image = noise(1)
     shifted = image + torch.tensor([0.1, -0.15, 0.05]).view(1, 3, 1, 1)
     torch.testing.assert_close(match_color(shifted, image, method), image, atol=1e-6, rtol=0)

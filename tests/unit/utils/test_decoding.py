@@ -20,7 +20,7 @@ from varestorer.utils.images import (
     IMAGE_EXTENSIONS,
     Writing,
     as_picture,
-    is_grey,
+    is_gray,
     load_image,
     load_picture,
     save_image,
@@ -32,26 +32,26 @@ SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 
 
 def smooth(height: int = 24, width: int = 32) -> np.ndarray:
-    """A smooth colour picture, uint8 (H, W, 3): survives JPEG well."""
+    """A smooth color picture, uint8 (H, W, 3): survives JPEG well."""
     rows, columns = np.mgrid[0:height, 0:width]
     planes = [rows / height, columns / width, (rows + columns) / (height + width)]
     return (np.stack(planes, axis=2) * 200 + 30).astype(np.uint8)
 
 
-COLOUR = smooth()
-GREY = COLOUR[..., 1]
-GREY_RGB = np.repeat(GREY[..., None], 3, axis=2)
+COLOR = smooth()
+GRAY = COLOR[..., 1]
+GRAY_RGB = np.repeat(GRAY[..., None], 3, axis=2)
 FADE = (np.arange(24 * 32).reshape(24, 32) % 256).astype(np.uint8)
-RGBA = np.dstack([COLOUR, FADE])
+RGBA = np.dstack([COLOR, FADE])
 
 
 def chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
-def png(size: tuple[int, int], depth: int, colour: int, rows: Sequence[bytes], key: Sequence[int] = ()) -> bytes:
-    """A PNG of any depth and colour type (0 grey, 2 RGB, 4 grey and alpha, 6 RGBA), with a transparent key."""
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", *size, depth, colour, 0, 0, 0))
+def png(size: tuple[int, int], depth: int, color: int, rows: Sequence[bytes], key: Sequence[int] = ()) -> bytes:
+    """A PNG of any depth and color type (0 gray, 2 RGB, 4 gray and alpha, 6 RGBA), with a transparent key."""
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", *size, depth, color, 0, 0, 0))
     transparent = chunk(b"tRNS", struct.pack(f">{len(key)}H", *key)) if key else b""
     body = chunk(b"IDAT", zlib.compress(b"".join(b"\0" + row for row in rows)))
     return b"\x89PNG\r\n\x1a\n" + header + transparent + body + chunk(b"IEND", b"")
@@ -59,9 +59,9 @@ def png(size: tuple[int, int], depth: int, colour: int, rows: Sequence[bytes], k
 
 def png16(array: np.ndarray, key: Sequence[int] = ()) -> bytes:
     """A 16-bit PNG of (H, W) or (H, W, 2 | 3 | 4): Pillow cannot write most of them."""
-    colour = 0 if array.ndim == 2 else {2: 4, 3: 2, 4: 6}[array.shape[2]]
+    color = 0 if array.ndim == 2 else {2: 4, 3: 2, 4: 6}[array.shape[2]]
     rows = [row.astype(">u2").tobytes() for row in array]
-    return png((array.shape[1], array.shape[0]), 16, colour, rows, key)
+    return png((array.shape[1], array.shape[0]), 16, color, rows, key)
 
 
 def tiff(
@@ -106,7 +106,7 @@ def tiff(
 
 
 def icc(kind: bytes, space: bytes, connection: bytes, tags: dict[bytes, bytes]) -> bytes:
-    """The smallest colour profile that LittleCMS takes."""
+    """The smallest color profile that LittleCMS takes."""
     table, data = b"", b""
     for name, content in tags.items():
         table += name + struct.pack(">II", 132 + 12 * len(tags) + len(data), len(content))
@@ -117,7 +117,7 @@ def icc(kind: bytes, space: bytes, connection: bytes, tags: dict[bytes, bytes]) 
     return struct.pack(">I", len(body) + 4) + body
 
 
-def grey_profile() -> bytes:
+def gray_profile() -> bytes:
     """Linear light: level 128 of 255 is 188 in sRGB."""
     white = b"XYZ " + bytes(4) + struct.pack(">III", 0xF6D6, 0x10000, 0xD32D)
     curve = b"curv" + bytes(4) + struct.pack(">IHH", 1, 0x100, 0)
@@ -148,7 +148,7 @@ def frames(image: Image.Image, name: str, **options) -> Callable[[Path], Path]:
 
     def write(folder: Path) -> Path:
         # Pillow leaves options of one format in the frames: new ones for each file
-        others = [picture(COLOUR[::-1].copy()), picture(COLOUR[:, ::-1].copy())]
+        others = [picture(COLOR[::-1].copy()), picture(COLOR[:, ::-1].copy())]
         image.save(folder / name, save_all=True, append_images=others, **options)
         return folder / name
 
@@ -170,8 +170,8 @@ def picture(array: np.ndarray) -> Image.Image:
 
 
 def palette() -> tuple[Image.Image, np.ndarray]:
-    """A picture of 16 colours, and its colours."""
-    image = picture(COLOUR).quantize(16)
+    """A picture of 16 colors, and its colors."""
+    image = picture(COLOR).quantize(16)
     return image, np.asarray(image.convert("RGB"))
 
 
@@ -181,43 +181,43 @@ def turned(orientation: int) -> Image.Exif:
     return exif
 
 
-GREY16 = GREY.astype(np.uint16) * 257
-COLOUR16 = COLOUR.astype(np.uint16) * 257 + 100  # no levels of 8 bits
-RGBA16 = np.dstack([COLOUR16, FADE.astype(np.uint16) * 256 + 100])
+GRAY16 = GRAY.astype(np.uint16) * 257
+COLOR16 = COLOR.astype(np.uint16) * 257 + 100  # no levels of 8 bits
+RGBA16 = np.dstack([COLOR16, FADE.astype(np.uint16) * 256 + 100])
 # 12 bits of the same picture, two of them packed into three bytes, and in 16 bits
-GREY_16_12 = np.round(GREY * (4095 / 255)).astype(np.uint16)
-FIRST, SECOND = GREY_16_12[:, ::2], GREY_16_12[:, 1::2]
-GREY_12 = np.stack([FIRST >> 4, (FIRST & 15) << 4 | SECOND >> 8, SECOND & 255], axis=2).astype(np.uint8).reshape(24, 48)
+GRAY_16_12 = np.round(GRAY * (4095 / 255)).astype(np.uint16)
+FIRST, SECOND = GRAY_16_12[:, ::2], GRAY_16_12[:, 1::2]
+GRAY_12 = np.stack([FIRST >> 4, (FIRST & 15) << 4 | SECOND >> 8, SECOND & 255], axis=2).astype(np.uint8).reshape(24, 48)
 MAX_12, FLOAT = {281: [4095]}, {339: [3]}
-FOUR_BITS = (GREY[:, ::2] >> 4 << 4 | GREY[:, 1::2] >> 4).astype(np.uint8)
-FOUR_BITS_RGB = np.repeat((GREY >> 4)[..., None], 3, axis=2) * 17
+FOUR_BITS = (GRAY[:, ::2] >> 4 << 4 | GRAY[:, 1::2] >> 4).astype(np.uint8)
+FOUR_BITS_RGB = np.repeat((GRAY >> 4)[..., None], 3, axis=2) * 17
 PALETTE, PALETTE_RGB = palette()
 PALETTE_NUMBERS = np.asarray(PALETTE)
-BILEVEL = picture(GREY).convert("1")
+BILEVEL = picture(GRAY).convert("1")
 BILEVEL_RGB = np.repeat(np.asarray(BILEVEL)[..., None], 3, axis=2) * 255
-CMYK = picture(COLOUR).convert("CMYK")
-LINEAR_RGB = ((1.055 * (GREY_RGB / 255) ** (1 / 2.4)) - 0.055) * 255
-PREMULTIPLIED = np.dstack([np.round(COLOUR * (FADE[..., None] / 255)).astype(np.uint8), FADE])
-SEEN = FADE > 100  # where a multiplied colour has not lost too many of its levels
+CMYK = picture(COLOR).convert("CMYK")
+LINEAR_RGB = ((1.055 * (GRAY_RGB / 255) ** (1 / 2.4)) - 0.055) * 255
+PREMULTIPLIED = np.dstack([np.round(COLOR * (FADE[..., None] / 255)).astype(np.uint8), FADE])
+SEEN = FADE > 100  # where a multiplied color has not lost too many of its levels
 
 # writer, RGB in 0..255, alpha in 0..255 or None, how many levels it may be off
 KINDS = {
-    "png": (save(picture(COLOUR), "a.png"), COLOUR, None, 0),
-    "bmp": (save(picture(COLOUR), "a.bmp"), COLOUR, None, 0),
-    "ppm": (save(picture(COLOUR), "a.ppm"), COLOUR, None, 0),
-    "tiff": (save(picture(COLOUR), "a.tif"), COLOUR, None, 0),
-    "tiff-lzw": (save(picture(COLOUR), "a.tiff", compression="tiff_lzw"), COLOUR, None, 0),
-    "jpeg": (save(picture(COLOUR), "a.jpg", quality=95), COLOUR, None, 8),
-    "grey-jpeg": (save(picture(GREY), "a.jpeg", quality=95), GREY_RGB, None, 4),
-    "webp": (save(picture(COLOUR), "a.webp", lossless=True), COLOUR, None, 0),
-    "webp-alpha": (save(picture(RGBA), "a.webp", lossless=True, exact=True), COLOUR, FADE, 0),
-    "avif": (save(picture(COLOUR), "a.avif", quality=100), COLOUR, None, 8),
-    "avif-alpha": (save(picture(RGBA), "a.avif", quality=100), COLOUR, FADE, 16),
-    "jp2": (save(picture(COLOUR), "a.jp2"), COLOUR, None, 0),
-    "wrong-extension": (save(picture(COLOUR), "a.jpg", format="PNG"), COLOUR, None, 0),
-    "grey": (save(picture(GREY), "a.png"), GREY_RGB, None, 0),
-    "grey-alpha": (save(picture(np.dstack([GREY, FADE])), "a.png"), GREY_RGB, FADE, 0),
-    "rgba": (save(picture(RGBA), "a.png"), COLOUR, FADE, 0),
+    "png": (save(picture(COLOR), "a.png"), COLOR, None, 0),
+    "bmp": (save(picture(COLOR), "a.bmp"), COLOR, None, 0),
+    "ppm": (save(picture(COLOR), "a.ppm"), COLOR, None, 0),
+    "tiff": (save(picture(COLOR), "a.tif"), COLOR, None, 0),
+    "tiff-lzw": (save(picture(COLOR), "a.tiff", compression="tiff_lzw"), COLOR, None, 0),
+    "jpeg": (save(picture(COLOR), "a.jpg", quality=95), COLOR, None, 8),
+    "gray-jpeg": (save(picture(GRAY), "a.jpeg", quality=95), GRAY_RGB, None, 4),
+    "webp": (save(picture(COLOR), "a.webp", lossless=True), COLOR, None, 0),
+    "webp-alpha": (save(picture(RGBA), "a.webp", lossless=True, exact=True), COLOR, FADE, 0),
+    "avif": (save(picture(COLOR), "a.avif", quality=100), COLOR, None, 8),
+    "avif-alpha": (save(picture(RGBA), "a.avif", quality=100), COLOR, FADE, 16),
+    "jp2": (save(picture(COLOR), "a.jp2"), COLOR, None, 0),
+    "wrong-extension": (save(picture(COLOR), "a.jpg", format="PNG"), COLOR, None, 0),
+    "gray": (save(picture(GRAY), "a.png"), GRAY_RGB, None, 0),
+    "gray-alpha": (save(picture(np.dstack([GRAY, FADE])), "a.png"), GRAY_RGB, FADE, 0),
+    "rgba": (save(picture(RGBA), "a.png"), COLOR, FADE, 0),
     "bilevel": (save(BILEVEL, "a.png"), BILEVEL_RGB, None, 0),
     "bilevel-tiff": (save(BILEVEL, "a.tif"), BILEVEL_RGB, None, 0),
     "palette": (save(PALETTE, "a.png"), PALETTE_RGB, None, 0),
@@ -230,9 +230,9 @@ KINDS = {
     ),
     "gif": (save(PALETTE, "a.gif"), PALETTE_RGB, None, 0),
     "gif-key": (save(PALETTE, "a.gif", transparency=3), PALETTE_RGB, 255 * (PALETTE_NUMBERS != 3), 0),
-    "rgb-key": (save(picture(COLOUR), "a.png", transparency=(30, 30, 30)), COLOUR, 255 * (COLOUR.sum(2) != 90), 0),
-    "grey-key": (save(picture(GREY), "a.png", transparency=30), GREY_RGB, 255 * (GREY != 30), 0),
-    "grey-key-of-4-bits": (
+    "rgb-key": (save(picture(COLOR), "a.png", transparency=(30, 30, 30)), COLOR, 255 * (COLOR.sum(2) != 90), 0),
+    "gray-key": (save(picture(GRAY), "a.png", transparency=30), GRAY_RGB, 255 * (GRAY != 30), 0),
+    "gray-key-of-4-bits": (
         content("a.png", png((2, 2), 4, 0, [b"\x3f", b"\x07"], [3])),
         np.array([[51, 255], [0, 119]])[..., None].repeat(3, 2),
         np.array([[0, 255], [255, 255]]),
@@ -244,121 +244,121 @@ KINDS = {
         np.array([[255, 0]]),
         0,
     ),
-    "grey16": (content("a.png", png16(GREY16)), GREY_RGB, None, 0),
-    "grey16-between-levels": (content("a.png", png16(GREY16 + 100)), GREY_RGB + 100 / 257, None, 0),
-    "grey16-key": (content("a.png", png16(GREY16, [30 * 257])), GREY_RGB, 255 * (GREY != 30), 0),
-    "grey16-alpha": (content("a.png", png16(np.dstack([GREY, FADE]).astype(np.uint16) * 257)), GREY_RGB, FADE, 0),
-    "rgb16": (content("a.png", png16(COLOUR.astype(np.uint16) * 257)), COLOUR, None, 0),
+    "gray16": (content("a.png", png16(GRAY16)), GRAY_RGB, None, 0),
+    "gray16-between-levels": (content("a.png", png16(GRAY16 + 100)), GRAY_RGB + 100 / 257, None, 0),
+    "gray16-key": (content("a.png", png16(GRAY16, [30 * 257])), GRAY_RGB, 255 * (GRAY != 30), 0),
+    "gray16-alpha": (content("a.png", png16(np.dstack([GRAY, FADE]).astype(np.uint16) * 257)), GRAY_RGB, FADE, 0),
+    "rgb16": (content("a.png", png16(COLOR.astype(np.uint16) * 257)), COLOR, None, 0),
     "rgb16-key": (
-        content("a.png", png16(COLOUR.astype(np.uint16) * 257, [30 * 257] * 3)),
-        COLOUR,
-        255 * (COLOUR.sum(2) != 90),
+        content("a.png", png16(COLOR.astype(np.uint16) * 257, [30 * 257] * 3)),
+        COLOR,
+        255 * (COLOR.sum(2) != 90),
         0,
     ),
-    "rgba16": (content("a.png", png16(RGBA.astype(np.uint16) * 257)), COLOUR, FADE, 0),
-    "grey16-tiff-little": (content("a.tif", tiff(GREY16, "<", 1)), GREY_RGB, None, 0),
-    "grey16-tiff-big": (content("a.tif", tiff(GREY16, ">", 1)), GREY_RGB, None, 0),
-    "rgb16-tiff-little": (content("a.tif", tiff(COLOUR.astype(np.uint16) * 257, "<", 2)), COLOUR, None, 0),
-    "rgb16-tiff-big": (content("a.tif", tiff(COLOUR.astype(np.uint16) * 257, ">", 2)), COLOUR, None, 0),
-    "negative-tiff": (content("a.tif", tiff(255 - GREY, "<", 0)), GREY_RGB, None, 0),
-    "negative16-tiff": (content("a.tif", tiff(65535 - GREY16, "<", 0)), GREY_RGB, None, 0),
-    "12-bit-tiff": (content("a.tif", tiff(GREY_12, "<", 1, bits=12)), GREY_RGB, None, 0.04),
-    "rgb16-between-levels": (content("a.png", png16(COLOUR16)), COLOUR + 100 / 257, None, 0),
-    "rgba16-between-levels": (content("a.png", png16(RGBA16)), COLOUR + 100 / 257, (RGBA16[..., 3] / 257), 0),
-    "rgb16-tiff-between-levels": (content("a.tif", tiff(COLOUR16, ">", 2)), COLOUR + 100 / 257, None, 0),
+    "rgba16": (content("a.png", png16(RGBA.astype(np.uint16) * 257)), COLOR, FADE, 0),
+    "gray16-tiff-little": (content("a.tif", tiff(GRAY16, "<", 1)), GRAY_RGB, None, 0),
+    "gray16-tiff-big": (content("a.tif", tiff(GRAY16, ">", 1)), GRAY_RGB, None, 0),
+    "rgb16-tiff-little": (content("a.tif", tiff(COLOR.astype(np.uint16) * 257, "<", 2)), COLOR, None, 0),
+    "rgb16-tiff-big": (content("a.tif", tiff(COLOR.astype(np.uint16) * 257, ">", 2)), COLOR, None, 0),
+    "negative-tiff": (content("a.tif", tiff(255 - GRAY, "<", 0)), GRAY_RGB, None, 0),
+    "negative16-tiff": (content("a.tif", tiff(65535 - GRAY16, "<", 0)), GRAY_RGB, None, 0),
+    "12-bit-tiff": (content("a.tif", tiff(GRAY_12, "<", 1, bits=12)), GRAY_RGB, None, 0.04),
+    "rgb16-between-levels": (content("a.png", png16(COLOR16)), COLOR + 100 / 257, None, 0),
+    "rgba16-between-levels": (content("a.png", png16(RGBA16)), COLOR + 100 / 257, (RGBA16[..., 3] / 257), 0),
+    "rgb16-tiff-between-levels": (content("a.tif", tiff(COLOR16, ">", 2)), COLOR + 100 / 257, None, 0),
     "rgb16-tiff-turned": (
-        content("a.tif", tiff(np.rot90(COLOUR16), "<", 2, more={274: [6]})),
-        COLOUR + 100 / 257,
+        content("a.tif", tiff(np.rot90(COLOR16), "<", 2, more={274: [6]})),
+        COLOR + 100 / 257,
         None,
         0,
     ),
     "12-of-16-bits-rgb": (
-        content("a.tif", tiff(np.round(COLOUR * (4095 / 255)).astype(np.uint16), "<", 2, more={281: [4095] * 3})),
-        COLOUR,
+        content("a.tif", tiff(np.round(COLOR * (4095 / 255)).astype(np.uint16), "<", 2, more={281: [4095] * 3})),
+        COLOR,
         None,
         0.04,
     ),
-    "12-of-16-bits": (content("a.tif", tiff(GREY_16_12, "<", 1, more=MAX_12)), GREY_RGB, None, 0.04),
-    "12-of-16-bits-big": (content("a.tif", tiff(GREY_16_12, ">", 1, more={341: [4095]})), GREY_RGB, None, 0.04),
-    "12-of-16-bits-negative": (content("a.tif", tiff(4095 - GREY_16_12, "<", 0, more=MAX_12)), GREY_RGB, None, 0.04),
-    "7-of-8-bits": (content("a.tif", tiff(GREY // 2, "<", 1, more={281: [127]})), GREY_RGB, None, 2),
-    "7-of-8-bits-negative": (content("a.tif", tiff(127 - GREY // 2, "<", 0, more={281: [127]})), GREY_RGB, None, 2),
-    "7-of-8-bits-rgb": (content("a.tif", tiff(COLOUR // 2, "<", 2, more={281: [127] * 3})), COLOUR, None, 2),
+    "12-of-16-bits": (content("a.tif", tiff(GRAY_16_12, "<", 1, more=MAX_12)), GRAY_RGB, None, 0.04),
+    "12-of-16-bits-big": (content("a.tif", tiff(GRAY_16_12, ">", 1, more={341: [4095]})), GRAY_RGB, None, 0.04),
+    "12-of-16-bits-negative": (content("a.tif", tiff(4095 - GRAY_16_12, "<", 0, more=MAX_12)), GRAY_RGB, None, 0.04),
+    "7-of-8-bits": (content("a.tif", tiff(GRAY // 2, "<", 1, more={281: [127]})), GRAY_RGB, None, 2),
+    "7-of-8-bits-negative": (content("a.tif", tiff(127 - GRAY // 2, "<", 0, more={281: [127]})), GRAY_RGB, None, 2),
+    "7-of-8-bits-rgb": (content("a.tif", tiff(COLOR // 2, "<", 2, more={281: [127] * 3})), COLOR, None, 2),
     "uint32-max-16-bits": (
-        content("a.tif", tiff(GREY16.astype(np.uint32), "<", 1, more={281: [65535]})),
-        GREY_RGB,
+        content("a.tif", tiff(GRAY16.astype(np.uint32), "<", 1, more={281: [65535]})),
+        GRAY_RGB,
         None,
         0,
     ),
     "uint32-full": (
-        content("a.tif", tiff(GREY.astype(np.uint32) * 0x01010101, "<", 1, more={281: [2**32 - 1]})),
-        GREY_RGB,
+        content("a.tif", tiff(GRAY.astype(np.uint32) * 0x01010101, "<", 1, more={281: [2**32 - 1]})),
+        GRAY_RGB,
         None,
         0,
     ),
-    "statistic": (content("a.tif", tiff(GREY, "<", 1, more={280: [30], 281: [int(GREY.max())]})), GREY_RGB, None, 0),
+    "statistic": (content("a.tif", tiff(GRAY, "<", 1, more={280: [30], 281: [int(GRAY.max())]})), GRAY_RGB, None, 0),
     "statistic-rgb16": (
-        content("a.tif", tiff(COLOUR.astype(np.uint16) * 257, "<", 2, more={281: [int(COLOUR.max()) * 257] * 3})),
-        COLOUR,
+        content("a.tif", tiff(COLOR.astype(np.uint16) * 257, "<", 2, more={281: [int(COLOR.max()) * 257] * 3})),
+        COLOR,
         None,
         0,
     ),
-    "planes-apart": (content("a.tif", tiff(np.moveaxis(COLOUR, 2, 0), "<", 2, more={284: [2]})), COLOUR, None, 0),
+    "planes-apart": (content("a.tif", tiff(np.moveaxis(COLOR, 2, 0), "<", 2, more={284: [2]})), COLOR, None, 0),
     "4-bit-negative": (content("a.tif", tiff(~FOUR_BITS, "<", 0, bits=4)), FOUR_BITS_RGB, None, 0),
     "float-of-255": (
-        content("a.tif", tiff(GREY.astype(np.float32), "<", 1, more=FLOAT | {341: [255.0]})),
-        GREY_RGB,
+        content("a.tif", tiff(GRAY.astype(np.float32), "<", 1, more=FLOAT | {341: [255.0]})),
+        GRAY_RGB,
         None,
         0,
     ),
     "float-negative": (
-        content("a.tif", tiff(1 - GREY.astype(np.float32) / 255, ">", 0, more=FLOAT)),
-        GREY_RGB,
+        content("a.tif", tiff(1 - GRAY.astype(np.float32) / 255, ">", 0, more=FLOAT)),
+        GRAY_RGB,
         None,
         0,
     ),
     "palette-of-8-bits": (
-        content("a.tif", tiff(255 - GREY, "<", 3, more={320: [*range(255, -1, -1)] * 3})),
-        GREY_RGB,
+        content("a.tif", tiff(255 - GRAY, "<", 3, more={320: [*range(255, -1, -1)] * 3})),
+        GRAY_RGB,
         None,
         0,
     ),
     "multi-channel": (
-        content("a.tif", tiff(np.dstack([COLOUR, FADE, GREY]), "<", 2, more={338: [0, 0]})),
-        COLOUR,
+        content("a.tif", tiff(np.dstack([COLOR, FADE, GRAY]), "<", 2, more={338: [0, 0]})),
+        COLOR,
         None,
         0,
     ),
     "pgm-of-12-bits": (
-        content("a.pgm", b"P5 32 24 4095\n" + GREY_16_12.astype(">u2").tobytes()),
-        GREY_RGB,
+        content("a.pgm", b"P5 32 24 4095\n" + GRAY_16_12.astype(">u2").tobytes()),
+        GRAY_RGB,
         None,
         0.04,
     ),
-    "float-tiff": (save(picture(GREY.astype(np.float32) / 255), "a.tif"), GREY_RGB, None, 0),
-    "cmyk-tiff": (save(CMYK, "a.tif"), COLOUR, None, 1),
-    "cmyk-jpeg": (save(CMYK, "a.jpg", quality=95), COLOUR, None, 16),
-    "ycbcr-tiff": (save(picture(COLOUR).convert("YCbCr"), "a.tif"), COLOUR, None, 3),
-    "lab-tiff": (save(picture(COLOUR).convert("LAB"), "a.tif"), COLOUR, None, 16),
-    "grey-profile": (save(picture(GREY), "a.png", icc_profile=grey_profile()), LINEAR_RGB, None, 1),
-    "grey-profile-alpha": (
-        save(picture(np.dstack([GREY, FADE])), "a.png", icc_profile=grey_profile()),
+    "float-tiff": (save(picture(GRAY.astype(np.float32) / 255), "a.tif"), GRAY_RGB, None, 0),
+    "cmyk-tiff": (save(CMYK, "a.tif"), COLOR, None, 1),
+    "cmyk-jpeg": (save(CMYK, "a.jpg", quality=95), COLOR, None, 16),
+    "ycbcr-tiff": (save(picture(COLOR).convert("YCbCr"), "a.tif"), COLOR, None, 3),
+    "lab-tiff": (save(picture(COLOR).convert("LAB"), "a.tif"), COLOR, None, 16),
+    "gray-profile": (save(picture(GRAY), "a.png", icc_profile=gray_profile()), LINEAR_RGB, None, 1),
+    "gray-profile-alpha": (
+        save(picture(np.dstack([GRAY, FADE])), "a.png", icc_profile=gray_profile()),
         LINEAR_RGB,
         FADE,
         1,
     ),
-    "grey16-profile": (save(picture(GREY16), "a.png", icc_profile=grey_profile()), LINEAR_RGB, None, 1),
+    "gray16-profile": (save(picture(GRAY16), "a.png", icc_profile=gray_profile()), LINEAR_RGB, None, 1),
     "gif-animated": (frames(PALETTE, "a.gif"), PALETTE_RGB, None, 0),
-    "apng": (frames(picture(COLOUR), "a.apng", format="PNG"), COLOUR, None, 0),
+    "apng": (frames(picture(COLOR), "a.apng", format="PNG"), COLOR, None, 0),
     "webp-animated": (
-        frames(picture(COLOUR), "a.webp", lossless=True),
-        COLOUR,
+        frames(picture(COLOR), "a.webp", lossless=True),
+        COLOR,
         None,
         0,
     ),
-    "tiff-pages": (frames(picture(COLOUR), "a.tif"), COLOUR, None, 0),
-    "mpo": (frames(picture(COLOUR), "a.jpg", format="MPO", quality=95), COLOUR, None, 8),
-    "one-pixel": (save(picture(COLOUR[:1, :1]), "a.png"), COLOUR[:1, :1], None, 0),
+    "tiff-pages": (frames(picture(COLOR), "a.tif"), COLOR, None, 0),
+    "mpo": (frames(picture(COLOR), "a.jpg", format="MPO", quality=95), COLOR, None, 8),
+    "one-pixel": (save(picture(COLOR[:1, :1]), "a.png"), COLOR[:1, :1], None, 0),
 }
 
 
@@ -367,7 +367,7 @@ def needs(name: str) -> None:
     for kind, feature in {"avif": "avif", "webp": "webp", "jp2": "jpg_2000"}.items():
         if name.startswith(kind) and f".{kind}" not in IMAGE_EXTENSIONS:
             pytest.skip(f"Pillow was built without {feature}")
-    if name in ("ycbcr-tiff", "grey-multiplied") and PIL_MAJOR < 13:
+    if name in ("ycbcr-tiff", "gray-multiplied") and PIL_MAJOR < 13:
         pytest.skip("older Pillow refuses these")
 
 
@@ -390,64 +390,64 @@ def test_every_kind_of_picture_is_read(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("order", ["<", ">"])
-def test_multiplied_colours_are_divided_by_their_alpha(tmp_path: Path, order: str) -> None:
+def test_multiplied_colors_are_divided_by_their_alpha(tmp_path: Path, order: str) -> None:
     (tmp_path / "a.tif").write_bytes(tiff(PREMULTIPLIED, order, 2, extra=1))
     read = load_picture(tmp_path / "a.tif")
-    assert np.abs(read.image.permute(1, 2, 0).numpy() * 255 - COLOUR)[SEEN].max() < 3
+    assert np.abs(read.image.permute(1, 2, 0).numpy() * 255 - COLOR)[SEEN].max() < 3
     assert read.alpha is not None and torch.equal(read.alpha[0] * 255, torch.from_numpy(FADE).float())
 
 
 @pytest.mark.parametrize("order", ["<", ">"])
-def test_multiplied_grey_is_divided_by_its_alpha(tmp_path: Path, order: str) -> None:
-    needs("grey-multiplied")
+def test_multiplied_gray_is_divided_by_its_alpha(tmp_path: Path, order: str) -> None:
+    needs("gray-multiplied")
     (tmp_path / "a.tif").write_bytes(tiff(PREMULTIPLIED[..., [1, 3]], order, 1, extra=1))
     read = load_picture(tmp_path / "a.tif")
-    assert np.abs(read.image[0].numpy() * 255 - GREY)[SEEN].max() < 3 and read.alpha is not None
+    assert np.abs(read.image[0].numpy() * 255 - GRAY)[SEEN].max() < 3 and read.alpha is not None
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.webp", "a.tif", "a.avif"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_pictures_are_turned_upright(tmp_path: Path, name: str, orientation: int) -> None:
     needs(name[2:])
-    picture(COLOUR).save(tmp_path / name, exif=turned(orientation), **({} if name == "a.webp" else {"quality": 95}))
-    mirrored = COLOUR[:, ::-1] if orientation in (2, 4, 5, 7) else COLOUR
+    picture(COLOR).save(tmp_path / name, exif=turned(orientation), **({} if name == "a.webp" else {"quality": 95}))
+    mirrored = COLOR[:, ::-1] if orientation in (2, 4, 5, 7) else COLOR
     quarters = {1: 0, 2: 0, 3: 2, 4: 2, 5: 1, 6: 3, 7: 3, 8: 1}[orientation]
     upright = np.rot90(mirrored, quarters)
     read = load_image(tmp_path / name).permute(1, 2, 0).numpy() * 255
     assert read.shape == upright.shape and np.abs(read - upright).mean() < 4
 
 
-def test_alpha_and_16_bit_grey_are_turned_too(tmp_path: Path) -> None:
+def test_alpha_and_16_bit_gray_are_turned_too(tmp_path: Path) -> None:
     picture(RGBA).save(tmp_path / "a.png", exif=turned(6))
     read = load_picture(tmp_path / "a.png")
     assert read.alpha is not None
     assert np.array_equal(np.round(read.alpha[0].numpy() * 255), np.rot90(FADE, 3))
-    picture(GREY16).save(tmp_path / "b.png", exif=turned(8))
-    assert np.array_equal(np.round(load_image(tmp_path / "b.png")[0].numpy() * 255), np.rot90(GREY, 1))
+    picture(GRAY16).save(tmp_path / "b.png", exif=turned(8))
+    assert np.array_equal(np.round(load_image(tmp_path / "b.png")[0].numpy() * 255), np.rot90(GRAY, 1))
 
 
 @pytest.mark.parametrize(("name", "orientation"), [("a.tif", 1), *(("a.png", number) for number in range(1, 9))])
-def test_colours_of_16_bits_are_read_whole_and_turned(tmp_path: Path, name: str, orientation: int) -> None:
-    colours = torch.rand(4, 5, 7, generator=torch.Generator().manual_seed(0)).mul(65535).round() / 65535
+def test_colors_of_16_bits_are_read_whole_and_turned(tmp_path: Path, name: str, orientation: int) -> None:
+    colors = torch.rand(4, 5, 7, generator=torch.Generator().manual_seed(0)).mul(65535).round() / 65535
     numbers, exif = Image.fromarray(np.arange(35, dtype=np.uint8).reshape(5, 7)), Image.Exif()
     exif[ExifTags.Base.Orientation] = numbers.getexif()[ExifTags.Base.Orientation] = orientation
     order = torch.from_numpy(np.asarray(ImageOps.exif_transpose(numbers)).astype(np.int64))
-    upright = colours.flatten(1)[:, order]
-    save_image(tmp_path / name, colours[:3], colours[3:], writing=Writing(bits=16, exif=exif))
+    upright = colors.flatten(1)[:, order]
+    save_image(tmp_path / name, colors[:3], colors[3:], writing=Writing(bits=16, exif=exif))
     read = load_picture(tmp_path / name)
     assert read.alpha is not None and torch.equal(torch.cat([read.image, read.alpha]), upright) and read.note is None
 
 
-def test_colours_multiplied_by_alpha_are_read_with_8_bits_and_this_is_said(tmp_path: Path) -> None:
+def test_colors_multiplied_by_alpha_are_read_with_8_bits_and_this_is_said(tmp_path: Path) -> None:
     (tmp_path / "a.tif").write_bytes(tiff(RGBA16 // 2, "<", 2, extra=1))
     read = load_picture(tmp_path / "a.tif")
     assert read.note == "its colors are read with 8 of their 16 bits" and read.bits == 16
 
 
 def test_damaged_exif_does_not_spoil_a_picture(tmp_path: Path) -> None:
-    picture(COLOUR).save(tmp_path / "a.png", exif=b"Exif\0\0" + b"no directory of tags")
+    picture(COLOR).save(tmp_path / "a.png", exif=b"Exif\0\0" + b"no directory of tags")
     read = load_picture(tmp_path / "a.png")
-    assert torch.equal(read.image, torch.from_numpy(COLOUR).permute(2, 0, 1).float() / 255)
+    assert torch.equal(read.image, torch.from_numpy(COLOR).permute(2, 0, 1).float() / 255)
     assert read.note == "its EXIF data are damaged: taken as upright"
 
 
@@ -459,7 +459,7 @@ def test_damaged_exif_does_not_spoil_a_picture(tmp_path: Path) -> None:
         ("webp-animated", "animated: first of 3 frames"),
         ("tiff-pages", "first of 3 pages"),
         ("mpo", "first of 3 pictures"),
-        ("grey-profile", "colours converted from its GRAY profile to sRGB"),
+        ("gray-profile", "colors converted from its GRAY profile to sRGB"),
         ("png", None),
         ("gif", None),
     ],
@@ -472,7 +472,7 @@ def test_what_was_left_out_is_said(tmp_path: Path, name: str, note: str | None) 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "tif", "avif"])
 def test_an_rgb_profile_is_kept(tmp_path: Path, suffix: str) -> None:
     needs(suffix)
-    picture(COLOUR).save(tmp_path / f"a.{suffix}", icc_profile=SRGB)
+    picture(COLOR).save(tmp_path / f"a.{suffix}", icc_profile=SRGB)
     read = load_picture(tmp_path / f"a.{suffix}")
     assert read.icc_profile == SRGB and read.note is None
 
@@ -482,14 +482,14 @@ def test_an_rgb_profile_is_kept_for_pictures_that_become_rgb(tmp_path: Path, nam
     image = {"palette": PALETTE, "rgba": picture(RGBA)}[name]
     image.save(tmp_path / "a.png", icc_profile=SRGB)
     read = load_picture(tmp_path / "a.png")
-    assert read.icc_profile == SRGB and not read.is_grey
+    assert read.icc_profile == SRGB and not read.is_gray
 
 
-def test_an_rgb_profile_of_grey_is_applied_as_no_grey_file_may_have_one(tmp_path: Path) -> None:
-    picture(GREY).save(tmp_path / "a.png", icc_profile=SRGB)
+def test_an_rgb_profile_of_gray_is_applied_as_no_gray_file_may_have_one(tmp_path: Path) -> None:
+    picture(GRAY).save(tmp_path / "a.png", icc_profile=SRGB)
     read = load_picture(tmp_path / "a.png")
-    assert (read.icc_profile, read.is_grey) == (None, True)
-    assert np.array_equal(np.round(read.image[0].numpy() * 255), GREY)
+    assert (read.icc_profile, read.is_gray) == (None, True)
+    assert np.array_equal(np.round(read.image[0].numpy() * 255), GRAY)
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "tif"])
@@ -500,7 +500,7 @@ def test_a_cmyk_profile_is_applied(tmp_path: Path, suffix: str) -> None:
     image = Image.frombytes("CMYK", (16, 16), inks.tobytes())
     image.save(tmp_path / f"a.{suffix}", icc_profile=cmyk_profile())
     read = load_picture(tmp_path / f"a.{suffix}")
-    assert (read.icc_profile, read.note) == (None, "colours converted from its CMYK profile to sRGB")
+    assert (read.icc_profile, read.note) == (None, "colors converted from its CMYK profile to sRGB")
     assert read.image[:, :8].min() > 0.97 and read.image[:, 8:].max() < 0.03
     image.save(tmp_path / f"b.{suffix}")
     assert load_image(tmp_path / f"b.{suffix}")[0, :8, :8].max() < 0.03
@@ -509,14 +509,14 @@ def test_a_cmyk_profile_is_applied(tmp_path: Path, suffix: str) -> None:
 @pytest.mark.parametrize(
     ("image", "profile", "space"),
     [
-        (picture(COLOUR), grey_profile(), "GRAY"),
-        (picture(COLOUR), cmyk_profile(), "CMYK"),
-        (picture(GREY), cmyk_profile(), "CMYK"),
+        (picture(COLOR), gray_profile(), "GRAY"),
+        (picture(COLOR), cmyk_profile(), "CMYK"),
+        (picture(GRAY), cmyk_profile(), "CMYK"),
         (CMYK, SRGB, "RGB"),
-        (CMYK, grey_profile(), "GRAY"),
-        (picture(COLOUR), SRGB[:100], "damaged"),
-        (picture(COLOUR), b"no profile" * 20, "damaged"),
-        (picture(GREY), grey_profile()[:140], "damaged"),
+        (CMYK, gray_profile(), "GRAY"),
+        (picture(COLOR), SRGB[:100], "damaged"),
+        (picture(COLOR), b"no profile" * 20, "damaged"),
+        (picture(GRAY), gray_profile()[:140], "damaged"),
         (CMYK, cmyk_profile()[:-1000], "CMYK"),
         (CMYK, icc(b"prtr", b"CMYK", b"Lab ", {}), "CMYK"),
     ],
@@ -530,7 +530,7 @@ def test_a_profile_that_does_not_fit_is_left_out(
     image.save(tmp_path / "b.tif", icc_profile=profile)
     read = load_picture(tmp_path / "b.tif")
     assert torch.equal(read.image, plain) and read.icc_profile is None
-    assert read.note == f"its colour profile ({space}) does not fit and is left out"
+    assert read.note == f"its color profile ({space}) does not fit and is left out"
 
 
 def test_extensions_are_those_that_pillow_reads() -> None:
@@ -598,44 +598,44 @@ BAD = {
     "ppm-0x5": (content("a.ppm", b"P6 0 5 255\n"), NO_PICTURE),
     "png-too-large": (content("a.png", png((BIG, BIG), 8, 2, [b""])), TOO_LARGE),
     "ppm-too-large": (content("a.ppm", f"P6 {BIG} {BIG} 255\n".encode()), TOO_LARGE),
-    "float-above-1": (save(picture(GREY.astype(np.float32)), "a.tif"), r"values of a 'F' picture must be in \[0, 1\]"),
+    "float-above-1": (save(picture(GRAY.astype(np.float32)), "a.tif"), r"values of a 'F' picture must be in \[0, 1\]"),
     "float-nan": (save(picture(np.full((4, 4), np.nan, np.float32)), "a.tif"), r"must be in \[0, 1\]; scale them$"),
-    "int-of-pillow": (save(picture(GREY16.astype(np.int32)), "a.tif"), "its samples are signed, so black is unknown; "),
-    "signed-8": (content("a.tif", tiff(GREY, "<", 1, more={339: [2]})), "its samples are signed"),
-    "signed-16": (content("a.tif", tiff(GREY16, ">", 1, more={339: [2]})), "its samples are signed"),
-    "uint32": (content("a.tif", tiff(GREY.astype(np.uint32), "<", 1)), r"its white is unknown \(32-bit samples"),
+    "int-of-pillow": (save(picture(GRAY16.astype(np.int32)), "a.tif"), "its samples are signed, so black is unknown; "),
+    "signed-8": (content("a.tif", tiff(GRAY, "<", 1, more={339: [2]})), "its samples are signed"),
+    "signed-16": (content("a.tif", tiff(GRAY16, ">", 1, more={339: [2]})), "its samples are signed"),
+    "uint32": (content("a.tif", tiff(GRAY.astype(np.uint32), "<", 1)), r"its white is unknown \(32-bit samples"),
     "12-of-16-bits-cmyk": (
         content("a.tif", tiff(RGBA.astype(np.uint16) * 16, "<", 5, more={281: [4095] * 4})),
         "its samples use a part of their bits",
     ),
     "max-1000": (
-        content("a.tif", tiff(GREY16 // 128, "<", 1, more={281: [1000]})),
+        content("a.tif", tiff(GRAY16 // 128, "<", 1, more={281: [1000]})),
         r"its white is unknown \(MaxSampleValue 1000",
     ),
     "dark-statistic": (
-        content("a.tif", tiff(GREY16 // 128, "<", 1, more={281: [int((GREY16 // 128).max())]})),
+        content("a.tif", tiff(GRAY16 // 128, "<", 1, more={281: [int((GRAY16 // 128).max())]})),
         "its white is unknown",
     ),
     "min-100": (
-        content("a.tif", tiff(GREY16, "<", 1, more={280: [100]})),
+        content("a.tif", tiff(GRAY16, "<", 1, more={280: [100]})),
         r"its black is unknown \(MinSampleValue 100\)",
     ),
-    "above-max": (content("a.tif", tiff(GREY16, "<", 1, more=MAX_12)), r"must be in \[0, 4095\]; scale them$"),
+    "above-max": (content("a.tif", tiff(GRAY16, "<", 1, more=MAX_12)), r"must be in \[0, 4095\]; scale them$"),
     "float-below-0": (
-        content("a.tif", tiff(GREY.astype(np.float32) / 127 - 1, "<", 1, more=FLOAT)),
+        content("a.tif", tiff(GRAY.astype(np.float32) / 127 - 1, "<", 1, more=FLOAT)),
         r"must be in \[0, 1\]",
     ),
-    "no-photometric": (content("a.tif", tiff(GREY, "<", None)), "it does not say whether 0 is black"),
+    "no-photometric": (content("a.tif", tiff(GRAY, "<", None)), "it does not say whether 0 is black"),
     "negative-apart": (
-        content("a.tif", tiff(GREY[None], "<", 0, more={284: [2]})),
+        content("a.tif", tiff(GRAY[None], "<", 0, more={284: [2]})),
         "its planes are stored apart, in a form that cannot be read; interleave its samples$",
     ),
     "rgb16-apart": (
-        content("a.tif", tiff(np.moveaxis(COLOUR, 2, 0).astype(np.uint16) * 257, "<", 2, more={284: [2]})),
+        content("a.tif", tiff(np.moveaxis(COLOR, 2, 0).astype(np.uint16) * 257, "<", 2, more={284: [2]})),
         "its planes are stored apart",
     ),
-    "half-floats": (content("a.tif", tiff(GREY.astype(np.float16), "<", 1, more=FLOAT)), NO_PICTURE),
-    "spider": (save(picture(GREY.astype(np.float32) / 255), "a.spider", format="SPIDER"), "its white is unknown"),
+    "half-floats": (content("a.tif", tiff(GRAY.astype(np.float16), "<", 1, more=FLOAT)), NO_PICTURE),
+    "spider": (save(picture(GRAY.astype(np.float32) / 255), "a.spider", format="SPIDER"), "its white is unknown"),
     "folder": (a_folder, "it is a folder; give a file$"),
     "pipe": (fifo, "it is a pipe, a socket or a device; give a regular file$"),
 }
@@ -660,7 +660,7 @@ def test_missing_files_and_dead_links_are_named(tmp_path: Path) -> None:
 
 
 def test_a_file_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = save(picture(COLOUR), "a.png")(tmp_path)
+    path = save(picture(COLOR), "a.png")(tmp_path)
 
     def refuse(*args) -> None:
         raise PermissionError(13, "Permission denied", str(path))
@@ -672,7 +672,7 @@ def test_a_file_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytes
 
 
 def test_max_pixels_allows_less_and_more_than_pillow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = save(picture(COLOUR), "a.png")(tmp_path)
+    path = save(picture(COLOR), "a.png")(tmp_path)
     with pytest.raises(UserError, match="32 x 24 = 768 pixels, more than the limit of 767; .* max_pixels=768$"):
         load_picture(path, max_pixels=767)
     assert load_picture(path, max_pixels=768).image.shape == (3, 24, 32)
@@ -689,7 +689,7 @@ def test_max_pixels_allows_less_and_more_than_pillow(tmp_path: Path, monkeypatch
 
 
 def test_a_large_picture_is_refused_before_it_is_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = save(picture(COLOUR), "a.jpg")(tmp_path)
+    path = save(picture(COLOR), "a.jpg")(tmp_path)
 
     def decode(self) -> None:
         raise AssertionError("pixels were decoded")
@@ -701,7 +701,7 @@ def test_a_large_picture_is_refused_before_it_is_decoded(tmp_path: Path, monkeyp
 
 def test_pillow_is_left_as_it_was(tmp_path: Path) -> None:
     limit, filters = Image.MAX_IMAGE_PIXELS, list(warnings.filters)
-    good = save(picture(COLOUR), "good.png")(tmp_path)
+    good = save(picture(COLOR), "good.png")(tmp_path)
     (tmp_path / "bad.png").write_bytes(b"hello")
     for path, max_pixels in [(good, 10), (good, 10**9), (good, None), (tmp_path / "bad.png", 10)]:
         try:
@@ -712,7 +712,7 @@ def test_pillow_is_left_as_it_was(tmp_path: Path) -> None:
 
 
 def test_opening_does_not_decode_and_may_be_nested(tmp_path: Path) -> None:
-    first, second = half("a.png")(tmp_path), save(picture(COLOUR), "b.png")(tmp_path)
+    first, second = half("a.png")(tmp_path), save(picture(COLOR), "b.png")(tmp_path)
     with open_image(first) as one, open_image(second) as two:
         assert (one.size, two.size) == ((120, 120), (32, 24))
 
@@ -737,11 +737,11 @@ def test_alpha_and_profile_are_saved(tmp_path: Path) -> None:
 
 
 def cut_out(hidden: np.ndarray) -> np.ndarray:
-    """A red half disc beside a blue one that fade out, with other colours where nothing is visible; RGBA."""
+    """A red half disc beside a blue one that fade out, with other colors where nothing is visible; RGBA."""
     rows, columns = np.mgrid[:24, :32]
     alpha = np.clip(9.5 - np.hypot(rows - 11.5, columns - 15.5), 0, 1)[..., None]
-    colours = np.where(columns[..., None] < 16, [200, 20, 30], [10, 40, 220])
-    return np.dstack([np.where(alpha > 0, colours, hidden), np.ceil(alpha * 255)]).astype(np.uint8)
+    colors = np.where(columns[..., None] < 16, [200, 20, 30], [10, 40, 220])
+    return np.dstack([np.where(alpha > 0, colors, hidden), np.ceil(alpha * 255)]).astype(np.uint8)
 
 
 HIDDEN = {
@@ -751,7 +751,7 @@ HIDDEN = {
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.tif", "a.webp"])
-def test_colours_that_nobody_sees_do_not_matter(tmp_path: Path, name: str) -> None:
+def test_colors_that_nobody_sees_do_not_matter(tmp_path: Path, name: str) -> None:
     needs(name[2:])
     options = {"lossless": True, "exact": True} if name == "a.webp" else {}
     read = {}
@@ -766,18 +766,18 @@ def test_colours_that_nobody_sees_do_not_matter(tmp_path: Path, name: str) -> No
     )
 
 
-def test_colours_go_on_where_nothing_is_visible(tmp_path: Path) -> None:
+def test_colors_go_on_where_nothing_is_visible(tmp_path: Path) -> None:
     picture(cut_out(HIDDEN["noise"])).save(tmp_path / "a.png")
     image = load_image(tmp_path / "a.png") * 255
     assert torch.allclose(image[:, 11, 0], torch.tensor([200.0, 20, 30]), atol=30)
     assert torch.allclose(image[:, 11, 31], torch.tensor([10.0, 40, 220]), atol=30)
-    # no mixture leaves what is between the two colours
+    # no mixture leaves what is between the two colors
     low, high = torch.tensor([10.0, 20, 30]), torch.tensor([200.0, 40, 220])
     assert ((image.amin((1, 2)) >= low - 1e-3) & (image.amax((1, 2)) <= high + 1e-3)).all()
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 7), (5, 3), (16, 16)])
-def test_one_visible_pixel_gives_its_colour_to_all(tmp_path: Path, size: tuple[int, int]) -> None:
+def test_one_visible_pixel_gives_its_color_to_all(tmp_path: Path, size: tuple[int, int]) -> None:
     pixels = np.zeros((*size, 4), np.uint8)
     pixels[-1, -1] = 60, 120, 180, 1
     picture(pixels).save(tmp_path / "a.png")
@@ -795,36 +795,36 @@ def test_a_picture_of_which_nothing_is_visible(tmp_path: Path, key: int | None) 
         load_image(tmp_path / "a.png")
 
 
-GREY_PALETTE = picture(GREY).convert("P")
-GREY_KINDS = {
-    "grey", "grey-jpeg", "grey-alpha", "bilevel", "bilevel-tiff", "grey-key", "grey-key-of-4-bits", "bilevel-key",
-    "grey16", "grey16-between-levels", "grey16-key", "grey16-alpha", "grey16-tiff-little", "grey16-tiff-big",
+GRAY_PALETTE = picture(GRAY).convert("P")
+GRAY_KINDS = {
+    "gray", "gray-jpeg", "gray-alpha", "bilevel", "bilevel-tiff", "gray-key", "gray-key-of-4-bits", "bilevel-key",
+    "gray16", "gray16-between-levels", "gray16-key", "gray16-alpha", "gray16-tiff-little", "gray16-tiff-big",
     "negative-tiff", "negative16-tiff", "12-bit-tiff", "12-of-16-bits", "12-of-16-bits-big", "12-of-16-bits-negative",
     "7-of-8-bits", "7-of-8-bits-negative", "uint32-max-16-bits", "uint32-full", "statistic", "4-bit-negative",
-    "float-of-255", "float-negative", "palette-of-8-bits", "pgm-of-12-bits", "float-tiff", "grey-profile",
-    "grey-profile-alpha", "grey16-profile",
+    "float-of-255", "float-negative", "palette-of-8-bits", "pgm-of-12-bits", "float-tiff", "gray-profile",
+    "gray-profile-alpha", "gray16-profile",
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_grey_is_known_by_its_file(tmp_path: Path, name: str) -> None:
+def test_gray_is_known_by_its_file(tmp_path: Path, name: str) -> None:
     needs(name)
     read = load_picture(KINDS[name][0](tmp_path))
-    assert read.is_grey == (name in GREY_KINDS)
-    assert not read.is_grey or is_grey(read.image)
+    assert read.is_gray == (name in GRAY_KINDS)
+    assert not read.is_gray or is_gray(read.image)
 
 
-def test_a_palette_of_greys_is_grey_and_equal_channels_are_a_choice_of_the_file(tmp_path: Path) -> None:
-    assert load_picture(save(GREY_PALETTE, "a.png")(tmp_path)).is_grey
-    assert load_picture(save(GREY_PALETTE, "b.png", transparency=3)(tmp_path)).is_grey
-    read = load_picture(save(picture(GREY_RGB), "c.png")(tmp_path))
-    assert is_grey(read.image) and not read.is_grey
+def test_a_palette_of_grays_is_gray_and_equal_channels_are_a_choice_of_the_file(tmp_path: Path) -> None:
+    assert load_picture(save(GRAY_PALETTE, "a.png")(tmp_path)).is_gray
+    assert load_picture(save(GRAY_PALETTE, "b.png", transparency=3)(tmp_path)).is_gray
+    read = load_picture(save(picture(GRAY_RGB), "c.png")(tmp_path))
+    assert is_gray(read.image) and not read.is_gray
 
 
 def test_a_very_dark_16_bit_picture_gets_a_note(tmp_path: Path) -> None:
-    (tmp_path / "a.png").write_bytes(png16(GREY16 // 17))
+    (tmp_path / "a.png").write_bytes(png16(GRAY16 // 17))
     assert (load_picture(tmp_path / "a.png").note or "").startswith("very dark: ")
-    (tmp_path / "b.png").write_bytes(png16(GREY16 // 8))
+    (tmp_path / "b.png").write_bytes(png16(GRAY16 // 8))
     assert load_picture(tmp_path / "b.png").note is None
 
 
@@ -846,7 +846,7 @@ WRITTEN = {
 def test_a_file_is_of_the_format_that_its_name_says(tmp_path: Path, suffix: str, channels: int) -> None:
     needs(suffix)
     kind, tolerance, holds_alpha = WRITTEN[suffix]
-    img = torch.from_numpy(COLOUR).permute(2, 0, 1)[:channels].float() / 255
+    img = torch.from_numpy(COLOR).permute(2, 0, 1)[:channels].float() / 255
     path = tmp_path / f"a.{suffix}"
     save_image(path, img)
     with Image.open(path) as file:
@@ -889,11 +889,11 @@ NO_PICTURES = {
     "nan": (UNIT * float("nan"), "got NaN or infinite numbers"),
     "inf": (UNIT / 0, "got NaN or infinite numbers"),
     "numpy": (UNIT.numpy(), r"got numpy\.ndarray: use load_image for a file, torch\.from_numpy"),
-    "pil": (picture(COLOUR), r"got PIL\.Image\.Image"),
+    "pil": (picture(COLOR), r"got PIL\.Image\.Image"),
     "none": (None, "got builtins.NoneType"),
     "hwc": (UNIT.permute(1, 2, 0), r"got the shape \(6, 4, 3\): use x\.permute\(2, 0, 1\)"),
-    "grey": (UNIT[:1], r"got the shape \(1, 6, 4\): use x\.expand\(3, -1, -1\)"),
-    "grey-2d": (UNIT[0], r"got the shape \(6, 4\): use x\.expand\(3, -1, -1\)"),
+    "gray": (UNIT[:1], r"got the shape \(1, 6, 4\): use x\.expand\(3, -1, -1\)"),
+    "gray-2d": (UNIT[0], r"got the shape \(6, 4\): use x\.expand\(3, -1, -1\)"),
     "rgba": (torch.rand(4, 8, 8), r"got the shape \(4, 8, 8\): take x\[:3\]"),
     "batch": (UNIT[None], r"got the shape \(1, 3, 6, 4\): give the pictures of a batch one by one"),
     "empty": (UNIT[:, :0], r"got the shape \(3, 0, 4\): it has no pixels"),

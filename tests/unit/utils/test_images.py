@@ -30,11 +30,11 @@ def test_ranges_are_inverse_and_clamped():
 
 def test_heat_maps_run_from_dark_to_bright_over_a_fixed_range():
     values = torch.linspace(0, 1, 256).reshape(4, 64)
-    colours = heat_map(values)
-    assert colours.shape == (3, 4, 64) and colours.dtype == torch.float32
-    luma = (colours * torch.tensor([0.2126, 0.7152, 0.0722])[:, None, None]).sum(0).flatten()
+    colors = heat_map(values)
+    assert colors.shape == (3, 4, 64) and colors.dtype == torch.float32
+    luma = (colors * torch.tensor([0.2126, 0.7152, 0.0722])[:, None, None]).sum(0).flatten()
     assert (luma.diff() > 0).all() and luma[0] < 0.01 and luma[-1] > 0.9
-    # not stretched to what a picture holds: halves are the same colour everywhere, and outside values are clamped
+    # not stretched to what a picture holds: halves are the same color everywhere, and outside values are clamped
     assert torch.equal(heat_map(torch.full((2, 2), 0.5))[:, 0, 0], heat_map(torch.tensor([[0.5, 1.0]]))[:, 0, 0])
     assert torch.equal(heat_map(torch.tensor([[-1.0, 2.0]])), heat_map(torch.tensor([[0.0, 1.0]])))
 
@@ -128,9 +128,9 @@ def test_resizing_keeps_mean_rank_and_range(mode):
 
 def test_resizing_a_ramp_is_exact_inside():
     ramp = torch.linspace(0, 1, 64).expand(3, 64, 64)
-    centres = (torch.arange(16) * 4 + 1.5) / 63
+    centers = (torch.arange(16) * 4 + 1.5) / 63
     for mode in ("bicubic", "bilinear", "area", "lanczos"):
-        assert torch.allclose(resize(ramp, (16, 16), mode)[:, 8, 3:-3], centres[3:-3].expand(3, -1), atol=1e-3)
+        assert torch.allclose(resize(ramp, (16, 16), mode)[:, 8, 3:-3], centers[3:-3].expand(3, -1), atol=1e-3)
 
 
 def test_unknown_resize_mode():

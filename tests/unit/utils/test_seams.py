@@ -59,8 +59,8 @@ def seam_ratio(image_3HW: Tensor, original_3HW: Tensor, tile: int, overlap: int,
 @cache
 def photograph(kind: str) -> Tensor:
     """A quarter of a photograph, reduced as low-resolution inputs are: (3, 96, 96) in [0, 1]."""
-    grey = torch.tensor(getattr(skimage.data, PHOTOGRAPHS[kind])()[:384, :384]) / 255
-    return resize(grey.expand(3, -1, -1), (96, 96), "area")
+    gray = torch.tensor(getattr(skimage.data, PHOTOGRAPHS[kind])()[:384, :384]) / 255
+    return resize(gray.expand(3, -1, -1), (96, 96), "area")
 
 
 def disagreeing_network(seed: int):  # noqa: ANN201

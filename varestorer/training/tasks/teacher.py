@@ -15,7 +15,7 @@ from varestorer.tokenizer.quantizer import Corruption
 from varestorer.training.task import Batch, Task, train_only
 from varestorer.transformer import ClassLabels, TextFeatures
 from varestorer.transformer.adapters import adapter_parameters
-from varestorer.transformer.drop_path import branch_factors, dropped_paths
+from varestorer.transformer.model import branch_factors, dropped_paths
 from varestorer.utils.errors import UserError
 from varestorer.utils.images import to_network
 from varestorer.utils.seeds import uniform_per_sample

@@ -18,7 +18,7 @@ from varestorer.tokenizer import TokenPyramid
 from varestorer.tokenizer.quantizer import to_map, to_tokens
 from varestorer.training.task import Batch, Task, train_only
 from varestorer.transformer import ClassLabels
-from varestorer.transformer.drop_path import branch_factors, dropped_paths
+from varestorer.transformer.model import branch_factors, dropped_paths
 from varestorer.transformer.refiner import TrainingDraws
 from varestorer.utils.errors import UserError
 from varestorer.utils.images import to_network

@@ -6,7 +6,7 @@ import torch
 from varestorer.systems.varestorer import VARestorer
 from varestorer.training.task import Batch
 from varestorer.training.tasks.teacher import PrefixTask, TeacherTask
-from varestorer.transformer.drop_path import branch_factors, dropped_paths
+from varestorer.transformer.model import branch_factors, dropped_paths
 from varestorer.utils.errors import UserError
 from varestorer.utils.seeds import torch_generator
 

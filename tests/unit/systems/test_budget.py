@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from varestorer.systems.budget import Budget, measure
+from varestorer.systems.varestorer import VARestorer
 from varestorer.utils.errors import UserError
 from varestorer.utils.images import Writing, save_image
 from varestorer.utils.memory import parse_memory
@@ -93,3 +94,22 @@ def test_the_largest_picture_keeps_to_the_limit_and_a_larger_one_is_refused(tmp_
     megapixels = float(re.findall(r"results of up to ([\d.]+) megapixels", text)[0])
     text, peak, status = run(int((0.93 * megapixels * 1e6) ** 0.5 / 4))
     assert status == 0 and parse_memory(limit) * 0.7 < peak < parse_memory(limit), text
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_what_torch_takes_keeps_to_the_limit() -> None:
+    device = torch.device("cuda")
+    system = VARestorer.from_pretrained(device="cuda", merge=True).accelerate()
+    empty = replace(BUDGET, held=0, batch_base=0, square=0, reading=0, writing=0, most=512)
+
+    def row(number: int) -> None:
+        system.restore(torch.rand(3, 128, 128 * number), 1, trained_scale=1, overlap=0, batch=number)
+
+    row(1)
+    limit = torch.cuda.memory_allocated(device) + 512 * MIB
+    found = measure(limit, device, row, "a.png", Writing(), empty)
+    assert found is not None
+    batch = found.batch_for(256 * 256, 1024 * 1024, 1024 * 1024)
+    torch.cuda.reset_peak_memory_stats(device)
+    system.restore(torch.rand(3, 256, 256), 4, batch=batch)
+    assert batch > 8 and torch.cuda.max_memory_allocated(device) <= limit

@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
+from varestorer.utils.device import peak_memory
 from varestorer.utils.errors import reason
-from varestorer.utils.memory import peak_memory
 from varestorer.utils.watch import observed
 
 LOG = logging.getLogger(__name__)

@@ -20,7 +20,7 @@ from varestorer.evaluation.detective import explain, read_figures, report
 from varestorer.evaluation.doubt import check_doubt, measure_doubt, write_doubt
 from varestorer.evaluation.evaluator import Evaluator
 from varestorer.evaluation.outputs import log_evaluation, write_report
-from varestorer.evaluation.preference import write_pairwise
+from varestorer.evaluation.pairwise import write_pairwise
 from varestorer.evaluation.processes import Processes
 from varestorer.evaluation.progress import Progress, write_records
 from varestorer.evaluation.protocols import Protocol, listed_protocols, load_protocol

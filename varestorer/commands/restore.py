@@ -26,11 +26,10 @@ from varestorer.systems.folder import FolderReport, Restored, RestoreImage, rest
 from varestorer.systems.plan import REPORT_NAME, Job, Plan, plan_restoration
 from varestorer.systems.prompts import TextOptions, Texts, find_texts
 from varestorer.systems.varestorer import VARestorer
-from varestorer.utils.device import limit_threads, pick_device
+from varestorer.utils.device import limit_threads, parse_memory, pick_device
 from varestorer.utils.errors import UsageError, UserError
 from varestorer.utils.files import check_writable
 from varestorer.utils.images import Writing
-from varestorer.utils.memory import parse_memory
 from varestorer.utils.schema import typed
 from varestorer.utils.tiling import scaled_size
 from varestorer.weights import DEFAULT

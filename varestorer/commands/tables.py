@@ -20,6 +20,7 @@ from varestorer.benchmark.restore import restoring, with_weights
 from varestorer.benchmark.roofline import device_description
 from varestorer.commands.entry import OK, Command, say
 from varestorer.commands.options import TablesOptions
+from varestorer.evaluation.pairwise import preference_tables, read_answers, read_study
 from varestorer.evaluation.paper_tables import (
     StageRecord,
     SystemRecord,
@@ -29,7 +30,6 @@ from varestorer.evaluation.paper_tables import (
     table_3,
     table_varsr,
 )
-from varestorer.evaluation.preference import preference_tables, read_answers, read_study
 from varestorer.evaluation.small_models import open_models, seconds_in_turns, table_small
 from varestorer.evaluation.tables import Table, to_markdown, write_tables
 from varestorer.systems import SYSTEMS

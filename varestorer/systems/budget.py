@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 
 from varestorer.systems.base import DEVICE_PIXELS
+from varestorer.utils.device import memory_in_use, peak_memory
 from varestorer.utils.errors import UserError
 from varestorer.utils.images import Writing, holds_alpha, load_picture, resize, save_image
-from varestorer.utils.memory import memory_in_use, peak_memory
 
 SPARE = 1.15  # what is needed may exceed what was measured
 PROBE_SIDE = 1024  # pixels, of the picture that is written and read to see what that takes

@@ -10,10 +10,13 @@ import pytest
 import torch
 
 from varestorer.systems.budget import Budget, measure
+<<<<<<< HEAD
 from varestorer.systems.varestorer import VARestorer
+=======
+from varestorer.utils.device import parse_memory
+>>>>>>> wave/options
 from varestorer.utils.errors import UserError
 from varestorer.utils.images import Writing, save_image
-from varestorer.utils.memory import parse_memory
 
 MIB = 2**20
 BUDGET = Budget(1000 * MIB, 540 * MIB, 20 * MIB, 10 * MIB, reading=30, writing=20, channels=3, most=8)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from varestorer.evaluation.preference import (
+from varestorer.evaluation.pairwise import (
     Study,
     preference_tables,
     read_answers,

@@ -10,11 +10,8 @@ import pytest
 import torch
 
 from varestorer.systems.budget import Budget, measure
-<<<<<<< HEAD
 from varestorer.systems.varestorer import VARestorer
-=======
 from varestorer.utils.device import parse_memory
->>>>>>> wave/options
 from varestorer.utils.errors import UserError
 from varestorer.utils.images import Writing, save_image
 

@@ -27,7 +27,7 @@ from varestorer.systems.plan import REPORT_NAME, Job, Plan, plan_restoration
 from varestorer.systems.prompts import TextOptions, Texts, find_texts
 from varestorer.systems.varestorer import VARestorer
 from varestorer.utils.device import limit_threads, parse_memory, pick_device
-from varestorer.utils.errors import UsageError, UserError
+from varestorer.utils.errors import UsageError, UserError, reason
 from varestorer.utils.files import check_writable
 from varestorer.utils.images import Writing
 from varestorer.utils.schema import typed
@@ -139,7 +139,7 @@ def check_memory(options: RestoreOptions) -> None:
         try:
             parse_memory(options.max_memory)
         except ValueError as error:
-            raise UsageError(f"max_memory: {error}") from error
+            raise UsageError(f"max_memory: {reason(error)}") from error
         if options.compile or options.graphs:
             raise UsageError("max_memory needs batches of any size, compile and graphs one: leave one of them out")
 

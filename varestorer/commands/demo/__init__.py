@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 
 from varestorer.commands.entry import OK, Command, say
 from varestorer.commands.options import DemoOptions
-from varestorer.utils.errors import UserError
+from varestorer.utils.errors import UserError, reason
 from varestorer.utils.schema import typed
 
 # read by gradio when it is imported; it tells nobody that it was started
@@ -33,7 +33,7 @@ def demo(cfg: DictConfig) -> int:
         try:
             from varestorer.commands.demo.page import Page
         except ImportError as error:
-            raise UserError(f'the page needs gradio 6: pip install "varestorer[demo]" ({error})') from error
+            raise UserError(f'the page needs gradio 6: pip install "varestorer[demo]" ({reason(error)})') from error
         from varestorer.commands.demo.studio import Studio
 
         page = Page(Studio(options, Path(folder)))

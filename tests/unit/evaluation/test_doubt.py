@@ -34,6 +34,7 @@ def pairs(tmp_path: Path) -> list[Pair]:
     found = []
     for n, size in enumerate([(48, 36), (48, 36), (40, 36)]):
         hq = resize(torch.rand(3, 8, 6, generator=torch_generator(n)), size)
+        hq = hq[:1].expand(3, -1, -1) if n == 1 else hq  # gray stays gray
         files = tmp_path / f"{n}_lq.png", tmp_path / f"{n}_hq.png"
         save_image(files[0], resize(hq, (12, 9)))
         save_image(files[1], hq)

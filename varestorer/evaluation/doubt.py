@@ -31,7 +31,7 @@ from varestorer.tokenizer import ScaleSchedule
 from varestorer.utils.device import to_device
 from varestorer.utils.errors import UsageError, UserError
 from varestorer.utils.files import atomic_write, write_json
-from varestorer.utils.images import is_grey, load_image
+from varestorer.utils.images import is_gray, load_image
 from varestorer.utils.seeds import derive_seed
 from varestorer.utils.tiling import ENLARGE, enlarged_tile, restore_to_sizes
 
@@ -170,7 +170,7 @@ def _measure(
     both, results = torch.cat([enlarged, hq_3HW]), [(size, system.tile)]
     (whole,) = restore_to_sizes(both, size, system.tile, system.tile // 4, BATCH, run, results, system.step)
     image, faithful, maps_KHW = whole[:3].clamp(0, 1), whole[3:6].clamp(0, 1), whole[6:]
-    if is_grey(lq_3hw):  # as restore keeps it
+    if is_gray(lq_3hw):  # as restore keeps it
         image, faithful = (one.mean(dim=0).expand(3, -1, -1) for one in (image, faithful))
     maps_KHW = torch.cat([maps_KHW, maps_KHW.mean(dim=0, keepdim=True)])
     error_HW = (image - hq_3HW).square().mean(dim=0)

@@ -12,8 +12,9 @@ def wandb_records(run_dir: Path) -> list:
 
     until = time.monotonic() + 60
     while True:
-        *_, path = sorted(run_dir.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime)
-        found = [Record.FromString(content) for content in record_contents(path.read_bytes())]
+        paths = sorted(run_dir.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime)
+        data = paths[-1].read_bytes() if paths else b""
+        found = [Record.FromString(content) for content in record_contents(data)]
         if any(record.HasField("exit") for record in found) or time.monotonic() > until:
             return found
         time.sleep(0.1)

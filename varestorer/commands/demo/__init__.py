@@ -38,7 +38,11 @@ def demo(cfg: DictConfig) -> int:
 
         page = Page(Studio(options, Path(folder)))
         logging.getLogger("httpx").setLevel(logging.WARNING)  # gradio looks whether its own page is there
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the folder is removed then too
+        for number in (
+            signal.SIGTERM,
+            signal.SIGINT,
+        ):  # background jobs ignore the second; the folder must go
+            signal.signal(number, signal.default_int_handler)
         address = page.serve()
         say(f"the page is at {address}{'' if page.is_local else ', for all who reach it'}; Ctrl-C ends it")
         with suppress(KeyboardInterrupt):

@@ -245,7 +245,8 @@ def _evaluate(
         has_failed |= bool(doubt.failures)
         if processes.is_main:
             files += write_doubt(doubt, out, f"{method}, {dataset}")
-            say("\n".join([*(f"doubt of {name}: {why}" for name, why in doubt.failures.items())]))
+            for name, why in doubt.failures.items():
+                say(f"doubt of {name}: {why}")
     if processes.is_main:
         say(f"wrote {', '.join(path.name for path in files)}{' and images/' if keep else ''} to {out}")
     return evaluation, FAILED if has_failed else OK

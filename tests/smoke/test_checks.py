@@ -60,6 +60,15 @@ def test_refused_before_anything_begins(folder: Path, capsys: pytest.CaptureFixt
     assert not (folder / "run").exists() and not (folder / "outputs").exists()
 
 
+@pytest.mark.parametrize(("name", "hub"), [("hvar", "FoundationVision/var"), ("varsr_isr", "qyp2000/VARSR")])
+def test_the_file_to_get_is_that_of_the_paper(
+    folder: Path, capsys: pytest.CaptureFixture[str], name: str, hub: str
+) -> None:
+    words = [f"+experiment={name}", "data.root=.", "run_dir=run", "device=cpu", "logger=none"]
+    assert TRAIN.main([*words, "model.weights={transformer: null, tokenizer: gone.pth}"]) == 2
+    assert hub in capsys.readouterr().err
+
+
 def stages_of(compose: Callable[..., DictConfig], *words: str) -> dict[str, DictConfig]:
     return stage_configs(compose("train", *words), [])
 

@@ -137,6 +137,7 @@ class System(
         name: of the paper's system, as configs and bundles call it.
         enlarge: how images are enlarged before they are restored, see `utils.tiling.ENLARGE`.
         makers: entry of `config` -> what takes it, for checks of a bundle.
+        published: part -> the published file of it, and where to get that.
         schedule: the scales.
         tokenizer: images to tokens and back.
         transformer: predicts the tokens.
@@ -150,6 +151,7 @@ class System(
 
     name: ClassVar[str]
     makers: ClassVar[dict[str, Callable[..., Any]]]
+    published: ClassVar[dict[str, str]]
     enlarge: ClassVar[str] = "bicubic"
     schedule: ScaleSchedule
     tokenizer: MultiScaleTokenizer

@@ -40,7 +40,7 @@ from varestorer.utils.seeds import torch_generator
 from varestorer.utils.tiling import restore_to_sizes, scaled_size
 from varestorer.weights.bundle import is_bundle, read_config, shipped
 from varestorer.weights.files import read_tensors
-from varestorer.weights.load import allocate, fill
+from varestorer.weights.load import allocate, check_part, fill
 from varestorer.weights.published.varsr import (
     TRANSFORMER_NESTED,
     VQVAE_NESTED,
@@ -53,7 +53,7 @@ from varestorer.weights.runs import CONFIG, is_run, latest_checkpoint
 
 VAR_SIDES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 """Scales of the published VAR for 256 pixels, whose learned positions a new grid starts from."""
-WHERE = {
+PUBLISHED = {
     "tokenizer": "vae_ch160v4096z32.pth (hub FoundationVision/var) or that of Switti (hub yresearch/VQVAE-Switti)",
     "transformer": "var_d16.pth (hub FoundationVision/var)",
 }
@@ -81,6 +81,7 @@ class HVAR(OneStepSystem):
     """
 
     name = "hvar"
+    published = PUBLISHED
     enlarge = "bilinear"  # as the notes of the paper say
     makers: ClassVar[dict[str, Callable[..., Any]]] = {
         "schedule": ScaleSchedule.build,
@@ -266,12 +267,7 @@ class HVAR(OneStepSystem):
 
     def _check_file(self, part: str, file: Path, new_reading: bool) -> None:
         """Refuse at once a file that is not there, or a part of another reading."""
-        if part not in WHERE:
-            raise UserError(f"model.weights has the parts {' and '.join(WHERE)}, got {part}")
-        if not (is_run(file) or is_bundle(file) or file.is_file()):
-            raise UserError(
-                f"weights not found: {file}; get {WHERE[part]} and set model.weights.{part} to it, or a run"
-            )
+        check_part(part, file, self.published)
         theirs = _reading(_config_of(file))
         differing = [name for name, value in theirs.items() if value != self.reading[name]]
         if differing and not new_reading:
@@ -321,7 +317,7 @@ def start_from_var(transformer: VARTransformer, tensors: Mapping[str, Tensor], s
         nested = nested.get(key, nested)  # type: ignore[assignment]
     config = transformer.config
     if network_kind(nested) != "var":
-        raise UserError(f"{source} is no VAR; get {WHERE['transformer']}, or give a run or a bundle")
+        raise UserError(f"{source} is no VAR; get {PUBLISHED['transformer']}, or give a run or a bundle")
     sizes = varsr_sizes(nested)
     own = {
         "num_classes": sizes["num_classes"],

@@ -55,8 +55,14 @@ from varestorer.utils.seeds import torch_generator
 from varestorer.weights.bundle import RESTORER, shipped, tensors_file
 from varestorer.weights.files import read_entries
 from varestorer.weights.load import allocate, check_part, load_part
-from varestorer.weights.published import STUDENT_FILE
-from varestorer.weights.published.infinity import adapter_rank, tokenizer_sizes, transformer_sizes
+from varestorer.weights.published.infinity import (
+    STUDENT_FILE,
+    TOKENIZER_FILE,
+    TRANSFORMER_FILE,
+    adapter_rank,
+    tokenizer_sizes,
+    transformer_sizes,
+)
 from varestorer.weights.resolve import companion, is_published
 from varestorer.weights.restorers import load_restorer
 
@@ -165,6 +171,10 @@ class VARestorer(System):
     """
 
     name = "varestorer"
+    published: ClassVar[dict[str, str]] = {
+        "tokenizer": f"{TOKENIZER_FILE} (hub FoundationVision/Infinity)",
+        "transformer": f"{TRANSFORMER_FILE} (hub FoundationVision/Infinity) or {STUDENT_FILE} (VARestorer's release)",
+    }
     makers: ClassVar[dict[str, Callable[..., Any]]] = {
         "schedule": ScaleSchedule.build,
         "tokenizer": TokenizerConfig,
@@ -188,7 +198,7 @@ class VARestorer(System):
         super().__init__()
         self.files = {part: shipped(file) for part, file in (weights or {}).items() if file}
         for part, file in self.files.items():
-            check_part(part, file)
+            check_part(part, file, self.published)
         self.restorer = _restorer(restorer, seed)
         self.schedule = ScaleSchedule.build(**schedule)
         self.student_config = StudentConfig(**(student or {}))

@@ -25,7 +25,7 @@ from varestorer.systems import official_varsr
 from varestorer.systems.acceleration import Acceleration
 from varestorer.systems.base import Request, RestoredBatch
 from varestorer.systems.one_step import OneStepConfig, OneStepSystem
-from varestorer.systems.varsr_files import adapters_of, network_of, published_sizes, tokenizer_of
+from varestorer.systems.varsr_files import PUBLISHED, adapters_of, network_of, published_sizes, tokenizer_of
 from varestorer.tokenizer import MultiScaleTokenizer, ScaleSchedule, TokenizerConfig, TokenPyramid
 from varestorer.tokenizer.autoencoder import init_weights as init_tokenizer_weights
 from varestorer.tokenizer.quantizer import CodebookQuantizer, to_map, to_tokens
@@ -132,6 +132,7 @@ class VARSR(OneStepSystem):
     """
 
     name = "varsr"
+    published = PUBLISHED
     makers: ClassVar[dict[str, Callable[..., Any]]] = {
         "schedule": ScaleSchedule.build,
         "tokenizer": TokenizerConfig,

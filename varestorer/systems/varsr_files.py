@@ -18,6 +18,7 @@ from varestorer.transformer.adapters import plain_name
 from varestorer.utils.errors import UserError
 from varestorer.weights.bundle import ADAPTERS, is_bundle, tensors_file
 from varestorer.weights.files import check_names_and_shapes, read_tensors
+from varestorer.weights.load import check_part
 from varestorer.weights.published.varsr import (
     LEVELS,
     MASK,
@@ -33,8 +34,10 @@ from varestorer.weights.published.varsr import (
 )
 from varestorer.weights.runs import is_run, load_run_weights
 
-WHERE = f"{VQVAE_FILE} (hub qyp2000/VARSR) or vae_ch160v4096z32.pth (hub FoundationVision/var)"
-GOT_FROM = "VARSR.pth or VARSR_C2I.pth (hub qyp2000/VARSR), or var_d24.pth (hub FoundationVision/var)"
+PUBLISHED = {
+    "tokenizer": f"{VQVAE_FILE} (hub qyp2000/VARSR) or vae_ch160v4096z32.pth (hub FoundationVision/var)",
+    "transformer": "VARSR.pth or VARSR_C2I.pth (hub qyp2000/VARSR), or var_d24.pth (hub FoundationVision/var)",
+}
 SIDES = {
     10: (1, 2, 3, 4, 6, 9, 13, 18, 24, 32),
     12: (1, 2, 3, 4, 6, 9, 12, 16, 20, 24, 28, 32),
@@ -57,7 +60,7 @@ def tokenizer_of(tokenizer: MultiScaleTokenizer, path: Path) -> dict[str, Tensor
         given = _own(path, "tokenizer")
         check_names_and_shapes(wanted, given, str(path))
         return given
-    _check_exists(path, "tokenizer", WHERE)
+    check_part("tokenizer", path, PUBLISHED)
     tensors = read_tensors(path, VQVAE_NESTED)
     return _in_float32(vqvae_tensors(wanted, len(tokenizer.config.multipliers), tensors, str(path)))
 
@@ -83,7 +86,7 @@ def network_of(wanted: Mapping[str, Tensor], sides: Sequence[int], path: Path) -
     if is_ours:
         given = _own(path, "transformer")
     else:
-        _check_exists(path, "transformer", GOT_FROM)
+        check_part("transformer", path, PUBLISHED)
         given = _published(path, wanted)
     source = str(path)
     if _is_class_model(given) and not _is_class_model(wanted):
@@ -132,9 +135,9 @@ def published_sizes(path: Path, tokenizer_file: str | None) -> dict[str, Any]:
     kind = network_kind(tensors)
     if kind not in ("varsr", "c2i", "var"):
         held = "a tokenizer" if kind == "vqvae" else "none"
-        raise UserError(f"{path} holds {held}; give {GOT_FROM}")
+        raise UserError(f"{path} holds {held}; give {PUBLISHED['transformer']}")
     tokenizer = Path(tokenizer_file).expanduser() if tokenizer_file else path.parent / VQVAE_FILE
-    _check_exists(tokenizer, "tokenizer", WHERE)
+    check_part("tokenizer", tokenizer, PUBLISHED)
     sizes = varsr_sizes(tensors)
     own = ("width", "depth", "num_heads", "num_classes", "num_levels")
     transformer = {name: sizes[name] for name in own}
@@ -192,7 +195,7 @@ def _published(path: Path, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
     tensors = _raw(path)
     kind = network_kind(tensors)
     if kind not in ("varsr", "c2i", "var"):
-        raise UserError(f"{path} is no transformer of VAR or VARSR; get {GOT_FROM}")
+        raise UserError(f"{path} is no transformer of VAR or VARSR; get {PUBLISHED['transformer']}")
     names = {name: published_varsr_name(name) for name in wanted}
     left = tensors.keys() - set(names.values()) - {LEVELS, MASK, "pos_1LC"}
     left = {name for name in left if not name.endswith("zero_k_bias")}
@@ -223,11 +226,6 @@ def adapters_of(path: Path | None) -> dict[str, Tensor]:
         return read_tensors(file) if file.is_file() else {}
     named = {plain_name(name): tensor for name, tensor in load_run_weights(path).items() if ".lora_" in name}
     return {name.removeprefix("transformer."): tensor for name, tensor in named.items()}
-
-
-def _check_exists(path: Path, part: str, where: str) -> None:
-    if not path.is_file():
-        raise UserError(f"weights not found: {path}; get {where} and set model.weights.{part} to it, or to a run")
 
 
 def _in_float32(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from varestorer.utils.errors import UsageError, UserError, reason
 from varestorer.utils.schema import typed
 from varestorer.weights.bundle import shipped
 from varestorer.weights.files import read_tensors
-from varestorer.weights.load import WHERE, check_part
+from varestorer.weights.load import check_part
 
 
 def check_stages(stages: Mapping[str, DictConfig], num_processes: int, device: torch.device) -> None:
@@ -48,7 +48,7 @@ def check_stages(stages: Mapping[str, DictConfig], num_processes: int, device: t
             if side is not None:
                 _check_crops(cfg, cfg.stages[name].task, side)
             _check_folders(cfg)
-            _check_task_files(cfg.stages[name].task)
+            _check_task_files(cfg.stages[name].task, get_object(model._target_).published)
 
 
 @contextmanager
@@ -68,8 +68,8 @@ def _check_weights(model: DictConfig) -> None:
             continue
         path = shipped(file)
         if not path.exists():
-            if (part := key.removeprefix("weights.")) in WHERE:
-                check_part(part, path)
+            if key != "restorer":
+                check_part(key.removeprefix("weights."), path, get_object(model._target_).published)
             raise UsageError(f"weights not found: {path}; set model.{key} to a file, a run or a bundle")
         for one in [path] if path.is_file() else sorted(path.glob("*.safetensors")):
             read_tensors(one, nested=("vae", "state_dict"))
@@ -115,11 +115,11 @@ def _leaves(node: Any, key: str) -> Iterator[tuple[str, Any]]:
         yield key, node
 
 
-def _check_task_files(task: DictConfig) -> None:
+def _check_task_files(task: DictConfig, published: Mapping[str, str]) -> None:
     """A separate teacher is there, and so are the weights of a perceptual loss."""
     teacher = task.get("teacher")
     if isinstance(teacher, str) and teacher != "start":
-        check_part("transformer", shipped(teacher))
+        check_part("transformer", shipped(teacher), published)
     if OmegaConf.select(task, "weights.perceptual") != 0:
         for name in sorted({*str(task.get("perceptual", "")).split("+")} & {*WITH_WEIGHTS}):
             perceptual_loss(name)

@@ -18,34 +18,29 @@ from varestorer.transformer.adapters import assign_plain, folded, plain_name, pl
 from varestorer.utils.errors import UserError, reason
 from varestorer.weights.bundle import ADAPTERS, is_bundle, read_config, shipped, tensors_file
 from varestorer.weights.files import check_names_and_shapes, read_tensors
-from varestorer.weights.published.infinity import (
-    STUDENT_FILE,
-    TOKENIZER_FILE,
-    TRANSFORMER_FILE,
-    tokenizer_tensors,
-    transformer_tensors,
-)
+from varestorer.weights.published.infinity import tokenizer_tensors, transformer_tensors
 from varestorer.weights.runs import is_run, load_run_weights
 
 LOG = logging.getLogger(__name__)
-WHERE = {
-    "tokenizer": f"{TOKENIZER_FILE} (hub FoundationVision/Infinity)",
-    "transformer": f"{TRANSFORMER_FILE} (hub FoundationVision/Infinity) or {STUDENT_FILE} (VARestorer's release)",
-}
 
 
-def check_part(part: str, path: str | Path) -> None:
-    """Refuse at once what `load_part` could not load.
+def check_part(part: str, path: str | Path, published: Mapping[str, str]) -> None:
+    """Refuse at once a file of weights that no system could load.
+
+    Args:
+        part: "tokenizer" or "transformer".
+        path: a published file, a bundle, or the folder of a run.
+        published: part -> the published file to get, and where: `System.published`.
 
     Raises:
         UserError: an unknown part, or no such file (says which to get, and the key to set).
     """
-    if part not in WHERE:
-        raise UserError(f"model.weights has the parts {' and '.join(WHERE)}, got {part}")
+    if part not in published:
+        raise UserError(f"model.weights has the parts {' and '.join(published)}, got {part}")
     if not (is_run(path) or is_bundle(path) or Path(path).is_file()):
         raise UserError(
-            f"weights not found: {path}; get {WHERE[part]} and set model.weights.{part} to it, or to a run or a bundle "
-            "(or to hub/NAME, which fetches it)"
+            f"weights not found: {path}; get {published[part]} and set model.weights.{part} to it, or to a run or a "
+            "bundle (or to hub/NAME, which fetches it)"
         )
 
 
@@ -61,14 +56,14 @@ def load_part(system: Any, part: str, path: str | Path, new_adapters: bool = Fal
     Raises:
         UserError: no such file (says which to get, and the key to set), or one that does not fit.
     """
-    check_part(part, path)
+    check_part(part, path, system.published)
     fill(getattr(system, part), part, Path(path), system.student_config.merged, new_adapters)
 
 
 def load_teacher(system: Any, path: str | Path) -> VARTransformer:
     """A network of the system's sizes without adapters, filled from a published teacher, a bundle or a run."""
     path = shipped(path)
-    check_part("transformer", path)
+    check_part("transformer", path, system.published)
     with torch.device("meta"):
         teacher = VARTransformer(system.transformer.config)
     fill(teacher, "transformer", path)

@@ -16,6 +16,9 @@ from varestorer.utils.tiff import check_tiff, is_negative, largest_sample, white
 # what turns the transparent key of a PNG into a value of the mode that Pillow decodes its samples to
 _KEY_SCALE = {"L;2": 85, "L;4": 17, "RGB;16B": 1 / 256}
 
+_WEAKEST_JPEG = 50  # of Real-ESRGAN's degradation and ours no JPEG is below this, so restorers have seen none
+_JPEG_TABLE = 3685  # sum of the luma table of quality 50 (the JPEG standard, annex K); libjpeg's qualities scale it
+
 _SCALED_TO_16_BITS = ("PNG", "PPM", "JPEG2000")  # by the format itself, or by Pillow
 
 
@@ -49,7 +52,7 @@ def decode(file: ImageFile.ImageFile) -> Decoded:
     Raises:
         what Pillow raises for a damaged file (`open_image` turns it into one line).
     """
-    notes = _note_frames(file)
+    notes = [*_note_frames(file), *_note_heavy_jpeg(file)]
     if file.format == "TIFF":
         check_tiff(file)
     _scale_key(file)
@@ -92,6 +95,18 @@ def _note_frames(file: ImageFile.ImageFile) -> list[str]:
         return []
     parts = {"TIFF": "pages", "MPO": "pictures"}.get(file.format or "")
     return [f"first of {count} {parts}" if parts else f"animated: first of {count} frames"]
+
+
+def _note_heavy_jpeg(file: ImageFile.ImageFile) -> list[str]:
+    """A word on a JPEG of lower quality than restoration networks are trained on."""
+    table = (getattr(file, "quantization", None) or {}).get(0)
+    if not table:
+        return []
+    percent = 100 * sum(table) / _JPEG_TABLE
+    quality = (200 - percent) / 2 if percent <= 100 else 5000 / percent
+    if quality >= _WEAKEST_JPEG - 0.5:
+        return []
+    return [f"a JPEG of quality {quality:.0f} or so: models learn from {_WEAKEST_JPEG} and more, its blocks may stay"]
 
 
 def _scale_key(file: ImageFile.ImageFile) -> None:

@@ -930,3 +930,12 @@ def test_what_is_no_picture_is_not_saved(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"alpha \(1, H, W\) of \(4, 4\)"):
         save_image(tmp_path / "a.png", torch.zeros(3, 4, 4), torch.zeros(1, 4, 5))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("quality", [30, 49, 50, 75, 95])
+def test_a_heavy_jpeg_is_told(tmp_path: Path, quality: int) -> None:
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 24, 3), np.uint8)).save(
+        tmp_path / "a.jpg", quality=quality
+    )
+    note = load_picture(tmp_path / "a.jpg").note
+    assert note is None if quality >= 50 else (note or "").startswith(f"a JPEG of quality {quality} or so: ")

@@ -18,7 +18,7 @@ from varestorer.commands.options import DemoOptions
 from varestorer.systems import system_class
 from varestorer.systems.varestorer import VARestorer
 from varestorer.utils.errors import UserError
-from varestorer.utils.images import save_image
+from varestorer.utils.images import load_image, resize, save_image
 
 WISHES: dict[str, Any] = {"scale": 4.0, "uncertainty": True}
 
@@ -79,6 +79,13 @@ def test_what_fails_is_a_line_without_folders(studio: Studio, tmp_path: Path) ->
     assert studio.preview(files[0], studio.first, 4.0) == broken
     with pytest.raises(UserError, match="color must be one of none, adain, wavelet"):
         restored(studio, files[2], color="red")
+
+
+def test_fidelity_stays_with_the_input(studio: Studio, tmp_path: Path) -> None:
+    file = photo(tmp_path / "a.png")
+    own, faithful = (load_image(restored(studio, file, fidelity=share)[0].picture) for share in (0.0, 1.0))
+    enlarged = resize(load_image(file), (40, 48)).clamp(0, 1)  # this model has no restorer
+    assert (faithful - enlarged).abs().max() < 0.01 < (own - enlarged).abs().max()
 
 
 def test_a_way_that_knows_no_uncertainty_has_no_overlay(studio: Studio, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from varestorer.utils.images import IMAGE_EXTENSIONS
 
 LOG = logging.getLogger(__name__)
 FORMATS = RestoreOptions.__dataclass_fields__["format"].metadata["choices"]
+WISHES = ("scale", "prompt", "color", "steps", "select", "seed", "uncertainty", "fidelity")  # parts of the page
 RESTORED, GUESSED = "restored", "where it guessed"
 OWN_QUALITY = {"jpg": 95, "webp": 90, "avif": 90}
 CSS = """
@@ -88,6 +89,7 @@ class Page:
             self.select = gr.Radio(["argmax", "sample"], value="argmax", label="Likeliest choices, or drawn ones")
             self.seed = gr.Number(0, precision=0, label="Seed of what is drawn")
             self.uncertainty = gr.Checkbox(True, label="Map of where the model guessed")
+            self.fidelity = gr.Slider(0, 1, 0, step=0.05, label="Stay with the input where the model guessed")
         with gr.Row():
             self.start = gr.Button("Restore", variant="primary", min_width=120)
             self.stop = gr.Button("Cancel", variant="stop", visible=False, min_width=120)
@@ -112,7 +114,7 @@ class Page:
         loud: dict[str, Any] = {"api_visibility": "private"}
         quiet = loud | {"show_progress": "hidden"}
         looks, saved = [self.slider, self.legend, self.view], [self.saving, self.quality, self.one, self.all]
-        wishes = {self.scale, self.prompt, self.color, self.steps, self.select, self.seed, self.uncertainty}
+        wishes = {getattr(self, key) for key in WISHES}
         wanted = {self.results, self.chosen, self.view, self.format, self.quality}
         ahead = [self.files.change, self.scale.change, self.ckpt.change]
         gr.on(ahead, self.look_ahead, [self.files, self.ckpt, self.scale], self.plan, **quiet)
@@ -160,8 +162,7 @@ class Page:
         if not files or not self.may_use(ckpt):
             yield {self.status: "**Choose a model of the list.**" if files else "**Drop a photograph first.**"}
             return
-        keys = ("scale", "prompt", "color", "steps", "select", "seed", "uncertainty")
-        wishes = {key: asked[getattr(self, key)] for key in keys}
+        wishes = {key: asked[getattr(self, key)] for key in WISHES}
         wishes |= {"prompt": wishes["prompt"] or None, "seed": int(wishes["seed"] or 0)}
         running = {self.start: gr.update(interactive=False), self.stop: gr.update(visible=True)}
         yield {self.status: "", self.saving: gr.update(visible=False), **running}

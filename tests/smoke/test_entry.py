@@ -208,6 +208,7 @@ def test_wrong_words_are_2(configs: Path, capsys, words: list[str], told: str):
         (["sead=1"], "no key 'sead'; did you mean seed? see --help"),
         (["root=x"], "no key 'root'; did you mean data.root? see --help"),
         (["+bogus=1"], "no key 'bogus'; see --help"),
+        (["data={rot: a}"], "no key 'data.rot'; did you mean data.root? see --help"),
         (["photo (1).jpg"], "'photo (1).jpg' is not key=value; did you mean input=photo (1).jpg?"),
         (["input=a", "b.jpg"], "'b.jpg' is not key=value; see --help"),
         (["=3"], "'=3' is not key=value; see --help"),

@@ -69,7 +69,8 @@ def describe(error: BaseException, groups: Sequence[str] = ()) -> str:
         return why if why.startswith(f"{key}:") else f"{key}: {why}"
     for cause in (error, error.__cause__):
         if isinstance(cause, ConfigKeyError | ConfigAttributeError):
-            return _unknown(override[1] if override else str(cause.full_key), _names(cause))
+            key, inner = override[1] if override else "", str(cause.full_key)
+            return _unknown(inner if inner.startswith(f"{key}.") else key or inner, _names(cause))
     if override and "No match in the defaults list" in text:
         key, added = override[1], re.search(r"use (\+\S+)", text)
         return f"{key!r} needs a +: {added[1]}" if key in groups and added else _unknown(key, [])

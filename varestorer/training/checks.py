@@ -48,7 +48,7 @@ def check_stages(stages: Mapping[str, DictConfig], num_processes: int, device: t
             if side is not None:
                 _check_crops(cfg, cfg.stages[name].task, side)
             _check_folders(cfg)
-            _check_task_files(cfg.stages[name].task, get_object(model._target_).published)
+            _check_task_files(cfg.stages[name].task, _published(model))
 
 
 @contextmanager
@@ -68,11 +68,16 @@ def _check_weights(model: DictConfig) -> None:
             continue
         path = shipped(file)
         if not path.exists():
-            if key != "restorer":
-                check_part(key.removeprefix("weights."), path, get_object(model._target_).published)
+            if (part := key.removeprefix("weights.")) in _published(model):
+                check_part(part, path, _published(model))
             raise UsageError(f"weights not found: {path}; set model.{key} to a file, a run or a bundle")
         for one in [path] if path.is_file() else sorted(path.glob("*.safetensors")):
             read_tensors(one, nested=("vae", "state_dict"))
+
+
+def _published(model: DictConfig) -> dict[str, str]:
+    """Parts of the system whose weights somebody published: `System.published`; none for a system of another kind."""
+    return getattr(get_object(model._target_), "published", {})
 
 
 def _side(model: DictConfig) -> int | None:

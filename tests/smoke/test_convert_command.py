@@ -10,6 +10,7 @@ import pytest
 import torch
 from published_files import write_release
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from varestorer.commands.convert import COMMAND, check_publishable
@@ -297,6 +298,15 @@ def test_a_tilde_is_the_users_folder(bundle: Path, monkeypatch: pytest.MonkeyPat
     assert run(input="~/adapters/adapters.safetensors", base=f"~/{bundle.name}", output="~/again") == 0
     assert (bundle.parent / "again" / "config.json").is_file()
     assert not any(tmp_path.iterdir())
+
+
+def test_a_model_of_another_kind_is_told_before_companions_are_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_file({"conv_first.weight": torch.zeros(4, 3, 3, 3)}, tmp_path / "esrgan.safetensors")
+    assert run(input=tmp_path / "esrgan.safetensors", output=tmp_path / "out") == 1
+    error = capsys.readouterr().err
+    assert "holds no model: no tensor word_embed.weight" in error and "method=spandrel" in error
 
 
 def test_a_missing_companion_is_named_with_the_way_out(

@@ -520,13 +520,18 @@ class VARestorer(System):
     @classmethod
     def from_published(cls, path: Path, tokenizer_file: str | None = None, restorer_file: str | None = None) -> Self:
         """The released student, or a network of other sizes in its form."""
+        student = read_entries(path)
+        try:  # before companions of something else are asked for
+            sizes = transformer_sizes(student)
+        except UserError as error:
+            other = "a file that spandrel loads is scored by eval.py method=spandrel model_path=FILE"
+            raise UserError(f"{path} holds no model: {error}; {other}") from error
         tokenizer = companion("tokenizer", path, tokenizer_file)
         restorer = companion("restorer", path, restorer_file)
-        student = read_entries(path)
         return cls(
             schedule={"size": "0.25M"},
             tokenizer=tokenizer_sizes(read_entries(tokenizer)),
-            transformer=transformer_sizes(student),
+            transformer=sizes,
             student={"lora_rank": adapter_rank(student)},
             restorer=str(restorer),
             weights={"tokenizer": str(tokenizer), "transformer": str(path)},

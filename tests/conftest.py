@@ -1,19 +1,33 @@
 """Fixtures that every test may use."""
 
+import gc
 import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 from omegaconf import DictConfig
 
 ROOT = Path(__file__).resolve().parents[1]
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the commands do; OpenMP reads it when torch is loaded
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Two threads at most, or as many as OMP_NUM_THREADS says: many tiny operations run slower on more."""
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or min(2, os.cpu_count() or 1)))
+    """As many threads as OMP_NUM_THREADS says, or two, but no more than there are cores for each process of xdist.
+
+    Many tiny operations run slower on more threads, and four threads on two cores mostly wait for each other.
+    """
+    import torch
+
+    processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    cores = max(1, (os.cpu_count() or 1) // processes)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or min(2, cores)))
+
+
+def pytest_collection_finish() -> None:
+    """Take all that was imported out of the collector's sight: else each of its many turns costs half a second."""
+    gc.collect()
+    gc.freeze()
 
 
 def shared_folder() -> Path:
@@ -47,6 +61,8 @@ def compose() -> Callable[..., DictConfig]:
 @pytest.fixture
 def tiny_system():  # noqa: ANN201  # the import below would make every test pay for it
     """A system of random weights whose heads and adapters are not idle, so that differences show."""
+    import torch
+
     from varestorer.systems.varestorer import VARestorer
     from varestorer.utils.seeds import torch_generator
 

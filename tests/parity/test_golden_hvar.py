@@ -48,10 +48,10 @@ def test_an_error_in_any_output_is_found_and_the_command_says_so(
     golden: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = with_errors(golden, tmp_path / "wrong")
-    # golden tokens feed what is decoded and the likelihoods, so these differ at more than their own place
-    assert [check.name for check in compare(folder) if check.ok] == []
     assert COMMAND.main([f"fixtures={folder}"]) == 1
-    assert "over: hit/Z_0" in capsys.readouterr().out
+    over = {line.split()[1] for line in capsys.readouterr().out.splitlines() if line.startswith("over: ")}
+    # golden tokens feed what is decoded and the likelihoods, so these differ at more than their own place
+    assert over == {f"hit/{name}" for name in load_file(golden / TENSORS) if name not in INPUTS}
 
 
 def test_a_folder_without_one_of_its_files_is_a_wrong_command(golden: Path, tmp_path: Path) -> None:

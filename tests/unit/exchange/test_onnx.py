@@ -12,16 +12,40 @@ from varestorer.commands.convert import COMMAND
 from varestorer.exchange.onnx import OneStep, export
 from varestorer.systems.varestorer import VARestorer
 from varestorer.utils.errors import UserError
+from varestorer.utils.seeds import torch_generator
+from varestorer.weights import DEFAULT
+from varestorer.weights.bundle import ASSETS, read_config
 
 LEVEL = 1 / 255
+SMALL = {
+    "schedule": {"sides": [1, 2, 4]},
+    "tokenizer": {"channels": 32, "num_decoder_blocks": 1},
+    "transformer": {"width": 64, "depth": 2, "num_heads": 2},
+    "student": {"lora_rank": 4},
+    "restorer": {"num_features": 16, "num_groups": 1, "num_blocks": 1},
+}
 
 
-@pytest.fixture(scope="module")
-def nano(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The shipped model by the command, as a file."""
-    path = tmp_path_factory.mktemp("onnx") / "nano.onnx"
-    assert COMMAND.main(["input=nano", f"output={path}"]) == 0
-    return path
+def small_bundle(folder: Path) -> Path:
+    """The shipped model's parts and choices with fewer and smaller layers, of random weights that are not idle."""
+    given = read_config(ASSETS / DEFAULT)
+    system = VARestorer(**{part: (given[part] if part != "restorer" else {}) | sizes for part, sizes in SMALL.items()})
+    generator = torch_generator(0, "test")
+    with torch.no_grad():
+        for name, parameter in system.transformer.named_parameters():
+            if name.endswith(("bias", "lora_B.student.weight", "head.weight")):
+                parameter.normal_(std=0.3, generator=generator)
+    system.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module", params=["small", pytest.param("nano", marks=pytest.mark.slow)])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """A bundle, and the file that the command makes of it."""
+    folder = tmp_path_factory.mktemp("onnx")
+    bundle = str(small_bundle(folder / "bundle")) if request.param == "small" else request.param
+    assert COMMAND.main([f"input={bundle}", f"output={folder / 'model.onnx'}"]) == 0
+    return bundle, folder / "model.onnx"
 
 
 def squares(count: int, side: int) -> Tensor:
@@ -31,9 +55,9 @@ def squares(count: int, side: int) -> Tensor:
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_bits_are_equal_and_pixels_within_a_level_of_torch(nano: Path, count: int) -> None:
-    system = VARestorer.from_pretrained(merge=True)
-    session = onnxruntime.InferenceSession(nano)
+def test_bits_are_equal_and_pixels_within_a_level_of_torch(model: tuple[str, Path], count: int) -> None:
+    system = VARestorer.from_pretrained(model[0], merge=True)
+    session = onnxruntime.InferenceSession(model[1])
     assert session.get_modelmeta().custom_metadata_map["tile"] == str(system.tile)
     image = squares(count, system.tile)
     restored, bits = session.run(["restored", "bits"], {"image": image.numpy()})

@@ -86,7 +86,10 @@ def test_the_release_of_varsr_just_works_and_is_no_varestorer(hub: Hub, tmp_path
     assert_same(system, load(file))
 
 
-def test_a_broken_transfer_goes_on_where_it_was(hub: Hub, release: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_broken_transfer_goes_on_where_it_was(
+    hub: Hub, release: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda seconds: None)  # before it asks again
     hub.breaks["weights/varestorer.pth"] = 2
     (path,) = fetch(["varestorer.pth"])
     assert path.read_bytes() == release.read_bytes()

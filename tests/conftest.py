@@ -1,8 +1,9 @@
 """Fixtures that every test may use."""
 
 import gc
+import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -22,12 +23,18 @@ def pytest_configure(config: pytest.Config) -> None:
     processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     cores = max(1, (os.cpu_count() or 1) // processes)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or min(2, cores)))
+    torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.5  # seconds that torch waits for a data worker that failed
 
 
 def pytest_collection_finish() -> None:
     """Take all that was imported out of the collector's sight: else each of its many turns costs half a second."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """What is frozen ends as Python ends."""
+    gc.unfreeze()
 
 
 def shared_folder() -> Path:
@@ -44,10 +51,19 @@ def shared() -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Empty folders; `mktemp` would look through all of thousands for each."""
+    root = tmp_path_factory.mktemp("caches")
+    return (root / str(number) for number in itertools.count())
+
+
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+def own_cache(caches: Iterator[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep text features that a test caches out of the user's folder."""
-    monkeypatch.setenv("VARESTORER_CACHE", str(tmp_path_factory.mktemp("cache")))
+    folder = next(caches)
+    folder.mkdir()
+    monkeypatch.setenv("VARESTORER_CACHE", str(folder))
 
 
 @pytest.fixture

@@ -47,8 +47,10 @@ PREFIXED = ("dmd_varsr", "dmd_hvar")  # one-step students of other papers
 OF_VARSR = tuple(name for name in EXPERIMENTS if name.startswith("varsr") and name != "varsr_quickstart")
 SMALL = ("quickstart", "quickstart_scratch", "smoke")
 OTHER_PAPERS = ("hvar", "varsr", *PREFIXED)  # their networks have tests of their own
+SAME = {name: "dmd_div2k" for name in ("ablation_25k", "ablation_no_prompt", "ablation_teacher_1024", "dmd_lsdir")}
+SAME |= {"lowlight": "derain"}  # at test size
 PAPER_SCALE = [
-    name for name in EXPERIMENTS if name not in (*SMALL, *WITHOUT_STUDENT) and not name.startswith(OTHER_PAPERS)
+    name for name in EXPERIMENTS if name not in (*SMALL, *WITHOUT_STUDENT, *SAME) and not name.startswith(OTHER_PAPERS)
 ]
 # experiments of paper scale on networks of test size, one step, without files of weights
 NANO = ["model=tiny", "logger=none", "++model.restorer=null", "model.weights.tokenizer=null"]
@@ -67,6 +69,17 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for folder in ("hr", "lr"):
             save_image(root / folder / f"{number}.png", torch.rand(3, 40, 40))
     return root
+
+
+@pytest.mark.parametrize("experiment", SAME)
+def test_experiments_of_other_weights_or_lengths_are_the_same_at_test_size(
+    compose: Callable[..., DictConfig], experiment: str
+) -> None:
+    one, other = (
+        compose("train", f"+experiment={name}", *NANO, "data.root=x", "run_dir=x")
+        for name in (experiment, SAME[experiment])
+    )
+    assert one == other
 
 
 @pytest.mark.parametrize("experiment", PAPER_SCALE)
@@ -125,7 +138,7 @@ def test_students_of_prefixed_networks_train_at_test_size(paper: str, pairs: Pat
     assert load(run).restore(torch.rand(3, 9, 9), 2).image.shape == (3, 18, 18)
     words = [*STUDENTS[paper], "trainer.max_steps=1", "trainer.batch_size=2", "trainer.num_workers=0"]
     words += [f"model.weights.transformer={teacher}", f"run_dir={small}"]
-    words += ["report.metrics=[psnr]", "+report.heldout.crop=64"]
+    words += ["report.metrics=[psnr]", "+report.heldout.crop=32"]
     assert TRAIN.main([f"+experiment=dmd_{paper}_small", *words]) == 0
     rows = json.loads((small / "report.json").read_text())["rows"]
     assert {"multi-step", UNDISTILLED, "one step"} <= {row["method"] for row in rows}

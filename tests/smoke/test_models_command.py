@@ -1,8 +1,5 @@
 """`varestorer models` and `restore` with names on a hub of the tests' own."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +8,9 @@ import torch
 from local_hub import Hub, publish, serving
 from published_files import write_release
 
+from varestorer.commands.convert import COMMAND as CONVERT
 from varestorer.commands.models import COMMAND, of_experiment
+from varestorer.commands.restore import COMMAND as RESTORE
 from varestorer.systems.varestorer import VARestorer
 from varestorer.utils.images import save_image
 from varestorer.weights.files import read_entries
@@ -38,21 +37,17 @@ def test_what_was_fetched_ahead_restores_without_a_hub(hub: Hub, tmp_path: Path,
     assert COMMAND.main([]) == 0
     assert f"{ONE}  converted" in capsys.readouterr().out
     save_image(tmp_path / "photo.png", torch.rand(3, 20, 24, generator=torch.Generator().manual_seed(0)))
-    words = ["restore", f"input={tmp_path / 'photo.png'}", f"output={tmp_path / 'out.png'}", f"ckpt={ONE}", "scale=1"]
-    command = [sys.executable, "-m", "varestorer", *words, "device=cpu", "trained_scale=1"]
+    words = [f"input={tmp_path / 'photo.png'}", f"output={tmp_path / 'out.png'}", f"ckpt={ONE}", "scale=1"]
     asked = len(hub.asked)
-    done = subprocess.run(command, env=dict(os.environ), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    assert RESTORE.main([*words, "device=cpu", "trained_scale=1"]) == 0
     assert (tmp_path / "out.png").is_file() and len(hub.asked) == asked
-    assert "fetching" not in done.stderr and "HTTP" not in done.stderr
+    told = capsys.readouterr().err
+    assert "fetching" not in told and "HTTP" not in told
 
 
-def test_a_command_with_a_hub_name_fetches_first(hub: Hub, tmp_path: Path) -> None:
-    save_image(tmp_path / "photo.png", torch.rand(3, 20, 24, generator=torch.Generator().manual_seed(0)))
-    command = [sys.executable, "-m", "varestorer", "convert", f"input={ONE}", f"output={tmp_path / 'bundle'}"]
-    done = subprocess.run(command, env=dict(os.environ), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    told = done.stderr.splitlines()
+def test_a_command_with_a_hub_name_fetches_first(hub: Hub, tmp_path: Path, capfd) -> None:
+    assert CONVERT.main([f"input={ONE}", f"output={tmp_path / 'bundle'}"]) == 0
+    told = capfd.readouterr().err.splitlines()
     assert "fetching 2.59 MB: varestorer.pth" in told[0] and "converting" in told[1] and len(told) == 2
 
 

@@ -3,7 +3,7 @@
 import gc
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -28,14 +28,13 @@ NAMES = ["0.png", "1.png", "2.png", "sub/0.png"]
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
     save_t5(folder / "t5")
     save_t5(folder / "wide", width=32)
     save_blip(folder / "blip")
-    gc.freeze()  # letting go of a network collects garbage, which takes a second over all that is imported
-    yield folder
-    gc.unfreeze()
+    gc.freeze()  # letting go of a network collects garbage: not over transformers, which this imported
+    return folder
 
 
 @pytest.fixture

@@ -42,7 +42,6 @@ def soon(monkeypatch):
     monkeypatch.setattr(workers, "POLL", 0.2)
     monkeypatch.setattr(workers, "STALLED", 1.4)
     monkeypatch.setattr(workers, "TICKS", 2)
-    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.5)  # torch waits so long at the end
 
 
 def stopped():

@@ -156,7 +156,7 @@ def test_our_networks_are_frozen_differentiable_and_equal_to_those_of_pyiqa(name
 def test_losses_of_benchmark_pictures_are_the_figures_of_pyiqa(name: str, shared: Path) -> None:
     loss, metric = loss_and_metric(name)
     folder = shared / "benchmarks/realsr"
-    for file in sorted((folder / "hr").glob("*.png"))[:3]:
+    for file in sorted((folder / "hr").glob("*.png"))[:1]:
         paths = (folder / "osediff" / file.name, file)
         image, reference = (load_image(path)[None, :, 128:320, 128:320] for path in paths)
         ours = loss(*(x.float() / 127.5 - 1 for x in (image, reference)))

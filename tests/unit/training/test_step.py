@@ -44,17 +44,16 @@ def length(before: dict[str, Tensor], after: dict[str, Tensor]) -> float:
     return math.sqrt(sum((after[name] - before[name]).square().sum().item() for name in NAMES))
 
 
-@pytest.mark.parametrize("accumulate", [1, 2, 4])
-@pytest.mark.parametrize("share", [0.1, 0.9, 1.1])
-def test_a_step_is_as_long_as_the_clipped_gradient(tmp_path: Path, accumulate: int, share: float) -> None:
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_a_step_is_as_long_as_the_clipped_gradient(tmp_path: Path, accumulate: int) -> None:
     train(tmp_path / "free", plain(clip_norm=None, accumulate=accumulate))
     norms = [line["grad_norm"] for line in metrics(tmp_path / "free")]
     assert length(saved(tmp_path / "free", 1), saved(tmp_path / "free", 2)) == pytest.approx(0.5 * norms[1], rel=1e-4)
-    clip = share * norms[0]
-    start = train(tmp_path / "clipped", plain(clip_norm=clip, accumulate=accumulate, max_steps=1))
-    assert metrics(tmp_path / "clipped")[0]["grad_norm"] == pytest.approx(norms[0], rel=1e-5)  # before clipping
-    moved = length(start, saved(tmp_path / "clipped", 1))
-    assert moved == pytest.approx(0.5 * min(clip, norms[0]), rel=1e-4)
+    for share in (0.1, 0.9, 1.1):
+        folder = tmp_path / str(share)
+        start = train(folder, plain(clip_norm=share * norms[0], accumulate=accumulate, max_steps=1))
+        assert metrics(folder)[0]["grad_norm"] == pytest.approx(norms[0], rel=1e-5)  # before clipping
+        assert length(start, saved(folder, 1)) == pytest.approx(0.5 * min(share, 1) * norms[0], rel=1e-4)
 
 
 def test_accumulation_changes_no_norm_and_no_step(tmp_path: Path) -> None:

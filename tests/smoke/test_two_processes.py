@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 from safetensors.torch import load_file
 
 from varestorer.commands.train import COMMAND as TRAIN
@@ -50,10 +52,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-@pytest.mark.parametrize(("launcher", "accumulate"), [(TORCHRUN, 1), (ACCELERATE, 2)])
-def test_two_processes_equal_one(launcher: list[str], accumulate: int, alone: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    launch(launcher, [*SMOKE, f"run_dir={run}", f"trainer.accumulate={accumulate}"])
+def assert_equal(run: Path, alone: Path) -> None:
     ours, theirs = lines_of(alone), lines_of(run)
     assert [line["step"] for line in theirs] == [1, 2, 3]
     for key in ("loss", "kl", "mse", "perceptual", "grad_norm", "lr"):
@@ -63,6 +62,24 @@ def test_two_processes_equal_one(launcher: list[str], accumulate: int, alone: Pa
     place = Path("checkpoints", "student", "step_000003", "optimizer.safetensors")
     want, have = load_file(alone / place), load_file(run / place)
     assert all((have[name] - want[name]).abs().max() <= 1e-3 * want[name].abs().max() for name in want)
+
+
+def test_two_processes_equal_one(alone: Path, tmp_path: Path) -> None:
+    launch(TORCHRUN, [*SMOKE, f"run_dir={tmp_path / 'run'}", "trainer.accumulate=2"])
+    assert_equal(tmp_path / "run", alone)
+
+
+def test_the_environment_of_accelerates_launcher_changes_nothing(alone: Path, tmp_path: Path, monkeypatch) -> None:
+    """On a CPU it starts one process, however many are asked for, with its settings in the environment."""
+    words = [word.format(port=free_port()) for word in ACCELERATE[1:]]
+    args, *_ = _validate_launch_command(launch_command_parser().parse_args([*words, "train.py"]))
+    _, environment = prepare_simple_launcher_cmd_env(args)
+    ours = {name: value for name, value in environment.items() if os.environ.get(name) != value}
+    assert ours["ACCELERATE_USE_CPU"] == "True"
+    for name, value in ours.items():
+        monkeypatch.setenv(name, value)
+    assert TRAIN.main([*SMOKE, f"run_dir={tmp_path / 'run'}", "trainer.accumulate=2"]) == 0
+    assert_equal(tmp_path / "run", alone)
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import pytest
 
 from varestorer.commands import doctor
 from varestorer.commands.doctor import COMMAND
-from varestorer.utils import iqa_sandbox
+from varestorer.utils import iqa
 from varestorer.utils.errors import UserError
 
 pytestmark = pytest.mark.smoke
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.smoke
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    asked = iqa_sandbox.ask_network.__wrapped__("http://127.0.0.1:9")
+    asked = iqa.ask_network.__wrapped__("http://127.0.0.1:9")
     monkeypatch.setattr(doctor, "ask_network", lambda url: asked)
 
 

@@ -18,7 +18,7 @@ from hydra.utils import instantiate
 from varestorer.commands.entry import compose
 from varestorer.commands.eval import COMMAND
 from varestorer.commands.tables import COMMAND as TABLES
-from varestorer.data.testsets.fingerprints import joint_hash, pixel_hash
+from varestorer.data.testsets.checking import joint_hash, pixel_hash
 from varestorer.data.testsets.known import BENCHMARKS
 from varestorer.evaluation.evaluator import Evaluator
 from varestorer.evaluation.protocols import load_protocol

@@ -24,7 +24,7 @@ from varestorer.systems.acceleration import WORDS as MEANS
 from varestorer.systems.acceleration import Acceleration
 from varestorer.systems.base import System
 from varestorer.utils.errors import UsageError
-from varestorer.utils.iqa_sandbox import quiet
+from varestorer.utils.iqa import quiet
 from varestorer.utils.seeds import isolated_rng, torch_generator
 from varestorer.weights.bundle import shipped
 from varestorer.weights.restorers import load_restorer

@@ -20,7 +20,7 @@ from varestorer.systems import load
 from varestorer.utils.device import gains_from_bf16, has_amx, pick_device, usable_cores
 from varestorer.utils.errors import UserError
 from varestorer.utils.files import cache_folder, file_sha256
-from varestorer.utils.iqa_sandbox import ask_network
+from varestorer.utils.iqa import ask_network
 from varestorer.utils.iqa_weights import WEIGHT_FILES, find_weights, hub_folder, missing_package
 from varestorer.utils.schema import typed
 from varestorer.weights import DEFAULT

@@ -15,8 +15,7 @@ from varestorer.commands.options import PrepareDataOptions
 from varestorer.data.degradation import Degradation
 from varestorer.data.packing import pack
 from varestorer.data.quality import SCORE_SETS, link_split, split_by_scores
-from varestorer.data.testsets.checking import Check, check_test_set
-from varestorer.data.testsets.fingerprints import MANIFEST, Manifest
+from varestorer.data.testsets.checking import MANIFEST, Check, Manifest, check_test_set
 from varestorer.data.testsets.known import BENCHMARKS, Benchmark
 from varestorer.data.testsets.making import Recipe, make_test_set
 from varestorer.utils.errors import UsageError, UserError

@@ -32,9 +32,9 @@ from varestorer.utils.iqa import (
     metric_config,
     metric_id,
     needs_reference,
+    quiet,
     reads_plainly,
 )
-from varestorer.utils.iqa_sandbox import quiet
 
 log = logging.getLogger(__name__)
 

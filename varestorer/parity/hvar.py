@@ -16,7 +16,7 @@ from einops import rearrange
 from torch import Tensor
 
 from varestorer.losses.pixel import mse_loss
-from varestorer.losses.preference import log_likelihood, preference_loss
+from varestorer.losses.tokens import log_likelihood, preference_loss
 from varestorer.parity.golden import Check, GoldenFolder, image, largest_error
 from varestorer.systems.hvar import enlarged_grid
 from varestorer.tokenizer import MultiScaleTokenizer, ScaleSchedule, TokenizerConfig, TokenPyramid

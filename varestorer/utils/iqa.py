@@ -10,13 +10,21 @@ from __future__ import annotations
 import logging
 import os
 import pickle
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+import sys
+import tempfile
+import threading
+import urllib.error
+import urllib.request
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cache
+from io import StringIO
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -24,13 +32,6 @@ from PIL import Image
 from torch import Tensor
 
 from varestorer.utils.errors import UsageError, UserError, reason
-from varestorer.utils.iqa_sandbox import (
-    ask_network,
-    network_reachable,
-    no_downloads,
-    quiet,
-    weights_in_place,
-)
 from varestorer.utils.iqa_weights import (
     WEIGHT_FILES,
     find_weights,
@@ -40,6 +41,8 @@ from varestorer.utils.iqa_weights import (
     weights_sha256,
 )
 from varestorer.utils.seeds import isolated_rng
+
+log = logging.getLogger(__name__)
 
 DATASET_METRICS = frozenset({"fid", "sfid", "fid_dinov2", "inception_score"})
 """Metrics of whole folders: they have no value for a single image."""
@@ -183,7 +186,7 @@ def create_metric(
             stack.enter_context(weights_in_place(given))
             if not may_download:
                 stack.enter_context(no_downloads())
-            model = _pyiqa().create_metric(name, device=_as_device(device), **opts)
+            model = _pyiqa().create_metric(name, device=torch.device(device), **opts)
     except METRIC_ERRORS as error:
         what = f"could not fetch {'; '.join(missing)}" if missing else "cannot be built"
         raise MetricUnavailableError(f"metric {name!r} {what}: {reason(error)}") from error
@@ -314,5 +317,100 @@ def _pyiqa() -> Any:
     return pyiqa
 
 
-def _as_device(device: torch.device | str) -> torch.device:
-    return torch.device(device)
+class _Printed(StringIO):
+    """What was printed inside `quiet`."""
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep prints and warnings of other people's code off the terminal (to our debug log instead).
+
+    A block inside another adds nothing: what it would put back, another thread may have changed since.
+    """
+    if isinstance(sys.stdout, _Printed):
+        yield
+        return
+    printed = _Printed()
+    with warnings.catch_warnings(), redirect_stdout(printed):
+        warnings.simplefilter("ignore")
+        yield
+    if text := printed.getvalue().strip():
+        log.debug("pyiqa printed: %s", text)
+
+
+@contextmanager
+def weights_in_place(files: Mapping[str, Path]) -> Iterator[None]:
+    """Make pyiqa and torch look for weights in a hub folder that holds just these files.
+
+    Args:
+        files: place inside the hub folder (`pyiqa/x.pth`) -> the file; none: leave the hub folder as it is.
+    """
+    from pyiqa.utils import download_util
+
+    with tempfile.TemporaryDirectory(prefix="varestorer-metrics-") as temporary:
+        # links, because pyiqa takes some files by folder and some by name
+        for place, path in files.items():
+            link = Path(temporary, place)
+            link.parent.mkdir(exist_ok=True)
+            link.symlink_to(path.resolve())
+        previous = torch.hub.get_dir()
+        hub = temporary if files else previous
+        if files:
+            torch.hub.set_dir(hub)
+        try:
+            # pyiqa remembers the folder of when it was imported; TORCH_HOME may have been set since
+            with patch.object(download_util, "DEFAULT_CACHE_DIR", str(Path(hub, "pyiqa"))):
+                yield
+        finally:
+            if files:
+                torch.hub.set_dir(previous)
+
+
+@contextmanager
+def no_downloads() -> Iterator[None]:
+    """Make every way in which pyiqa fetches files fail at once: for metrics outside our table of files."""
+    import huggingface_hub.constants
+    from pyiqa.utils import download_util
+
+    def refuse(url: Any, *args: Any, **kwargs: Any) -> None:
+        raise FileNotFoundError(f"{Path(str(url)).name} is not on this machine and was not fetched")
+
+    with (
+        patch.object(download_util, "download_url_to_file", refuse),
+        patch.object(torch.hub, "download_url_to_file", refuse),
+        patch.object(urllib.request, "urlopen", refuse),
+        patch.object(huggingface_hub.constants, "HF_HUB_OFFLINE", True),
+    ):
+        yield
+
+
+@cache
+def ask_network(url: str = "https://huggingface.co", seconds: float = 3) -> tuple[threading.Thread, threading.Event]:
+    """Ask the host of the weights for an answer, once, in a thread: name servers may take longer than any timeout.
+
+    Returns:
+        The thread, and what is set once the host has answered.
+    """
+    answered = threading.Event()
+
+    def ask() -> None:
+        try:
+            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=seconds).close()
+        except urllib.error.HTTPError:
+            answered.set()
+        except OSError as error:
+            log.debug("%s does not answer: %s", url, reason(error))
+        else:
+            answered.set()
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    return thread, answered
+
+
+@cache
+def network_reachable(seconds: float = 0.8) -> bool:
+    """Whether the host of the weights answers: at once if `ask_network` was called long enough before."""
+    thread, answered = ask_network()
+    thread.join(seconds)
+    return answered.is_set()

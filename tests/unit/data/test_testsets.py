@@ -16,8 +16,7 @@ from PIL import Image
 from varestorer.data.degradation import Degradation
 from varestorer.data.degradation.operations import resample
 from varestorer.data.testsets import making
-from varestorer.data.testsets.checking import Check, check_test_set
-from varestorer.data.testsets.fingerprints import MANIFEST, Manifest, joint_hash, pixel_hash
+from varestorer.data.testsets.checking import MANIFEST, Check, Manifest, check_test_set, joint_hash, pixel_hash
 from varestorer.data.testsets.known import BENCHMARKS
 from varestorer.data.testsets.making import Recipe, make_test_set, plan_cut_outs
 from varestorer.utils.errors import UserError

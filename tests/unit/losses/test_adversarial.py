@@ -5,13 +5,15 @@ import torch
 from torch import nn
 
 from varestorer.losses.adversarial import (
+    DISCRIMINATOR_FACTOR,
     LARGEST_WEIGHT,
+    Adversarial,
+    Adversary,
     PatchDiscriminator,
     adaptive_weight,
     frozen_scores,
     hinge_loss,
 )
-from varestorer.training.adversary import DISCRIMINATOR_FACTOR, Adversarial, Adversary
 from varestorer.utils.errors import UserError
 from varestorer.utils.seeds import torch_generator
 

@@ -6,8 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from varestorer.losses.distillation import distribution_matching_loss
-from varestorer.losses.tokens import token_weights
+from varestorer.losses.tokens import distribution_matching_loss, token_weights
 from varestorer.tokenizer import ScaleSchedule
 from varestorer.transformer.heads import BitHead, CodeHead
 

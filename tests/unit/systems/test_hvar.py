@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_sizes import HVAR_SIZES
 
-from varestorer.losses.preference import log_likelihood, preference_loss
+from varestorer.losses.tokens import log_likelihood, preference_loss
 from varestorer.systems.hvar import HVAR, VAR_SIDES, enlarged_grid, start_from_var
 from varestorer.tokenizer.quantizer import resize_area
 from varestorer.training.tasks.hvar import HVARTask, HVARTokenizerTask

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from varestorer.benchmark.train_step import TrainStep, made_up_batch
-from varestorer.losses.distillation import distribution_matching_loss
 from varestorer.losses.perceptual import gaussian_band, ms_ssim
+from varestorer.losses.tokens import distribution_matching_loss
 from varestorer.systems.varestorer import VARestorer
 from varestorer.tokenizer import ScaleSchedule
 from varestorer.training.optim import build_optimizer

@@ -16,15 +16,17 @@ from dataclasses import dataclass, field, fields
 import numpy as np
 from torch import Tensor
 
-from varestorer.data.degradation.kernels import gaussian_kernel, plateau_kernel, sinc_kernel
 from varestorer.data.degradation.operations import (
     add_gaussian_noise,
     add_poisson_noise,
     blur,
     compress_jpeg,
+    gaussian_kernel,
+    plateau_kernel,
     resample,
     round_to_8bit,
     sharpen,
+    sinc_kernel,
 )
 from varestorer.utils.errors import UserError
 from varestorer.utils.images import resize

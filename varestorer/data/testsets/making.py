@@ -29,7 +29,7 @@ from varestorer import __version__
 from varestorer.data.crops import cut
 from varestorer.data.degradation import Degradation
 from varestorer.data.folders import HQ_HELP, hq_folder, hq_folders
-from varestorer.data.testsets.fingerprints import MANIFEST, MadePair, Manifest, pixel_hash
+from varestorer.data.testsets.checking import MANIFEST, MadePair, Manifest, pixel_hash
 from varestorer.data.workers import deaths_explained, watched, worker_options
 from varestorer.utils.errors import UserError
 from varestorer.utils.images import list_images, load_image, save_image, to_uint8

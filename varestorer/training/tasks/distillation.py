@@ -13,8 +13,8 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from varestorer.losses.build import perceptual_loss
-from varestorer.losses.distillation import distribution_matching_loss
 from varestorer.losses.pixel import mse_loss
+from varestorer.losses.tokens import distribution_matching_loss
 from varestorer.systems.varestorer import VARestorer
 from varestorer.training.task import Batch, Task, train_only
 from varestorer.training.tasks.teacher import prompts_of
@@ -37,7 +37,7 @@ class DistillationWeights:
 
 @dataclass(frozen=True)
 class KLOptions:
-    """How the distributions are matched, see `losses.distillation.distribution_matching_loss`."""
+    """How the distributions are matched, see `losses.tokens.distribution_matching_loss`."""
 
     direction: str = "forward"
     temperature: float = 1.0

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from varestorer.losses.build import perceptual_loss
 from varestorer.losses.pixel import l1_loss, mse_loss
-from varestorer.losses.preference import log_likelihood, preference_loss
+from varestorer.losses.tokens import log_likelihood, preference_loss
 from varestorer.systems.hvar import HVAR
 from varestorer.tokenizer.quantizer import code_counts, perplexity, used_share
 from varestorer.training.task import Batch, Task, train_only
@@ -164,7 +164,7 @@ class HVARTask(NestedTask):
         system: the tokenizer (frozen) and the transformer.
         preference: weight of the preference loss; 0 leaves it out, and the second sequence with it.
         beta: of the preference: small ones leave it almost constant, large ones make it unstable.
-        likelihood: "mean" or "sum" over the tokens, see `losses.preference.log_likelihood`.
+        likelihood: "mean" or "sum" over the tokens, see `losses.tokens.log_likelihood`.
         checkpoint_activations: compute the blocks again in the backward pass, for less memory.
     """
 

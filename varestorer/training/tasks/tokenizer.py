@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from varestorer.losses.adversarial import Adversarial, Adversary
 from varestorer.losses.build import perceptual_loss
 from varestorer.losses.pixel import l1_loss, mse_loss
 from varestorer.systems.base import System
 from varestorer.tokenizer.quantizer import TokenPyramid, code_counts, perplexity, used_share, vq_losses
-from varestorer.training.adversary import Adversarial, Adversary
 from varestorer.training.task import Batch, Task, train_only
 from varestorer.utils.images import to_network
 from varestorer.utils.seeds import numpy_generator
@@ -54,7 +54,7 @@ class TokenizerTask(Task):
         perceptual: see `losses.build.perceptual_loss`.
         continuous_steps: first steps without quantization; the network learns to reconstruct before it has to spend
             its features on bits.
-        adversarial: arguments of `adversary.Adversarial`.
+        adversarial: arguments of `losses.adversarial.Adversarial`.
         scale_drop: share of steps that decode the sum of the first scales alone, of a random number of them.
         log_each_bit: report the usage of every bit, not of the scales alone.
         seed: of the discriminator's first weights.

@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy.special import j1
 
-from varestorer.data.degradation.kernels import gaussian_kernel, plateau_kernel, sinc_kernel
+from varestorer.data.degradation.operations import gaussian_kernel, plateau_kernel, sinc_kernel
 
 KERNELS = [
     gaussian_kernel(7, 0.2),

@@ -3,15 +3,16 @@ import pytest
 import torch
 from torch.nn.functional import conv2d, interpolate
 
-from varestorer.data.degradation.kernels import gaussian_kernel, sinc_kernel
 from varestorer.data.degradation.operations import (
     add_gaussian_noise,
     add_poisson_noise,
     blur,
     compress_jpeg,
+    gaussian_kernel,
     resample,
     round_to_8bit,
     sharpen,
+    sinc_kernel,
 )
 from varestorer.utils.images import pad_reflect
 

@@ -1,17 +1,27 @@
 """Small files in the published form: the schedule and the stride of the release, few channels and blocks."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from varestorer.conditioning.restorer import Restorer
 from varestorer.systems.varestorer import VARestorer
 from varestorer.systems.varsr import VARSR
 from varestorer.systems.varsr_files import VQVAE
 from varestorer.utils.seeds import torch_generator
-from varestorer.weights.published import STUDENT_FILE, TOKENIZER_FILE, TRANSFORMER_FILE
+from varestorer.weights.published import STUDENT_FILE, TOKENIZER_FILE, TRANSFORMER_FILE, to_published
 from varestorer.weights.published.infinity import part_tensors
-from varestorer.weights.published.varsr import to_published_varsr, to_published_vqvae
+from varestorer.weights.published.varsr import (
+    LEVELS,
+    MASK,
+    USAGE,
+    derived_tensor,
+    published_varsr_name,
+    published_vqvae_name,
+    sequence_levels,
+)
 
 TOKENIZER = {
     "channels": 32,
@@ -77,3 +87,19 @@ def write_varsr(system: VARSR, folder: Path, name: str) -> Path:
     torch.save(network if is_flat else {"epoch": 1, "trainer": {"var_wo_ddp": network}}, folder / name)
     torch.save({"trainer": {"vae_local": image}}, folder / "VQVAE.pth")
     return folder / name
+
+
+def to_published_varsr(tensors: Mapping[str, Tensor], sides: Sequence[int]) -> dict[str, Tensor]:
+    """The inverse of `varsr_tensors`, with all derived tensors."""
+    names = {name: published_varsr_name(name) for name in tensors}
+    levels_T, width = sequence_levels(sides, tensors["start"].shape[1]), tensors["start"].shape[-1]
+    biases = [name.removesuffix("v_bias") + "zero_k_bias" for name in names.values() if name.endswith(".v_bias")]
+    derived = {name: derived_tensor(name, levels_T, width) for name in (LEVELS, MASK, *biases)}
+    return to_published(tensors, names, {n: t for n, t in derived.items() if t is not None})
+
+
+def to_published_vqvae(tensors: Mapping[str, Tensor], num_levels: int, num_scales: int) -> dict[str, Tensor]:
+    """The inverse of `vqvae_tensors`; the usage of the codes, which we do not keep, is all zero."""
+    published = to_published(tensors, {name: published_vqvae_name(name, num_levels) for name in tensors}, {})
+    num_codes = len(published["quantize.embedding.weight"])
+    return published | {USAGE: torch.zeros(num_scales, num_codes)}

@@ -18,8 +18,8 @@ import varestorer
 from varestorer.commands import main
 from varestorer.commands.entry import Command, compose, config_dir, hydra_words
 from varestorer.commands.options import OPTIONS
-from varestorer.commands.quoting import quote_value
 from varestorer.commands.train import COMMAND as TRAIN
+from varestorer.commands.words import quote_value
 from varestorer.utils.errors import UsageError, UserError
 from varestorer.utils.schema import CommandOptions, option, typed
 

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from varestorer.commands import COMMANDS
 from varestorer.commands.entry import Command, compose, config_dir, hydra_words
 from varestorer.commands.options import OPTIONS
-from varestorer.commands.quoting import expand_home
+from varestorer.commands.words import expand_home
 from varestorer.systems.varestorer import VARestorer
 from varestorer.utils.errors import UsageError
 from varestorer.utils.images import save_image

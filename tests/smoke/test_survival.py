@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from varestorer.commands.train import COMMAND as TRAIN
 from varestorer.utils.images import save_image
-from varestorer.weights import storage
+from varestorer.weights import runs
 from varestorer.weights.runs import latest_checkpoint
 
 pytestmark = pytest.mark.smoke
@@ -139,7 +139,7 @@ def assert_equal(run: Path, whole: Path) -> None:
                 one, other = (load_file(root / folder / f"{name}.safetensors") for root in (run, whole))
                 assert one.keys() == other.keys()
                 assert all(torch.equal(one[key], other[key]) for key in one), f"{folder}/{name}"
-            assert storage.read_json(run / folder / "state.json") == storage.read_json(whole / folder / "state.json")
+            assert runs.read_json(run / folder / "state.json") == runs.read_json(whole / folder / "state.json")
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torchvision.transforms.functional import gaussian_blur
 
-from varestorer.data.embedded import embedded_photographs
+from varestorer.data.datasets import embedded_photographs
 from varestorer.systems.varestorer import VARestorer
 from varestorer.utils.images import resize
 from varestorer.utils.iqa import create_metric, missing_weights

@@ -62,7 +62,6 @@ class Ledger(TorchDispatchMode):
 
     Args:
         known: tensors that are not counted as alive, such as weights.
-
     Attributes:
         part: that is at work now.
         live: part -> bytes of what it made that are alive now.

@@ -45,11 +45,7 @@ GRAMMAR: dict[str, list[tuple[tuple[str, ...], tuple[str, ...]]]] = {
 
 
 def words_of(what: str, name: str) -> frozenset[str]:
-    """The words of a variant's name.
-
-    Raises:
-        UsageError: a word that is none, or that does not follow the first.
-    """
+    """The words of a variant's name; UsageError for a word that is none, or that does not follow the first."""
     first, *more = name.split("+")
     if not any(first in firsts and set(more) <= set(followers) for firsts, followers in GRAMMAR[what]):
         choices = [

@@ -224,10 +224,7 @@ class Report:
         whole = {"what": self.what, "model": self.model, **self.place, **measured, **found, **content}
         write_json(folder / "benchmark.json", whole, indent=2)
         tables = write_tables(self.tables, self.title, folder, "benchmark")
-        written = [
-            "benchmark.json",
-            *(path.name for path in tables),
-        ]
+        written = ["benchmark.json", *(path.name for path in tables)]
         if runs and rates is not None:
             write_bars(folder / "benchmark.png", runs, rates, self.title)
             written.append("benchmark.png")
@@ -237,11 +234,9 @@ class Report:
 def write_bars(path: Path, runs: Sequence[Run], rates: Rates, title: str) -> None:
     """Draw milliseconds of an image: the parts of each run end to end, and the sum of their floors."""
     from matplotlib import colormaps
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 1.6 + 0.5 * len(runs)), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     names = list(dict.fromkeys(part for run in runs for part in run.measured.parts))
     left = [0.0] * len(runs)

@@ -7,7 +7,6 @@ the neighbors of that run.
 from __future__ import annotations
 
 import platform
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -16,7 +15,7 @@ import torch
 
 from varestorer.benchmark.counting import Count
 from varestorer.benchmark.measure import Clock, Work
-from varestorer.utils.device import CPUINFO
+from varestorer.utils.device import cpuinfo
 from varestorer.utils.seeds import torch_generator
 
 MATRIX_SIDES = {"cuda": (4096, 8192), "mps": (2048, 4096), "cpu": (512, 1024)}
@@ -91,7 +90,8 @@ def device_description(device: torch.device) -> str:
         found = torch.cuda.get_device_properties(device)
         return f"{found.name} ({found.total_memory / 2**30:.1f} GiB, {found.multi_processor_count} multiprocessors)"
     threads = f"{torch.get_num_threads()} thread{'s' if torch.get_num_threads() > 1 else ''}"
-    return f"{_processor()} ({threads})" if device.type == "cpu" else f"Apple GPU ({platform.machine()})"
+    processor = cpuinfo("model name") or platform.processor() or platform.machine()
+    return f"{processor} ({threads})" if device.type == "cpu" else f"Apple GPU ({platform.machine()})"
 
 
 def library_versions() -> dict[str, str]:
@@ -106,10 +106,3 @@ def library_versions() -> dict[str, str]:
         found["cuda"] = str(torch.version.cuda)
         found["cudnn"] = str(torch.backends.cudnn.version())
     return found
-
-
-def _processor() -> str:
-    """The name of the processor."""
-    text = CPUINFO.read_text(encoding="utf-8") if CPUINFO.is_file() else ""
-    named = re.search(r"^model name\s*:\s*(.+)$", text, flags=re.MULTILINE)
-    return named[1] if named else platform.processor() or platform.machine()

@@ -78,11 +78,7 @@ def programs(bundles: Path, commands: Sequence[str]) -> dict[str, list[str]]:
 
 
 def python(words: Sequence[str]) -> str:
-    """Run Python with these arguments; returns what it wrote on stderr.
-
-    Raises:
-        UserError: it failed.
-    """
+    """Run Python with these arguments; returns what it wrote on stderr. UserError if it failed."""
     done = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=False)
     if done.returncode:
         raise UserError(f"python {' '.join(words)} failed: {done.stderr.strip().splitlines()[-1:]}")

@@ -18,8 +18,8 @@ from varestorer.benchmark.networks import Source
 from varestorer.benchmark.report import Report
 from varestorer.commands.entry import FAILED, OK, Command, config_dir, say
 from varestorer.commands.options import BenchmarkOptions
-from varestorer.commands.quoting import Keys, quote_value
 from varestorer.commands.train import stage_config
+from varestorer.commands.words import Keys, quote_value
 from varestorer.training.task import Task, keep_base_in
 from varestorer.utils.device import pick_device
 from varestorer.utils.errors import UsageError
@@ -34,8 +34,7 @@ HELPED = ("restore", "train")  # commands whose --help is timed
 def benchmark(cfg: DictConfig) -> int:
     """Measure what `cfg.what` names.
 
-    Raises:
-        UserError: the folder of the results cannot be written; UsageError: options that cannot be.
+    UserError if the folder of the results cannot be written; UsageError for options that cannot be.
     """
     options = typed(BenchmarkOptions, cfg)
     if not options.batch or min(options.batch) < 1:

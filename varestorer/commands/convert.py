@@ -22,9 +22,8 @@ from varestorer.utils.files import atomic_write, check_writable, temporary_path
 from varestorer.utils.schema import typed
 from varestorer.weights.bundle import is_bundle, put_adapters, save_adapters, save_bundle, student_of
 from varestorer.weights.files import read_entries, save_tensors
-from varestorer.weights.manifest import compare, read_manifest
 from varestorer.weights.published import RESTORER_FILE
-from varestorer.weights.published.infinity import KINDS, kind_of, part_tensors
+from varestorer.weights.published.infinity import KINDS, compare, kind_of, part_tensors, read_manifest
 from varestorer.weights.published.infinity import manifest as published_manifest
 from varestorer.weights.resolve import stored_precision
 from varestorer.weights.runs import is_run
@@ -38,15 +37,10 @@ WRAPPERS = {"tokenizer": "vae", "restorer": "state_dict"}  # under which the pub
 
 
 def convert(cfg: DictConfig) -> int:
-    """Run the command.
+    """Run the command (`ConvertOptions`); exit status 1 if a checked file differs.
 
-    Args:
-        cfg: see `ConvertOptions`.
-    Returns:
-        exit status: 1 if a checked file differs.
-    Raises:
-        UsageError: options that cannot be, or contradict each other.
-        UserError: the input cannot be read, or the output cannot be written.
+    UsageError for options that cannot be, or contradict each other; UserError if the input cannot be read, or the
+    output not be written.
     """
     options = typed(ConvertOptions, cfg)
     check_options(options)
@@ -89,11 +83,7 @@ def write(system: VARestorer, options: ConvertOptions, output: Path) -> None:
 
 
 def check_options(options: ConvertOptions) -> None:
-    """Refuse options that cannot be, before anything is read.
-
-    Raises:
-        UsageError: names the key and what it may be.
-    """
+    """Refuse options that cannot be, before anything is read: a UsageError that names the key."""
     if options.check is not None:
         unused = [f"{key}=" for key in changed(options) if key not in ("check", "manifest")]
         if unused:
@@ -111,11 +101,7 @@ def check_options(options: ConvertOptions) -> None:
 
 
 def check_use(options: ConvertOptions, output: Path) -> None:
-    """Refuse options that would not be used for such an output.
-
-    Raises:
-        UsageError: names them.
-    """
+    """Refuse options that would not be used for such an output: a UsageError that names them."""
     if options.adapters == "only" and is_published(output) and output.suffix.lower() != ".safetensors":
         raise UsageError(f"adapters=only writes a folder or a .safetensors file, got output={output}")
     if options.adapters == "peft" and is_published(output):
@@ -156,9 +142,8 @@ def is_published(output: Path) -> bool:
 def check_output(output: Path, is_file: bool, overwrite: bool) -> None:
     """Refuse to write over what is there.
 
-    Raises:
-        UsageError: the current folder, or one around it.
-        UserError: a file, or a folder with something in it; `overwrite` allows a file, and a bundle.
+    UsageError for the current folder, or one around it; UserError for a file, or a folder with something in it, where
+    `overwrite` allows a file, and a bundle.
     """
     if Path.cwd().is_relative_to(output):
         raise UsageError(f"output={output} is the current folder or one around it; name a new one")
@@ -177,11 +162,7 @@ def check_output(output: Path, is_file: bool, overwrite: bool) -> None:
 
 
 def check_file(path: str, manifest: str | None) -> int:
-    """Compare a file with a manifest and say what differs.
-
-    Returns:
-        exit status: 1 if anything differs.
-    """
+    """Compare a file with a manifest and say what differs; exit status 1 if anything does."""
     entries = read_entries(path)
     name = manifest or kind_of(entries)
     if name is None:
@@ -227,11 +208,8 @@ def open_system(options: ConvertOptions) -> VARestorer:
 def check_publishable(system: VARestorer, source: Path) -> None:
     """Refuse a transformer that nobody could use from a published file, and warn of what such a file cannot hold.
 
-    Args:
-        system: the model.
-        source: what it was read from: a published file without adapters holds a teacher, and may again.
-    Raises:
-        UserError: a student without adapters of its own, which would be read as a teacher.
+    A published file without adapters (`source`) holds a teacher, and may again. UserError for a student without
+    adapters of its own, which would be read as a teacher.
     """
     student = system.student_config
     if student.merged or (student.lora_rank == 0 and not is_published(source)):
@@ -258,13 +236,8 @@ def save_published(system: VARestorer, part: str, path: Path) -> None:
 def save_aside(system: VARestorer, folder: Path, half: bool, overwrite: bool) -> None:
     """Write a bundle beside the folder and rename it: a folder of that name is a whole bundle, old or new.
 
-    Args:
-        system: what to write.
-        folder: the bundle.
-        half: see `weights.bundle.save_bundle`.
-        overwrite: replace what is in the folder.
-    Raises:
-        UserError: it cannot be written.
+    For `half` see `weights.bundle.save_bundle`; `overwrite` replaces what is in the folder. UserError if it cannot be
+    written.
     """
     aside = temporary_path(folder)
     try:

@@ -34,13 +34,7 @@ MIN_SHARED, MIN_DISK = 1e9, 10e9  # bytes
 
 
 def doctor(cfg: DictConfig) -> int:
-    """Look at everything and say it.
-
-    Args:
-        cfg: `DoctorOptions`.
-    Returns:
-        exit status: 1 if something is wrong; what is optional may lack.
-    """
+    """Look at everything (`DoctorOptions`) and say it; exit status 1 if something that is not optional is wrong."""
     options = typed(DoctorOptions, cfg)
     states = []
     for part in (packages(), device(options.device), models(), metrics(options.metrics), places()):

@@ -27,8 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 import varestorer
 from varestorer.commands.options import OPTIONS
-from varestorer.commands.quoting import Keys, expand_home, quote_value
-from varestorer.commands.wrong_words import check_dashes, check_words, describe
+from varestorer.commands.words import Keys, check_dashes, check_words, describe, expand_home, quote_value
 from varestorer.utils.errors import UsageError, UserError
 from varestorer.utils.schema import help_text
 
@@ -130,11 +129,7 @@ class _Job:
 
 
 def run_function(function: Callable[[DictConfig], int], cfg: DictConfig) -> int:
-    """Call a command's function, once all required keys have values.
-
-    Raises:
-        UsageError: a key of the config is still `???`.
-    """
+    """Call a command's function; UsageError where a required key of the config is still `???`."""
     missing = sorted(OmegaConf.missing_keys(cfg))
     if missing:
         example = " ".join(f"{key}=..." for key in missing)
@@ -177,11 +172,7 @@ def visible(text: str) -> str:
 
 
 def config_dir() -> Path:
-    """The configs: the copy an installed package carries, else the checkout's.
-
-    Raises:
-        UserError: neither is there.
-    """
+    """The configs: the copy an installed package carries, else the checkout's; UserError if neither is there."""
     package = Path(varestorer.__file__).parent
     for folder in (package / "configs", package.parent / "configs"):
         if (folder / "experiment").is_dir():

@@ -40,11 +40,10 @@ from varestorer.evaluation.sources import (
 )
 from varestorer.systems import load
 from varestorer.systems.acceleration import Acceleration
-from varestorer.systems.base import System
 from varestorer.utils.errors import UsageError, UserError
 from varestorer.utils.files import expand_user
 from varestorer.utils.images import load_image
-from varestorer.utils.loggers import Logger, open_loggers
+from varestorer.utils.loggers import open_loggers
 from varestorer.utils.schema import typed
 from varestorer.weights import DEFAULT
 
@@ -57,13 +56,9 @@ BATCH_ON_ACCELERATORS = 8
 
 
 def run_eval(cfg: DictConfig) -> int:
-    """Evaluate as the options say.
+    """Evaluate (`EvalOptions`); exit status 1 when an image failed, or a metric named in `metrics` could not run.
 
-    Returns:
-        Exit status: 1 when an image failed or a metric named in `metrics` could not run.
-    Raises:
-        UsageError: a value that cannot be.
-        UserError: nothing could be evaluated at all.
+    UsageError for a value that cannot be; UserError if nothing could be evaluated at all.
     """
     options = typed(EvalOptions, cfg)
     if options.protocol.get("name") == "list":
@@ -78,11 +73,7 @@ def run_eval(cfg: DictConfig) -> int:
 
 
 def check_options(options: EvalOptions) -> None:
-    """Refuse what cannot be.
-
-    Raises:
-        UsageError: names the key, what it was and what it may be.
-    """
+    """Refuse what cannot be: a UsageError that names the key, what it was and what it may be."""
     if options.size is not None and options.size > options.scale:
         raise UsageError(f"size must be at most scale={options.scale}, got size={options.size:g}")
     if options.size is not None and options.method is not None:
@@ -103,11 +94,7 @@ def check_options(options: EvalOptions) -> None:
 
 
 def check_two_files(options: EvalOptions) -> None:
-    """Refuse what does not go with image= and reference=.
-
-    Raises:
-        UsageError: names the key.
-    """
+    """Refuse what does not go with image= and reference=: a UsageError that names the key."""
     if options.image is None or options.reference is None:
         raise UsageError("image= and reference= go together: give both files")
     given = [key for key in ("dataset", "compare", *SOURCES) if getattr(options, key) is not None]
@@ -116,11 +103,7 @@ def check_two_files(options: EvalOptions) -> None:
 
 
 def _two_files(options: EvalOptions, processes: Processes) -> int:
-    """Score one image against another and say so; nothing is written.
-
-    Raises:
-        UserError: a file cannot be read, or they have two sizes.
-    """
+    """Score one image against another and say so, writing nothing; UserError if they cannot be read or compared."""
     files = expand_user(str(options.image)), expand_user(str(options.reference))
     image, reference = map(load_image, files)
     if options.explain is not None:
@@ -183,11 +166,7 @@ def _compare(options: EvalOptions, whole: list[Pair], processes: Processes) -> i
 
 
 def _chosen(options: EvalOptions) -> dict[str, EvalOptions]:
-    """The methods of compare=, each as the options of its own evaluation.
-
-    Raises:
-        UsageError: a name twice, or keys that say themselves what is scored.
-    """
+    """The methods of compare=, each as options of its own evaluation; UsageError for a name twice, or other keys."""
     given = [key for key in (*SOURCES, "model_path", "size", "explain") if getattr(options, key) is not None]
     if given:
         raise UsageError(f"compare= says itself what is scored: leave out {given[0]}=")
@@ -224,7 +203,7 @@ def _evaluate(
     if evaluator.unavailable and processes.is_main:
         log.warning("left out, for they cannot run here: %s", ", ".join(evaluator.unavailable))
     if options.doubt is not None:
-        assert isinstance(source, SystemSource) and isinstance(source.system, System)
+        assert isinstance(source, SystemSource)
         check_doubt(source.system, pairs, evaluator, options.doubt)
     progress = Progress(out, _settings(options, evaluator, source, processes))
     keep = None if options.predictions else progress.images
@@ -235,11 +214,12 @@ def _evaluate(
         files = write_records(evaluation, out, method)
         enlargement = options.size or options.scale
         files += write_report({method: evaluation}, out, options.dataset.get("pairs"), enlargement)
-        log_evaluation(evaluation, method, _logger(options, out, method))
+        factories = instantiate(options.logger, _convert_="all")
+        log_evaluation(evaluation, method, open_loggers(factories, out, {**asdict(options), "method": method}))
         say(f"{method} on {summary_text(evaluation, unmet)}")
     has_failed = bool(evaluation.failures or unmet)
     if options.doubt is not None:
-        assert isinstance(source, SystemSource) and isinstance(source.system, System)
+        assert isinstance(source, SystemSource)
         scored = [pair for pair, row in zip(pairs, evaluation.rows, strict=True) if not row.errors]
         doubt = measure_doubt(source.system, scored, evaluator, options.doubt, options.scale, options.seed, processes)
         has_failed |= bool(doubt.failures)
@@ -250,11 +230,6 @@ def _evaluate(
     if processes.is_main:
         say(f"wrote {', '.join(path.name for path in files)}{' and images/' if keep else ''} to {out}")
     return evaluation, FAILED if has_failed else OK
-
-
-def _logger(options: EvalOptions, out: Path, method: str) -> Logger:
-    factories = instantiate(options.logger, _convert_="all")
-    return open_loggers(factories, out, {**asdict(options), "method": method})
 
 
 def summary_text(evaluation: Evaluation, unmet: Sequence[str] = ()) -> str:
@@ -319,11 +294,7 @@ def _source(options: EvalOptions, pairs: list[Pair], processes: Processes) -> Kn
 
 
 def _check_source(options: EvalOptions) -> None:
-    """Refuse keys that do not go together.
-
-    Raises:
-        UsageError: says which.
-    """
+    """Refuse keys that do not go together: a UsageError that says which."""
     given = [key for key in SOURCES if getattr(options, key) is not None]
     if len(given) > 1:
         raise UsageError(

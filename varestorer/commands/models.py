@@ -40,15 +40,7 @@ class ModelsCommand(Command):
 
 
 def models(cfg: DictConfig) -> int:
-    """List, fetch or push.
-
-    Args:
-        cfg: `ModelsOptions`.
-
-    Raises:
-        UsageError: an unknown name.
-        UserError: the hub does not give or take it.
-    """
+    """List, fetch or push (`ModelsOptions`); UsageError for an unknown name, UserError if the hub refuses."""
     options = typed(ModelsOptions, cfg)
     if (options.push is None) != (options.to is None):
         raise UsageError("push=FOLDER and to=OWNER/NAME go together: what is shared, and where")
@@ -63,13 +55,9 @@ def models(cfg: DictConfig) -> int:
 
 
 def get(name: str) -> dict[str, Path]:
-    """Fetch what a name means: a release (converted too), a published file, what an experiment needs, or a bundle.
+    """What a name means, fetched: a release (converted too), a published file, what an experiment needs, or a bundle.
 
-    Returns:
-        what -> where it is.
-
-    Raises:
-        UsageError: nothing of that name is known.
+    Returns what -> where it is; UsageError if nothing of that name is known.
     """
     name = name.removeprefix(f"{HUB}/")
     if is_bundle(shipped(name)):
@@ -105,14 +93,9 @@ def of_experiment(name: str) -> list[str]:
 
 
 def push(folder: str, name: str, private: bool) -> str:
-    """Share a bundle on the hub.
+    """Share a bundle on the hub, and say what was done.
 
-    Returns:
-        what was done.
-
-    Raises:
-        UsageError: no bundle there, or no name for it.
-        UserError: the hub does not take it.
+    UsageError if no bundle is there, or no name for it; UserError if the hub does not take it.
     """
     from huggingface_hub import HfApi
 

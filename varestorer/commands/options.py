@@ -342,10 +342,7 @@ Exit status: 0 all well; 1 an image, or a metric asked for with metrics=, failed
     )
 
     dataset: Any = option(
-        None,
-        "which data set it is: decides which published rows stand beside ours",
-        "NAME",
-        title="on what, by what",
+        None, "which data set it is: decides which published rows stand beside ours", "NAME", title="on what, by what"
     )
     data: DatasetRoot = field(default_factory=DatasetRoot)
     protocol: Any = option(
@@ -533,14 +530,10 @@ Exit status: 0 all well; 1 the check found something, or the set could not be ma
         title="make pairs",
     )
     make: str | None = option(
-        None,
-        "new folder for hr/, lr/ and manifest.json; the same command goes on after an interruption",
-        "FOLDER",
+        None, "new folder for hr/, lr/ and manifest.json; the same command goes on after an interruption", "FOLDER"
     )
     count: int = option(
-        3000,
-        "pairs; every photograph gives equally many. It may be raised later: the first pairs stay",
-        least=1,
+        3000, "pairs; every photograph gives equally many. It may be raised later: the first pairs stay", least=1
     )
     crop: int = option(512, "side of the good images, pixels", least=1)
     seed: int = option(0, "of crops and degradations")
@@ -562,9 +555,7 @@ Exit status: 0 all well; 1 the check found something, or the set could not be ma
         500, "a tar file is closed before its photographs get larger than so many million bytes", least=1
     )
     text: str | None = option(
-        None,
-        "of scripts/precompute_text.py: its captions and features are packed too (data.text=shards)",
-        "FOLDER",
+        None, "of scripts/precompute_text.py: its captions and features are packed too (data.text=shards)", "FOLDER"
     )
 
     split: str | None = option(

@@ -11,11 +11,7 @@ from varestorer.utils.schema import typed
 
 
 def parity(cfg: DictConfig) -> int:
-    """Compare every golden tensor of `cfg.fixtures` and say how each fared.
-
-    Raises:
-        UsageError: the folder or one of its files cannot be read.
-    """
+    """Compare every golden tensor of `cfg.fixtures` and say how each fared; UsageError if they cannot be read."""
     say(f"{'tensor':58} {'max error':>10} {'tolerance':>10}  ok")
     checks = []
     fixtures = typed(ParityOptions, cfg).fixtures

@@ -55,15 +55,10 @@ FAILURES_SHOWN = 20
 
 
 def precompute_text(cfg: DictConfig) -> int:
-    """Run the command: captions first, then features, so that memory never holds both networks.
+    """Captions first, then features, so that memory never holds both networks; exit status 1 if one got no text.
 
-    Args:
-        cfg: `configs/precompute_text.yaml` with overrides.
-    Returns:
-        exit status: 1 if a photograph got no text.
-    Raises:
-        UsageError: an option that cannot be.
-        UserError: no photographs, captioner, text encoder or captions; or `out` cannot be used.
+    UsageError for an option that cannot be; UserError without photographs, captioner, text encoder or captions, or if
+    `out` cannot be used.
     """
     options = typed(PrecomputeTextOptions, cfg)
     check_options(options)
@@ -80,11 +75,7 @@ def precompute_text(cfg: DictConfig) -> int:
 def make_texts(
     options: PrecomputeTextOptions, photographs: Mapping[str, Path], out: Path, device: torch.device
 ) -> dict[str, str]:
-    """Write captions and features of the photographs that have none yet.
-
-    Returns:
-        name -> reason, for those that got none.
-    """
+    """Write captions and features of photographs that have none yet; name -> reason, for those that got none."""
     encoder, record = open_encoder(options, device)
     writer = TextWriter(out, record)
     file = out / CAPTIONS
@@ -101,21 +92,13 @@ def make_texts(
 
 
 def check_options(options: PrecomputeTextOptions) -> None:
-    """Refuse what cannot be before anything is loaded.
-
-    Raises:
-        UsageError: names the key, what it was and what it may be.
-    """
+    """Refuse what cannot be before anything is loaded: a UsageError that names the keys."""
     if options.captions and options.captioner:
         raise UsageError("captions and captioner contradict each other: give the texts, or have photographs described")
 
 
 def open_encoder(options: PrecomputeTextOptions, device: torch.device) -> tuple[TextEncoder, EncoderRecord]:
-    """The encoder, not loaded yet, and what the index says of it.
-
-    Raises:
-        UserError: no text encoder.
-    """
+    """The encoder, not loaded yet, and what the index says of it; UserError if there is none."""
     name, key = options.text_encoder or TEXT_ENCODER, "text_encoder"
     folder = str(local_folder(name, TEXT_ENCODER, key))
     mark = load_pretrained(lambda path: fingerprint(Path(path)), folder, TEXT_ENCODER, key)
@@ -166,11 +149,7 @@ def given_captions(source: Path, names: Sequence[str]) -> dict[str, str]:
 
 
 def text_files(folder: Path) -> set[str]:
-    """Paths of the text files inside a folder of captions.
-
-    Raises:
-        UserError: a folder in it cannot be read.
-    """
+    """Paths of the text files inside a folder of captions; UserError if a folder in it cannot be read."""
     scan = scan_folder(folder)
     scan.check_readable()
     return {path.relative_to(folder).as_posix() for path in scan.files if path.suffix == ".txt"}
@@ -262,8 +241,7 @@ class _Previews(Dataset[Tensor | UserError]):
 def encode(captions: Mapping[str, str], encoder: TextEncoder, writer: TextWriter, dtype: str) -> None:
     """Encode the captions whose features are not there yet, shard by shard, and let go of the encoder.
 
-    Raises:
-        UserError: no text encoder, features that `dtype` cannot hold, or a full disk.
+    UserError without text encoder, for features that `dtype` cannot hold, or a full disk.
     """
     todo = writer.pending(captions)
     with _progress("features", len(captions) - len(todo), len(captions)) as bar:
@@ -279,11 +257,7 @@ def encode(captions: Mapping[str, str], encoder: TextEncoder, writer: TextWriter
 
 
 def encode_prompt(prompt: str, encoder: TextEncoder, dtype: str) -> Tensor:
-    """Features (T, E) of a prompt on the CPU.
-
-    Raises:
-        UserError: a number is not finite, or too large for `dtype`.
-    """
+    """Features (T, E) of a prompt on the CPU; UserError if one is not finite, or too large for `dtype`."""
     features_TE = encoder.encode([prompt])[0].to("cpu", DTYPES[dtype])
     if not features_TE.isfinite().all():
         raise UserError(f"{prompt!r}: the features are not finite in {dtype}; try dtype=fp32 or device=cpu")
@@ -307,11 +281,7 @@ def _progress(what: str, done: int, total: int) -> Iterator[tqdm]:
 
 
 def _read_text(path: Path) -> str | None:
-    """Content of a text file; None if there is none.
-
-    Raises:
-        UserError: it cannot be read.
-    """
+    """Content of a text file, None if there is none; UserError if it cannot be read."""
     try:
         return plain_text(read_text(path))
     except FileNotFoundError:

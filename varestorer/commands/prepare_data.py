@@ -30,15 +30,10 @@ MEGABYTE = 1_000_000
 
 
 def prepare_data(cfg: DictConfig) -> int:
-    """Run the command.
+    """Run the command (`PrepareDataOptions`); exit status 1 if a check found something.
 
-    Args:
-        cfg: `configs/prepare_data.yaml` with overrides.
-    Returns:
-        exit status: 1 if a check found something.
-    Raises:
-        UsageError: keys that do not go together, values that cannot be, no such folder.
-        UserError: the set cannot be made.
+    UsageError for keys that do not go together, values that cannot be, no such folder; UserError if the set cannot be
+    made.
     """
     options = typed(PrepareDataOptions, cfg)
     check_options(options)
@@ -59,11 +54,7 @@ def prepare_data(cfg: DictConfig) -> int:
 
 
 def check_options(options: PrepareDataOptions) -> None:
-    """Refuse what cannot be.
-
-    Raises:
-        UsageError: names the key, what it was and what it may be.
-    """
+    """Refuse what cannot be: a UsageError that names the key, what it was and what it may be."""
     check_writing_options(options)
     if options.data.root and not options.dataset:
         raise UsageError(f"data.root= needs dataset=, what the folder should be: {', '.join(BENCHMARKS)}")
@@ -75,11 +66,7 @@ def check_options(options: PrepareDataOptions) -> None:
 
 
 def check_writing_options(options: PrepareDataOptions) -> None:
-    """Refuse what cannot be asked of make= and shard=.
-
-    Raises:
-        UsageError: names the keys.
-    """
+    """Refuse what cannot be asked of make=, shard= and split=: a UsageError that names the keys."""
     given = [key for key in ("make", "shard", "split") if getattr(options, key)]
     if len(given) > 1:
         raise UsageError(f"{given[0]}= and {given[1]}= are two commands: give one of them")
@@ -99,11 +86,7 @@ def check_writing_options(options: PrepareDataOptions) -> None:
 
 
 def find_benchmark(dataset: dict[str, Any]) -> Benchmark:
-    """The set of a config of `configs/dataset`.
-
-    Raises:
-        UsageError: a name that is not in the table.
-    """
+    """The set of a config of `configs/dataset`; UsageError for a name that is not in the table."""
     name = dataset.get("name")
     if name not in BENCHMARKS:
         raise UsageError(
@@ -193,9 +176,8 @@ def verdict(found: Check, benchmark: Benchmark, root: Path) -> str:
 def make(options: PrepareDataOptions) -> int:
     """Make a set and say what was made; returns the exit status.
 
-    Raises:
-        UsageError: a degradation of another kind, or a crop that is no multiple of the scale.
-        UserError: the set cannot be made.
+    UsageError for a degradation of another kind, or a crop that is no multiple of the scale; UserError if the set
+    cannot be made.
     """
     options.degradation["scale"] = options.scale
     degradation = instantiate(options.degradation)
@@ -224,9 +206,7 @@ def make(options: PrepareDataOptions) -> int:
 def shard(options: PrepareDataOptions) -> int:
     """Pack photographs into tar files and say what was made; returns the exit status.
 
-    Raises:
-        UsageError: the folder lies in that of the photographs.
-        UserError: they cannot be packed.
+    UsageError if the folder lies in that of the photographs; UserError if they cannot be packed.
     """
     root, source = _two_folders("shard", options.shard, options.source)
     with locked(root):
@@ -244,9 +224,7 @@ def shard(options: PrepareDataOptions) -> int:
 def split(options: PrepareDataOptions) -> int:
     """Tell good pictures from bad ones and say how many there are of each; returns the exit status.
 
-    Raises:
-        UsageError: scores that nobody knows how to read, or no such file.
-        UserError: no picture is good, or none is bad.
+    UsageError for scores that nobody knows how to read, or no such file; UserError if no picture is good, or none bad.
     """
     root, source = _two_folders("split", options.split, options.source)
     scores = expand_user(options.scores or "")

@@ -21,6 +21,7 @@ from varestorer.commands.entry import FAILED, OK, Command, say
 from varestorer.commands.options import RestoreOptions
 from varestorer.systems import load
 from varestorer.systems.acceleration import Acceleration
+from varestorer.systems.base import whole_number
 from varestorer.systems.budget import Budget, gigabytes, measure
 from varestorer.systems.folder import FolderReport, Restored, RestoreImage, restore_files
 from varestorer.systems.plan import REPORT_NAME, Job, Plan, plan_restoration
@@ -42,15 +43,10 @@ BAR = "{desc}: {percentage:3.0f}% {n_fmt}/{total_fmt}{unit} [{elapsed}, {remaini
 
 
 def restore(cfg: DictConfig) -> int:
-    """Run the command: texts first, then the images, so that only the networks in use take memory.
+    """Texts first, then the images, so that only the networks in use take memory; exit status 1 if a file failed.
 
-    Args:
-        cfg: see `RestoreOptions`.
-    Returns:
-        exit status: 1 if a file failed.
-    Raises:
-        UsageError: an option that cannot be, no such input.
-        UserError: the checkpoint, the text encoder, the captioner or the output folder cannot be used.
+    UsageError for an option that cannot be, no such input; UserError if the checkpoint, the text encoder, the captioner
+    or the output folder cannot be used.
     """
     options = typed(RestoreOptions, cfg)
     check_options(options)
@@ -90,11 +86,7 @@ def restore(cfg: DictConfig) -> int:
 
 
 def check_options(options: RestoreOptions) -> None:
-    """Refuse what cannot be before anything is loaded.
-
-    Raises:
-        UsageError: names the key, what it was and what it may be.
-    """
+    """Refuse what cannot be before anything is loaded: a UsageError that names the key and what it may be."""
     if not re.fullmatch(r"one|multi|[1-9]\d*", options.steps):
         raise UsageError(f"steps must be one, multi or a number from 1, got steps={options.steps}")
     targets = [key for key in TARGETS if getattr(options, key) is not None]
@@ -145,22 +137,14 @@ def check_memory(options: RestoreOptions) -> None:
 
 
 def check_quality(plan: Plan, quality: int | None) -> None:
-    """Refuse a quality where nothing is lost.
-
-    Raises:
-        UsageError: names the formats that have one.
-    """
+    """Refuse a quality where nothing is lost: a UsageError that names the formats that have one."""
     ending = Path(plan.jobs[0].target).suffix.lower() if plan.jobs else ""
     if quality is not None and ending not in (".jpg", ".jpeg", ".webp", ".avif"):
         raise UsageError(f"quality={quality} is for jpg, webp and avif, and results are {ending[1:]}: add format=jpg")
 
 
 def check_fit(system: VARestorer, options: RestoreOptions) -> None:
-    """Refuse what this model cannot do, before it costs more than reading the sizes of its files.
-
-    Raises:
-        UsageError: names the key, what it was and what it may be.
-    """
+    """Refuse what this model cannot do (UsageError), before it costs more than reading the sizes of its files."""
     num_scales, tile = len(system.schedule), options.tile or system.tile
     tiles = (system.tile,) if options.compat else system.tiles
     if tile not in tiles:
@@ -197,7 +181,7 @@ def settings_of(options: RestoreOptions, acceleration: Acceleration | None) -> d
     keys = ("select", "steps", "color", "tile", "overlap", "compat")
     ckpt = DEFAULT if options.ckpt is None else options.ckpt
     size = {key: wish for key in TARGETS if (wish := getattr(options, key)) is not None}
-    size = size or {"scale": whole(options.scale)}
+    size = size or {"scale": whole_number(options.scale)}
     settings = {**size, "ckpt": ckpt, **{key: getattr(options, key) for key in keys}}
     if options.trained_scale != RestoreOptions.trained_scale:
         settings["trained_scale"] = options.trained_scale
@@ -206,7 +190,7 @@ def settings_of(options: RestoreOptions, acceleration: Acceleration | None) -> d
     if options.fidelity:
         settings["fidelity"] = options.fidelity
     if options.sizes is not None:
-        settings["sizes"] = [whole(size) for size in options.sizes]
+        settings["sizes"] = [whole_number(size) for size in options.sizes]
     return settings if options.caption == "auto" else settings | {"prompt": options.prompt}
 
 
@@ -215,12 +199,7 @@ def scale_of(options: RestoreOptions, height: int, width: int) -> float:
     if options.megapixels is not None:
         return math.sqrt(options.megapixels * 1e6 / (height * width))
     factors = [wish / side for wish, side in ((options.width, width), (options.height, height)) if wish is not None]
-    return min(factors, default=whole(options.scale))
-
-
-def whole(scale: float) -> float:
-    """An integer where the scale is one: 4, not 4.0."""
-    return int(scale) if scale == int(scale) else scale
+    return min(factors, default=whole_number(options.scale))
 
 
 def size_label(size: float) -> str:

@@ -51,8 +51,7 @@ PROMPT_TOKENS = 512  # of the published text encoder
 def tables(cfg: DictConfig) -> int:
     """Assemble the table that `cfg` asks for.
 
-    Raises:
-        UserError: a folder or a model cannot be read; UsageError: the command asks for the impossible.
+    UserError if a folder or a model cannot be read; UsageError if the command asks for the impossible.
     """
     options = typed(TablesOptions, cfg)
     number = str(options.table)
@@ -90,11 +89,7 @@ def _tables(options: TablesOptions, number: str) -> list[Table]:
 
 
 def _labeled(key: str, given: list[str] | None) -> dict[str, str]:
-    """`label=value` of each entry.
-
-    Raises:
-        UsageError: one without a label.
-    """
+    """`label=value` of each entry; UsageError for one without a label."""
     pairs = [entry.partition("=") for entry in given or []]
     if wrong := ["".join(pair) for pair in pairs if not (pair[0] and pair[2])]:
         raise UsageError(f"{key} must be a list of 'label=...', got {wrong[0]}")
@@ -157,11 +152,7 @@ def _source(name: str, seed: int) -> Source:
 
 
 def _text_encoder(folder: str) -> nn.Module:
-    """A T5 encoder of the folder's sizes, without weights.
-
-    Raises:
-        UsageError: the folder describes none.
-    """
+    """A T5 encoder of the folder's sizes, without weights; UsageError if the folder describes none."""
     from transformers import AutoConfig, T5EncoderModel
 
     try:

@@ -19,11 +19,10 @@ from torch import nn
 from varestorer.commands.entry import OK, Command, say
 from varestorer.data.loader import collate
 from varestorer.training.checkpoint import save_initial
-from varestorer.training.checks import check_stages
+from varestorer.training.checks import check_resumable, check_stages
 from varestorer.training.config import TrainConfig, TrainerConfig
 from varestorer.training.fit import fit, make_accelerator
 from varestorer.training.parallel import in_cluster_job, join_cluster_job
-from varestorer.training.resume import check_resumable
 from varestorer.training.run import Run, choose_run_dir, environment
 from varestorer.training.scores import ImageScores
 from varestorer.training.stopping import StoppedError
@@ -42,12 +41,9 @@ HELDOUT_BATCH = 4
 
 
 def train(cfg: DictConfig) -> int:
-    """Train every stage of `cfg` in order, each starting from the averaged weights of those before.
+    """Train every stage of `cfg` (`TrainConfig`) in order, each starting from the averaged weights of those before.
 
-    Args:
-        cfg: composed; see `TrainConfig`.
-    Raises:
-        UserError: see `fit`; UsageError: the config asks for nothing, or for something impossible.
+    UserError: see `fit`; UsageError if the config asks for nothing, or for something impossible.
     """
     stages = stage_configs(cfg, command_line())
     accelerator = start_processes(cfg)
@@ -103,11 +99,8 @@ def start_processes(cfg: DictConfig) -> Accelerator:
 def open_run(cfg: DictConfig, stages: Mapping[str, DictConfig], accelerator: Accelerator, kept: ExitStack) -> Run:
     """Choose the folder (in the first process, for all), write the config and start the logger.
 
-    The folder is kept for this run until `kept` is closed.
-
-    Raises:
-        UsageError: the folder's run was started with another model or other data.
-        UserError: another command writes to it, or it cannot be written.
+    The folder is kept for this run until `kept` is closed. UsageError if its run was started with another model or
+    other data; UserError if another command writes to it, or it cannot be written.
     """
     folder = [""]
     if accelerator.is_main_process:

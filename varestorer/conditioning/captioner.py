@@ -5,13 +5,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from varestorer.conditioning.pretrained import free_memory, load_pretrained, local_folder
+from varestorer.conditioning.pretrained import Pretrained
 from varestorer.utils.images import to_uint8
 
 DEFAULT_NAME = "Salesforce/blip-image-captioning-large"
 
 
-class Captioner:
+class Captioner(Pretrained):
     """BLIP that is loaded when it is first needed.
 
     Args:
@@ -20,11 +20,11 @@ class Captioner:
         max_tokens: longest caption, in tokens.
     """
 
+    default, key = DEFAULT_NAME, "captioner"
+
     def __init__(self, path: str = DEFAULT_NAME, device: torch.device | str = "cpu", max_tokens: int = 20) -> None:
-        self.path = str(path)
-        self.device = torch.device(device)
+        super().__init__(path, device)
         self.max_tokens = max_tokens
-        self._loaded: tuple[Any, Any] | None = None
 
     @torch.no_grad()
     def caption(self, images_B3HW: Tensor) -> list[str]:
@@ -44,22 +44,8 @@ class Captioner:
         )
         return [text.strip() for text in processor.batch_decode(tokens, skip_special_tokens=True)]
 
-    def release(self) -> None:
-        """Give the memory back; the next `caption` loads again."""
-        self._loaded = None
-        free_memory(self.device)
+    def _open(self, path: str) -> tuple[Any, Any]:
+        from transformers import BlipForConditionalGeneration, BlipProcessor
 
-    def _load(self) -> tuple[Any, Any]:
-        """Processor and model, loaded once."""
-        if self._loaded is None:
-            from transformers import BlipForConditionalGeneration, BlipProcessor
-
-            def load(path: str) -> tuple[Any, Any]:
-                model = BlipForConditionalGeneration.from_pretrained(path)
-                return BlipProcessor.from_pretrained(path), model.eval().requires_grad_(False)
-
-            # of a name on the hub transformers would ask file by file, and retry each for half a minute without network
-            folder = local_folder(self.path, DEFAULT_NAME, "captioner")
-            processor, model = load_pretrained(load, str(folder), DEFAULT_NAME, "captioner")
-            self._loaded = processor, model.to(self.device)
-        return self._loaded
+        model = BlipForConditionalGeneration.from_pretrained(path)
+        return BlipProcessor.from_pretrained(path), model

@@ -25,7 +25,6 @@ class PrefixEncoder(nn.Module):
         width: C.
         channels: after the first convolution, and after each of those that halve the size; the published ones do not
             depend on C.
-
     Raises:
         UserError: fewer than two numbers of channels.
     """
@@ -58,7 +57,6 @@ class PrefixEncoder(nn.Module):
 
         Args:
             lq_B3HW: in [-1, 1], at the size of the result; H, W multiples of `stride`.
-
         Raises:
             ValueError: wrong rank, channels or size.
         """

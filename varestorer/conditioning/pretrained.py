@@ -1,13 +1,14 @@
 """Loading transformers models from a folder or the hub, with errors a newcomer can act on."""
 
-import gc
 import hashlib
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 
+from varestorer.utils.device import free_memory
 from varestorer.utils.errors import UserError, reason
 from varestorer.utils.hub import asking_hub, fetch_folder, is_hub_name, split_revision
 
@@ -16,6 +17,44 @@ Loaded = TypeVar("Loaded")
 _SMALL_FILES = (".json", ".model", ".txt")
 _WEIGHTS = (".safetensors", ".bin")
 _MIB = 2**20
+
+
+class Pretrained:
+    """A network of transformers, with what prepares its input, that is loaded when it is first needed.
+
+    Args:
+        path: folder as transformers saves it, or a name on the hub.
+        device: where it runs.
+    """
+
+    default: ClassVar[str]
+    key: ClassVar[str]
+
+    def __init__(self, path: str, device: torch.device | str) -> None:
+        self.path = str(path)
+        self.device = torch.device(device)
+        self._loaded: tuple[Any, Any] | None = None
+
+    def _open(self, path: str) -> tuple[Any, Any]:
+        """What prepares the input, and the network, from a folder."""
+        raise NotImplementedError
+
+    @cached_property
+    def _folder(self) -> Path:
+        # of a name on the hub transformers would ask file by file, and retry each for half a minute without network
+        return local_folder(self.path, self.default, self.key)
+
+    def release(self) -> None:
+        """Give the memory back; the network is loaded again when it is needed."""
+        self._loaded = None
+        free_memory(self.device)
+
+    def _load(self) -> tuple[Any, Any]:
+        """Both parts, loaded once; UserError where there is nothing that can be loaded."""
+        if self._loaded is None:
+            first, network = load_pretrained(self._open, str(self._folder), self.default, self.key)
+            self._loaded = first, network.eval().requires_grad_(False).to(self.device)
+        return self._loaded
 
 
 def load_pretrained(load: Callable[[str], Loaded], path: str, default: str, key: str) -> Loaded:
@@ -45,7 +84,6 @@ def local_folder(path: str, default: str, key: str) -> Path:
     Raises:
         UserError: no such folder, or the hub cannot give it.
     """
-
     if Path(path).is_dir():
         return Path(path)
     _check_place(path, default, key)
@@ -92,10 +130,3 @@ def fingerprint(folder: Path) -> str:
                 file.seek(start)
                 digest.update(file.read(_MIB))
     return digest.hexdigest()
-
-
-def free_memory(device: torch.device) -> None:
-    """Give the memory of networks that nobody holds any more back to the system."""
-    gc.collect()  # a network that refers to itself would wait for the collector's next turn
-    if device.type == "cuda":
-        torch.cuda.empty_cache()

@@ -117,7 +117,6 @@ def new_restorer(num_features: int = 64, num_groups: int = 2, num_blocks: int = 
         num_groups: residual groups.
         num_blocks: residual blocks of a group, two convolutions each.
         seed: of the random weights; the global generators are left as they were.
-
     Raises:
         UserError: too few channels.
     """

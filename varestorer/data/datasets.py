@@ -3,27 +3,30 @@
 Sample n = 0, 1, 2, ... of a run is image `order(epoch)[n % images]` of epoch `n // images`; its crop, flip
 and degradation come from generators keyed by (seed, n). So the pairs do not depend on the number of workers
 or processes, and the position of the data in a run is one integer.
+
+Without a folder they are of the photographs inside the wheels of scikit-image and scikit-learn: seven natural color
+scenes, looked at one by one (their other pictures are drawings, textures, microscopy, gray or of the sky). The split is
+fixed; both views of the motorcycle are on the training side.
 """
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
-from typing import NotRequired, Protocol, TypedDict
+from typing import Literal, NotRequired, Protocol, TypedDict
 
 import numpy as np
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from varestorer.data.contents import Contents, contents_of, file_contents
-from varestorer.data.crops import cut, draw_box, fill_square, random_square
 from varestorer.data.degradation import Degrade, round_to_8bit
-from varestorer.data.embedded import embedded_paths
 from varestorer.data.folders import find_pairs, hq_images
 from varestorer.data.shards import Packed, packed_photographs
 from varestorer.data.store import ImageStore
 from varestorer.data.text import PhotoTexts, open_texts
 from varestorer.utils.errors import UserError
 from varestorer.utils.files import expand_user
-from varestorer.utils.images import resize
+from varestorer.utils.images import load_image, pad_reflect, resize
 from varestorer.utils.seeds import numpy_generator
 
 
@@ -255,3 +258,104 @@ def pair_factor(low: Tensor, high: Tensor, scale: int, paths: Sequence[object]) 
             f"{small[1]}x{small[0]}, or {scale} times that"
         )
     return scale
+
+
+Box = tuple[int, int, int, int]  # top, left, height, width
+
+
+def draw_box(size: tuple[int, int], window: int, rng: np.random.Generator) -> Box:
+    """Place a square window of `window` pixels; a side shorter than that is taken whole."""
+    height, width = (min(side, window) for side in size)
+    top, left = int(rng.integers(size[0] - height + 1)), int(rng.integers(size[1] - width + 1))
+    return top, left, height, width
+
+
+def cut(img_CHW: Tensor, box: Box) -> Tensor:
+    """The part of a picture inside a box."""
+    top, left, height, width = box
+    return img_CHW[:, top : top + height, left : left + width]
+
+
+def fill_square(img_CHW: Tensor, side: int) -> Tensor:
+    """Continue a picture smaller than (side, side) by reflection, evenly on both sides."""
+    height, width = img_CHW.shape[-2:]
+    top, left = (side - height) // 2, (side - width) // 2
+    return pad_reflect(img_CHW, top, side - height - top, left, side - width - left)
+
+
+def center_box(size: tuple[int, int], window: tuple[int, int]) -> Box:
+    """The box of at most `window` (height, width) in the middle of a picture."""
+    height, width = min(size[0], window[0]), min(size[1], window[1])
+    return (size[0] - height) // 2, (size[1] - width) // 2, height, width
+
+
+def random_square(
+    photo_CHW: Tensor, crop: int, rng: np.random.Generator, downscale: tuple[float, float] | None = None
+) -> Tensor:
+    """Cut a random square out of an 8-bit photograph.
+
+    Args:
+        photo_CHW: uint8 picture of any size; a small one is continued by reflection.
+        crop: side of the square, pixels.
+        rng: source of place and zoom.
+        downscale: range of the zoom: 2 shows twice as much of the photograph at half its resolution
+            (Lanczos).
+    Returns:
+        (C, crop, crop) float32 in [0, 1].
+    """
+    size = photo_CHW.shape[-2], photo_CHW.shape[-1]
+    window = crop
+    if downscale is not None:  # photograph pixels that a crop pixel covers, no more than the photograph has to give
+        window = round(crop * min(float(rng.uniform(*downscale)), max(1.0, min(size) / crop)))
+    square = fill_square(cut(photo_CHW, draw_box(size, window, rng)).float() / 255, window)
+    return resize(square, (crop, crop), mode="lanczos")
+
+
+Split = Literal["train", "heldout"]
+
+# (package, its pip name, file inside the package)
+_SKIMAGE, _SKLEARN = ("skimage", "scikit-image", "data"), ("sklearn", "scikit-learn", "datasets/images")
+_PHOTOGRAPHS = {
+    "train": (
+        (_SKIMAGE, "astronaut.png"),
+        (_SKIMAGE, "chelsea.png"),
+        (_SKIMAGE, "motorcycle_left.png"),
+        (_SKIMAGE, "motorcycle_right.png"),
+        (_SKIMAGE, "rocket.jpg"),
+        (_SKLEARN, "flower.jpg"),
+    ),
+    "heldout": ((_SKLEARN, "china.jpg"), (_SKIMAGE, "coffee.png")),
+}
+
+
+def embedded_paths(split: Split) -> list[Path]:
+    """Files of the embedded photographs, in a fixed order.
+
+    Args:
+        split: `train` (six pictures of five scenes) or `heldout` (china, coffee).
+    Raises:
+        UserError: a package is not installed or does not carry its photographs.
+    """
+    if split not in _PHOTOGRAPHS:
+        raise ValueError(f"split must be train or heldout, got {split!r}")
+    return [_locate(*package, name) for package, name in _PHOTOGRAPHS[split]]
+
+
+def embedded_photographs(split: Split) -> list[tuple[str, Tensor]]:
+    """(name, (3, H, W) float32 in [0, 1]) of each embedded photograph of a split (see `embedded_paths`)."""
+    return [(path.stem, load_image(path)) for path in embedded_paths(split)]
+
+
+def _locate(module: str, package: str, folder: str, name: str) -> Path:
+    """Find a file of an installed package without importing the package (which takes a second)."""
+    spec = find_spec(module)
+    roots = list(spec.submodule_search_locations or []) if spec else []
+    for root in roots:
+        path = Path(root, folder, name)
+        if path.is_file():
+            return path
+    problem = "does not carry it here" if roots else "is not installed"
+    raise UserError(
+        f"the embedded photograph {name} comes with {package}, which {problem}: "
+        f"pip install --force-reinstall {package}, or train on a folder: data=folder data.root=..."
+    )

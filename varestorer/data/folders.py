@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from varestorer.data.listing import indexed_images
 from varestorer.data.pairs import match_names
 from varestorer.utils.errors import UserError
 from varestorer.utils.files import expand_user
 from varestorer.utils.images import IMAGE_EXTENSIONS
+from varestorer.utils.scanning import list_images
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ def hq_images(root: str | os.PathLike, split: Split = "train") -> list[Path]:
     Raises:
         UserError: no such folder, or no image in it; says what belongs there.
     """
-    images = [path for side in hq_folders(root, split) for path in indexed_images(side)]
+    images = [path for side in hq_folders(root, split) for path in list_images(side)]
     if not images:
         raise UserError(f"data.root={expand_user(root)} holds no image; put there {HQ_HELP}")
     return images
@@ -202,7 +202,7 @@ def _are_certain(folder: Path, sides: Sequence[_Side]) -> bool:
     named = {side.folder for side in sides}
     if any(_split_of(side) for side in named):
         return True
-    return all(not named.isdisjoint(path.parents) for path in indexed_images(folder))
+    return all(not named.isdisjoint(path.parents) for path in list_images(folder))
 
 
 def _good_folders(folder: Path, split: Split) -> list[Path]:
@@ -218,11 +218,7 @@ def _good_folders(folder: Path, split: Split) -> list[Path]:
 
 
 def _matching_sides(folder: Path, lows: list[_Side], highs: list[_Side], split: Split) -> tuple[_Side, _Side]:
-    """The one bad and the one good side that are meant.
-
-    Raises:
-        UserError: it is not certain which; names the candidates.
-    """
+    """The one bad and the one good side that are meant; UserError, with the candidates, if that is not certain."""
     both = [*lows, *highs]
     if len(both) == 2 and None in (lows[0].split, highs[0].split):
         return lows[0], highs[0]
@@ -330,7 +326,7 @@ def _by_name(folder: Path) -> tuple[dict[str, Path], list[tuple[Path, Path]]]:
     """
     found: dict[str, Path] = {}
     duplicates: list[tuple[Path, Path]] = []
-    for path in indexed_images(folder):
+    for path in list_images(folder):
         name = unicodedata.normalize("NFC", path.relative_to(folder).with_suffix("").as_posix())
         if found.setdefault(name, path) is not path:
             duplicates.append((path, found[name]))

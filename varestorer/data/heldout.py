@@ -2,10 +2,8 @@
 
 from torch import Tensor
 
-from varestorer.data.crops import center_box, cut, fill_square
-from varestorer.data.datasets import Sample, pair_factor
+from varestorer.data.datasets import Sample, center_box, cut, embedded_paths, fill_square, pair_factor
 from varestorer.data.degradation import Degrade, round_to_8bit
-from varestorer.data.embedded import embedded_paths
 from varestorer.data.folders import find_pairs, hq_images
 from varestorer.data.store import ImageStore
 from varestorer.utils.errors import UserError

@@ -86,7 +86,8 @@ def _samples(source: Path, text: str | None, packing: Packing) -> list[_Sample]:
     paths = hq_images(source)
     names = photograph_names(source, paths)
     texts = open_texts(text, source, paths)
-    captions = {} if text is None else _captions(expand_user(text))
+    file = None if text is None else expand_user(text) / CAPTIONS
+    captions = read_captions(file) if file is not None and file.is_file() else {}
     keys: set[str] = set()
     samples = []
     for number, (name, path) in enumerate(zip(names, paths, strict=True)):
@@ -104,10 +105,6 @@ def _samples(source: Path, text: str | None, packing: Packing) -> list[_Sample]:
             contents.append((FEATURES, partial(_packed_features, texts, number)))
         samples.append(_Sample(key, path.stat().st_size, contents))
     return samples
-
-
-def _captions(folder: Path) -> dict[str, str]:
-    return read_captions(folder / CAPTIONS) if (folder / CAPTIONS).is_file() else {}
 
 
 def _unused_key(name: str, used: set[str]) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from varestorer.utils.images import natural_key
+from varestorer.utils.scanning import natural_key
 
 _SCALE = r"x(?:[2-9]|1[0-6])(?:[mwdb]\d?)?"  # DIV2K calls its mild, wild and difficult ones 0801x4m, 0801x4w1, 0801x4d
 _LOW_ENDINGS = (
@@ -19,10 +19,7 @@ _LOW_ENDINGS = (
     r"[ _-](?:bic(?:ubic)?[ _-]?)?(?:lr|lq)(?:bi|bd|dn)?(?:[ _-]?x?\d{1,2})?",
     r"[ _-]bic(?:ubic)?(?:[ _-]?x?\d{1,2})?",
 )
-_HIGH_ENDINGS = (
-    r"[ _-](?:hr|hq|gt)(?:mod\d{1,2})?(?:[ _-]?x?\d{1,2})?",
-    r"[ _-]x\d{1,2}",
-)
+_HIGH_ENDINGS = (r"[ _-](?:hr|hq|gt)(?:mod\d{1,2})?(?:[ _-]?x?\d{1,2})?", r"[ _-]x\d{1,2}")
 
 Images = Mapping[str, Path]
 """Images of a side by name: path inside its folder, without extension."""

@@ -13,8 +13,7 @@ from varestorer.data.datasets import PhotoCrops
 from varestorer.data.degradation import Degrade
 from varestorer.data.mixture import Mixture
 from varestorer.utils.errors import UserError
-from varestorer.utils.images import list_images
-from varestorer.utils.scanning import first_names
+from varestorer.utils.scanning import first_names, list_images
 
 GOOD, BAD = 0, 1
 
@@ -71,7 +70,6 @@ def split_by_scores(images: Path, scores: Path, column: int | str, share: float)
         scores: CSV with a header; its first column names the pictures, with or without folder and ending.
         column: of the scores: its name or its number.
         share: see `ScoreSet`.
-
     Raises:
         UserError: no such column, or no score of any picture.
     """
@@ -109,11 +107,7 @@ def split_by_scores(images: Path, scores: Path, column: int | str, share: float)
 
 
 def link_split(split: Split, images: Path, root: Path) -> None:
-    """Make `root/good` and `root/bad` of links to the pictures, subfolders kept.
-
-    Raises:
-        UserError: there are other files already.
-    """
+    """Make `root/good` and `root/bad` of links to the pictures, subfolders kept; UserError if other files are there."""
     for name, paths in (("good", split.good), ("bad", split.bad)):
         for path in paths:
             link = root / name / path.relative_to(images)

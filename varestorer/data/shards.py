@@ -28,13 +28,22 @@ from safetensors.torch import load
 from torch import Tensor
 
 from varestorer.data.folders import existing_folder
-from varestorer.data.listing import cache_path, read_cache, write_cache
 from varestorer.utils.decoding import decode_visible
 from varestorer.utils.errors import UserError, reason
 from varestorer.utils.files import read_text, write_json
 from varestorer.utils.image_files import BROKEN_IMAGE_ERRORS
-from varestorer.utils.images import IMAGE_EXTENSIONS, natural_key
-from varestorer.utils.scanning import first_names, is_skipped, report_unused, scan_folder, stamp
+from varestorer.utils.images import IMAGE_EXTENSIONS
+from varestorer.utils.scanning import (
+    cache_path,
+    first_names,
+    is_skipped,
+    natural_key,
+    read_cache,
+    report_unused,
+    scan_folder,
+    stamp,
+    write_cache,
+)
 
 INDEX = "index.json"
 FORMAT = "varestorer shards 1"
@@ -86,11 +95,7 @@ class Packed:
         return f"{self.shard}:{self.name}"
 
     def read(self, member: Member) -> bytes:
-        """The bytes of one of its members.
-
-        Raises:
-            UserError: the tar file cannot be read, or ends too early.
-        """
+        """The bytes of one of its members; UserError if the tar file cannot be read, or ends too early."""
         try:
             with self.shard.open("rb") as file:
                 file.seek(member.offset)
@@ -102,11 +107,7 @@ class Packed:
         return content
 
     def load(self) -> Tensor:
-        """The photograph, (3, H, W) float32 in [0, 1].
-
-        Raises:
-            UserError: it cannot be decoded; names shard and member.
-        """
+        """The photograph, (3, H, W) float32 in [0, 1]; UserError, with shard and member, if it cannot be decoded."""
         with self._opened() as file:
             return torch.from_numpy(decode_visible(file))
 
@@ -116,11 +117,7 @@ class Packed:
             return file.width * file.height
 
     def load_features(self) -> Tensor | None:
-        """Features of its prompt, (T, E) float32; None for the null text.
-
-        Raises:
-            UserError: they are damaged.
-        """
+        """Features of its prompt, (T, E) float32; None for the null text. UserError if they are damaged."""
         if self.features is None:
             return None
         try:
@@ -173,11 +170,7 @@ def packed_photographs(root: str | Path) -> list[Packed]:
 
 
 def tar_files(folder: Path) -> list[Path]:
-    """The tar files that lie in a folder, in natural order; what else it holds is named in the log.
-
-    Raises:
-        UserError: a folder in it cannot be read.
-    """
+    """The tar files that lie in a folder, in natural order; what else it holds is named in the log."""
     found = scan_folder(folder)
     found.check_readable()
     tars = [path for path in found.files if path.suffix.lower() == ".tar" and path.parent == folder]
@@ -233,11 +226,7 @@ def _target(info: tarfile.TarInfo) -> str:
 
 
 def _own_index(folder: Path, paths: list[Path]) -> dict[str, list[Member]] | None:
-    """The index that `write_index` left; None if there is none.
-
-    Raises:
-        UserError: it does not belong to these tar files.
-    """
+    """The index that `write_index` left, None if there is none; UserError if it does not belong to these tar files."""
     try:
         content = json.loads(read_text(folder / INDEX))
         if content["format"] != FORMAT:

@@ -52,11 +52,7 @@ class ImageStore:
         return len(self.items)
 
     def read(self, index: int) -> tuple[int, tuple[Tensor, ...]]:
-        """Read item `index`, or the first good one after it.
-
-        Returns:
-            (its number, one uint8 (3, H, W) picture a file).
-        """
+        """Read item `index`, or the first good one after it: its number, and one uint8 (3, H, W) picture a file."""
         for candidate in chain(range(index, len(self.items)), range(index)):
             images = self._try(candidate)
             if images is not None:
@@ -87,7 +83,8 @@ class ImageStore:
         try:
             return self._load(index)
         except UserError as error:
-            self._mark_broken(index, str(error))
+            self._note(index, str(error))
+            self._stop_if_too_many(len(self.items))
             return None
 
     def _load(self, index: int) -> tuple[Tensor, ...]:
@@ -109,11 +106,6 @@ class ImageStore:
             return 3 * sum(map(_num_pixels, self.items[index]))
         except UserError:
             return 0
-
-    def _mark_broken(self, index: int, reason: str) -> None:
-        """Warn, and stop when there are too many."""
-        self._note(index, reason)
-        self._stop_if_too_many(len(self.items))
 
     def _note(self, index: int, reason: str) -> None:
         log.warning("skipping a broken image: %s", reason)

@@ -236,11 +236,7 @@ def write_captions(path: Path, captions: Mapping[str, str]) -> None:
 
 
 def _read_index(folder: Path) -> tuple[dict[str, Any], dict[str, Entry]]:
-    """The encoder and the photographs of an index.
-
-    Raises:
-        UserError: it is missing, damaged, or something else.
-    """
+    """The encoder and the photographs of an index; UserError if it is missing, damaged, or something else."""
     path = folder / INDEX
     wanted = "the index of text features that scripts/precompute_text.py writes"
     content = _read_json(path, wanted)

@@ -205,7 +205,6 @@ def write_comparison(
         protocol: whose metrics are used, see `evaluation.protocols`.
         metrics: of that protocol, or of pyiqa; those whose weights are not at hand are left out.
         ways: which methods to compare, one of `WAYS`.
-
     Returns:
         the report's path.
     """
@@ -215,8 +214,11 @@ def write_comparison(
     facts: dict[str, Any] = {"parameters": parameter_counts(system)}
     if "one step" in seconds:
         facts["one step against multi-step"] = f"{seconds['multi-step'] / seconds['one step']:.2f} times as fast"
-    facts |= {"protocol": protocol, "seed": config["seed"], "device": str(device)}
-    return _write(run_dir, title, rows, pictures, facts)
+    return _write(run_dir, title, rows, pictures, facts | _place(protocol, config, device))
+
+
+def _place(protocol: str, config: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    return {"protocol": protocol, "seed": config["seed"], "device": str(device)}
 
 
 def _write(
@@ -305,7 +307,6 @@ def compare_sizes(
         protocol: whose metrics are used.
         metrics: of that protocol, or of pyiqa.
         plain: a system with a plain tokenizer; None for the system's own weights read so.
-
     Returns:
         a row per method and size (mean metrics), and the pictures of each photograph by column.
     """
@@ -317,8 +318,9 @@ def compare_sizes(
     pictures: dict[str, dict[str, Tensor]] = {}
     for photo in photos:
         start = time.perf_counter()
-        restored = _all_sizes(system, photo, factors)
+        result = system.restore(photo.lr, SCALE, sizes=factors)
         seconds = time.perf_counter() - start
+        restored = [*result.smaller.values(), result.image]
         sizes = [(image.shape[-2], image.shape[-1]) for image in restored]
         ways: dict[str, list[Tensor]] = {
             "bicubic": [resize(photo.lr, size, "bicubic") for size in sizes],
@@ -343,12 +345,6 @@ def compare_sizes(
     return rows, pictures
 
 
-def _all_sizes(system: HVAR, photo: Photograph, factors: Sequence[float]) -> list[Tensor]:
-    """All sizes of one pass, smallest first."""
-    result = system.restore(photo.lr, SCALE, sizes=factors)
-    return [*result.smaller.values(), result.image]
-
-
 def write_sizes(
     run_dir: Path,
     system: HVAR,
@@ -360,21 +356,9 @@ def write_sizes(
     metrics: Sequence[str] = ("psnr", "ssim"),
     plain: str | None = None,
 ) -> Path:
-    """Write `report.html` into a run: curves, held-out pictures at all sizes, and a table of metrics.
+    """As `write_comparison`, with held-out pictures at all sizes.
 
-    Args:
-        run_dir: the run's folder, with its `metrics.jsonl`.
-        system: as trained.
-        config: of the run, for the facts.
-        device: where it runs.
-        heldout: pairs that were not trained on (`data.heldout_pairs`).
-        title: of the page.
-        protocol: whose metrics are used, see `evaluation.protocols`.
-        metrics: of that protocol, or of pyiqa; those whose weights are not at hand are left out.
-        plain: a run with a plain tokenizer (`reuse: none`), tuned as long; None: this run's own networks read so.
-
-    Returns:
-        the report's path.
+    `plain` is a run with a plain tokenizer (`reuse: none`), tuned as long; None: this run's own networks read so.
     """
     system.to(device).eval()
     other = None if plain is None else HVAR.from_pretrained(plain, device=device)
@@ -383,5 +367,4 @@ def write_sizes(
         "parameters": parameter_counts(system),
         "plain tokenizer": plain or "the same networks, which were tuned for the hierarchy",
     }
-    facts |= {"protocol": protocol, "seed": config["seed"], "device": str(device)}
-    return _write(run_dir, title, rows, pictures, facts)
+    return _write(run_dir, title, rows, pictures, facts | _place(protocol, config, device))

@@ -118,11 +118,7 @@ class Answer:
 
 
 def read_figures(text: str) -> dict[str, str]:
-    """`psnr=25.15,ssim=0.7341` as metric -> the figure as it is printed.
-
-    Raises:
-        UsageError: it cannot be read.
-    """
+    """`psnr=25.15,ssim=0.7341` as metric -> the figure as it is printed; UsageError if it cannot be read."""
     figures = {}
     for part in text.split(","):
         name, _, figure = (side.strip() for side in part.partition("="))
@@ -160,10 +156,8 @@ def explain(
         source: of the restored images.
         figures: metric -> the figure, as printed.
         scale: between LQ and reference.
-
     Returns:
         metric -> its answers, nearest first; and the number of images they are means over.
-
     Raises:
         UserError: no image can be read, or a figure cannot be computed at all.
     """

@@ -21,9 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from varestorer.evaluation.evaluator import Evaluator
-from varestorer.evaluation.intervals import paired
 from varestorer.evaluation.processes import ALONE, Processes
-from varestorer.evaluation.results import Pair
+from varestorer.evaluation.results import Pair, paired
 from varestorer.evaluation.tables import Column, Table, TableRow, write_tables
 from varestorer.systems.base import Request, System
 from varestorer.systems.fidelity import SQUARE, blend, doubt_of, smooth
@@ -37,7 +36,7 @@ from varestorer.utils.tiling import ENLARGE, enlarged_tile, restore_to_sizes
 
 log = logging.getLogger(__name__)
 
-FALLBACKS = ("restorer", "bicubic")
+FALLBACKS = {"restorer": "the restorer", "bicubic": "the enlarged input"}
 METRICS = ("psnr", "lpips")
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Of the area that falls back: values of `fidelity`."""
@@ -257,12 +256,8 @@ def coverage_table(report: DoubtReport) -> Table:
         columns += [Column(f"{metric}, {order}") for order in ORDERS] + [Column(f"{metric}, doubt less blind")]
     notes = [f"{order}: {meaning}." for order, meaning in ORDERS.items()]
     notes.append(f"{len(report.images)} images; the brackets are 95 % intervals.")
-    title = f"What is left where an area falls back to {_named(report.fallback)}"
+    title = f"What is left where an area falls back to {FALLBACKS[report.fallback]}"
     return Table(tuple(columns), tuple(rows), title, tuple(notes))
-
-
-def _named(fallback: str) -> str:
-    return {"restorer": "the restorer", "bicubic": "the enlarged input"}[fallback]
 
 
 def _mean(report: DoubtReport, metric: str, order: str) -> list[float]:
@@ -294,11 +289,9 @@ def write_doubt(report: DoubtReport, out: Path, title: str) -> list[Path]:
 
 
 def _draw(report: DoubtReport, metrics: Sequence[str], path: Path, title: str) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5 * (1 + len(metrics)), 4.6), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
     first, *others = figure.subplots(1, 1 + len(metrics))
     for scale, bins in [*zip(report.scales, report.bins, strict=True)][-3:]:
         seen = bins[bins[:, 0] >= 100]
@@ -313,7 +306,7 @@ def _draw(report: DoubtReport, metrics: Sequence[str], path: Path, title: str) -
     for axes, metric in zip(others, metrics, strict=True):
         for order, style in zip(ORDERS, ("-", "-.", "--", ":"), strict=True):
             axes.plot([100 * share for share in SHARES], _mean(report, metric, order), style, marker=".", label=order)
-        axes.set(xlabel=f"% of the area from {_named(report.fallback)}", ylabel=metric)
+        axes.set(xlabel=f"% of the area from {FALLBACKS[report.fallback]}", ylabel=metric)
         axes.grid(alpha=0.25)
         axes.legend(fontsize=8)
     figure.suptitle(f"{title}, {len(report.images)} images", fontsize=10)

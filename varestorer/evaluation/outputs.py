@@ -55,10 +55,7 @@ LABEL_PLACES = [
 
 
 def write_report(
-    evaluations: Mapping[str, Evaluation],
-    out: Path,
-    expected_pairs: int | None = None,
-    scale: float = 4,
+    evaluations: Mapping[str, Evaluation], out: Path, expected_pairs: int | None = None, scale: float = 4
 ) -> list[Path]:
     """Write `table.md`, `table.tex`, `table.html`, `gallery.html` and `scatter.png`.
 

@@ -15,10 +15,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from varestorer.evaluation.intervals import mean_interval
 from varestorer.evaluation.outputs import shared_rows
 from varestorer.evaluation.pictures import Crop, differing_crops, png_url, render
-from varestorer.evaluation.results import Evaluation, Row
+from varestorer.evaluation.results import Evaluation, Row, mean_interval
 from varestorer.evaluation.tables import LEVEL, Cell, Column, Table, TableRow
 from varestorer.utils.errors import UsageError, UserError, reason
 from varestorer.utils.files import expand_user, read_text, write_json, write_text
@@ -80,11 +79,7 @@ def _squares(rows: Mapping[str, Row], scale: float) -> dict[str, Any]:
 
 
 def read_study(folder: str) -> Study:
-    """Who is who on a page.
-
-    Raises:
-        UsageError: the folder holds none.
-    """
+    """Who is who on a page; UsageError if the folder holds none."""
     path = expand_user(folder) / KEY
     try:
         found = json.loads(read_text(path))
@@ -94,11 +89,7 @@ def read_study(folder: str) -> Study:
 
 
 def read_answers(study: Study, files: Sequence[str]) -> list[list[dict[str, Any]]]:
-    """Each rater's answers.
-
-    Raises:
-        UsageError: a file cannot be read, holds no answer, belongs to another page, or is there twice.
-    """
+    """Each rater's answers; UsageError for a file that cannot be read, holds no answer to this page, or comes twice."""
     raters: list[list[dict[str, Any]]] = []
     for path in map(expand_user, files):
         try:

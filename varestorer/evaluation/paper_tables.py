@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from varestorer.data.testsets.known import BENCHMARKS
-from varestorer.evaluation.intervals import paired
 from varestorer.evaluation.progress import PER_IMAGE, SUMMARY, read_rows
 from varestorer.evaluation.protocols import PROTOCOLS
+from varestorer.evaluation.results import paired
 from varestorer.evaluation.tables import LEGEND, LEVEL, Cell, Column, Table, TableRow
 from varestorer.utils.errors import UsageError, reason
 from varestorer.utils.files import expand_user
@@ -183,7 +183,8 @@ def table_1(records: Sequence[EvaluationRecord]) -> list[Table]:
     metrics = _metrics(records, protocol)
     labels = list(dict.fromkeys(record.label for record in records))
     notes = _Notes([LEGEND])
-    notes.add(PUBLISHED_BY.get(protocol) or _no_published(protocol))
+    unknown = f"No rows were published under {protocol}; there are some under {' and '.join(PUBLISHED_BY)}."
+    notes.add(PUBLISHED_BY.get(protocol, unknown))
     rows = []
     for dataset in dict.fromkeys([*NUM_IMAGES, *(record.dataset for record in records)]):
         group = [TableRow(row.cells, group=dataset) for row in published_rows(dataset, protocol, metrics)]
@@ -214,11 +215,7 @@ def table_varsr(records: Sequence[EvaluationRecord]) -> list[Table]:
 
 
 def table_3(records: Sequence[EvaluationRecord]) -> list[Table]:
-    """The ablations on DIV2K-Val.
-
-    Raises:
-        UsageError: an evaluation of another data set, or under another protocol.
-    """
+    """The ablations on DIV2K-Val; UsageError for an evaluation of another data set, or under another protocol."""
     for record in records:
         if record.dataset != "div2k" or record.summary["protocol"] != PAPER_PROTOCOL:
             got = f"{record.dataset} under {record.summary['protocol']}"
@@ -363,10 +360,6 @@ def pairs_table(records: Sequence[EvaluationRecord], metrics: Sequence[str]) -> 
 
 def _protocol(records: Sequence[EvaluationRecord]) -> str:
     return str(records[0].summary["protocol"]) if records else PAPER_PROTOCOL
-
-
-def _no_published(protocol: str) -> str:
-    return f"No rows were published under {protocol}; there are some under {' and '.join(PUBLISHED_BY)}."
 
 
 def _metrics(records: Sequence[EvaluationRecord], protocol: str) -> list[str]:

@@ -38,11 +38,7 @@ class Processes:
 
     @classmethod
     def start(cls, device: str = "auto") -> Processes:
-        """Find the other processes, if a launcher says that there are any.
-
-        Raises:
-            UserError: the device is not there.
-        """
+        """Find the other processes, if a launcher says that there are any; UserError if the device is not there."""
         picked = pick_device(device)
         if int(os.environ.get("WORLD_SIZE", "1")) < 2:
             return cls(0, 1, picked)
@@ -72,11 +68,7 @@ class Processes:
 
     @contextmanager
     def keeping(self, folder: Path) -> Iterator[None]:
-        """Keep a folder for these processes.
-
-        Raises:
-            UserError: in all of them, if another command has it or it cannot be written.
-        """
+        """Keep a folder for these processes; UserError in all of them if another command has it."""
         with ExitStack() as stack:
             refusal = None
             if self.is_main:

@@ -17,7 +17,7 @@ from typing import Any
 
 from varestorer.evaluation.results import Evaluation, Row
 from varestorer.utils.errors import UsageError, UserError, reason
-from varestorer.utils.files import atomic_write, original_name, printable, read_text, write_json
+from varestorer.utils.files import atomic_write, original_name, printable, read_text, write_json, writing_errors
 
 PER_IMAGE, FILES, SETTINGS, IMAGES = "per_image.csv", "files.csv", "settings.json", "images"
 
@@ -84,11 +84,7 @@ class Progress:
         return rows
 
     def begin(self, columns: Sequence[str], rows: Iterable[Row]) -> None:
-        """Note the settings, and the rows to go on from.
-
-        Raises:
-            UserError: a file cannot be written; names it.
-        """
+        """Note the settings, and the rows to go on from; UserError, with its name, if a file cannot be written."""
         self.columns = list(columns)
         write_json(self.folder / SETTINGS, self.settings, indent=2)
         rows = list(rows)
@@ -96,11 +92,7 @@ class Progress:
         write_rows(self.path, self.columns, rows)
 
     def append(self, rows: Iterable[Row]) -> None:
-        """Note rows, so that they are there even if the machine stops now.
-
-        Raises:
-            UserError: the file cannot be written; names it.
-        """
+        """Note rows, so that they are there even if the machine stops now; UserError if the file cannot be written."""
         rows = list(rows)
         _append(self.folder / FILES, _digests(rows))  # first: a row without digests is scored again
         _append(self.path, [_cells(row, self.columns) for row in rows])
@@ -120,13 +112,10 @@ def _write(target: Path, lines: Iterable[Sequence[str]]) -> None:
 
 
 def _append(path: Path, lines: Iterable[Sequence[str]]) -> None:
-    try:
-        with path.open("a", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows(lines)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {reason(error)}; check the folder and its free space") from error
+    with writing_errors(path), path.open("a", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(lines)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:

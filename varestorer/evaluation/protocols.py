@@ -96,8 +96,7 @@ PROTOCOLS = {
         # VARestorer (arXiv 2604.21450), table 1: pyiqa's defaults throughout, so RGB PSNR and YIQ-luma SSIM.
         # Not stated there: which variant of LIQE, and the precision of Q-Align; these are pyiqa's defaults.
         _protocol(
-            "varestorer",
-            *("psnr", "ssim", "lpips", "maniqa", "musiq", "niqe", "clipiqa", "liqe", "qalign", "fid"),
+            "varestorer", *("psnr", "ssim", "lpips", "maniqa", "musiq", "niqe", "clipiqa", "liqe", "qalign", "fid")
         ),
         # StableSR, SeeSR, OSEDiff, TSD-SR: BT.601 luma without border crop, MANIQA trained on PIPAL.
         _protocol(
@@ -106,10 +105,7 @@ PROTOCOLS = {
             *(MetricSpec("maniqa", "maniqa-pipal"), "clipiqa", "fid"),
         ),
         # VARSR: BT.601 luma as above, but MANIQA trained on KonIQ.
-        _protocol(
-            "varsr",
-            *(_PSNR_Y, _SSIM_Y, "lpips", "dists", "niqe", "musiq", "maniqa", "clipiqa", "fid"),
-        ),
+        _protocol("varsr", *(_PSNR_Y, _SSIM_Y, "lpips", "dists", "niqe", "musiq", "maniqa", "clipiqa", "fid")),
     )
 }
 

@@ -92,7 +92,6 @@ def shown_picture(name: str, picture: Picture) -> Markup:
 
 def html_curves(stage: str, lines: Sequence[Mapping[str, Any]]) -> str:
     """The losses of a stage over its steps, with first and last values in words."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     names = [name for name in lines[-1] if name not in NOT_LOSSES and _is_number(lines[-1][name])]
@@ -102,7 +101,6 @@ def html_curves(stage: str, lines: Sequence[Mapping[str, Any]]) -> str:
     if not names:
         return ""
     figure = Figure(figsize=(3.3 * columns, 2.3 * grid_rows), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
     for number, name in enumerate(names):
         steps, values = series(lines, name)
         axes = figure.add_subplot(grid_rows, columns, number + 1)
@@ -131,7 +129,7 @@ def html_facts(facts: Mapping[str, Any]) -> str:
         elif "\n" in str(value):
             shown = f"<details><summary>show</summary><pre>{escape(str(value))}</pre></details>"
         else:
-            shown = escape(_text(value))
+            shown = escape("" if value is None else printed(value))
         lines.append(f"<tr><th>{escape(name)}</th><td>{shown}</td></tr>")
     return f'<table class="facts">{"".join(lines)}</table>'
 
@@ -162,7 +160,3 @@ def _lower_is_better(column: str) -> bool | None:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _text(value: Any) -> str:
-    return "" if value is None else printed(value)

@@ -23,12 +23,13 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from varestorer.evaluation.progress import IMAGES, SETTINGS, SUMMARY
 from varestorer.evaluation.results import Pair
-from varestorer.systems.varestorer import VARestorer
+from varestorer.systems.base import System
 from varestorer.utils.errors import UsageError, UserError, reason
 from varestorer.utils.files import expand_user, file_sha256, read_text
 from varestorer.utils.finite import check_weights
 from varestorer.utils.hub import is_hub_name
-from varestorer.utils.images import list_images, load_image, resize
+from varestorer.utils.images import load_image, resize
+from varestorer.utils.scanning import list_images
 from varestorer.utils.seeds import derive_seed
 from varestorer.utils.tiling import restore_tiled
 from varestorer.weights.bundle import is_bundle
@@ -86,15 +87,7 @@ class KnownSource(Protocol):
     runs_ahead: bool
 
     def __call__(self, name: str, lq_path: Path) -> Candidate:
-        """Give the image for a low-quality one."""
-        ...
-
-
-class Restorer(Protocol):
-    """What `SystemSource` needs of a system: `systems.VARestorer` is one."""
-
-    def restore(self, image: Any, scale: int = 4, **options: Any) -> Any:
-        """Restore one (3, h, w) image in [0, 1]; the result has `image`, (3, h * scale, w * scale)."""
+        """Give the image for a low-quality one; UserError for an unreadable file, or too little memory for it."""
         ...
 
 
@@ -230,7 +223,7 @@ class SystemSource:
     """Restores the low-quality image with a system.
 
     Args:
-        system: has `restore(image_3HW, scale=, trained_scale=, seed=, steps=)`.
+        system: of any paper.
         scale: side of the output over side of the input.
         seed: each image gets a seed of its own, derived from this one and its name.
         settings: what is known of the system, such as the digest of its weights.
@@ -240,7 +233,7 @@ class SystemSource:
 
     def __init__(
         self,
-        system: Restorer,
+        system: System,
         scale: int = 4,
         seed: int = 0,
         settings: dict[str, Any] | None = None,
@@ -258,11 +251,7 @@ class SystemSource:
         self.runs_ahead = getattr(getattr(system, "device", None), "type", "cpu") != "cpu"
 
     def __call__(self, name: str, lq_path: Path) -> Candidate:
-        """Restore one image; the time includes moving it to the device and back.
-
-        Raises:
-            UserError: unreadable file, or too little memory for this image.
-        """
+        """Restore one image; the time includes moving it to the device and back."""
         lq_3hw = load_image(lq_path)
         seed = derive_seed(self.seed, name)
         with torch.no_grad():
@@ -286,18 +275,14 @@ class ReconstructionSource:
         settings: what is known of the system, such as the digest of its weights.
     """
 
-    def __init__(self, system: VARestorer, settings: dict[str, Any]) -> None:
+    def __init__(self, system: System, settings: dict[str, Any]) -> None:
         self.system = system
         self.method: str = "tokenizer (reconstruction of HQ)"
         self.settings = {"method": "tokenizer", **settings}
         self.runs_ahead = system.device.type != "cpu"
 
     def __call__(self, name: str, lq_path: Path) -> Candidate:
-        """Reconstruct the image of this path, which is the good one.
-
-        Raises:
-            UserError: unreadable file, or too little memory for this image.
-        """
+        """Reconstruct the image of this path, which is the good one."""
         hq_3hw = load_image(lq_path)
         return timed(lambda: self.system.reconstruct(hq_3hw), lq_path)
 
@@ -349,11 +334,7 @@ class SpandrelSource:
         self.runs_ahead = self.device.type != "cpu"
 
     def __call__(self, name: str, lq_path: Path) -> Candidate:
-        """Enlarge one image, whole or in tiles.
-
-        Raises:
-            UserError: unreadable file, or too little memory for this image.
-        """
+        """Enlarge one image, whole or in tiles."""
         lq_3hw = load_image(lq_path)
         return timed(lambda: self.enlarge(lq_3hw), lq_path)
 

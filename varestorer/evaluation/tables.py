@@ -12,8 +12,8 @@ from pathlib import Path
 
 from markupsafe import Markup
 
-from varestorer.evaluation.intervals import paired
 from varestorer.evaluation.pictures import render
+from varestorer.evaluation.results import paired
 from varestorer.utils.files import write_text
 
 MISSING = "–"

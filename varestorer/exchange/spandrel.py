@@ -113,11 +113,7 @@ class Whole(nn.Module):
 
 
 def open_whole(tensors: Mapping[str, Tensor]) -> Whole:
-    """The model in the tensors of a file that `save_whole` wrote.
-
-    Raises:
-        UserError: another format, or tensors that do not fit.
-    """
+    """The model in the tensors of a file that `save_whole` wrote; UserError if the format or a tensor differs."""
     config = json.loads(bytes(tensors[CONFIG].cpu().tolist()))
     if (found := config.pop("format")) != FORMAT:
         raise UserError(f"the model is of format {found}, this version of varestorer reads {FORMAT}: update it")

@@ -4,12 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from varestorer.losses.perceptual import (
-    DISTSLoss,
-    LPIPSLoss,
-    MSSSIMLoss,
-    PerceptualLoss,
-)
+from varestorer.losses.perceptual import DISTSLoss, LPIPSLoss, MSSSIMLoss, PerceptualLoss
 
 WITH_WEIGHTS = ("lpips", "lpips-vgg", "dists")
 NAMES = (*WITH_WEIGHTS, "ms_ssim")
@@ -34,7 +29,6 @@ def perceptual_loss(name: str) -> PerceptualLoss:
     Args:
         name: "lpips" (Alex), "lpips-vgg" or "dists", which need published weights; "ms_ssim", which needs none; or the
             sum of several, as "lpips+dists".
-
     Raises:
         UserError: weights that are missing.
         ValueError: an unknown name.

@@ -185,11 +185,7 @@ def num_scales(shortest_side: int, window: int = 11, max_scales: int = 5) -> int
 
 
 def _read(path: Path) -> dict[str, Tensor]:
-    """Tensors of a weight file.
-
-    Raises:
-        MetricUnavailableError: it is damaged.
-    """
+    """Tensors of a weight file; MetricUnavailableError if it is damaged."""
     try:
         state: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
     except METRIC_ERRORS as error:

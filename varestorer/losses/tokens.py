@@ -53,10 +53,8 @@ def distribution_matching_loss(
         temperature: both distributions are softened by it.
         reduction: "scale" averages over the tokens and symbols of a scale and sums over the scales; "token" averages
             over all tokens and symbols.
-
     Returns:
         Scalar, mean over the batch.
-
     Raises:
         ValueError: unknown direction or reduction.
     """
@@ -80,7 +78,6 @@ def log_likelihood(head: Head, logits: Tensor, labels: Tensor, reduction: str = 
         labels: the tokens.
         reduction: "mean" over the tokens, or "sum". The ratio of two sums over thousands of tokens saturates the
             preference; that of two means stays near its slope, and moves with beta.
-
     Raises:
         UserError: another reduction.
     """

@@ -88,6 +88,13 @@ class GoldenFolder:
             raise UsageError(f"fixtures={self.folder}: cannot read {path.name} ({reason(error)})") from error
 
 
+def open_tokenizer(path: Path) -> MultiScaleTokenizer:
+    """VAR's tokenizer of a file of weights in the published form."""
+    tokenizer = MultiScaleTokenizer(TokenizerConfig(**published_tokenizer_sizes(path)))
+    assign_plain(tokenizer, tokenizer_of(tokenizer, path))
+    return tokenizer.eval()
+
+
 class GoldenVARSR(GoldenFolder):
     """Golden files of VAR and VARSR, and the tiny networks in them.
 
@@ -109,12 +116,6 @@ class GoldenVARSR(GoldenFolder):
         """The file of weights that a group's JSON names as its "vae" or "network"; else its own."""
         named = re.findall(r"\w+\.weights\.safetensors", str(self.json(stem).get(part, "")))
         return self.folder / (named[0] if named else f"{stem}.weights.safetensors")
-
-    def tokenizer(self, path: Path) -> MultiScaleTokenizer:
-        """The tokenizer of a file of weights."""
-        tokenizer = MultiScaleTokenizer(TokenizerConfig(**published_tokenizer_sizes(path)))
-        assign_plain(tokenizer, tokenizer_of(tokenizer, path))
-        return tokenizer.eval()
 
     def system(self, stem: str, part: str = "own") -> VARSR:
         """The networks of a group, or those that its JSON names, with its guidance."""

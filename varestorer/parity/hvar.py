@@ -7,7 +7,6 @@ implementation on VAR's autoencoder. A folder holds `hit.json`, `hit.io.safetens
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +16,12 @@ from torch import Tensor
 
 from varestorer.losses.pixel import mse_loss
 from varestorer.losses.tokens import log_likelihood, preference_loss
-from varestorer.parity.golden import Check, GoldenFolder, image, largest_error
+from varestorer.parity.golden import Check, GoldenFolder, image, largest_error, open_tokenizer
 from varestorer.systems.hvar import enlarged_grid
-from varestorer.tokenizer import MultiScaleTokenizer, ScaleSchedule, TokenizerConfig, TokenPyramid
+from varestorer.tokenizer import MultiScaleTokenizer, ScaleSchedule, TokenPyramid
 from varestorer.tokenizer.quantizer import MultiScaleQuantizer, resize_bilinear, to_map, to_tokens
 from varestorer.transformer.heads import CodeHead
 from varestorer.transformer.layout import LearnedPositions, PositionRule, pyramid_layout
-from varestorer.weights.published.varsr import vqvae_sizes, vqvae_tensors
 
 FLOAT_TOLERANCE = 1e-4
 SUM_TOLERANCE = 1e-3
@@ -37,32 +35,13 @@ class HierarchyFolder(GoldenFolder):
         super().__init__(folder)
         self.config: dict[str, Any] = self.json("hit")["config"]
         self.io = self.tensors("hit.io")
-        self.weights = {name: tensor.float() for name, tensor in self.tensors("hit_vae.weights").items()}
         sides = self.config["levels"]
         self.schedule = ScaleSchedule.build(sides=sides, targets=self.config["group_ends"])
         self.plain = ScaleSchedule.build(sides=sides)
 
     def tokenizer(self) -> MultiScaleTokenizer:
         """The tokenizer with the folder's weights."""
-        sizes = vqvae_sizes(self.weights)
-        config = TokenizerConfig(
-            channels=sizes["channels"],
-            multipliers=sizes["multipliers"],
-            latent_width=sizes["code_width"],
-            num_encoder_blocks=sizes["num_encoder_blocks"],
-            num_decoder_blocks=sizes["num_decoder_blocks"],
-            vocabulary=sizes["num_codes"],
-            use_attention=True,
-            use_quant_conv=True,
-            num_phi=self.config["vae"]["share_quant_resi"],
-            enlarge="bicubic",
-            shrink="area",
-        )
-        tokenizer = MultiScaleTokenizer(config).eval().requires_grad_(False)
-        levels = len(config.multipliers)
-        source = "hit_vae.weights.safetensors"
-        tokenizer.load_state_dict(vqvae_tensors(tokenizer.state_dict(), levels, self.weights, source))
-        return tokenizer
+        return open_tokenizer(self.folder / "hit_vae.weights.safetensors").requires_grad_(False)
 
     def indices(self, name: str) -> list[Tensor]:
         """Golden tokens of all levels as maps."""
@@ -98,24 +77,15 @@ def compare(folder: str | Path) -> Iterator[Check]:
     yield from _compare_positions(golden)
 
 
-def _with_reuse(tokenizer: MultiScaleTokenizer, reuse: str) -> MultiScaleQuantizer:
-    """The tokenizer's quantizer, reading tokens in this way."""
-    chosen, given = replace(tokenizer.config, reuse=reuse), tokenizer.quantizer
-    return MultiScaleQuantizer(given.codebook, chosen.enlarge, chosen.shrink, given.phi, chosen.reuse)
-
-
-def _group_starts(schedule: ScaleSchedule) -> list[int]:
-    """The first scale of each target."""
-    return [k for k in range(len(schedule)) if k == 0 or schedule.ends_target(k - 1)]
-
-
 def _compare_reading(
     golden: HierarchyFolder, tokenizer: MultiScaleTokenizer, reuse: str, features: Sequence[Tensor]
 ) -> Iterator[Check]:
-    quantizer, schedule = _with_reuse(tokenizer, reuse), golden.schedule
+    given, config, schedule = tokenizer.quantizer, tokenizer.config, golden.schedule
+    quantizer = MultiScaleQuantizer(given.codebook, config.enlarge, config.shrink, given.phi, reuse)
     pyramid: TokenPyramid = quantizer(features, schedule)
     yield from golden.check_indices(reuse, pyramid.indices)
-    for n, first in enumerate(_group_starts(schedule)):
+    starts = [k for k in range(len(schedule)) if k == 0 or schedule.ends_target(k - 1)]  # of the targets
+    for n, first in enumerate(starts):
         yield golden.check(f"{reuse}/residual_start_{n}", features[n] - pyramid.bases[first])
     yield golden.check(f"{reuse}/inputs", pyramid.inputs())
     for n, codes in enumerate(quantizer.targets_to_codes(golden.indices(reuse), schedule)):

@@ -23,6 +23,7 @@ from varestorer.transformer.heads import BitHead
 from varestorer.transformer.layout import BlockCausal, PositionRule, pyramid_layout, rope_table
 from varestorer.utils.errors import UserError
 from varestorer.weights.load import load_tokenizer, load_transformer
+from varestorer.weights.published.infinity import adapter_rank, tokenizer_sizes, transformer_sizes
 from varestorer.weights.restorers import restorer_from_state_dict, restorer_intermediates
 
 FLOAT_TOLERANCE = 1e-4
@@ -52,14 +53,11 @@ def _bits(file: str, tensors: dict[str, Tensor], name: str, bits: list[Tensor] |
         yield Check(f"{file}/{name}_{k}", largest_error(stored, golden), 0.0)
 
 
-def _uint8_bgr(image_B3HW: Tensor) -> Tensor:
-    """Image in [-1, 1] as the released scripts write it: truncated to 8 bit, (B, H, W, 3), blue first."""
-    levels = ((image_B3HW + 1) / 2 * 255).to(torch.uint8)
-    return rearrange(levels.flip(1), "b c h w -> b h w c")
-
-
 def _uint8(file: str, tensors: dict[str, Tensor], name: str, image_B3HW: Tensor) -> Check:
-    return Check(f"{file}/{name}", largest_error(_uint8_bgr(image_B3HW), tensors[name]), 1.0)
+    """An image in [-1, 1] as the released scripts write it: truncated to 8 bit, (B, H, W, 3), blue first."""
+    levels = ((image_B3HW + 1) / 2 * 255).to(torch.uint8)
+    ours = rearrange(levels.flip(1), "b c h w -> b h w c")
+    return Check(f"{file}/{name}", largest_error(ours, tensors[name]), 1.0)
 
 
 def compare_tokenizer(golden: InfinityFolder) -> Iterator[Check]:
@@ -317,38 +315,25 @@ class InfinityFolder(GoldenFolder):
 
     def tokenizer(self) -> MultiScaleTokenizer:
         """The tokenizer with the folder's weights."""
-        config = TokenizerConfig(
-            channels=self.config["base_ch"], multipliers=self.config["ch_mult"], latent_width=self.config["d"]
-        )
-        tokenizer = MultiScaleTokenizer(config).eval().requires_grad_(False)
-        load_tokenizer(tokenizer, self.state_dict(self.tokenizer_tensors), "vae.safetensors")
+        weights = self.state_dict(self.tokenizer_tensors)
+        tokenizer = MultiScaleTokenizer(TokenizerConfig(**tokenizer_sizes(weights))).eval().requires_grad_(False)
+        load_tokenizer(tokenizer, weights, "vae.safetensors")
         return tokenizer
-
-    def _transformer(self) -> VARTransformer:
-        config = TransformerConfig(
-            width=self.config["C"],
-            depth=self.config["depth"],
-            num_heads=self.config["H"],
-            latent_width=self.config["d"],
-            text_width=self.config["Ct5"],
-            text_length=self.config["tlen"],
-            num_levels=len(self.student_tensors["sd/lvl_embed.weight"]),
-        )
-        return VARTransformer(config).eval().requires_grad_(False)
 
     def teacher(self) -> VARTransformer:
         """The base network with the folder's weights."""
-        model = self._transformer()
-        weights = self.state_dict(self.tensors("teacher_weights"))
-        load_transformer(model, weights, "teacher_weights.safetensors")
-        return model
+        return self._network(self.tensors("teacher_weights"), "teacher_weights.safetensors")
 
     def student(self) -> VARTransformer:
         """Base and adapters with the folder's weights, with the traits of the released student."""
-        model = self._transformer()
-        attach_adapters(model, self.config["r"], cross_value_bias=False)
-        weights = self.state_dict(self.student_tensors)
-        load_transformer(model, weights, "student.safetensors")
+        return self._network(self.student_tensors, "student.safetensors")
+
+    def _network(self, tensors: dict[str, Tensor], source: str) -> VARTransformer:
+        weights = self.state_dict(tensors)
+        model = VARTransformer(TransformerConfig(**transformer_sizes(weights))).eval().requires_grad_(False)
+        if rank := adapter_rank(weights):
+            attach_adapters(model, rank, cross_value_bias=False)
+        load_transformer(model, weights, source)
         return model
 
     def text(self, tensors: dict[str, Tensor]) -> TextFeatures:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from varestorer.parity.golden import Check, GoldenVARSR, Group, image, largest_error
+from varestorer.parity.golden import Check, GoldenVARSR, Group, image, largest_error, open_tokenizer
 from varestorer.parity.varsr_training import compare_training
 from varestorer.systems.official_varsr import blend_latents, resized, tile_weights
 from varestorer.systems.official_varsr import restore_tiled as restore_officially
@@ -35,11 +35,7 @@ FILTERS = {"a": (5, 0.0), "b": (0, 0.75), "c": (20, 0.9), "d": (1, 0.75)}
 
 @torch.no_grad()
 def compare(folder: str | Path) -> Iterator[Check]:
-    """Every golden tensor of a folder.
-
-    Raises:
-        UsageError: the folder holds a group of an unknown name, or files are missing.
-    """
+    """Every golden tensor of a folder; UsageError for a group of an unknown name, or missing files."""
     golden = GoldenVARSR(folder)
     for stem in golden.stems:
         begun = [name for name in COMPARISONS if stem.startswith(name)]
@@ -53,7 +49,7 @@ def compare(folder: str | Path) -> Iterator[Check]:
 
 def _var_tokenizer(group: Group) -> Iterator[Check]:
     """VAR's: phi at every scale."""
-    io, tokenizer = group.io, group.golden.tokenizer(group.golden.weights_file("varsr_vae", "vae"))
+    io, tokenizer = group.io, open_tokenizer(group.golden.weights_file("varsr_vae", "vae"))
     features = tokenizer.features(io["image"])
     pyramid = tokenizer.quantizer(features, group.golden.schedule(group.stem))
     yield from group.near("encoder_out", tokenizer.encoder(io["image"]), BLOCK)
@@ -68,7 +64,7 @@ def _var_tokenizer(group: Group) -> Iterator[Check]:
 
 def _varsr_tokenizer(group: Group) -> Iterator[Check]:
     """VARSR's: no phi at the last scale, and what is left before it."""
-    tokenizer = group.golden.tokenizer(group.golden.weights_file(group.stem, "vae"))
+    tokenizer = open_tokenizer(group.golden.weights_file(group.stem, "vae"))
     features = tokenizer.features(group.golden.io("var_vae")["image"])
     pyramid = tokenizer.quantizer(features, group.golden.schedule(group.stem), raw_last=True)
     yield from group.near("f", features, BLOCK)
@@ -89,7 +85,7 @@ def _pyramid(group: Group, pyramid: TokenPyramid) -> Iterator[Check]:
 def _tokenizer_training(group: Group) -> Iterator[Check]:
     """VQ losses, straight-through output, and their gradients."""
     io, schedule = group.io, group.golden.schedule(group.stem)
-    tokenizer = group.golden.tokenizer(group.golden.weights_file(group.stem, "own"))
+    tokenizer = open_tokenizer(group.golden.weights_file(group.stem, "own"))
     features = io["f"].clone().requires_grad_()
     pyramid = tokenizer.quantizer(features, schedule)
     terms = vq_losses(features, pyramid.cumulative)
@@ -248,7 +244,8 @@ def _generated(
     io = group.io
     normals = _recorded_normals(io, len(labels_B))
     if known:
-        system.transformer.head.select = _given(known)  # type: ignore[method-assign]
+        scales = iter(known)  # recorded codes in place of drawn ones
+        system.transformer.head.select = lambda *args, **options: next(scales)  # type: ignore[method-assign]
     prefix = None if lq_B3HW is None else system.prefix_of(lq_B3HW)
     predicted = system.predict(system.prepare(labels_B), prefix, Draws(None, normals))
     if known:
@@ -278,12 +275,6 @@ def _generated(
         yield from group.near("infer_image_crop", _crop(restored, io["infer_image_crop"], (200, 300)), IMAGE)
     moments = torch.stack([restored.mean(dim=(0, 2, 3)), restored.std(dim=(0, 2, 3))])
     yield from group.near("infer_image_channel_mean_std", moments, IMAGE)
-
-
-def _given(known: Sequence[Tensor]) -> Callable[..., Tensor]:
-    """A head's `select` that takes recorded codes, scale by scale."""
-    scales = iter(known)
-    return lambda *args, **options: next(scales)
 
 
 def _recorded_normals(io: dict[str, Tensor], batch_size: int) -> tuple[Tensor, ...]:

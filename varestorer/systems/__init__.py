@@ -14,11 +14,7 @@ SYSTEMS = {"varestorer": "VARestorer", "varsr": "VARSR", "hvar": "HVAR"}
 
 
 def system_class(name: str) -> Any:
-    """The class of a system.
-
-    Raises:
-        UserError: an unknown name.
-    """
+    """The class of a system; UserError for an unknown name."""
     if name not in SYSTEMS:
         raise UserError(f"system must be one of {', '.join(SYSTEMS)}, got {name}")
     return getattr(import_module(f"varestorer.systems.{name}"), SYSTEMS[name])
@@ -32,7 +28,6 @@ def load(name: str | Path | None = None, **options: Any) -> Any:
     Args:
         name: see `System.from_pretrained`; None for "nano", which comes with the package.
         options: likewise.
-
     Raises:
         UsageError: neither a path nor a name that the hub knows.
         UserError: the path holds no system, or its files do not fit.

@@ -97,11 +97,7 @@ WORDS: dict[str, dict[str, Any]] = {
 
 
 def check_means(chosen: Acceleration, device: torch.device) -> None:
-    """Refuse what cannot be done, before anything is changed.
-
-    Raises:
-        UserError: says what is missing.
-    """
+    """Refuse what cannot be done (UserError), before anything is changed."""
     if chosen.graphs and device.type != "cuda":
         raise UserError(f"graphs=true records CUDA graphs, and the device is {device.type}; leave it out")
     if chosen.compile and not any(map(shutil.which, (os.environ.get("CXX", "c++"), *COMPILERS))):

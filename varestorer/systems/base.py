@@ -13,7 +13,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, Self, overload
@@ -34,17 +34,20 @@ from varestorer.systems.acceleration import (
 )
 from varestorer.systems.fidelity import check_fidelity, give_up
 from varestorer.tokenizer import MultiScaleTokenizer, ScaleSchedule, TokenPyramid
+from varestorer.tokenizer.autoencoder import init_weights as init_tokenizer_weights
 from varestorer.tokenizer.quantizer import resize_area, to_map
 from varestorer.transformer import VARTransformer
-from varestorer.transformer.adapters import plain_state_dict
+from varestorer.transformer.adapters import init_adapters, merge_adapters, plain_state_dict
+from varestorer.transformer.heads import Noise
 from varestorer.utils.color import match_color
 from varestorer.utils.device import to_device
 from varestorer.utils.errors import UsageError, UserError
 from varestorer.utils.finite import check_finite
 from varestorer.utils.images import as_picture, from_anything, from_network, is_gray, resize, to_network
+from varestorer.utils.seeds import torch_generator
 from varestorer.utils.tiling import num_tiles, restore_tiled, restore_to_sizes, scaled_size
 from varestorer.weights.bundle import ADAPTERS, CONFIG, is_bundle, read_config, save_bundle
-from varestorer.weights.load import load_into
+from varestorer.weights.load import allocate, load_into
 from varestorer.weights.resolve import HOW, check_is_whole, is_published, locate, model_of_run, release_of
 from varestorer.weights.runs import is_run, latest_checkpoint, load_run_weights
 
@@ -273,11 +276,7 @@ class System(
         return tuple(sorted({side for sides in found.values() for side in sides}))
 
     def at_tile(self, side: int) -> Self:
-        """This system, with the same weights, restoring squares of another side (pixels).
-
-        Raises:
-            UserError: not one of `tiles`.
-        """
+        """This system, the weights shared, for squares of another side (pixels); UserError if it is none of `tiles`."""
         if side not in self.tiles:
             raise UserError(f"tile must be one of {', '.join(map(str, self.tiles))} pixels for this model, got {side}")
         other = copy(self)
@@ -297,9 +296,25 @@ class System(
         pairs = zip(self.schedule.slices, self.schedule.scales, strict=True)
         return [to_map(tokens[:, of_scale], scale) for of_scale, scale in pairs]
 
+    def summed(self, indices: Sequence[Tensor]) -> Tensor:
+        """Summed codes (B, Z, h_K, w_K) of the maps of all scales."""
+        return self.tokenizer.quantizer.indices_to_codes(indices, self.schedule)
+
     def codes(self, tokens: Tensor) -> Tensor:
-        """Summed codes (B, Z, h_K, w_K) of the tokens of all scales; keeps gradients of straight-through tokens."""
-        return self.tokenizer.quantizer.indices_to_codes(self.split(tokens), self.schedule)
+        """Summed codes of the tokens (B, L, ...) of all scales; keeps gradients of straight-through tokens."""
+        return self.summed(self.split(tokens))
+
+    def uniforms(self, noise: Noise | None, batch_size: int) -> list[Tensor] | None:
+        """Uniform noise (B, l, ...) of each scale, with which `select` draws; None for no noise."""
+        symbol, counts = self.transformer.head.draw_shape(), self.schedule.num_tokens_per_scale
+        return None if noise is None else [noise(k, (batch_size, n, *symbol)) for k, n in enumerate(counts)]
+
+    def select(self, logits: Tensor, uniforms: Sequence[Tensor] | None) -> list[Tensor]:
+        """The symbols of each scale as maps: the likeliest ones, or samples."""
+        head, scales = self.transformer.head, zip(self.schedule.slices, self.schedule.scales, strict=True)
+        drawn = uniforms or [None] * len(self.schedule)
+        pairs = zip(scales, drawn, strict=True)
+        return [to_map(head.select(logits[:, tokens], uniform), scale) for (tokens, scale), uniform in pairs]
 
     def uncertainty(self, logits: Tensor) -> Tensor:
         """Where the network guesses: entropy of each token, up-sampled to pixels, (B, K, H, W).
@@ -328,7 +343,6 @@ class System(
             image: a path, a PIL image, uint8 NumPy (H, W, 3), or a float tensor (3, H, W) in [0, 1], see
                 `from_anything`; or a list of such.
             scale: see `restore_picture`, as the options.
-
         Raises:
             ValueError: an image or a scale of another kind or range; says what was wanted and what came.
             UserError: see `restore_picture`; a file that cannot be read.
@@ -378,7 +392,6 @@ class System(
                 of `tile`. None for `scale` alone.
             progress: is called with the squares done and all there are, first with none done.
             request: `prompt`, `seed`, `select` and `steps`, see `Request`.
-
         Raises:
             ValueError: an image or a scale of another kind or range; says what was wanted and what came.
             UserError: unknown `select`, `steps`, `color`, `tile` or `sizes`, an impossible overlap or fidelity; a
@@ -441,10 +454,8 @@ class System(
         Args:
             image: (3, H, W) float in [0, 1], at full size, see `as_picture`.
             batch: tiles per forward pass.
-
         Returns:
             (3, H, W) float32 in [0, 1].
-
         Raises:
             ValueError: an image of another kind or range.
             UserError: a result that is not finite.
@@ -477,7 +488,6 @@ class System(
                 `acceleration=Acceleration(...)`, in place of these two, for more means; `tokenizer_file` and
                 `restorer_file` of a published file, where they lie elsewhere; for the hub `revision`, `token`,
                 `cache_dir`, `local_files_only`, `force_download`.
-
         Raises:
             UsageError: neither a path nor a name that the hub knows.
             UserError: the path holds no system, or its files do not fit.
@@ -537,7 +547,6 @@ class System(
         Args:
             bundle: its folder.
             merge: fold adapters, where there are any, into the base weights as they are read.
-
         Raises:
             UserError: it is another system's, or has entries that a later version may know.
         """
@@ -573,18 +582,10 @@ class System(
         raise UserError(f"{path} is no published model of {cls.name}: there is none; give a run or a bundle")
 
     def check_source(self) -> None:
-        """Refuse to restore with what was loaded, where that would be another network than is meant.
-
-        Raises:
-            UsageError: says what to give instead.
-        """
+        """Refuse to restore (UsageError) with what was loaded, where another network than that is meant."""
 
     def check_official(self) -> None:
-        """Refuse `restore_official` where the authors released no script, or one for other models than this.
-
-        Raises:
-            UsageError: says why.
-        """
+        """Refuse `restore_official` (UsageError) where no script was released, or one for other models than this."""
         raise UsageError(f"compat=official: no script for models of {self.name} was released; leave it out")
 
     def restore_official(
@@ -598,7 +599,6 @@ class System(
             prompt: text features (T, E), where the model reads text.
             tiled: overlapping squares instead of the whole, squashed to one.
             seed: of whatever is drawn.
-
         Returns:
             (3, H', W') in [0, 1], multiples of 1/255.
         """
@@ -611,8 +611,39 @@ class System(
         save_bundle(self, save_directory)
 
     def merge_adapters(self) -> Self:
-        """Fold the adapters, where there are any, into the base weights."""
+        """Fold the adapters, where there are any, into the base weights; what is left is the student alone."""
+        if self.student_config.lora_rank and not self.student_config.merged:
+            merge_adapters(self.transformer)
+            self.student_config = replace(self.student_config, merged=True)
         return self
+
+    def check_networks(self, num_levels: int) -> None:
+        """Refuse networks that do not fit each other (UserError), for a transformer that tells `num_levels` apart."""
+        height, width = self.schedule.latent_size
+        if height != width:
+            raise UserError(f"images are restored in squares: model.schedule must end in one, got {height}x{width}")
+        for name in ("latent_width", "vocabulary"):
+            ours, theirs = getattr(self.transformer.config, name), getattr(self.tokenizer.config, name)
+            if ours != theirs:
+                raise UserError(f"model.tokenizer.{name}={theirs} and model.transformer.{name}={ours} must agree")
+        if self.transformer.config.num_levels < num_levels:
+            raise UserError(f"model.transformer.num_levels must be at least {num_levels} for this schedule")
+
+    def draw_tokenizer(self, seed: int) -> None:
+        """Random weights of the tokenizer."""
+        init_tokenizer_weights(self.tokenizer, torch_generator(seed, "tokenizer"))
+        if self.tokenizer.config.vocabulary:
+            self.tokenizer.quantizer.codebook.init_weights(torch_generator(seed, "codebook"))
+
+    def draw_rest(self, seed: int) -> None:
+        """Random weights of the parts without a file; adapters start without effect unless a file had them."""
+        drawn = allocate(self)
+        if "tokenizer" not in self.files:
+            self.draw_tokenizer(seed)
+        if "transformer" not in self.files:
+            self.transformer.init_weights(torch_generator(seed, "transformer"))
+        if any(".lora_" in name for name in drawn):
+            init_adapters(self.transformer, torch_generator(seed, "adapters"))
 
     def set_precision(self, precision: str) -> Self:
         """Keep the blocks of the transformer in "bf16", or in "fp32"; the rest is always float32."""

@@ -68,11 +68,7 @@ class Budget:
         return (self.limit - self.held) / SPARE
 
     def batch_for(self, given: int, made: int, wanted: int) -> int:
-        """Squares at once that a picture leaves room for.
-
-        Raises:
-            UserError: none, or no room for the picture itself.
-        """
+        """Squares at once that a picture leaves room for; UserError if there is none, or not for the picture."""
         reading, restoring, writing = self.stages(given, made, wanted)
         squares = int((self.free - restoring - self.batch_base) // max(self.square, 1.0))
         if squares >= 1 and max(reading, writing) <= self.free:

@@ -62,11 +62,7 @@ def blend(image: Tensor, faithful: Tensor, doubt_HW: Tensor, fidelity: float) ->
 
 
 def check_fidelity(fidelity: float, sizes: Sequence[float] | None) -> None:
-    """Refuse what cannot be.
-
-    Raises:
-        UserError: out of range, or with several sizes.
-    """
+    """Refuse a fidelity out of range, or with several sizes (UserError)."""
     if not 0 <= fidelity <= (1 if sizes is None else 0):
         raise UserError(f"fidelity must be from 0 to 1, and 0 with sizes, got {fidelity} and sizes={sizes}")
 

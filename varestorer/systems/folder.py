@@ -30,12 +30,12 @@ from varestorer.utils.images import (
     is_gray,
     load_picture,
     made_from,
-    natural_key,
     resize,
     save_image,
 )
 from varestorer.utils.locks import locked
 from varestorer.utils.prefetch import prefetch
+from varestorer.utils.scanning import natural_key
 from varestorer.utils.seeds import derive_seed
 
 logger = logging.getLogger(__name__)
@@ -291,18 +291,13 @@ def _read_report(path: Path) -> dict[str, Entry]:
     """The entries of a report; none if there is none, or nothing of use."""
     try:
         entries = json.loads(read_text(path))
-        return {
-            name: _without_skip(entry) for name, entry in entries.items() if "error" in entry or Path(entry["output"])
-        }
+        ours = {name: entry for name, entry in entries.items() if "error" in entry or Path(entry["output"])}
+        return {name: {key: entry[key] for key in entry if key != "skipped"} for name, entry in ours.items()}
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         logger.warning("%s is no report of ours and is replaced (%s)", path, reason(error))
         return {}
-
-
-def _without_skip(entry: Entry) -> Entry:
-    return {key: value for key, value in entry.items() if key != "skipped"}
 
 
 def _of_results(path: Path, entries: Mapping[str, Entry]) -> dict[str, Entry]:

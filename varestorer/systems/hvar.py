@@ -26,21 +26,19 @@ from varestorer.systems.acceleration import Acceleration
 from varestorer.systems.base import Request, RestoredBatch
 from varestorer.systems.one_step import OneStepConfig, OneStepSystem
 from varestorer.tokenizer import MultiScaleTokenizer, ScaleSchedule, TokenizerConfig
-from varestorer.tokenizer.autoencoder import init_weights as init_tokenizer_weights
 from varestorer.tokenizer.quantizer import resize_bicubic, to_tokens
 from varestorer.transformer import Context, TransformerConfig, VARTransformer
-from varestorer.transformer.adapters import adapters_off, assign_plain, init_adapters
+from varestorer.transformer.adapters import adapters_off, assign_plain
 from varestorer.transformer.generation import Generation, MultiStepGenerator, Prefix, SamplingOptions
 from varestorer.transformer.heads import Noise, keyed_noise
 from varestorer.transformer.layout import BlockCausal
 from varestorer.utils.device import to_device
 from varestorer.utils.errors import UserError
 from varestorer.utils.images import to_network
-from varestorer.utils.seeds import torch_generator
 from varestorer.utils.tiling import restore_to_sizes, scaled_size
 from varestorer.weights.bundle import is_bundle, read_config, shipped
 from varestorer.weights.files import read_tensors
-from varestorer.weights.load import allocate, check_part, fill
+from varestorer.weights.load import check_part, fill
 from varestorer.weights.published.varsr import (
     TRANSFORMER_NESTED,
     VQVAE_NESTED,
@@ -49,7 +47,8 @@ from varestorer.weights.published.varsr import (
     varsr_tensors,
     vqvae_tensors,
 )
-from varestorer.weights.runs import CONFIG, is_run, latest_checkpoint
+from varestorer.weights.resolve import model_of_run
+from varestorer.weights.runs import is_run
 
 VAR_SIDES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 """Scales of the published VAR for 256 pixels, whose learned positions a new grid starts from."""
@@ -75,12 +74,11 @@ class HVAR(OneStepSystem):
         new_reading: take parts of a run or a bundle although they were trained for another list of scales or another
             use of tokens, to train them for this one.
         seed: of the random weights.
-
     Attributes:
         nested: the schedule with all targets; `schedule` has the last one alone where the tokenizer is plain.
     """
 
-    name = "hvar"
+    name, title = "hvar", "H-VAR"
     published = PUBLISHED
     enlarge = "bilinear"  # as the notes of the paper say
     makers: ClassVar[dict[str, Callable[..., Any]]] = {
@@ -140,14 +138,8 @@ class HVAR(OneStepSystem):
     def _check_sizes(self) -> None:
         if any(h != w for h, w in self.nested.targets):
             raise UserError("images are restored in squares: model.schedule.targets must be squares")
-        if not self.tokenizer.config.vocabulary:
-            raise UserError("H-VAR predicts entries of a codebook: set model.tokenizer.vocabulary to their number")
-        for name in ("latent_width", "vocabulary"):
-            ours, theirs = getattr(self.transformer.config, name), getattr(self.tokenizer.config, name)
-            if ours != theirs:
-                raise UserError(f"model.tokenizer.{name}={theirs} and model.transformer.{name}={ours} must agree")
-        if self.transformer.config.num_levels < len(self.schedule):
-            raise UserError(f"model.transformer.num_levels must be at least {len(self.schedule)} for this schedule")
+        self.check_codebook()
+        self.check_networks(len(self.schedule))
 
     # ---- what the network sees and says
 
@@ -197,11 +189,6 @@ class HVAR(OneStepSystem):
     def sides(self) -> tuple[int, ...]:
         return tuple(h * self.tokenizer.stride for h, _ in self.nested.targets)
 
-    @property
-    def tiles(self) -> tuple[int, ...]:
-        """The trained side alone: the targets belong to it."""
-        return (self.tile,)
-
     def decode_sides(self, indices: list[Tensor], sides: tuple[int, ...]) -> list[Tensor]:
         """Images in [0, 1] of the given sides, from the tokens of the scales up to the largest; no other is decoded."""
         sums = self.tokenizer.quantizer.targets_to_codes(indices, self.nested)
@@ -215,9 +202,7 @@ class HVAR(OneStepSystem):
     # ---- restoring
 
     def accept(self, request: Request, uncertainty: bool) -> Request:
-        if request.prompt is not None:
-            raise UserError("H-VAR restores without words: leave prompt= out")
-        self.is_one_step(request)
+        request = super().accept(request, uncertainty)
         if uncertainty and request.sides and request.sides[-1] != self.tile:
             raise UserError("uncertainty is that of all scales: ask for the largest size too, or leave it out")
         return replace(request, context=uncertainty)
@@ -226,8 +211,8 @@ class HVAR(OneStepSystem):
         noise = keyed_noise(request.seed, numbers, "restore", self.device) if request.select == "sample" else None
         sides = request.sides or (self.tile,)
         if self.is_one_step(request):
-            tokens, logits = self.one_step_tokens(lq_B3tt, self.context(len(lq_B3tt)), noise)
-            indices = self.split(tokens)
+            uniforms = self.uniforms(noise, len(lq_B3tt))
+            indices, logits = self.in_one_step(lq_B3tt, self.context(len(lq_B3tt)), uniforms)
         else:
             with adapters_off(self.transformer):
                 generation = self.generate(lq_B3tt, noise, self._num_scales(sides[-1]))
@@ -287,15 +272,11 @@ class HVAR(OneStepSystem):
                 wanted = self.tokenizer.state_dict()
                 assign_plain(self.tokenizer, vqvae_tensors(wanted, levels, tensors, str(file)))
             else:
-                assign_plain(self.transformer, start_from_var(self.transformer, read_tensors(file), str(file)))
-        drawn = allocate(self)
-        if "tokenizer" not in self.files:
-            init_tokenizer_weights(self.tokenizer, torch_generator(seed, "tokenizer"))
-            self.tokenizer.quantizer.codebook.init_weights(torch_generator(seed, "codebook"))
-        if "transformer" not in self.files:
-            self.transformer.init_weights(torch_generator(seed, "transformer"))
-        if any(".lora_" in name for name in drawn):
-            init_adapters(self.transformer, torch_generator(seed, "adapters"))
+                assign_plain(
+                    self.transformer,
+                    start_from_var(self.transformer, read_tensors(file, TRANSFORMER_NESTED), str(file)),
+                )
+        self.draw_rest(seed)
 
 
 def start_from_var(transformer: VARTransformer, tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
@@ -308,17 +289,13 @@ def start_from_var(transformer: VARTransformer, tensors: Mapping[str, Tensor], s
         transformer: of this system, on any device.
         tensors: the file's content.
         source: the file, for messages.
-
     Raises:
         UserError: no VAR, or one of other sizes.
     """
-    nested = tensors
-    for key in TRANSFORMER_NESTED:
-        nested = nested.get(key, nested)  # type: ignore[assignment]
     config = transformer.config
-    if network_kind(nested) != "var":
+    if network_kind(tensors) != "var":
         raise UserError(f"{source} is no VAR; get {PUBLISHED['transformer']}, or give a run or a bundle")
-    sizes = varsr_sizes(nested)
+    sizes = varsr_sizes(tensors)
     own = {
         "num_classes": sizes["num_classes"],
         "num_levels": sizes["num_levels"],
@@ -329,7 +306,7 @@ def start_from_var(transformer: VARTransformer, tensors: Mapping[str, Tensor], s
     }
     with torch.device("meta"):
         var = VARTransformer(replace(config, **own))
-    given = {name: t.float() for name, t in varsr_tensors(var.state_dict(), VAR_SIDES, nested, source).items()}
+    given = {name: t.float() for name, t in varsr_tensors(var.state_dict(), VAR_SIDES, tensors, source).items()}
     table = given["positions.table"][:, -(VAR_SIDES[-1] ** 2) :]
     given["positions.table"] = enlarged_grid(table, config.position_size)
     given["condition.embedding.weight"] = given["condition.embedding.weight"][-1:]
@@ -349,8 +326,7 @@ def enlarged_grid(rows_1NC: Tensor, side: int) -> Tensor:
 def _config_of(file: Path) -> dict[str, Any]:
     """What a run or a bundle says of its model; nothing of a published file."""
     if is_run(file):
-        run_dir = latest_checkpoint(file).parents[2]
-        return OmegaConf.to_container(OmegaConf.load(run_dir / CONFIG).model)  # type: ignore[return-value]
+        return OmegaConf.to_container(model_of_run(file))  # type: ignore[return-value]
     return read_config(file) if is_bundle(file) else {}
 
 

@@ -7,8 +7,9 @@ prefix and, as VARestorer's does (section 3.2), as tokens of all scales, each of
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass, replace
-from typing import Any, Self
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -16,14 +17,8 @@ from torch import Tensor
 from varestorer.systems.base import Request, RestoredBatch, System
 from varestorer.tokenizer.quantizer import TokenPyramid
 from varestorer.transformer import Context, PreparedCondition, TransformerConfig, VARTransformer
-from varestorer.transformer.adapters import (
-    adapters_off,
-    attach_adapters,
-    merge_adapters,
-    target_pattern,
-)
+from varestorer.transformer.adapters import adapters_off, attach_adapters, target_pattern
 from varestorer.transformer.generation import Prefix
-from varestorer.transformer.heads import Noise
 from varestorer.transformer.layout import BlockCausal
 from varestorer.utils.errors import UserError
 
@@ -74,8 +69,10 @@ class OneStepSystem(System):
 
     Attributes:
         student_config: of the student; without one the class restores as its paper says.
+        title: what the paper calls it.
     """
 
+    title: ClassVar[str]
     student_config: OneStepConfig
 
     @abstractmethod
@@ -90,12 +87,6 @@ class OneStepSystem(System):
         if self.student_config.has_teacher:
             attach_adapters(transformer, self.student_config.lora_rank, True, self.student_config.lora_targets)
         return transformer
-
-    def merge_adapters(self) -> Self:
-        if self.student_config.has_teacher:
-            merge_adapters(self.transformer)
-            self.student_config = replace(self.student_config, merged=True)
-        return self
 
     # ---- what distillation asks for
 
@@ -154,15 +145,29 @@ class OneStepSystem(System):
     # ---- restoring
 
     @property
+    def tiles(self) -> tuple[int, ...]:
+        """The trained side alone: learned rows of the prefix, and target sizes, belong to it."""
+        return (self.tile,)
+
+    def check_codebook(self) -> None:
+        """Refuse a tokenizer of bits (UserError)."""
+        if not self.tokenizer.config.vocabulary:
+            raise UserError(
+                f"{self.title} predicts entries of a codebook: set model.tokenizer.vocabulary to their number"
+            )
+
+    def accept(self, request: Request, uncertainty: bool) -> Request:
+        if request.prompt is not None:
+            raise UserError(f"{self.title} restores without words: leave prompt= out")
+        self.is_one_step(request)
+        return request
+
+    @property
     def ways(self) -> list[str]:
         return ["one", "multi"] if self.student_config.has_teacher else ["one"]
 
     def is_one_step(self, request: Request) -> bool:
-        """Whether the student answers; else the network restores as its paper says.
-
-        Raises:
-            UserError: steps that this model has not.
-        """
+        """Whether the student answers, not the network as its paper says; UserError for steps that it has not."""
         steps, student = request.steps, self.student_config
         if steps is None or (steps == "one" and student.lora_rank):
             return student.lora_rank > 0
@@ -175,21 +180,15 @@ class OneStepSystem(System):
             f"steps={steps}; students of dmd_varsr and dmd_hvar have steps=one and steps=multi"
         )
 
-    def one_step_tokens(
-        self, lq_B3tt: Tensor, context: Context | PreparedCondition, noise: Noise | None
-    ) -> tuple[Tensor, Tensor]:
-        """Chosen codes (B, L) of all scales, and the logits (B, L, V) they come from.
+    def in_one_step(
+        self, lq_B3tt: Tensor, context: Context | PreparedCondition, uniforms: Sequence[Tensor] | None
+    ) -> tuple[list[Tensor], Tensor]:
+        """Chosen codes of each scale as maps, and the logits (B, L, V) they come from.
 
         Args:
             lq_B3tt: degraded squares in [0, 1].
             context: of the condition.
-            noise: uniform noise per scale; None takes the likeliest codes.
+            uniforms: noise of each scale, see `System.uniforms`; None takes the likeliest codes.
         """
         logits = self.student_logits(self.condition(lq_B3tt), context)
-        select, batch = self.transformer.head.select, len(logits)
-        uniforms = [
-            None if noise is None else noise(k, (batch, count))
-            for k, count in enumerate(self.schedule.num_tokens_per_scale)
-        ]
-        pairs = zip(self.schedule.slices, uniforms, strict=True)
-        return torch.cat([select(logits[:, scale], uniform) for scale, uniform in pairs], dim=1), logits
+        return self.select(logits, uniforms), logits

@@ -9,8 +9,8 @@ from pathlib import Path
 from varestorer.utils.errors import UsageError, UserError
 from varestorer.utils.files import expand_user, file_sha256, fitting_name
 from varestorer.utils.image_files import HEIC, HEIC_HINT
-from varestorer.utils.images import IMAGE_EXTENSIONS, WRITTEN_EXTENSIONS, made_from, split_images
-from varestorer.utils.scanning import REPORT_NAME, report_unused, scan_folder
+from varestorer.utils.images import IMAGE_EXTENSIONS, WRITTEN_EXTENSIONS, made_from
+from varestorer.utils.scanning import REPORT_NAME, report_unused, scan_folder, split_images
 
 __all__ = ["REPORT_NAME", "Job", "Plan", "plan_restoration"]
 HEAT_MAP = "uncertainty"
@@ -121,11 +121,7 @@ def plan_restoration(
 
 
 def _is_file(source: Path, output: Path, ending: str | None) -> bool:
-    """Whether the output names the one result itself.
-
-    Raises:
-        UsageError: an output that cannot be.
-    """
+    """Whether the output names the one result itself; UsageError for an output that cannot be."""
     names_file = output.suffix.lower() in WRITTEN_EXTENSIONS and not output.is_dir()
     if output.exists() and not output.is_dir() and not names_file:
         raise UsageError(f"output={output} is a file; give a folder for the results")

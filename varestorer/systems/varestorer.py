@@ -27,8 +27,7 @@ from varestorer.systems.acceleration import Acceleration
 from varestorer.systems.base import Request, RestoredBatch, System
 from varestorer.tokenizer import MultiScaleTokenizer, ScaleSchedule, TokenizerConfig, TokenPyramid
 from varestorer.tokenizer.autoencoder import clamp_keeping_gradient
-from varestorer.tokenizer.autoencoder import init_weights as init_tokenizer_weights
-from varestorer.tokenizer.quantizer import to_map, to_tokens
+from varestorer.tokenizer.quantizer import to_tokens
 from varestorer.transformer import (
     ClassLabels,
     Context,
@@ -37,24 +36,16 @@ from varestorer.transformer import (
     TransformerConfig,
     VARTransformer,
 )
-from varestorer.transformer.adapters import (
-    TARGETS,
-    adapters_off,
-    attach_adapters,
-    init_adapters,
-    merge_adapters,
-    target_pattern,
-)
+from varestorer.transformer.adapters import TARGETS, adapters_off, attach_adapters, target_pattern
 from varestorer.transformer.generation import Generation, MultiStepGenerator, Prefix, SamplingOptions
 from varestorer.transformer.heads import Noise, keyed_noise
 from varestorer.transformer.layout import MASKS, BlockCausal, prefix_causal_mask
 from varestorer.utils.errors import UsageError, UserError
 from varestorer.utils.finite import spread_nan
 from varestorer.utils.images import from_network, to_network
-from varestorer.utils.seeds import torch_generator
 from varestorer.weights.bundle import RESTORER, shipped, tensors_file
 from varestorer.weights.files import read_entries
-from varestorer.weights.load import allocate, check_part, load_part
+from varestorer.weights.load import check_part, load_part
 from varestorer.weights.published.infinity import (
     STUDENT_FILE,
     TOKENIZER_FILE,
@@ -165,7 +156,6 @@ class VARestorer(System):
             teacher of a model that has one.
         merge: fold the adapters of a bundle into its base weights as they are read; the quick way to the student alone.
         seed: of the random weights.
-
     Attributes:
         texts: prepared ones, kept from image to image where the weights no longer change.
     """
@@ -209,7 +199,7 @@ class VARestorer(System):
             self.transformer = VARTransformer(TransformerConfig(**transformer))
             if (chosen := self.student_config).lora_rank and not chosen.merged:
                 attach_adapters(self.transformer, chosen.lora_rank, chosen.cross_value_bias, chosen.lora_targets)
-        self._check_sizes()
+        self.check_networks(len(self.schedule) + int(self.student_config.long_input))
         self._schedule_options = dict(schedule)
         if torch.empty(0).device.type != "meta":  # torch 2.6 tells no default device inside `with torch.device(...)`
             self._fill(seed, new_adapters)
@@ -288,8 +278,8 @@ class VARestorer(System):
         """
         condition = self.condition(lq_B3HW)
         logits = self.student_logits(condition, text)
-        bits = self._select(logits, uniforms)
-        codes = spread_nan(self.tokenizer.quantizer.indices_to_codes(bits, self.schedule), logits)
+        bits = self.select(logits, uniforms)
+        codes = spread_nan(self.summed(bits), logits)
         images = from_network(self.student_image(codes, self.residual(condition)))
         return RestoredBatch(images, bits, logits)
 
@@ -312,7 +302,6 @@ class VARestorer(System):
                 last, given those of the degraded image.
             text: features of the prompts, or, for one step, what `transformer.prepare` made of them; None for no
                 prompt.
-
         Raises:
             UserError: steps that cannot be, or that need a teacher where the adapters are merged.
         """
@@ -358,7 +347,7 @@ class VARestorer(System):
             text = self.texts.of(self, None)
         if not isinstance(text, PreparedCondition):
             text = self.transformer.prepare(text or self.null_text(len(lq_B3HW)))
-        uniforms = None if noise is None else self._noise_of_scales(noise, len(lq_B3HW))
+        uniforms = self.uniforms(noise, len(lq_B3HW))
         if self.graphs is None:
             return self.predict_squares(text, lq_B3HW, uniforms)
         return self.graphs(self.predict_squares, text, lq_B3HW, uniforms)
@@ -371,29 +360,17 @@ class VARestorer(System):
         if self.student_config.conditioning == "prefix":
             generation = self._generate_from_prefix(condition.pyramid, text, noise)
         elif steps == "multi":
-            generation = self._continue(self._coarse_bits(condition.pyramid), text, noise)
+            limit = max(self.schedule.latent_size) / 4
+            coarse = [bits for bits in condition.pyramid.indices if max(bits.shape[-2:]) <= limit]
+            generation = self._continue(coarse, text, noise)
         else:
             num_kept, residual = self._num_kept(steps), self.residual(condition)
             logits = self.student_logits(condition, text)
-            uniforms = None if noise is None else self._noise_of_scales(noise, len(lq_B3HW))
-            generation = self._continue(self._select(logits, uniforms)[:num_kept], text, noise)
+            known = self.select(logits, self.uniforms(noise, len(lq_B3HW)))[:num_kept]
+            generation = self._continue(known, text, noise)
         codes = spread_nan(generation.codes, condition.pyramid.codes)
         images = from_network(self.student_image(codes, residual))
         return RestoredBatch(images, generation.indices, logits)
-
-    def _noise_of_scales(self, noise: Noise, batch_size: int) -> list[Tensor]:
-        """Uniform noise (B, l, Z, 2) of each scale."""
-        symbol = self.transformer.head.draw_shape()
-        counts = self.schedule.num_tokens_per_scale
-        return [noise(k, (batch_size, count, *symbol)) for k, count in enumerate(counts)]
-
-    def _select(self, logits: Tensor, uniforms: list[Tensor] | None) -> list[Tensor]:
-        """The bits of each scale as maps (B, Z, h, w): the likelier ones, or samples."""
-        maps = []
-        for k, (tokens, scale) in enumerate(zip(self.schedule.slices, self.schedule.scales, strict=True)):
-            uniform = None if uniforms is None else uniforms[k]
-            maps.append(to_map(self.transformer.head.select(logits[:, tokens], uniform), scale))
-        return maps
 
     def _num_kept(self, steps: str | int) -> int:
         """Scales that stay as the student made them."""
@@ -401,10 +378,6 @@ class VARestorer(System):
         if not 1 <= number <= len(self.schedule):
             raise UserError(f"steps must be one, multi or 1 to {len(self.schedule)}, got {steps}")
         return len(self.schedule) - number + 1
-
-    def _coarse_bits(self, pyramid: TokenPyramid) -> list[Tensor]:
-        limit = max(self.schedule.latent_size) / 4
-        return [bits for bits in pyramid.indices if max(bits.shape[-2:]) <= limit]
 
     def _continue(self, known: Sequence[Tensor], text: TextFeatures, noise: Noise | None) -> Generation:
         """The teacher's scale-by-scale prediction of what follows the given scales."""
@@ -503,13 +476,6 @@ class VARestorer(System):
         restorer = {} if self.restorer is None else {RESTORER: dict(self.restorer.published_state_dict())}
         return super().parts() | restorer
 
-    def merge_adapters(self) -> Self:
-        """Fold the adapters into the base weights; what is left is the student alone."""
-        if self.student_config.lora_rank and not self.student_config.merged:
-            merge_adapters(self.transformer)
-            self.student_config = replace(self.student_config, merged=True)
-        return self
-
     @classmethod
     def options_of(cls, bundle: Path, config: dict[str, Any], merge: bool) -> dict[str, Any]:
         restorer = tensors_file(bundle, RESTORER)
@@ -563,31 +529,12 @@ class VARestorer(System):
         super()._speed_up(chosen)
         self.texts = PreparedTexts()
 
-    def _check_sizes(self) -> None:
-        bits = self.tokenizer.config.latent_width, self.transformer.config.latent_width
-        if bits[0] != bits[1]:
-            raise UserError(
-                f"model.tokenizer.latent_width={bits[0]} and model.transformer.latent_width={bits[1]} must agree"
-            )
-        height, width = self.schedule.latent_size
-        if height != width:
-            raise UserError(f"images are restored in squares: model.schedule must end in one, got {height}x{width}")
-        num_levels = len(self.schedule) + int(self.student_config.long_input)
-        if self.transformer.config.num_levels < num_levels:
-            raise UserError(f"model.transformer.num_levels must be at least {num_levels} for this schedule")
-
     @torch.no_grad()
     def _fill(self, seed: int, new_adapters: bool) -> None:
         """Weights of each part from its file, or drawn; adapters start without effect unless a file has them."""
         for part, file in self.files.items():
             load_part(self, part, file, new_adapters)
-        drawn = allocate(self)
-        if "tokenizer" not in self.files:
-            init_tokenizer_weights(self.tokenizer, torch_generator(seed, "tokenizer"))
-        if "transformer" not in self.files:
-            self.transformer.init_weights(torch_generator(seed, "transformer"))
-        if any(".lora_" in name for name in drawn):
-            init_adapters(self.transformer, torch_generator(seed, "adapters"))
+        self.draw_rest(seed)
 
 
 def _restorer(given: str | dict[str, int] | None, seed: int) -> Restorer | None:

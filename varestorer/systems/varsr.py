@@ -25,10 +25,9 @@ from varestorer.systems import official_varsr
 from varestorer.systems.acceleration import Acceleration
 from varestorer.systems.base import Request, RestoredBatch
 from varestorer.systems.one_step import OneStepConfig, OneStepSystem
-from varestorer.systems.varsr_files import PUBLISHED, adapters_of, network_of, published_sizes, tokenizer_of
+from varestorer.systems.varsr_files import PUBLISHED, held_in, network_of, published_sizes, tokenizer_of
 from varestorer.tokenizer import MultiScaleTokenizer, ScaleSchedule, TokenizerConfig, TokenPyramid
-from varestorer.tokenizer.autoencoder import init_weights as init_tokenizer_weights
-from varestorer.tokenizer.quantizer import CodebookQuantizer, to_map, to_tokens
+from varestorer.tokenizer.quantizer import to_map, to_tokens
 from varestorer.transformer import ClassLabels, Context, PreparedCondition, TransformerConfig
 from varestorer.transformer.adapters import adapters_off, assign_plain, init_adapters, plain_state_dict
 from varestorer.transformer.blocks import EPS
@@ -42,7 +41,7 @@ from varestorer.utils.finite import spread_nan
 from varestorer.utils.images import as_picture, to_network, to_uint8
 from varestorer.utils.seeds import torch_generator
 from varestorer.utils.watch import watch
-from varestorer.weights.bundle import shipped
+from varestorer.weights.bundle import ADAPTERS, shipped
 from varestorer.weights.load import allocate, fitting
 
 GROWTHS: dict[str, Callable[[int, int], float]] = {
@@ -131,7 +130,7 @@ class VARSR(OneStepSystem):
         seed: of the random weights.
     """
 
-    name = "varsr"
+    name, title = "varsr", "VARSR"
     published = PUBLISHED
     makers: ClassVar[dict[str, Callable[..., Any]]] = {
         "schedule": ScaleSchedule.build,
@@ -188,17 +187,8 @@ class VARSR(OneStepSystem):
         }
 
     def _check_sizes(self) -> None:
-        height, width = self.schedule.latent_size
-        if height != width:
-            raise UserError(f"images are restored in squares: model.schedule must end in one, got {height}x{width}")
-        if not self.tokenizer.config.vocabulary:
-            raise UserError("VARSR predicts entries of a codebook: set model.tokenizer.vocabulary to their number")
-        for name in ("latent_width", "vocabulary"):
-            ours, theirs = getattr(self.transformer.config, name), getattr(self.tokenizer.config, name)
-            if ours != theirs:
-                raise UserError(f"model.tokenizer.{name}={theirs} and model.transformer.{name}={ours} must agree")
-        if self.transformer.config.num_levels < len(self.schedule):
-            raise UserError(f"model.transformer.num_levels must be at least {len(self.schedule)} for this schedule")
+        self.check_codebook()
+        self.check_networks(len(self.schedule))
         if self.transformer.config.num_classes < 2:
             raise UserError("model.transformer.num_classes must be 2 or more: the last class is the negative one")
         encoder = self.prefix_encoder
@@ -220,9 +210,9 @@ class VARSR(OneStepSystem):
         raw_last = self.sampling.raw_last
         return self.tokenizer.encode(to_network(images_B3HW), self.schedule, raw_last=raw_last)
 
-    def codes(self, tokens: Tensor) -> Tensor:
-        quantizer, raw_last = self.tokenizer.quantizer, self.sampling.raw_last
-        return quantizer.indices_to_codes(self.split(tokens), self.schedule, raw_last=raw_last)
+    def summed(self, indices: Sequence[Tensor]) -> Tensor:
+        raw_last = self.sampling.raw_last
+        return self.tokenizer.quantizer.indices_to_codes(indices, self.schedule, raw_last=raw_last)
 
     @watch("prefix encoder")
     def prefix_of(self, lq_B3tt: Tensor) -> Prefix | None:
@@ -307,28 +297,20 @@ class VARSR(OneStepSystem):
 
     def draws(self, numbers: Sequence[int], seed: int, is_sampled: bool) -> Draws:
         """Noise in which that of a square depends on the seed and its number alone."""
-        batch, uniforms = len(numbers), None
-        counts = self.schedule.num_tokens_per_scale
-        if is_sampled:
-            uniform = keyed_noise(seed, numbers, "codes", self.device)
-            uniforms = tuple(uniform(k, (batch, count)) for k, count in enumerate(counts))
+        noise = keyed_noise(seed, numbers, "codes", self.device) if is_sampled else None
+        drawn = self.uniforms(noise, len(numbers))
+        uniforms = None if drawn is None else tuple(drawn)
         if self.refiner is None or not self.sampling.use_refiner:
             return Draws(uniforms)
         normal = keyed_normal_noise(seed, numbers, "refiner", self.device)
-        shape = (batch, counts[-1], self.tokenizer.config.latent_width)
+        shape = (len(numbers), self.schedule.num_tokens_per_scale[-1], self.tokenizer.config.latent_width)
         return Draws(uniforms, tuple(normal(draw, shape) for draw in range(self.sampling.refiner_steps)))
 
     # ---- restoring squares, or making pictures of classes
 
-    @property
-    def tiles(self) -> tuple[int, ...]:
-        """The trained side alone: the learned rows of the prefix belong to it."""
-        return (self.tile,)
-
     def accept(self, request: Request, uncertainty: bool) -> Request:
         self._check_restores()
-        if request.prompt is not None:
-            raise UserError("VARSR restores without words: leave prompt= out")
+        request = super().accept(request, uncertainty)
         if self.is_one_step(request):
             return replace(request, context=self.transformer.prepare(ClassLabels(self._good(1))))
         with adapters_off(self.transformer):
@@ -357,11 +339,9 @@ class VARSR(OneStepSystem):
     def _restore_in_one_step(
         self, prepared: PreparedCondition, lq_B3tt: Tensor, draws: Draws
     ) -> tuple[RestoredBatch, None]:
-        uniforms = draws.uniforms
-        noise = None if uniforms is None else lambda k, shape: uniforms[k].view(shape)
-        tokens, logits = self.one_step_tokens(lq_B3tt, prepared, noise)
-        images = self.decode(spread_nan(self.codes(tokens), logits))
-        return RestoredBatch(images, self.split(tokens), logits), None
+        indices, logits = self.in_one_step(lq_B3tt, prepared, draws.uniforms)
+        images = self.decode(spread_nan(self.summed(indices), logits))
+        return RestoredBatch(images, indices, logits), None
 
     @torch.inference_mode()
     def make(self, classes: Sequence[int], seed: int = 0, select: str = "sample") -> RestoredBatch:
@@ -371,7 +351,6 @@ class VARSR(OneStepSystem):
             classes: one a picture, from 0.
             seed: of whatever is drawn; each picture's depends on its place in `classes` too.
             select: "sample" draws the codes, "argmax" takes the likeliest.
-
         Raises:
             UserError: a model with a prefix, or a class that it has not.
         """
@@ -478,10 +457,7 @@ class VARSR(OneStepSystem):
             assign_plain(self.tokenizer, tokenizer_of(self.tokenizer, file))
         else:
             self._drawn |= {f"tokenizer.{name}" for name in allocate(self.tokenizer)}
-            init_tokenizer_weights(self.tokenizer, torch_generator(seed, "tokenizer"))
-            codebook = self.tokenizer.quantizer.codebook
-            assert isinstance(codebook, CodebookQuantizer)
-            codebook.init_weights(torch_generator(seed, "codebook"))
+            self.draw_tokenizer(seed)
         given: dict[str, Tensor] = {}
         if file := self.files.get("transformer"):
             given = network_of(self.network(), [h for h, _ in self.schedule.scales], file)
@@ -496,7 +472,7 @@ class VARSR(OneStepSystem):
         self.load_network(given)
         if self.student_config.has_teacher:
             wanted = plain_state_dict(self.transformer)
-            held = fitting(adapters_of(self.files.get("transformer")), wanted, str(self.files.get("transformer")))
+            held = fitting(held_in(self.files.get("transformer"), ADAPTERS), wanted, str(self.files.get("transformer")))
             self._drawn |= allocate(self)
             init_adapters(self.transformer, torch_generator(seed, "adapters"))
             assign_plain(self.transformer, held)

@@ -18,7 +18,7 @@ from varestorer.transformer.adapters import plain_name
 from varestorer.utils.errors import UserError
 from varestorer.weights.bundle import ADAPTERS, is_bundle, tensors_file
 from varestorer.weights.files import check_names_and_shapes, read_tensors
-from varestorer.weights.load import check_part
+from varestorer.weights.load import check_part, in_float32
 from varestorer.weights.published.varsr import (
     LEVELS,
     MASK,
@@ -38,10 +38,7 @@ PUBLISHED = {
     "tokenizer": f"{VQVAE_FILE} (hub qyp2000/VARSR) or vae_ch160v4096z32.pth (hub FoundationVision/var)",
     "transformer": "VARSR.pth or VARSR_C2I.pth (hub qyp2000/VARSR), or var_d24.pth (hub FoundationVision/var)",
 }
-SIDES = {
-    10: (1, 2, 3, 4, 6, 9, 13, 18, 24, 32),
-    12: (1, 2, 3, 4, 6, 9, 12, 16, 20, 24, 28, 32),
-}
+SIDES = {10: (1, 2, 3, 4, 6, 9, 13, 18, 24, 32), 12: (1, 2, 3, 4, 6, 9, 12, 16, 20, 24, 28, 32)}
 """Published schedules by their number of scales, for files that do not say theirs."""
 NOT_OF_CLASSES = ("prefix_encoder.", "positions.", "refiner.", "refiner_norm.")
 REPLACED = ("start", "level_embed.weight", "positions.table")
@@ -57,12 +54,12 @@ def tokenizer_of(tokenizer: MultiScaleTokenizer, path: Path) -> dict[str, Tensor
     """
     wanted = tokenizer.state_dict()
     if is_run(path) or is_bundle(path):
-        given = _own(path, "tokenizer")
+        given = held_in(path, "tokenizer")
         check_names_and_shapes(wanted, given, str(path))
         return given
     check_part("tokenizer", path, PUBLISHED)
     tensors = read_tensors(path, VQVAE_NESTED)
-    return _in_float32(vqvae_tensors(wanted, len(tokenizer.config.multipliers), tensors, str(path)))
+    return in_float32(vqvae_tensors(wanted, len(tokenizer.config.multipliers), tensors, str(path)))
 
 
 def network_of(wanted: Mapping[str, Tensor], sides: Sequence[int], path: Path) -> dict[str, Tensor]:
@@ -75,22 +72,20 @@ def network_of(wanted: Mapping[str, Tensor], sides: Sequence[int], path: Path) -
         wanted: of the network to be filled, by the names of `weights.published.varsr`.
         sides: of its schedule.
         path: the file.
-
     Returns:
         all of the wanted tensors, or some of them where a restorer starts from a model of classes.
-
     Raises:
         UserError: no such file (says which to get), or one that does not fit.
     """
     is_ours = is_run(path) or is_bundle(path)
     if is_ours:
-        given = _own(path, "transformer")
+        given = held_in(path, "transformer")
     else:
         check_part("transformer", path, PUBLISHED)
         given = _published(path, wanted)
     source = str(path)
     if _is_class_model(given) and not _is_class_model(wanted):
-        return _in_float32(class_to_restoration(wanted, given, source))
+        return in_float32(class_to_restoration(wanted, given, source))
     levels = len(given["level_embed.weight"]) if "level_embed.weight" in given else len(sides)
     if levels != len(wanted["level_embed.weight"]):
         hint = f"model.schedule.sides={list(SIDES[levels])}" if levels in SIDES else "model.schedule to its own"
@@ -104,7 +99,7 @@ def network_of(wanted: Mapping[str, Tensor], sides: Sequence[int], path: Path) -
     if is_ours:
         check_names_and_shapes(wanted, given, source)
         return given
-    return _in_float32(varsr_tensors(wanted, sides, _raw(path), source))
+    return in_float32(varsr_tensors(wanted, sides, _raw(path), source))
 
 
 def class_to_restoration(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
@@ -208,25 +203,15 @@ def _raw(path: Path) -> dict[str, Tensor]:
     return read_tensors(path, TRANSFORMER_NESTED)
 
 
-def _own(path: Path, part: str) -> dict[str, Tensor]:
-    """A part of a bundle or a run, as `VARSR.parts` names it."""
-    if is_bundle(path):
-        return read_tensors(tensors_file(path, part))
-    held = {plain_name(name): tensor for name, tensor in load_run_weights(path).items() if ".lora_" not in name}
-    names = [name for name in held if name.startswith("tokenizer.") == (part == "tokenizer")]
-    return {name.removeprefix(f"{part}."): held[name] for name in names}
-
-
-def adapters_of(path: Path | None) -> dict[str, Tensor]:
-    """Adapters of a transformer in a bundle or a run, by their plain names; empty where there are none."""
-    if path is None or not (is_bundle(path) or is_run(path)):
+def held_in(path: Path | None, part: str) -> dict[str, Tensor]:
+    """A part of a bundle or a run, as `VARSR.parts` names it; no adapters where it has none."""
+    if path is not None and is_bundle(path):
+        file = tensors_file(path, part)
+        return read_tensors(file) if part != ADAPTERS or file.is_file() else {}
+    if path is None or not is_run(path):
         return {}
-    if is_bundle(path):
-        file = tensors_file(path, ADAPTERS)
-        return read_tensors(file) if file.is_file() else {}
-    named = {plain_name(name): tensor for name, tensor in load_run_weights(path).items() if ".lora_" in name}
-    return {name.removeprefix("transformer."): tensor for name, tensor in named.items()}
-
-
-def _in_float32(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.float() for name, tensor in tensors.items()}
+    held = {plain_name(name): tensor for name, tensor in load_run_weights(path).items()}
+    if part == ADAPTERS:
+        return {name.removeprefix("transformer."): tensor for name, tensor in held.items() if ".lora_" in name}
+    own = {n: t for n, t in held.items() if ".lora_" not in n and n.startswith("tokenizer.") == (part == "tokenizer")}
+    return {name.removeprefix(f"{part}."): tensor for name, tensor in own.items()}

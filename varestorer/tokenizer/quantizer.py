@@ -369,7 +369,6 @@ class MultiScaleQuantizer(nn.Module):
             corrupt: optional noise on the indices before they are summed; later residuals see the noise, which is
                 how a teacher learns to mend its own errors (bitwise self-correction; Infinity, section 3.4).
             raw_last: leave phi out at the last scale (VARSR).
-
         Raises:
             ValueError: the features' sizes are not the targets.
         """

@@ -25,19 +25,11 @@ _TALL_TEMPLATES: dict[float, str] = {
 }
 
 
-def _parse(template: str) -> tuple[Scale, ...]:
-    sides = (entry.split("x") for entry in template.split())
-    return tuple((int(h), int(w)) for h, w in sides)
-
-
 def _all_templates() -> dict[float, tuple[Scale, ...]]:
-    templates = {aspect: _parse(text) for aspect, text in _TALL_TEMPLATES.items()}
-    wide = {
-        int(1000 / aspect) / 1000: tuple((w, h) for h, w in scales)
-        for aspect, scales in templates.items()
-        if aspect != 1.0
-    }
-    return templates | wide
+    entries = {aspect: [entry.split("x") for entry in text.split()] for aspect, text in _TALL_TEMPLATES.items()}
+    tall = {aspect: tuple((int(h), int(w)) for h, w in sides) for aspect, sides in entries.items()}
+    wide = {int(1000 / a) / 1000: tuple((w, h) for h, w in scales) for a, scales in tall.items() if a != 1.0}
+    return tall | wide
 
 
 TEMPLATES: dict[float, tuple[Scale, ...]] = _all_templates()
@@ -54,7 +46,6 @@ class ScaleSchedule:
             size); empty means `scales` alone.
         targets: nested sizes at which the sum of codes is an image of its own (H-VAR), the last of them the last
             scale; empty means the last scale alone.
-
     Raises:
         UserError: no scale, a side below 1, scales that shrink, `position_scales` that do not begin with `scales`, or
             targets that are no scales.

@@ -46,7 +46,6 @@ class TokenizerConfig:
         shrink: kernel that makes the next scale's input of their sum, likewise.
         reuse: see `MultiScaleQuantizer`; says something where a schedule has several targets (H-VAR).
         reduce: how an image is reduced to them: "area" (mean of squares), or "bicubic" with antialiasing.
-
     Raises:
         UserError: another `norm`, `enlarge`, `shrink`, `reuse` or `reduce`.
     """
@@ -109,10 +108,8 @@ class MultiScaleTokenizer(nn.Module):
 
         Args:
             img_B3HW: RGB in [-1, 1]; H, W multiples of `stride`.
-
         Returns:
             features_BZhw: float, h = H / stride.
-
         Raises:
             ValueError: wrong rank, channels or size.
         """
@@ -124,11 +121,7 @@ class MultiScaleTokenizer(nn.Module):
         return self.quant_conv(self.encoder(img_B3HW))
 
     def encode(
-        self,
-        img_B3HW: Tensor,
-        schedule: ScaleSchedule,
-        corrupt: Corruption | None = None,
-        raw_last: bool = False,
+        self, img_B3HW: Tensor, schedule: ScaleSchedule, corrupt: Corruption | None = None, raw_last: bool = False
     ) -> TokenPyramid:
         """Tokens of an image in [-1, 1] whose latent size is the schedule's last scale.
 

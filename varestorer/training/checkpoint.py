@@ -1,15 +1,13 @@
-"""Checkpoints: the whole of resume. How a run's weights are found again is `weights.runs`.
+"""Checkpoints: the whole of resume. What lies where in a run, and how its weights are found, is `weights.runs`.
 
-`<run>/checkpoints/` holds `initial.safetensors` (a start that was drawn at random), a folder per stage with
-`step_000100/` in it, and `latest`, a line of text naming the newest whole checkpoint as `<stage>/<step>`.
 A checkpoint holds `model`, `ema`, `optimizer` and `rng` as safetensors, `state.json`, and `data.json` with what decides
-which picture a sample number shows. With `trainer.keep_best` each
-has a score, and the stage's folder a file `best`: `{"checkpoint": "step_000100", "metric": ..., "mode": "min",
-"value": ...}`.
+which picture a sample number shows. With `trainer.keep_best` each has a score, and the stage's folder a file `best`:
+`{"checkpoint": "step_000100", "metric": ..., "mode": "min", "value": ...}`.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import shutil
@@ -28,10 +26,23 @@ from varestorer.data.contents import changes
 from varestorer.training.optim import Ema, load_optimizer_tensors, optimizer_tensors
 from varestorer.training.parallel import all_gathered, sharded_like
 from varestorer.utils.errors import UserError
-from varestorer.utils.files import atomic_write
+from varestorer.utils.files import atomic_write, sync, write_json
 from varestorer.utils.seeds import capture_rng, restore_rng
-from varestorer.weights import storage
-from varestorer.weights.runs import BEST, FOLDER, INITIAL, LATEST, newest_checkpoint, place_of, step_folders, step_of
+from varestorer.weights.runs import (
+    BEST,
+    FOLDER,
+    INITIAL,
+    LATEST,
+    STATE,
+    atomic_folder,
+    newest_checkpoint,
+    place_of,
+    read_json,
+    read_tensors,
+    step_folders,
+    step_of,
+    write_tensors,
+)
 
 LOG = logging.getLogger(__name__)
 DATA = "data.json"
@@ -111,11 +122,11 @@ class Checkpointer:
         tensors = self._tensors(trained)
         folder = self.run_dir / FOLDER / self.stage / f"step_{trained.step:06d}"
         if self.accelerator.is_main_process:
-            with storage.atomic_folder(folder) as temporary:
+            with atomic_folder(folder) as temporary:
                 for name, content in tensors.items():
-                    storage.write_tensors(temporary / f"{name}.safetensors", content)
+                    write_tensors(temporary / f"{name}.safetensors", content)
                 if self.data is not None:
-                    storage.write_json(temporary / DATA, self.data)
+                    write_json(temporary / DATA, self.data)
                 self._write(
                     temporary, trained, {"schedule": dict(schedule), "score": score and vars(score)}, generators
                 )
@@ -132,17 +143,17 @@ class Checkpointer:
         folder = newest_checkpoint(self.run_dir, self.stage)
         if folder is None:
             return
-        state = storage.read_json(folder / storage.STATE)
+        state = read_json(folder / STATE)
         if state["frozen_sha256"] != self.frozen_sha256:
             raise UserError(
                 f"{folder} was trained on other frozen weights (sha256 {state['frozen_sha256'][:12]}, now "
                 f"{self.frozen_sha256[:12]}); give the weights and model options it was started with"
             )
         self._check_data(folder)
-        model = storage.read_tensors(folder / "model.safetensors")
+        model = read_tensors(folder / "model.safetensors")
         _load_parameters(trained.parameters, model, folder)
-        trained.ema.load(storage.read_tensors(folder / "ema.safetensors"))
-        optimizer = storage.read_tensors(folder / "optimizer.safetensors")
+        trained.ema.load(read_tensors(folder / "ema.safetensors"))
+        optimizer = read_tensors(folder / "optimizer.safetensors")
         load_optimizer_tensors(trained.optimizer, trained.parameters, optimizer)
         trained.step, trained.samples, trained.skipped = state["step"], state["samples"], state["skipped"]
         self._restore_generators(folder, state["rng"])
@@ -157,7 +168,7 @@ class Checkpointer:
         if not (folder / DATA).is_file():
             LOG.info("%s does not say of which data it is: not compared", folder)
             return
-        told = changes(storage.read_json(folder / DATA), self.data)
+        told = changes(read_json(folder / DATA), self.data)
         if told is None:
             return
         message = f"the data of stage {self.stage} changed since {folder} was saved: {told}"
@@ -180,7 +191,7 @@ class Checkpointer:
 
     def _write(self, folder: Path, trained: Trained, notes: Mapping[str, Any], generators: list[Any]) -> None:
         tensors = {f"{k}/{rank}": v for rank, (_, found) in enumerate(generators) for k, v in found.items()}
-        storage.write_tensors(folder / "rng.safetensors", tensors)
+        write_tensors(folder / "rng.safetensors", tensors)
         state = {
             "stage": self.stage,
             "stage_index": self.stage_index,
@@ -191,13 +202,13 @@ class Checkpointer:
             "frozen_sha256": self.frozen_sha256,
             "rng": [plain for plain, _ in generators],
         }
-        storage.write_json(folder / storage.STATE, state)
+        write_json(folder / STATE, state)
 
     def _restore_generators(self, folder: Path, plain: list[dict[str, Any]]) -> None:
         rank = self.accelerator.process_index
         if rank >= len(plain):
             return  # more processes than before: the new ones keep the seed of their rank
-        tensors = storage.read_tensors(folder / "rng.safetensors")
+        tensors = read_tensors(folder / "rng.safetensors")
         mine = {k.removesuffix(f"/{rank}"): v for k, v in tensors.items() if k.endswith(f"/{rank}")}
         restore_rng(plain[rank], mine)
 
@@ -209,7 +220,7 @@ class Checkpointer:
         if not any(later):
             with atomic_write(folder.parents[1] / LATEST) as temporary:
                 temporary.write_text(f"{self.stage}/{folder.name}\n", encoding="utf-8")
-                storage.sync(temporary)
+                sync(temporary)
         self._prune(folder, None if score is None else self._mark_best(folder, score))
 
     def _mark_best(self, newest: Path, score: Score) -> Path | None:
@@ -220,8 +231,8 @@ class Checkpointer:
         if best is None or rated[best].value is None:
             return None
         with atomic_write(newest.parent / BEST) as temporary:
-            storage.write_json(temporary, {"checkpoint": best.name, **vars(rated[best])})
-            storage.sync(temporary)
+            temporary.write_text(json.dumps({"checkpoint": best.name, **vars(rated[best])}) + "\n", encoding="utf-8")
+            sync(temporary)
         return best
 
     def _prune(self, newest: Path, best: Path | None) -> None:
@@ -239,7 +250,7 @@ def _up_to(newest: Path) -> list[Path]:
 def _score(folder: Path) -> Score | None:
     """The score a checkpoint was saved with; None if it has none, or cannot be read."""
     try:
-        return Score(**storage.read_json(folder / storage.STATE)["score"])
+        return Score(**read_json(folder / STATE)["score"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -247,8 +258,8 @@ def _score(folder: Path) -> Score | None:
 def save_initial(run_dir: Path, state: Mapping[str, Tensor]) -> None:
     """Keep a system's starting weights when part of them was drawn at random, so nothing is ever redrawn."""
     with atomic_write(run_dir / FOLDER / INITIAL) as temporary:
-        storage.write_tensors(temporary, state)
-        storage.sync(temporary)
+        write_tensors(temporary, state)
+        sync(temporary)
 
 
 @torch.no_grad()

@@ -107,11 +107,7 @@ class TrainerConfig:
             )
 
     def micro_batch(self, num_processes: int) -> int:
-        """Samples that one process sends through the networks at once.
-
-        Raises:
-            UsageError: `batch_size` is no multiple of processes times `accumulate`.
-        """
+        """Samples that one process sends through at once; UsageError if `batch_size` does not divide so."""
         parts = num_processes * self.accumulate
         if self.batch_size % parts:
             raise UsageError(
@@ -126,11 +122,7 @@ class TrainerConfig:
         return auto or self.precision == "bf16"
 
     def keeps_base_in_bf16(self, device: torch.device) -> bool:
-        """Whether frozen matrices are kept in bfloat16 on this device.
-
-        Raises:
-            UsageError: they should be, but the passes are in float32.
-        """
+        """Whether frozen matrices are bfloat16 here; UsageError if they should be in passes of float32."""
         if self.base_precision == "bf16" and not self.uses_bf16(device):
             raise UsageError("trainer.base_precision=bf16 wants trainer.precision=bf16, or auto for both")
         return self.base_precision != "fp32" and self.uses_bf16(device)

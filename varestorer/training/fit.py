@@ -129,11 +129,5 @@ def _progress(stage: str, done: int, total: int, shown: bool) -> tqdm:
     """Bar with the loss and the time left; into a log file it writes a line every ten seconds."""
     every = 0.5 if sys.stderr.isatty() else 10.0
     return tqdm(
-        desc=stage,
-        initial=done,
-        total=total,
-        unit="step",
-        disable=not shown,
-        mininterval=every,
-        maxinterval=every,
+        desc=stage, initial=done, total=total, unit="step", disable=not shown, mininterval=every, maxinterval=every
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -105,17 +105,12 @@ def load_optimizer_tensors(
             sharded_like(tensor, parameter) if tensor.shape == parameter.shape else tensor
         )
     packed = optimizer.state_dict()
-    numbers = dict(zip(_parameter_ids(optimizer.param_groups), _numbers(packed["param_groups"]), strict=True))
+    ours, theirs = (
+        [x for group in g for x in group["params"]] for g in (optimizer.param_groups, packed["param_groups"])
+    )
+    numbers = dict(zip(map(id, ours), theirs, strict=True))
     packed["state"] = {numbers[id(parameters[name])]: state for name, state in states.items()}
     optimizer.load_state_dict(packed)
-
-
-def _parameter_ids(groups: Iterable[dict[str, Any]]) -> list[int]:
-    return [id(parameter) for group in groups for parameter in group["params"]]
-
-
-def _numbers(packed_groups: Iterable[dict[str, Any]]) -> list[int]:
-    return [number for group in packed_groups for number in group["params"]]
 
 
 class Ema:
@@ -134,7 +129,7 @@ class Ema:
         """
         self._parameters = dict(parameters)
         self._decay = decay
-        self.averages = {name: _float_copy(p) for name, p in self._parameters.items()}
+        self.averages = {n: p.detach().to(torch.float32, copy=True) for n, p in self._parameters.items()}
 
     @torch.no_grad()
     def update(self, step: int) -> None:
@@ -145,11 +140,7 @@ class Ema:
 
     @torch.no_grad()
     def load(self, averages: Mapping[str, Tensor]) -> None:
-        """Take over saved averages (whole ones); the names must be exactly the parameters' names.
-
-        Raises:
-            KeyError: a name is missing.
-        """
+        """Take over saved averages (whole ones); KeyError where a parameter's name is missing."""
         for name, average in self.averages.items():
             average.copy_(sharded_like(averages[name], average))
 
@@ -170,7 +161,3 @@ class Ema:
             with torch.no_grad():
                 for name, parameter in self._parameters.items():
                     parameter.copy_(kept[name])
-
-
-def _float_copy(parameter: nn.Parameter) -> Tensor:
-    return parameter.detach().to(torch.float32, copy=True)

@@ -8,8 +8,7 @@ import math
 import platform
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
@@ -22,12 +21,11 @@ from torch import Tensor, stack
 
 import varestorer
 from varestorer.training.stopping import StopRequest
-from varestorer.utils.errors import UsageError, UserError, reason
-from varestorer.utils.files import atomic_write
+from varestorer.utils.errors import UsageError, reason
+from varestorer.utils.files import atomic_write, sync, writing_errors
 from varestorer.utils.images import save_image
 from varestorer.utils.loggers import Logger
-from varestorer.weights import storage
-from varestorer.weights.runs import FOLDER
+from varestorer.weights.runs import FOLDER, GO_ON, remove_leftovers
 
 LOG = logging.getLogger(__name__)
 CONFIG = "config.yaml"
@@ -70,7 +68,7 @@ class Run:
         run_dir.mkdir(parents=True, exist_ok=True)
         if self.is_main:
             checkpoints = run_dir / FOLDER
-            storage.remove_leftovers(run_dir, run_dir / "samples", checkpoints, *checkpoints.glob("*/"))
+            remove_leftovers(run_dir, run_dir / "samples", checkpoints, *checkpoints.glob("*/"))
 
     @property
     def is_main(self) -> bool:
@@ -138,14 +136,9 @@ class Run:
         self.logger.log_metrics(stage, step, {**numbers, "seconds": seconds, **(speed or {})})
 
     def log_nonfinite(self, stage: str, step: int, problem: str, names: list[str], keys: list[int]) -> None:
-        """Add a step whose loss or gradient is not finite to `nonfinite.jsonl`.
+        """Add a step whose loss or gradient is not finite, as `problem` says, to `nonfinite.jsonl`.
 
-        Args:
-            stage: its name.
-            step: from 1.
-            problem: in words.
-            names: files of the whole batch.
-            keys: its sample numbers.
+        `names` and `keys` are files and sample numbers of the whole batch.
         """
         if self.is_main:
             self._append(NONFINITE, {"stage": stage, "step": step, "problem": problem, "files": names, "keys": keys})
@@ -186,8 +179,8 @@ class Run:
     def sync_metrics(self) -> None:
         """Put the metrics on the disk, before a checkpoint that relies on them."""
         if self.is_main and (self.run_dir / METRICS).is_file():
-            with _clear_errors(self.run_dir / METRICS):
-                storage.sync(self.run_dir / METRICS)
+            with writing_errors(self.run_dir / METRICS, GO_ON):
+                sync(self.run_dir / METRICS)
 
     def mark_finished(self) -> None:
         """Say in the folder that nothing is left to do: `resume=auto` then looks for another run."""
@@ -197,24 +190,12 @@ class Run:
 
     def _append(self, name: str, line: Mapping[str, Any]) -> None:
         path = self.run_dir / name
-        with _clear_errors(path), path.open("a", encoding="utf-8") as file:
+        with writing_errors(path, GO_ON), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
     def _lines(self) -> list[dict[str, Any]]:
         path = self.run_dir / METRICS
         return [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
-
-
-@contextmanager
-def _clear_errors(path: Path) -> Iterator[None]:
-    """Turn the system's errors about a file, such as a full disk, into one that says what to do."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"cannot write {path}: {reason(error)}; checkpoints are untouched: check the folder and its free space, "
-            "then go on with resume=auto"
-        ) from error
 
 
 def kept_lines(path: Path, stage: str, step: int) -> list[str]:

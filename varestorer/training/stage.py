@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -13,10 +16,10 @@ from typing import Any, NoReturn
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from varestorer.training.checkpoint import Checkpointer, Score, Trained
 from varestorer.training.config import TrainerConfig
-from varestorer.training.meter import Meter
 from varestorer.training.optim import (
     Ema,
     OptimizerFactory,
@@ -32,7 +35,7 @@ from varestorer.training.stopping import StoppedError
 from varestorer.training.task import Batch, Task, keep_base_in, to_device
 from varestorer.utils.errors import UsageError, UserError
 from varestorer.utils.seeds import seed_everything
-from varestorer.weights import storage
+from varestorer.weights.runs import tensors_sha256
 
 LOG = logging.getLogger(__name__)
 VALIDATION = "val/"  # in front of keys that are of held-out pairs
@@ -86,7 +89,7 @@ class Stage:
         """Prepare a task and, if the run has a checkpoint of its stage, go on from that; `data`: see `Checkpointer`."""
         accelerator = run.accelerator
         seed_everything(run.seed, "stage", task.name, accelerator.process_index)
-        frozen = storage.tensors_sha256(task.frozen_state())
+        frozen = tensors_sha256(task.frozen_state())
         if cfg.keeps_base_in_bf16(accelerator.device):
             keep_base_in(task, torch.bfloat16)
         task.to(accelerator.device).train()
@@ -308,3 +311,84 @@ class Stage:
 
     def _to_device(self, batch: Mapping[str, Any]) -> Batch:
         return to_device(batch, self.run.accelerator.device)
+
+
+# dense bfloat16 operations per second, from the makers' data sheets; the first name that fits counts
+PEAK_FLOPS = {
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
+
+
+class Meter:
+    """Measures the steps of one stage in this process.
+
+    Model FLOPs utilization (MFU) is given on devices of `PEAK_FLOPS`: the operations of the first micro-batch's forward
+    and backward pass as torch counts them (matrix products, convolutions, attention; activations computed again count
+    again), over the time they take and the device's bfloat16 peak, whatever the precision. Images per second stand for
+    tokens per second too: every image of a stage has the same number of tokens.
+    """
+
+    def __init__(self, device: torch.device, samples: int, micro_batches: int) -> None:
+        """Start at no steps.
+
+        Args:
+            device: of the training.
+            samples: per optimizer step, over all processes.
+            micro_batches: per optimizer step and process.
+        """
+        self._device = device
+        self._samples = samples
+        self._micro_batches = micro_batches
+        self._peak = _peak_flops(device)
+        self._flops: int | None = None  # of a micro-batch
+        self._began = 0.0
+
+    def begin(self) -> None:
+        """A step begins."""
+        self._began = time.perf_counter()
+
+    @contextmanager
+    def micro_batch(self) -> Iterator[None]:
+        """Count the operations of a forward and backward pass, once, where they are of use; that step is slower."""
+        if self._peak is None or self._flops is not None:
+            yield
+            return
+        with FlopCounterMode(display=False) as counter:
+            yield
+        self._flops = counter.get_total_flops()
+
+    def end(self) -> dict[str, float]:
+        """A step ends, once its numbers are known: `images_per_second`, `memory_gb` and, where known, `mfu`.
+
+        `memory_gb` is the most that the device's tensors, or on the CPU this process, took so far (10^9 bytes).
+        """
+        seconds = time.perf_counter() - self._began
+        values = {"images_per_second": self._samples / seconds, "memory_gb": peak_memory(self._device) / 1e9}
+        if self._peak is not None and self._flops is not None:
+            values["mfu"] = self._flops * self._micro_batches / seconds / self._peak
+        return values
+
+
+def _peak_flops(device: torch.device) -> float | None:
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes that tensors on a GPU took at most, or this process on a CPU (0 where the system does not say)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return 0
+    import resource
+
+    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return largest if sys.platform == "darwin" else 1024 * largest

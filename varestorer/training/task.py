@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from varestorer.transformer.blocks import Block
-from varestorer.transformer.model import UNDECAYED
+from varestorer.transformer.model import UNDECAYED, branch_factors
+from varestorer.utils.seeds import uniform_per_sample
 from varestorer.utils.watch import watch
 
 Batch = dict[str, Any]
@@ -42,12 +43,17 @@ class Task(nn.Module, ABC):
 
     Attributes:
         name: of the stage; the run's config sets it (`stages: {name: ...}`).
+        seed: of what is drawn.
+        drop_path: probability with which a sample leaves out each branch of the transformer's last block, growing
+            linearly from 0 in the first.
         takes_any_size: whether images need not have the system's `tile`.
         shows_lq: whether pictures are made of the degraded images, which then stand beside them.
         watch: opened around each part of `forward`, see `utils.watch`.
     """
 
     name: str = "task"
+    seed: int = 0
+    drop_path: float = 0.0
     takes_any_size = False
     shows_lq = True
     watch = watch
@@ -95,6 +101,15 @@ class Task(nn.Module, ABC):
         shown = {name: interpolate(picture, size=size, mode="nearest") for name, picture in restored.items()}
         return {**({"LQ": batch["lq"]} if self.shows_lq else {}), **shown, "HQ": batch["hq"]}
 
+    def branch_factors(self, keys: Tensor, step: int) -> Tensor | None:
+        """What drop path makes of each sample's branches in this step, (B, D, 3); None where it is off."""
+        if not (self.training and self.drop_path):
+            return None
+        transformer: Any = self.system.transformer
+        shape = (transformer.config.depth, 3)
+        draws = uniform_per_sample(shape, self.seed, keys, f"drop path/{step}", transformer.start.device)
+        return branch_factors(draws, self.drop_path)
+
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
         """What trains, by the name it has in checkpoints.
 
@@ -122,6 +137,12 @@ class Task(nn.Module, ABC):
         trained = self.trainable_parameters()
         named = ((name.removeprefix("system."), value) for name, value in self.state_dict().items())
         return {name: value for name, value in named if name not in trained and torch.is_tensor(value)}
+
+
+def weighted_sum(weights: object, parts: Mapping[str, Tensor]) -> Tensor:
+    """The sum of the parts times their weights; no gradient goes through those whose weight is 0."""
+    counted = [name for name in parts if getattr(weights, name)] or [*parts]
+    return torch.stack([getattr(weights, name) * parts[name] for name in counted]).sum()
 
 
 def train_only(root: nn.Module, trained: Iterable[nn.Parameter]) -> None:

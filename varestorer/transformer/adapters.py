@@ -48,7 +48,6 @@ def attach_adapters(
         rank: r of every adapter.
         cross_value_bias: whether cross attention adds its value bias while its adapters are on.
         targets: parts of the blocks that get adapters, see `LAYERS`.
-
     Raises:
         UserError: see `target_pattern`.
     """

@@ -76,7 +76,6 @@ class DiffusionChain:
     Args:
         num_kept: n; all of the training's by default.
         num_steps: of the training.
-
     Raises:
         UserError: see `kept_timesteps`.
     """

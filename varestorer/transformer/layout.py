@@ -33,7 +33,6 @@ def grid_positions(scale: Scale, reference: Scale, round_positions: bool = True)
         scale: (h, w) of the tokens.
         reference: (H, W) of the grid that positions are measured on.
         round_positions: to the nearest integer, halves to even (Infinity); False keeps fractions (VARSR).
-
     Returns:
         (h * w, 2) float32, row-major.
     """

@@ -313,10 +313,8 @@ class VARTransformer(nn.Module):
             asked: tokens whose logits are wanted, which see the others still. The last block leaves out what only the
                 others need.
             prefix_BPC: see `embed`.
-
         Returns:
             logits float32 of the tokens asked: (B, L, Z, 2), the pair [bit is 0, bit is 1]; or (B, L, V).
-
         Raises:
             ValueError: the condition was prepared by this network in another state.
         """

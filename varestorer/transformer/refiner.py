@@ -96,11 +96,7 @@ class Refined:
     is_finite_n: Tensor
 
     def check(self) -> Tensor:
-        """The residual.
-
-        Raises:
-            UserError: a step gave NaN or infinity; names the first.
-        """
+        """The residual; UserError, with the first such step, if one gave NaN or infinity."""
         if not self.is_finite_n.is_meta and not bool(self.is_finite_n.all()):
             step, num_steps = int(self.is_finite_n.logical_not().nonzero()[0]), len(self.is_finite_n)
             t = int(chain(num_steps).timesteps[num_steps - 1 - step])
@@ -244,7 +240,6 @@ class Refiner(nn.Module):
             guidance: w of eps = (1 + w) eps(z) - w eps(negative). 0 is without guidance, and so is 1, as released.
             num_steps: n, 1 to 1000.
             temperature: factor of the steps' noise.
-
         Raises:
             UserError: another number of steps.
         """

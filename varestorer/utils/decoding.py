@@ -76,7 +76,8 @@ def decode(file: ImageFile.ImageFile) -> Decoded:
     profile = None if file.mode == "LAB" else file.info.get("icc_profile")
     alpha = _alpha(image.mode, bands, file.info.get("transparency"))
     rgb, kept_profile, profile_notes = _colors(file, image, bands, profile)
-    is_gray = kept_profile is None and (is_stored_gray or _is_palette_of_grays(file, rgb))
+    is_palette_of_grays = file.mode in ("P", "PA") and bool((rgb == rgb[:1]).all())
+    is_gray = kept_profile is None and (is_stored_gray or is_palette_of_grays)
     if _is_numeric(image.mode) and rgb.max() < 1 / 16:
         notes.append("very dark: if its samples use fewer bits than they have, its MaxSampleValue must say so")
     rgb = rgb if alpha is None else _cover_hidden(rgb, alpha)
@@ -200,10 +201,6 @@ def _bits(file: ImageFile.ImageFile) -> int:
         return 16
     is_deep = file.format in ("PNG", "TIFF") and bool(file.tile) and ";16" in str(file.tile[0][3])
     return 16 if is_deep else 8
-
-
-def _is_palette_of_grays(file: ImageFile.ImageFile, rgb_CHW: np.ndarray) -> bool:
-    return file.mode in ("P", "PA") and bool((rgb_CHW == rgb_CHW[:1]).all())
 
 
 def _cover_hidden(rgb_CHW: np.ndarray, alpha_HW: np.ndarray) -> np.ndarray:

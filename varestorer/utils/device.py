@@ -106,15 +106,19 @@ def usable_cores() -> int:
         return cores
 
 
+def cpuinfo(field: str) -> str:
+    """What Linux tells of the processor; empty where it does not."""
+    try:
+        found = re.search(rf"^{field}\s*:(.*)$", CPUINFO.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    except OSError:
+        return ""
+    return found[1].strip() if found else ""
+
+
 @lru_cache(maxsize=1)
 def processor_flags() -> set[str]:
     """Instruction sets of the processor by Linux's names; empty where Linux does not tell."""
-    try:
-        text = CPUINFO.read_text(encoding="utf-8")
-    except OSError:
-        return set()
-    flags = re.search(r"^flags\s*:(.*)$", text, flags=re.MULTILINE)
-    return set(flags[1].split()) if flags else set()
+    return set(cpuinfo("flags").split())
 
 
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -124,11 +128,7 @@ UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def parse_memory(text: str) -> int:
-    """Bytes of "6G", "1.5G" or "800M" (of 1024; GB and GiB are taken for G).
-
-    Raises:
-        ValueError: no such text.
-    """
+    """Bytes of "6G", "1.5G" or "800M" (of 1024; GB and GiB are taken for G); ValueError for other texts."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), flags=re.IGNORECASE)
     if found is None or float(found[1]) == 0:
         raise ValueError(f"wanted a size such as 6G or 800M, got {text!r}")

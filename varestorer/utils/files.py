@@ -56,14 +56,24 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     target = Path(path)
     temporary = temporary_path(target)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        os.replace(temporary, target)
-    except BaseException as error:
+        with writing_errors(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            os.replace(temporary, target)
+    except BaseException:
         _remove(temporary)
+        raise
+
+
+@contextmanager
+def writing_errors(target: Path, remedy: str = "check the folder and its free space") -> Iterator[None]:
+    """Turn an error of writing, such as a full disk, into a UserError that names the path and the remedy."""
+    try:
+        yield
+    except Exception as error:
         # torch and safetensors report a full disk as errors of their own, with the system's words in them
         if isinstance(error, OSError) or "No space left on device" in str(error):
-            raise UserError(f"cannot write {target}: {reason(error)}; check the folder and its free space") from error
+            raise UserError(f"cannot write {target}: {reason(error)}; {remedy}") from error
         raise
 
 
@@ -86,11 +96,7 @@ def sync(path: Path) -> None:
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-    """Write a text as UTF-8, whole or not at all.
-
-    Raises:
-        UserError: it cannot be written; names the path.
-    """
+    """Write a text as UTF-8, whole or not at all; UserError, with the path, if it cannot be written."""
     with atomic_write(path) as temporary:
         temporary.write_bytes(printable(text).encode())
 
@@ -188,11 +194,7 @@ def check_writable(folder: Path, key: str) -> None:
 
 
 def check_room(folder: Path, size: int) -> None:
-    """Refuse to write more than fits.
-
-    Raises:
-        UserError: says what is free and what is wanted.
-    """
+    """Refuse to write more than fits: a UserError that says what is free and what is wanted."""
     free = shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free
     if size > free:
         raise UserError(

@@ -21,11 +21,7 @@ def is_finite(x: Tensor) -> bool:
 
 
 def check_finite(x: Tensor, what: str) -> None:
-    """Refuse numbers that are not finite.
-
-    Raises:
-        UserError: names `what`.
-    """
+    """Refuse numbers that are not finite: a UserError that names `what`."""
     if not is_finite(x):
         raise UserError(
             f"{what} is not finite (NaN or infinite numbers): the weights are of no use, or they overflow in this "

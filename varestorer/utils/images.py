@@ -1,4 +1,4 @@
-"""Pictures: listing, reading, writing, resizing, and the two ranges.
+"""Pictures: reading, writing, resizing, and the two ranges.
 
 Outside networks a picture is RGB float32 (3, H, W) in [0, 1]; inside it is in [-1, 1]. Only `to_network` and
 `from_network` convert between them.
@@ -27,7 +27,6 @@ from varestorer.utils.errors import UserError
 from varestorer.utils.files import atomic_write
 from varestorer.utils.finite import check_finite, is_finite
 from varestorer.utils.image_files import BROKEN_IMAGE_ERRORS, HEIC, READS_HEIC, open_image
-from varestorer.utils.scanning import Scan, report_unused, scan_folder
 from varestorer.utils.watch import watch
 
 
@@ -72,41 +71,6 @@ class Picture:
     bits: int = 8
     exif: Image.Exif | None = None
     dpi: tuple[float, float] | None = None
-
-
-def natural_key(text: str) -> list[tuple[int, int | str]]:
-    """Sort key that puts `2.png` before `10.png`."""
-    parts = re.split(r"(\d+)", text.lower())
-    return [(0, int(part)) if part.isdecimal() else (1, part) for part in parts if part]
-
-
-def list_images(folder: str | os.PathLike) -> list[Path]:
-    """Find pictures in a folder and its subfolders, linked ones included; files that are none are named in the log.
-
-    Returns:
-        Paths with an extension in `IMAGE_EXTENSIONS`, in natural order of their path inside the folder, but for what
-        `scanning.is_skipped`.
-    Raises:
-        UserError: it is no folder, or a folder in it cannot be read.
-    """
-    scan = scan_folder(folder)
-    scan.check_readable()
-    images, others = split_images(scan)
-    report_no_images(scan.root, [path.relative_to(scan.root).as_posix() for path in others])
-    return images
-
-
-def split_images(scan: Scan) -> tuple[list[Path], list[Path]]:
-    """What is a picture by its extension, in natural order, and what else there is."""
-    images = [path for path in scan.files if path.suffix.lower() in IMAGE_EXTENSIONS]
-    others = [path for path in scan.files if path.suffix.lower() not in IMAGE_EXTENSIONS]
-    images.sort(key=lambda path: natural_key(path.relative_to(scan.root).as_posix()))
-    return images, others + scan.unused
-
-
-def report_no_images(root: Path, names: list[str]) -> None:
-    """Name the files of a folder that are no pictures, see `scanning.report_unused`."""
-    report_unused(root, "files are not used as images, by their extension", names)
 
 
 def load_picture(path: str | os.PathLike, max_pixels: int | None = None) -> Picture:
@@ -387,11 +351,7 @@ def _shape_hint(image: Tensor) -> str:
 
 
 def _check_values(image: Tensor, what: str) -> None:
-    """Refuse whole numbers, and values beyond [0, 1] by more than rounding.
-
-    Raises:
-        ValueError: says the type or the range that came.
-    """
+    """Refuse whole numbers, and values beyond [0, 1] by more than rounding: a ValueError that says what came."""
     if not image.is_floating_point():
         hint = "use x.float() / 255" if image.dtype == torch.uint8 else "use floats in [0, 1]"
         raise ValueError(f"{what}; got {image.dtype}: {hint}")

@@ -227,11 +227,7 @@ def weight_files(name: str) -> list[Path]:
 
 
 def metric_config(name: str) -> Mapping[str, Any]:
-    """pyiqa's description of a metric: `metric_mode` (FR or NR), `lower_better`, ...
-
-    Raises:
-        UsageError: unknown name; suggests close ones.
-    """
+    """pyiqa's description of a metric: `metric_mode` (FR or NR), `lower_better`, ...; UsageError if unknown."""
     _pyiqa()
     from pyiqa.default_model_configs import DEFAULT_CONFIGS
 
@@ -266,11 +262,7 @@ def reads_plainly(path: str | Path, image_3HW: Tensor) -> bool:
 
 
 def needs_reference(name: str) -> bool:
-    """Whether a metric compares with references; pyiqa counts FID among those that need none.
-
-    Raises:
-        UsageError: unknown name.
-    """
+    """Whether a metric compares with references; pyiqa counts FID among those that need none. UsageError if unknown."""
     compares = metric_config(name).get("metric_mode") == "FR"
     return compares or name in DATASET_METRICS - {"inception_score"}
 
@@ -280,11 +272,7 @@ def _is_offline() -> bool:
 
 
 def _check_available(name: str, missing: Sequence[str], offline: bool) -> None:
-    """Say in one line what a metric lacks.
-
-    Raises:
-        MetricUnavailableError: a Python package is not there, or one of the files `missing`.
-    """
+    """Say in one line (MetricUnavailableError) what a metric lacks: a Python package, or the files `missing`."""
     package = missing_package(name)
     problems = [package] if package else []
     if missing:
@@ -303,11 +291,7 @@ def _given_weights(name: str, folder: str | Path | None) -> dict[str, Path]:
 
 @cache
 def _pyiqa() -> Any:
-    """Import pyiqa without its chatter.
-
-    Raises:
-        MetricUnavailableError: it is not installed: training and restoring do without.
-    """
+    """Import pyiqa without its chatter; MetricUnavailableError without it: training and restoring do without."""
     try:
         with quiet():
             import pyiqa

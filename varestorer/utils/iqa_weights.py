@@ -51,10 +51,7 @@ WEIGHT_FILES: dict[str, tuple[str, ...]] = {
     "topiq_nr": (_RESNET50, "pyiqa/cfanet_nr_koniq_res50-9a73138b.pth"),
     "topiq_nr-flive": (_RESNET50, "pyiqa/cfanet_nr_flive_res50-ded1c74e.pth"),
     "topiq_nr-spaq": (_RESNET50, "pyiqa/cfanet_nr_spaq_res50-a7f799ac.pth"),
-    "topiq_iaa": (
-        "checkpoints/swin_base_patch4_window12_384_22kto1k.pth",
-        "pyiqa/cfanet_iaa_ava_swin-393b41b4.pth",
-    ),
+    "topiq_iaa": ("checkpoints/swin_base_patch4_window12_384_22kto1k.pth", "pyiqa/cfanet_iaa_ava_swin-393b41b4.pth"),
     "topiq_iaa_res50": (_RESNET50, "pyiqa/cfanet_iaa_ava_res50-3cd62bb3.pth"),
     "niqe": ("pyiqa/niqe_modelparameters.mat",),
     "niqe_matlab": ("pyiqa/niqe_matlab_params.mat",),

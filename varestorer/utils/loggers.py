@@ -11,6 +11,8 @@ import logging
 import os
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from importlib import import_module
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -53,51 +55,39 @@ class Loggers(Logger):
 
     def __init__(self, loggers: Sequence[Logger]) -> None:
         self.loggers = loggers
+        for name in ("log_metrics", "log_image", "log_table", "log_checkpoint", "finish"):
+            setattr(self, name, partial(self._all, name))
 
-    def log_metrics(self, group: str, step: int | None, values: Mapping[str, float]) -> None:
+    def _all(self, name: str, *args: Any) -> None:
         for logger in self.loggers:
-            logger.log_metrics(group, step, values)
-
-    def log_image(self, group: str, step: int, path: Path) -> None:
-        for logger in self.loggers:
-            logger.log_image(group, step, path)
-
-    def log_table(self, group: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> None:
-        for logger in self.loggers:
-            logger.log_table(group, columns, rows)
-
-    def log_checkpoint(self, group: str, step: int, folder: Path) -> None:
-        for logger in self.loggers:
-            logger.log_checkpoint(group, step, folder)
-
-    def finish(self) -> None:
-        for logger in self.loggers:
-            logger.finish()
+            getattr(logger, name)(*args)
 
 
 class WandbLogger(Logger):
     """Weights & Biases; each stage has its own step axis, because stages count from 1 again."""
 
-    def __init__(self, wandb_run: Any, artifacts: bool = False) -> None:
+    library = "wandb"
+
+    def __init__(self, run: Any, artifacts: bool = False) -> None:
         """Log to a run that `wandb.init` gave; `artifacts`: checkpoints too."""
-        self._run = wandb_run
+        self._run = run
         self._artifacts = artifacts
         self._stages: set[str] = set()
 
-    def log_metrics(self, group: str, step: int | None, values: Mapping[str, float]) -> None:
+    def log_metrics(self, group: str, step: int | None, values: Mapping[str, Any]) -> None:
         named = {f"{group}/{key}": value for key, value in values.items()}
-        self._run.log({**named, **self._step(group, step)})
+        if step is not None and group not in self._stages:
+            self._run.define_metric(f"{group}/*", step_metric=f"{group}/step")
+            self._stages.add(group)
+        self._run.log(named if step is None else {**named, f"{group}/step": step})
 
     def log_image(self, group: str, step: int, path: Path) -> None:
-        self._run.log({f"{group}/samples": self._image(path), **self._step(group, step)})
+        self.log_metrics(group, step, {"samples": self._image(path)})
 
     def log_table(self, group: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> None:
-        import wandb
-
-        table = wandb.Table(columns=[*columns])
-        for row in rows:
-            table.add_data(*(self._image(cell) if isinstance(cell, Path) else cell for cell in row))
-        self._run.log({f"{group}/images": table})
+        cells = [[self._image(cell) if isinstance(cell, Path) else cell for cell in row] for row in rows]
+        table = import_module(self.library).Table(columns=[*columns], data=cells)
+        self.log_metrics(group, None, {"images": table})
 
     def log_checkpoint(self, group: str, step: int, folder: Path) -> None:
         """Send a checkpoint, if asked to, as a version of the artifact `<run>-<stage>`; wandb keeps a copy of it."""
@@ -112,19 +102,23 @@ class WandbLogger(Logger):
     def finish(self) -> None:
         self._run.finish()
 
-    def _step(self, group: str, step: int | None) -> dict[str, int]:
-        if step is None:
-            return {}
-        if group not in self._stages:
-            self._run.define_metric(f"{group}/*", step_metric=f"{group}/step")
-            self._stages.add(group)
-        return {f"{group}/step": step}
+    def _image(self, path: Path) -> Any:
+        """A picture as browsers show it: its path, or the levels of other kinds of file."""
+        is_plain = path.suffix.lower() in (".png", ".jpg", ".jpeg")
+        return import_module(self.library).Image(str(path) if is_plain else to_levels(load_image(path)))
 
-    @staticmethod
-    def _image(path: Path) -> Any:
-        import wandb
 
-        return wandb.Image(_plain(path))
+class TrackioLogger(WandbLogger):
+    """Trackio, which has wandb's names; its own folder (`TRACKIO_DIR`) keeps all runs; `trackio show` shows them."""
+
+    library = "trackio"
+
+    def log_metrics(self, group: str, step: int | None, values: Mapping[str, Any]) -> None:
+        self._run.log({f"{group}/{key}": value for key, value in values.items()}, step=step)
+
+    def finish(self) -> None:
+        with contextlib.redirect_stdout(StringIO()):  # it prints
+            self._run.finish()
 
 
 class TensorBoardLogger(Logger):
@@ -149,36 +143,6 @@ class TensorBoardLogger(Logger):
 
     def finish(self) -> None:
         self._writer.close()
-
-
-class TrackioLogger(Logger):
-    """Trackio, whose own folder (`TRACKIO_DIR`) keeps the runs of all projects; `trackio show` shows them."""
-
-    def __init__(self, trackio_run: Any) -> None:
-        """Log to a run that `trackio.init` gave."""
-        self._run = trackio_run
-
-    def log_metrics(self, group: str, step: int | None, values: Mapping[str, float]) -> None:
-        self._run.log({f"{group}/{key}": value for key, value in values.items()}, step=step)
-
-    def log_image(self, group: str, step: int, path: Path) -> None:
-        self._run.log({f"{group}/samples": self._image(path)}, step=step)
-
-    def log_table(self, group: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> None:
-        import trackio
-
-        cells = [[self._image(cell) if isinstance(cell, Path) else cell for cell in row] for row in rows]
-        self._run.log({f"{group}/images": trackio.Table(columns=[*columns], data=cells)})
-
-    def finish(self) -> None:
-        with contextlib.redirect_stdout(StringIO()):  # it prints
-            self._run.finish()
-
-    @staticmethod
-    def _image(path: Path) -> Any:
-        import trackio
-
-        return trackio.Image(_plain(path))
 
 
 Factory = Callable[[Path, Mapping[str, Any]], Logger]
@@ -277,8 +241,3 @@ def _run_id(folder: Path) -> str:
         with atomic_write(path) as temporary:
             temporary.write_text(uuid.uuid4().hex[:8] + "\n", encoding="utf-8")
     return path.read_text(encoding="utf-8").strip()
-
-
-def _plain(path: Path) -> Any:
-    """A picture as browsers show it: its path, or the levels of other kinds of file."""
-    return str(path) if path.suffix.lower() in (".png", ".jpg", ".jpeg") else to_levels(load_image(path))

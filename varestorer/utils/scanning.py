@@ -1,12 +1,28 @@
-"""What a user's folder holds: the one walk through it, and the one rule of what is skipped there."""
+"""What a user's folder holds: the one walk through it, the one rule of what is skipped there, which are pictures.
 
+Listing 85,000 files takes seconds on a disk and can take minutes on a network. A large list of pictures is kept in
+`cache_folder()/folders` with the times of change of every folder in the tree, and is good as long as these are the
+same: adding, removing or renaming a file or a folder changes the time of the folder that holds it. Only folders are
+asked, not files.
+
+Not noticed: a file whose content is overwritten in place. The list does not depend on it: sizes and contents are read
+when a file's turn comes, and a file that turns out to be broken is skipped then. Small folders are listed every time.
+"""
+
+import hashlib
+import json
 import logging
 import os
+import re
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from varestorer.utils.errors import UserError
+from varestorer.utils.errors import UserError, reason
+from varestorer.utils.files import cache_folder, expand_user, name_bytes, read_text, write_json
+from varestorer.utils.images import IMAGE_EXTENSIONS
 
 log = logging.getLogger(__name__)
 
@@ -22,6 +38,10 @@ SKIPPED = frozenset(
     ]
 )
 NAMES_SHOWN = 5
+MIN_FILES = 1000
+# a folder that changed this recently (seconds) may change again without its time of change showing it
+SETTLED = 2.0
+FORMAT = 2
 
 Stamp = list[int]
 
@@ -45,11 +65,7 @@ class Scan:
     unreadable: dict[Path, str] = field(default_factory=dict)
 
     def check_readable(self) -> None:
-        """Refuse a folder of which a part is not seen: what is made of the rest would look whole.
-
-        Raises:
-            UserError: names folders that cannot be read.
-        """
+        """Refuse a folder (UserError) of which a part is not seen: what is made of the rest would look whole."""
         if self.unreadable:
             names = first_names(map(str, self.unreadable))
             reason = next(iter(self.unreadable.values()))
@@ -135,3 +151,88 @@ def _kind_of(entry: os.DirEntry[str], scan: Scan, folders: list[Path], links: li
         return scan.files if entry.is_file() or entry.is_symlink() else scan.unused
     except OSError:  # a file, as far as anybody can tell: opening it says what is wrong with it
         return scan.files
+
+
+def natural_key(text: str) -> list[tuple[int, int | str]]:
+    """Sort key that puts `2.png` before `10.png`."""
+    parts = re.split(r"(\d+)", text.lower())
+    return [(0, int(part)) if part.isdecimal() else (1, part) for part in parts if part]
+
+
+def split_images(scan: Scan) -> tuple[list[Path], list[Path]]:
+    """What is a picture by its extension, in natural order, and what else there is."""
+    images = [path for path in scan.files if path.suffix.lower() in IMAGE_EXTENSIONS]
+    others = [path for path in scan.files if path.suffix.lower() not in IMAGE_EXTENSIONS]
+    images.sort(key=lambda path: natural_key(path.relative_to(scan.root).as_posix()))
+    return images, others + scan.unused
+
+
+def report_no_images(root: Path, names: list[str]) -> None:
+    """Name the files of a folder that are no pictures, see `report_unused`."""
+    report_unused(root, "files are not used as images, by their extension", names)
+
+
+def list_images(folder: str | os.PathLike) -> list[Path]:
+    """Find pictures in a folder and its subfolders, linked ones included; files that are none are named in the log.
+
+    Returns:
+        Paths with an extension in `IMAGE_EXTENSIONS`, in natural order of their path inside the folder, but for what
+        `is_skipped`; from the cache if nothing changed since.
+    Raises:
+        UserError: it is no folder, or a folder in it cannot be read.
+    """
+    root = Path(folder)
+    path = cache_path("folders", root)
+    kept = read_cache(path)
+    if kept is not None and _is_unchanged(root, kept["folders"]):
+        report_no_images(root, kept["unused"])
+        return [root / name for name in kept["files"]]
+    scan = scan_folder(root)
+    scan.check_readable()
+    images, others = split_images(scan)
+    unused = [path.relative_to(root).as_posix() for path in others]
+    report_no_images(root, unused)
+    stamps = {os.path.relpath(folder, root): times for folder, times in scan.folders.items()}
+    latest = max((max(times) for times in stamps.values()), default=0)
+    if len(images) >= MIN_FILES and time.time() - latest / 1e9 > SETTLED:
+        names = [path.relative_to(root).as_posix() for path in images]
+        write_cache(path, {"root": str(root.absolute()), "folders": stamps, "files": names, "unused": unused})
+    return images
+
+
+def cache_path(kind: str, root: Path) -> Path | None:
+    """The file of what is remembered about a folder; None where there is no cache."""
+    cache = cache_folder()
+    name = hashlib.sha256(name_bytes(str(expand_user(root).absolute()))).hexdigest()[:32]
+    return None if cache is None else cache / kind / f"{name}.json"
+
+
+def read_cache(path: Path | None) -> dict[str, Any] | None:
+    """What `write_cache` kept; None if there is nothing, or nothing of use."""
+    if path is None:
+        return None
+    try:
+        content = json.loads(read_text(path))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        log.warning("the cached list %s cannot be read and is made again (%s)", path, reason(error))
+        return None
+    return content if isinstance(content, dict) and content.get("format") == FORMAT else None
+
+
+def write_cache(path: Path | None, content: dict[str, Any]) -> None:
+    """Keep a JSON object; trouble with the disk is a warning, since it can be made again."""
+    if path is None:
+        return
+    try:
+        write_json(path, {"format": FORMAT, **content})
+    except UserError as error:
+        log.warning("the list is not remembered: %s (VARESTORER_CACHE names another folder)", reason(error))
+
+
+def _is_unchanged(root: Path, stamps: dict[str, Stamp]) -> bool:
+    try:
+        return all(stamp(root / name) == times for name, times in stamps.items())
+    except OSError:  # one is gone
+        return False

@@ -65,11 +65,7 @@ def isolated_rng(seed: int) -> Iterator[None]:
 
 
 def uniform_per_sample(
-    shape: tuple[int, ...],
-    seed: int,
-    keys: Sequence[int] | Tensor,
-    stream: str,
-    device: torch.device | str = "cpu",
+    shape: tuple[int, ...], seed: int, keys: Sequence[int] | Tensor, stream: str, device: torch.device | str = "cpu"
 ) -> Tensor:
     """Uniform numbers whose row `b` depends on `(seed, stream, keys[b])` alone.
 
@@ -89,11 +85,7 @@ def uniform_per_sample(
 
 
 def normal_per_sample(
-    shape: tuple[int, ...],
-    seed: int,
-    keys: Sequence[int] | Tensor,
-    stream: str,
-    device: torch.device | str = "cpu",
+    shape: tuple[int, ...], seed: int, keys: Sequence[int] | Tensor, stream: str, device: torch.device | str = "cpu"
 ) -> Tensor:
     """Standard normal numbers (B, *shape) float32; arguments as `uniform_per_sample`."""
     return _per_sample(Tensor.normal_, shape, seed, keys, stream, device)

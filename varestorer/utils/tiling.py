@@ -341,9 +341,7 @@ def restore_to_sizes(
         down, across = (_Axis.cover(axis, side, shared, window, exact) for axis in axes)
         grids.append(_Grid(down, across, side))
     outputs = [image_3HW.new_zeros((0, *whole), dtype=torch.float32) for whole, _ in results]
-    resample = lru_cache(maxsize=128)(
-        ENLARGE[enlarge]
-    )  # the tiles of a row share their weights, and so do those of a column
+    resample = lru_cache(maxsize=128)(ENLARGE[enlarge])  # tiles of a row, or of a column, share their weights
     likeness = _Likeness(grids[-1])
 
     def pieces_of(numbers: list[int]) -> list[Tensor]:
@@ -352,22 +350,22 @@ def restore_to_sizes(
 
     first = 0
     while first < len(corners):
-        numbers, is_done = [*range(first, min(first + batch, len(corners)))], False
+        numbers = [*range(first, min(first + batch, len(corners)))]
+        restored: list[Tensor] | None = None
         try:
             restored = pieces_of(numbers)
-            parts = zip(outputs, grids, restored, strict=True)
-            outputs = [_blended(output_CHW, grid, numbers, pieces) for output_CHW, grid, pieces in parts]
-            likeness.note(numbers, restored[-1])
-            is_done = True
         except (MemoryError, RuntimeError) as error:
             if len(numbers) == 1 or not is_out_of_memory(error):
                 raise
-        if is_done:
-            first += len(numbers)
-        else:  # outside of the handler, as the error holds on to what was allocated
+        if restored is None:  # outside of the handler, as the error holds on to what was allocated
             free_memory(image_3HW.device)
             batch = len(numbers) // 2
             warn(f"out of memory with {len(numbers)} squares at once, going on with {batch}")
+            continue
+        parts = zip(outputs, grids, restored, strict=True)
+        outputs = [_blended(output_CHW, grid, numbers, pieces) for output_CHW, grid, pieces in parts]
+        likeness.note(numbers, restored[-1])
+        first += len(numbers)
     _do_again(likeness, outputs, grids, pieces_of, warn)
     return outputs
 

@@ -41,11 +41,7 @@ def tensors_file(bundle: Path, part: str) -> Path:
 
 
 def read_config(bundle: Path) -> dict[str, Any]:
-    """The bundle's `config.json`.
-
-    Raises:
-        UserError: it cannot be read, or is of another format.
-    """
+    """The bundle's `config.json`; UserError if it cannot be read, or is of another format."""
     path = bundle / CONFIG
     try:
         config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -71,7 +67,6 @@ def save_bundle(system: Any, folder: Path, half: bool = False) -> None:
         system: what to write.
         folder: where to.
         half: store every tensor in float16, which takes half the space and is float32 again when it is read.
-
     Raises:
         UserError: a file cannot be written, or a weight is too large for float16.
     """
@@ -98,11 +93,7 @@ def save_bundle(system: Any, folder: Path, half: bool = False) -> None:
 
 
 def _halved(tensors: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
-    """Tensors in float16.
-
-    Raises:
-        UserError: a value that float16 cannot hold.
-    """
+    """Tensors in float16; UserError for a value that float16 cannot hold."""
     stored = {name: tensor.half() for name, tensor in tensors.items()}
     beyond = [name for name, tensor in stored.items() if not tensor.isfinite().all()]
     if beyond:
@@ -144,11 +135,7 @@ def adapter_tensors(system: Any) -> dict[str, Tensor]:
 
 
 def own_adapters(system: Any) -> dict[str, Tensor]:
-    """A system's adapters, which are to be written.
-
-    Raises:
-        UserError: it has none.
-    """
+    """A system's adapters, which are to be written; UserError if it has none."""
     adapters = adapter_tensors(system)
     if not adapters:
         raise UserError("the model has no adapters of its own: it has none at all, or they are merged")
@@ -156,11 +143,7 @@ def own_adapters(system: Any) -> dict[str, Tensor]:
 
 
 def save_adapters(system: Any, path: Path) -> None:
-    """Write the adapters, with what is needed to put them onto a teacher again.
-
-    Raises:
-        UserError: the system has none.
-    """
+    """Write the adapters, with what is needed to put them onto a teacher again; UserError if there are none."""
     save_tensors(path, own_adapters(system), adapters_metadata(system))
 
 

@@ -69,7 +69,6 @@ def read_tensors(path: str | Path, nested: tuple[str, ...] = ()) -> dict[str, Te
         path: the file.
         nested: keys under which a torch file may hold its state dict; each that is there is followed, in turn. The
             prefix `module.` is taken off where every name has it.
-
     Raises:
         UserError: the file is missing, damaged, holds more than tensors, has no tensors, some that are not finite, or
             some of a kind that nothing here computes with.
@@ -85,11 +84,7 @@ def read_tensors(path: str | Path, nested: tuple[str, ...] = ()) -> dict[str, Te
 
 
 def open_safetensors(path: Path, read: Callable[[Path], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Call `read(path)` with errors a user can act on.
-
-    Raises:
-        UserError: the file is missing or damaged, or has no tensors.
-    """
+    """Call `read(path)`; UserError if the file is missing or damaged, or has no tensors."""
     return _some(_read_safetensors(path, read), path)
 
 
@@ -132,11 +127,7 @@ def differences(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> Di
 
 
 def check_names_and_shapes(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor], source: str) -> None:
-    """Compare two sets of tensors by name, shape and kind.
-
-    Raises:
-        UserError: naming what is missing, unexpected or misshapen.
-    """
+    """Refuse tensors of other names, shapes or kinds: a UserError with what is missing, unexpected or misshapen."""
     found = differences(wanted, given)
     if found:
         raise UserError(f"{source} does not fit the model; {found}")
@@ -206,7 +197,6 @@ def read_entries(path: str | Path) -> dict[str, Tensor]:
     Args:
         path: a `.safetensors` file, or a torch file whose tensors may lie under one of `NESTED` or below each other,
             and may be named with the prefix `module.`.
-
     Raises:
         UsageError: no such file.
         UserError: the file is damaged, holds more than tensors or tensors of an unknown type, or has no tensors.

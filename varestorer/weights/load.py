@@ -31,7 +31,6 @@ def check_part(part: str, path: str | Path, published: Mapping[str, str]) -> Non
         part: "tokenizer" or "transformer".
         path: a published file, a bundle, or the folder of a run.
         published: part -> the published file to get, and where: `System.published`.
-
     Raises:
         UserError: an unknown part, or no such file (says which to get, and the key to set).
     """
@@ -52,7 +51,6 @@ def load_part(system: Any, part: str, path: str | Path, new_adapters: bool = Fal
         part: "tokenizer" or "transformer".
         path: a published file, a bundle, or the folder of a run that trained or held that part.
         new_adapters: leave the transformer's adapters as they are, whatever the path holds.
-
     Raises:
         UserError: no such file (says which to get, and the key to set), or one that does not fit.
     """
@@ -88,7 +86,7 @@ def load_tokenizer(tokenizer: Any, tensors: Mapping[str, Tensor], source: str) -
     config = tokenizer.config
     wanted = tokenizer.state_dict()
     ours = tokenizer_tensors(wanted, len(config.multipliers), config.latent_width, tensors, source)
-    assign_plain(tokenizer, _in_float32(ours))
+    assign_plain(tokenizer, in_float32(ours))
 
 
 def load_transformer(transformer: Any, tensors: Mapping[str, Tensor], source: str) -> None:
@@ -97,7 +95,7 @@ def load_transformer(transformer: Any, tensors: Mapping[str, Tensor], source: st
     if not any(".lora_" in name for name in tensors):
         wanted = _without_adapters(wanted)
     ours = transformer_tensors(wanted, transformer.config.width, tensors, source)
-    assign_plain(transformer, _in_float32(ours))
+    assign_plain(transformer, in_float32(ours))
 
 
 def _load_from_bundle(module: nn.Module, part: str, bundle: Path, fold: bool, new_adapters: bool) -> None:
@@ -155,7 +153,8 @@ def _widened(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.float() if tensor.dtype == torch.float16 else tensor for name, tensor in tensors.items()}
 
 
-def _in_float32(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def in_float32(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same, widened or rounded."""
     return {name: tensor.float() for name, tensor in tensors.items()}
 
 

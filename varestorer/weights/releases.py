@@ -99,7 +99,6 @@ def fetch(names: Sequence[str], options: Mapping[str, Any] | None = None, revisi
         names: of `published_files`.
         options: huggingface_hub's `cache_dir`, `token`, `local_files_only` and `force_download`.
         revision: of the first file's repository; others are taken as they are now.
-
     Raises:
         UserError: an unknown name, a hub that does not give one, no room for it, or a file that came damaged.
     """
@@ -118,11 +117,7 @@ def fetch(names: Sequence[str], options: Mapping[str, Any] | None = None, revisi
 
 
 def _say_sizes(files: Sequence[PublishedFile], options: Mapping[str, Any], revisions: Mapping[str, str | None]) -> None:
-    """Say what will be fetched.
-
-    Raises:
-        UserError: the hub does not have it, or the disk no room for it.
-    """
+    """Say what will be fetched; UserError if the hub does not have it, or the disk no room for it."""
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
     from huggingface_hub.errors import LocalEntryNotFoundError
 

@@ -32,15 +32,11 @@ from varestorer.weights.bundle import (
 )
 from varestorer.weights.files import read_entries, read_metadata
 from varestorer.weights.published import RESTORER_FILE
-from varestorer.weights.published.infinity import (
-    STUDENT_FILE,
-    TOKENIZER_FILE,
-)
+from varestorer.weights.published.infinity import STUDENT_FILE, TOKENIZER_FILE
 from varestorer.weights.published.varsr import network_kind
 from varestorer.weights.releases import Release, fetch, releases
 from varestorer.weights.runs import CONFIG as RUN_CONFIG
-from varestorer.weights.runs import is_run, latest_checkpoint
-from varestorer.weights.storage import STATE
+from varestorer.weights.runs import STATE, is_run, latest_checkpoint
 
 LOG = logging.getLogger(__name__)
 ReadPublished = Callable[..., Any]
@@ -60,11 +56,7 @@ def is_published(path: Path) -> bool:
 
 
 def check_is_whole(path: Path) -> None:
-    """Refuse a file that is one part of a bundle, a run's weights, or adapters alone.
-
-    Raises:
-        UsageError: says what to give instead.
-    """
+    """Refuse a file that is one part of a bundle, a run's weights, or adapters alone: a UsageError with the remedy."""
     if path.suffix.lower() != ".safetensors":
         return
     folder = path.parent
@@ -83,7 +75,6 @@ def download(name: str, options: Mapping[str, Any]) -> Path:
     Args:
         name: `owner/name`.
         options: huggingface_hub's `revision`, `cache_dir`, `token`, ...
-
     Raises:
         UsageError: the hub does not give it.
         UserError: it is no bundle, or there is no room for it.
@@ -212,11 +203,7 @@ def models_by_system(folder: str, *names: str) -> dict[str, list[str]]:
 
 
 def model_of_run(path: Path) -> DictConfig:
-    """The model of a run's config.
-
-    Raises:
-        UserError: it has none, or cannot be read.
-    """
+    """The model of a run's config; UserError if it has none, or cannot be read."""
     run_dir = latest_checkpoint(path).parents[2]
     try:
         model = OmegaConf.load(run_dir / RUN_CONFIG).model

@@ -53,11 +53,7 @@ def load_restorer(path: str | Path, device: torch.device | str = "cpu") -> Resto
 
 
 def _of_run(run: Path) -> dict[str, Tensor]:
-    """The tensors of the restorer that a run drew and trained, by the names of its network.
-
-    Raises:
-        UserError: it has none of its own.
-    """
+    """The tensors of the restorer that a run drew and trained, by its network's names; UserError if it has none."""
     prefix = "restorer.network."
     held = load_run_weights(run).items()
     tensors = {name.removeprefix(prefix): tensor for name, tensor in held if name.startswith(prefix)}

@@ -1,21 +1,33 @@
-"""The weights of a run, read from its folder; training writes them (`training.checkpoint`).
+"""The folder of a run on the disk: its checkpoints, and the weights in them (`training.checkpoint` decides on them).
 
 `<run>/checkpoints/` holds `initial.safetensors` (a start that was drawn at random), a folder per stage with
 `step_000100/` in it, and `latest`, a line of text naming the newest whole checkpoint as `<stage>/<step>`. Where
 `trainer.keep_best` is set, a stage's folder also has `best`, a JSON object that names its best checkpoint.
+
+A checkpoint is written aside, synced and renamed, and checked by size and SHA-256 when it is read: `*.safetensors` for
+tensors, `state.json` for everything else, `checksums.json` with `{file: {"size", "sha256"}}` of the others.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import re
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from varestorer.utils.errors import UserError, reason
-from varestorer.weights import storage
+from varestorer.utils.files import file_sha256, sync, temporary_path, utf8_path, write_json, writing_errors
+from varestorer.utils.finite import check_weights
 
 LOG = logging.getLogger(__name__)
 FOLDER = "checkpoints"
@@ -23,6 +35,9 @@ INITIAL = "initial.safetensors"
 LATEST = "latest"
 BEST = "best"
 CONFIG = "config.yaml"
+CHECKSUMS = "checksums.json"
+STATE = "state.json"
+GO_ON = "checkpoints are untouched: check the folder and its free space, then go on with resume=auto"
 
 
 def is_run(path: str | Path) -> bool:
@@ -30,13 +45,13 @@ def is_run(path: str | Path) -> bool:
     path = Path(path)
     if path.is_file():
         return path.name in (LATEST, BEST) and FOLDER in (path.parent.name, path.parents[1].name)
-    return (path / FOLDER).is_dir() or (path / storage.STATE).is_file()
+    return (path / FOLDER).is_dir() or (path / STATE).is_file()
 
 
 def load_initial(run_dir: Path) -> dict[str, Tensor] | None:
     """What `save_initial` kept; None if the run started from files alone."""
     path = run_dir / FOLDER / INITIAL
-    return storage.read_tensors(path) if path.is_file() else None
+    return read_tensors(path) if path.is_file() else None
 
 
 def newest_checkpoint(run_dir: Path, stage: str | None = None) -> Path | None:
@@ -45,7 +60,7 @@ def newest_checkpoint(run_dir: Path, stage: str | None = None) -> Path | None:
     Damaged ones are named in a warning and the one before is taken.
     """
     for folder in _candidates(run_dir / FOLDER, stage):
-        problem = storage.damage(folder)
+        problem = damage(folder)
         if problem is None:
             return folder
         LOG.warning("damaged checkpoint %s (%s): taking the one before", folder, problem)
@@ -66,8 +81,8 @@ def latest_checkpoint(run_dir: str | Path, stage: str | None = None) -> Path:
         path = path.parents[1]
     if path.name == BEST and path.is_file():
         path = _best(path)
-    if (path / storage.STATE).is_file():
-        problem = storage.damage(path)
+    if (path / STATE).is_file():
+        problem = damage(path)
         if problem is not None:
             raise UserError(f"damaged checkpoint {path}: {problem}; give another one, or the run's folder")
         return path
@@ -80,7 +95,7 @@ def latest_checkpoint(run_dir: str | Path, stage: str | None = None) -> Path:
 
 def load_ema(path: str | Path) -> dict[str, Tensor]:
     """Averaged weights (float32, CPU) of what one stage trained: of a checkpoint, or a run's latest."""
-    return storage.read_tensors(latest_checkpoint(path) / "ema.safetensors")
+    return read_tensors(latest_checkpoint(path) / "ema.safetensors")
 
 
 def load_run_weights(path: str | Path) -> dict[str, Tensor]:
@@ -95,7 +110,7 @@ def load_run_weights(path: str | Path) -> dict[str, Tensor]:
     run_dir = last.parents[2]
     weights = load_initial(run_dir) or {}
     for folder in [*_earlier_stages(run_dir, last), last]:
-        weights.update(storage.read_tensors(folder / "ema.safetensors"))
+        weights.update(read_tensors(folder / "ema.safetensors"))
     return weights
 
 
@@ -123,7 +138,7 @@ def _candidates(folder: Path, stage: str | None) -> Iterator[Path]:
 def _best(path: Path) -> Path:
     """The checkpoint that a stage's `best` names."""
     try:
-        return path.parent / str(storage.read_json(path)["checkpoint"])
+        return path.parent / str(read_json(path)["checkpoint"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} names no checkpoint ({reason(error)}); give one of {path.parent}/step_*") from error
 
@@ -135,7 +150,7 @@ def _stage_folders(folder: Path) -> list[Path]:
 def place_of(path: Path) -> tuple[int, int]:
     """Place of a checkpoint in its run: stage, step; one whose state cannot be read comes last."""
     try:
-        return int(storage.read_json(path / storage.STATE)["stage_index"]), step_of(path)
+        return int(read_json(path / STATE)["stage_index"]), step_of(path)
     except (OSError, ValueError, KeyError, TypeError):
         return -1, step_of(path)
 
@@ -149,3 +164,104 @@ def step_folders(stage_folder: Path) -> list[Path]:
 def step_of(path: Path) -> int:
     """The step a checkpoint's folder is named after."""
     return int(path.name.removeprefix("step_"))
+
+
+@contextmanager
+def atomic_folder(target: Path) -> Iterator[Path]:
+    """Give a temporary folder beside `target`; seal it with checksums and rename it when the block ends well.
+
+    Raises:
+        UserError: it cannot be written (disk full, no permission); names the folder. Older ones stay.
+    """
+    temporary = temporary_path(target)
+    try:
+        with writing_errors(target, GO_ON):
+            temporary.mkdir(parents=True)
+            yield temporary
+            _seal(temporary)
+            shutil.rmtree(target, ignore_errors=True)
+            temporary.rename(target)
+            sync(target.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_leftovers(*folders: Path) -> None:
+    """Remove what a process that was killed while writing left in these folders, half a file or checkpoint."""
+    for folder in folders:
+        for leftover in folder.glob(".*.tmp*"):
+            if leftover.is_dir():
+                shutil.rmtree(leftover)
+            else:
+                leftover.unlink()
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors from any device to a safetensors file; tensors that share memory are written apart."""
+    seen: set[int] = set()
+    apart: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        plain = tensor.detach().cpu().contiguous()
+        storage = plain.untyped_storage().data_ptr()
+        apart[name] = plain.clone() if storage in seen else plain
+        seen.add(storage)
+    save_file(apart, path)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Tensors of a safetensors file, on the CPU; UserError if it cannot be read, or holds NaN or infinity."""
+    try:
+        with utf8_path(path) as plain:
+            tensors = load_file(plain)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot read {path}: {reason(error)}; bring back a good copy of it") from error
+    check_weights(tensors, str(path))
+    return tensors
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object."""
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint folder, in words; None if it is whole."""
+    try:
+        expected = {name: (entry["size"], entry["sha256"]) for name, entry in read_json(folder / CHECKSUMS).items()}
+    except (OSError, ValueError) as error:
+        return f"{CHECKSUMS}: {reason(error)}"
+    except (AttributeError, KeyError, TypeError):
+        return f"{CHECKSUMS} does not list files"
+    if STATE not in expected:
+        return f"{CHECKSUMS} does not list {STATE}"
+    return next(filter(None, (_file_damage(folder / name, *entry) for name, entry in expected.items())), None)
+
+
+def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, types, shapes and bytes of tensors, in the order of their names."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _file_damage(path: Path, size: int, sha256: str) -> str | None:
+    try:
+        if path.stat().st_size != size:
+            return f"{path.name} has {path.stat().st_size} bytes, should have {size}"
+        return None if file_sha256(path) == sha256 else f"{path.name} does not match its checksum"
+    except OSError as error:
+        return f"{path.name} cannot be read: {error.strerror or reason(error)}"
+    except UserError as error:
+        return str(error)
+
+
+def _seal(folder: Path) -> None:
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    sums = {path.name: {"size": path.stat().st_size, "sha256": file_sha256(path)} for path in files}
+    write_json(folder / CHECKSUMS, sums)
+    for path in (*files, folder / CHECKSUMS, folder):
+        sync(path)

@@ -8,8 +8,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from varestorer.data import BicubicDegradation, Degradation, PairedCrops, PhotoCrops, heldout_pairs
-from varestorer.data.crops import draw_box, fill_square, random_square
-from varestorer.data.datasets import EpochOrder
+from varestorer.data.datasets import EpochOrder, draw_box, fill_square, random_square
 from varestorer.utils.errors import UserError
 from varestorer.utils.images import load_image, resize, save_image
 

@@ -1,7 +1,7 @@
 import pytest
 
 from varestorer.data import embedded_photographs, find_pairs, hq_images
-from varestorer.data.embedded import embedded_paths
+from varestorer.data.datasets import embedded_paths
 from varestorer.data.folders import find_images_or_pairs, hq_folder, list_test_set
 from varestorer.utils.errors import UserError
 
@@ -207,7 +207,7 @@ def test_embedded_photographs_and_their_split():
 
 
 def test_missing_package_is_named(monkeypatch):
-    monkeypatch.setattr("varestorer.data.embedded.find_spec", lambda module: None)
+    monkeypatch.setattr("varestorer.data.datasets.find_spec", lambda module: None)
     with pytest.raises(UserError, match="scikit-image, which is not installed.*pip install.*data=folder"):
         embedded_paths("train")
 

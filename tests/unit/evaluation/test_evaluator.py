@@ -18,10 +18,9 @@ from pyiqa.utils.img_util import scandir_images
 from torch import Tensor
 
 from varestorer.evaluation.evaluator import Evaluator
-from varestorer.evaluation.intervals import mean_interval
 from varestorer.evaluation.progress import write_records
 from varestorer.evaluation.protocols import PROTOCOLS, load_protocol
-from varestorer.evaluation.results import Evaluation, Pair, Row
+from varestorer.evaluation.results import Evaluation, Pair, Row, mean_interval
 from varestorer.evaluation.sources import BicubicSource, Candidate, FolderSource, SystemSource
 from varestorer.utils.errors import UsageError, UserError
 from varestorer.utils.images import load_image, resize, save_image, to_uint8

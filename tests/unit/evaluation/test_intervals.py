@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from varestorer.evaluation.intervals import mean_interval, paired, worst_tenth
+from varestorer.evaluation.results import mean_interval, paired, worst_tenth
 from varestorer.evaluation.tables import BEST, SECOND, TIE, Column, Table, TableRow, to_latex, to_markdown
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from published_files import to_published_varsr
 from tiny_sizes import HVAR_SIZES
 
 from varestorer.losses.tokens import log_likelihood, preference_loss
@@ -18,7 +19,6 @@ from varestorer.transformer.heads import BitHead, CodeHead
 from varestorer.utils.errors import UserError
 from varestorer.utils.seeds import torch_generator
 from varestorer.utils.tiling import restore_tiled, restore_to_sizes
-from varestorer.weights.published.varsr import to_published_varsr
 
 READINGS = ("tokens", "sum", "none")
 

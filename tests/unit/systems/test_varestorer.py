@@ -24,10 +24,11 @@ from varestorer.training.tasks.tokenizer import TokenizerTask
 from varestorer.transformer.heads import gumbel, keyed_noise
 from varestorer.transformer.layout import long_layout
 from varestorer.utils.errors import UserError
+from varestorer.utils.files import write_json
 from varestorer.utils.images import is_gray, resize, to_levels, to_uint8
 from varestorer.utils.seeds import torch_generator
 from varestorer.weights.bundle import adapter_tensors, put_adapters, save_adapters, student_of
-from varestorer.weights.storage import atomic_folder, write_json, write_tensors
+from varestorer.weights.runs import atomic_folder, write_tensors
 
 
 def image(height: int, width: int, seed: int = 0) -> torch.Tensor:

@@ -12,11 +12,12 @@ import pytest
 import torch
 from toy_training import ADAMW, KilledError, ToyPairs, ToySystem, ToyTask, config, metrics, train
 
+from varestorer.training import checkpoint
 from varestorer.training.checkpoint import Checkpointer, save_initial
 from varestorer.training.fit import fit, make_accelerator
 from varestorer.training.run import Run
 from varestorer.utils.errors import UsageError, UserError
-from varestorer.weights import storage
+from varestorer.weights import runs
 from varestorer.weights.runs import is_run, latest_checkpoint, load_ema, load_initial, load_run_weights, step_of
 
 
@@ -39,7 +40,7 @@ def test_layout_and_pruning(tmp_path: Path):
     }
     state = json.loads((last / "state.json").read_text())
     assert (state["stage"], state["step"], state["samples"]) == ("toy", 8, 32)
-    optimizer = storage.read_tensors(last / "optimizer.safetensors")
+    optimizer = runs.read_tensors(last / "optimizer.safetensors")
     assert {"exp_avg/second.weight", "exp_avg_sq/second.bias", "step/second.bias"} <= optimizer.keys()
 
 
@@ -70,7 +71,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(tmp_path: Path, h
     assert str(folder) in caplog.text and (victim.name in caplog.text or how == "all")
     train(run, config())
     assert metrics(run) == metrics(whole)
-    assert storage.damage(folder) is None
+    assert runs.damage(folder) is None
 
 
 @pytest.mark.parametrize("content", [b"", b"toy/step_000099\n", b"\xff\xfe", b"../../other\n"])
@@ -192,7 +193,7 @@ def test_a_disk_that_is_really_full_leaves_the_last_good_checkpoint(tmp_path: Pa
         with pytest.raises(UserError, match=r"cannot write .*No space left on device.*free space, .*resume=auto"):
             train(run, cfg)
         last = latest_checkpoint(run)
-        assert 1 <= step_of(last) < 8 and storage.damage(last) is None
+        assert 1 <= step_of(last) < 8 and runs.damage(last) is None
         assert not list(run.glob("checkpoints/toy/.*"))
         subprocess.run(["mount", "-o", "remount,size=20m", str(disk)], check=True)
         train(run, cfg)
@@ -204,7 +205,7 @@ def test_checksums_are_there_at_the_moment_of_the_rename(tmp_path: Path, monkeyp
 
     def look_first(path: Path, target: Path) -> Path:
         seen.append(target.name)
-        assert not target.exists() and storage.damage(path) is None
+        assert not target.exists() and runs.damage(path) is None
         return rename(path, target)
 
     monkeypatch.setattr(Path, "rename", look_first)
@@ -242,14 +243,14 @@ def test_nothing_whole_is_an_error(tmp_path: Path):
 
 
 def test_full_disk_leaves_the_older_checkpoint(tmp_path: Path, monkeypatch):
-    whole = storage.write_tensors
+    whole = runs.write_tensors
 
     def full(path: Path, tensors: dict) -> None:
         if path.name == "optimizer.safetensors" and "step_000006" in str(path):
             raise OSError(errno.ENOSPC, "No space left on device")
         whole(path, tensors)
 
-    monkeypatch.setattr(storage, "write_tensors", full)
+    monkeypatch.setattr(checkpoint, "write_tensors", full)
     with pytest.raises(UserError, match="cannot write .*step_000006.*No space left"):
         train(tmp_path, config())
     assert [path.name for path in stage_folder(tmp_path).iterdir()] == ["step_000003"]
@@ -284,9 +285,9 @@ def test_weights_of_a_run_are_its_start_and_each_stage_s_averages(tmp_path: Path
 
 def test_tied_tensors_are_written_and_hashes_depend_on_values(tmp_path: Path):
     tensor = torch.arange(6.0)
-    storage.write_tensors(tmp_path / "x.safetensors", {"a": tensor, "b": tensor, "c": tensor[2:].view(2, 2)})
-    back = storage.read_tensors(tmp_path / "x.safetensors")
+    runs.write_tensors(tmp_path / "x.safetensors", {"a": tensor, "b": tensor, "c": tensor[2:].view(2, 2)})
+    back = runs.read_tensors(tmp_path / "x.safetensors")
     assert torch.equal(back["b"], tensor) and torch.equal(back["c"], tensor[2:].view(2, 2))
-    one = storage.tensors_sha256({"a": tensor, "s": torch.tensor(1, dtype=torch.bfloat16)})
-    assert one == storage.tensors_sha256({"s": torch.tensor(1, dtype=torch.bfloat16), "a": tensor.clone()})
-    assert one != storage.tensors_sha256({"a": tensor.view(2, 3), "s": torch.tensor(1, dtype=torch.bfloat16)})
+    one = runs.tensors_sha256({"a": tensor, "s": torch.tensor(1, dtype=torch.bfloat16)})
+    assert one == runs.tensors_sha256({"s": torch.tensor(1, dtype=torch.bfloat16), "a": tensor.clone()})
+    assert one != runs.tensors_sha256({"a": tensor.view(2, 3), "s": torch.tensor(1, dtype=torch.bfloat16)})

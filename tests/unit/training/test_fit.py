@@ -20,7 +20,7 @@ from toy_training import ADAMW, KilledError, ToyPairs, ToySystem, ToyTask, confi
 from varestorer.data import PhotoCrops
 from varestorer.data import workers as data_workers
 from varestorer.data.loader import collate
-from varestorer.training import meter
+from varestorer.training import stage
 from varestorer.training.fit import fit, make_accelerator
 from varestorer.training.optim import Ema, build_optimizer
 from varestorer.training.run import Run
@@ -225,7 +225,7 @@ def test_a_picture_that_breaks_during_a_run_does_not_end_it(tmp_path: Path, capl
 
 def test_speed_memory_and_utilization_are_measured(tmp_path: Path, monkeypatch):
     logger = KeptNumbers()
-    monkeypatch.setattr(meter, "_peak_flops", lambda device: 1e12)
+    monkeypatch.setattr(stage, "_peak_flops", lambda device: 1e12)
     torch.manual_seed(5)
     task = ToyTask(ToySystem())
     task.name = "toy"

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from varestorer.training.resume import check_resumable, differences
+from varestorer.training.checks import check_resumable, differences
 from varestorer.utils.errors import UsageError, UserError
 
 STAGE = {

@@ -13,8 +13,7 @@ from varestorer.data.loader import collate
 from varestorer.training.config import TrainerConfig
 from varestorer.training.fit import fit, make_accelerator
 from varestorer.training.run import Run
-from varestorer.weights.runs import load_run_weights
-from varestorer.weights.storage import read_tensors
+from varestorer.weights.runs import load_run_weights, read_tensors
 
 SGD = partial(torch.optim.SGD, lr=0.5)
 NAMES = ("second.weight", "second.bias")

@@ -10,8 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from varestorer.data import listing
-from varestorer.utils import locks
+from varestorer.utils import locks, scanning
 from varestorer.utils.device import pick_device
 from varestorer.utils.errors import UsageError, UserError
 from varestorer.utils.files import (
@@ -27,7 +26,7 @@ from varestorer.utils.files import (
 )
 from varestorer.utils.locks import locked
 from varestorer.weights.files import load_torch_file
-from varestorer.weights.storage import read_tensors
+from varestorer.weights.runs import read_tensors
 
 
 def test_writes_and_leaves_nothing_else(tmp_path):
@@ -155,9 +154,9 @@ def test_without_a_home_there_is_no_cache_and_a_tilde_is_refused(tmp_path, monke
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(pwd, "getpwuid", nobody)
     monkeypatch.setattr(pwd, "getpwnam", nobody)
-    assert cache_folder() is None and listing.cache_path("folders", tmp_path) is None
-    listing.write_cache(None, {})
-    assert listing.read_cache(None) is None
+    assert cache_folder() is None and scanning.cache_path("folders", tmp_path) is None
+    scanning.write_cache(None, {})
+    assert scanning.read_cache(None) is None
     with pytest.raises(UsageError, match="~/photos: no home folder is known"):
         expand_user("~/photos")
     assert expand_user("~backup.png") == Path("~backup.png")  # a name, as there is no such user

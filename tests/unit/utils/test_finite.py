@@ -19,12 +19,12 @@ from varestorer.systems.plan import plan_restoration
 from varestorer.systems.varestorer import VARestorer
 from varestorer.training.scores import ImageScores
 from varestorer.utils.errors import UserError
+from varestorer.utils.files import write_json
 from varestorer.utils.finite import check_weights, is_finite, spread_nan
 from varestorer.utils.images import from_network, save_image
 from varestorer.weights.files import read_tensors
 from varestorer.weights.restorers import load_restorer
-from varestorer.weights.runs import load_ema, load_run_weights
-from varestorer.weights.storage import atomic_folder, write_json, write_tensors
+from varestorer.weights.runs import atomic_folder, load_ema, load_run_weights, write_tensors
 
 NAN, INF = float("nan"), float("inf")
 

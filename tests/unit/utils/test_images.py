@@ -5,15 +5,8 @@ import pytest
 import torch
 
 from varestorer.utils.errors import UserError
-from varestorer.utils.images import (
-    from_network,
-    heat_map,
-    list_images,
-    pad_reflect,
-    resize,
-    to_network,
-    to_uint8,
-)
+from varestorer.utils.images import from_network, heat_map, pad_reflect, resize, to_network, to_uint8
+from varestorer.utils.scanning import list_images
 
 
 def test_to_uint8_rounds_and_clamps():

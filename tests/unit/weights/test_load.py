@@ -17,7 +17,6 @@ from varestorer.transformer.adapters import plain_state_dict
 from varestorer.utils.errors import UserError
 from varestorer.weights.files import read_entries, read_tensors
 from varestorer.weights.load import load_part
-from varestorer.weights.manifest import read_manifest
 from varestorer.weights.published import to_published
 from varestorer.weights.published.infinity import (
     LFQ_MASKS,
@@ -25,6 +24,7 @@ from varestorer.weights.published.infinity import (
     derived_tokenizer_buffers,
     derived_transformer_buffers,
     published_tokenizer_name,
+    read_manifest,
     tokenizer_sizes,
     transformer_names,
     transformer_sizes,

@@ -15,12 +15,13 @@ from varestorer.systems.varestorer import VARestorer
 from varestorer.transformer.adapters import plain_state_dict
 from varestorer.utils.errors import UsageError, UserError
 from varestorer.weights.files import read_entries
-from varestorer.weights.manifest import compare, read_manifest
 from varestorer.weights.published.infinity import (
     KINDS,
+    compare,
     kind_of,
     manifest,
     part_tensors,
+    read_manifest,
     tokenizer_tensors,
     transformer_tensors,
 )

@@ -10,12 +10,4 @@ from varestorer.data.degradation.pipeline import (
     RandomResize,
 )
 
-__all__ = [
-    "BicubicDegradation",
-    "Degradation",
-    "Degrade",
-    "RandomBlur",
-    "RandomNoise",
-    "RandomResize",
-    "round_to_8bit",
-]
+__all__ = ["BicubicDegradation", "Degradation", "Degrade", "RandomBlur", "RandomNoise", "RandomResize", "round_to_8bit"]

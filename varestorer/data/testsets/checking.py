@@ -25,7 +25,8 @@ from varestorer.data.testsets.known import BENCHMARKS, Benchmark
 from varestorer.utils.errors import UserError, reason
 from varestorer.utils.files import name_bytes, read_text, write_json
 from varestorer.utils.image_files import open_image
-from varestorer.utils.images import load_image, natural_key, to_uint8
+from varestorer.utils.images import load_image, to_uint8
+from varestorer.utils.scanning import natural_key
 
 
 @dataclass(frozen=True)
@@ -205,11 +206,7 @@ class _Checker:
 
 
 def read_image(path: Path) -> ReadImage:
-    """Decode an image wholly.
-
-    Raises:
-        UserError: it cannot be read; names it.
-    """
+    """Decode an image wholly; UserError, which names it, if it cannot be read."""
     with open_image(path) as file:
         kind, mode = file.format or "unknown", _mode(file)
     pixels_3HW = to_uint8(load_image(path))
@@ -272,11 +269,7 @@ class Manifest:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Manifest:
-        """Read a file that `save` wrote.
-
-        Raises:
-            UserError: it cannot be read, or is something else.
-        """
+        """Read a file that `save` wrote; UserError if it cannot be read, or is something else."""
         try:
             content = json.loads(read_text(path))
             pairs = {name: MadePair(**pair) for name, pair in content["pairs"].items()}

@@ -26,14 +26,15 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from varestorer import __version__
-from varestorer.data.crops import cut
+from varestorer.data.datasets import cut
 from varestorer.data.degradation import Degradation
 from varestorer.data.folders import HQ_HELP, hq_folder, hq_folders
 from varestorer.data.testsets.checking import MANIFEST, MadePair, Manifest, pixel_hash
 from varestorer.data.workers import deaths_explained, watched, worker_options
 from varestorer.utils.errors import UserError
-from varestorer.utils.images import list_images, load_image, save_image, to_uint8
+from varestorer.utils.images import load_image, save_image, to_uint8
 from varestorer.utils.locks import LOCK
+from varestorer.utils.scanning import list_images
 from varestorer.utils.seeds import derive_seed, numpy_generator, torch_generator
 
 PACKAGES = ("torch", "torchvision", "numpy", "scipy", "pillow")

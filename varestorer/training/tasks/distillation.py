@@ -16,7 +16,7 @@ from varestorer.losses.build import perceptual_loss
 from varestorer.losses.pixel import mse_loss
 from varestorer.losses.tokens import distribution_matching_loss
 from varestorer.systems.varestorer import VARestorer
-from varestorer.training.task import Batch, Task, train_only
+from varestorer.training.task import Batch, Task, train_only, weighted_sum
 from varestorer.training.tasks.teacher import prompts_of
 from varestorer.transformer import VARTransformer
 from varestorer.transformer.adapters import adapter_parameters, use_adapters
@@ -131,8 +131,7 @@ class DistillationTask(Task):
                 codes = system.codes(head.straight_through(student, noise, self.straight_through.tau))
                 parts |= self._image_losses(codes, system.residual(condition), to_network(hq))
         # 0.1 L_KL + 0.25 L_perc + 0.5 L_MSE
-        loss = torch.stack([getattr(self.weights, name) * value for name, value in parts.items()]).sum()
-        return {"loss": loss, **parts}
+        return {"loss": weighted_sum(self.weights, parts), **parts}
 
     def _noise(self, system: VARestorer, keys: Tensor) -> Tensor | None:
         """Uniform numbers of the logits' shape for Gumbel noise on the student's logits; None for no noise."""

@@ -16,7 +16,7 @@ from varestorer.losses.pixel import l1_loss, mse_loss
 from varestorer.losses.tokens import log_likelihood, preference_loss
 from varestorer.systems.hvar import HVAR
 from varestorer.tokenizer.quantizer import code_counts, perplexity, used_share
-from varestorer.training.task import Batch, Task, train_only
+from varestorer.training.task import Batch, Task, train_only, weighted_sum
 from varestorer.transformer.generation import Prefix
 from varestorer.utils.errors import UserError
 from varestorer.utils.images import from_network, to_network
@@ -70,7 +70,6 @@ class HVARTokenizerTask(NestedTask):
             the one behind it). The paper keeps the encoder, which also makes the prefix. With a frozen decoder a
             skipped sample trains nothing.
         seed: of the skips.
-
     Raises:
         UserError: an unknown part, or a share that is none.
     """
@@ -128,8 +127,7 @@ class HVARTokenizerTask(NestedTask):
         parts["codebook"] = tokenizer.quantizer.codebook_losses(features, pyramid, schedule).mean()
         pairs = zip(features, sums, strict=True)
         parts["commitment"] = torch.stack([mse_loss(x, codes.detach()) for x, codes in pairs]).mean()
-        counted = [name for name in parts if getattr(self.weights, name)]
-        loss = torch.stack([getattr(self.weights, name) * parts[name] for name in counted]).sum()
+        loss = weighted_sum(self.weights, parts)
         by_size = {f"mse_{image.shape[-1]}": found["mse"].detach() for image, found in zip(images, losses, strict=True)}
         return {"loss": loss, **parts, **by_size, **self._usage(pyramid.indices)}
 

@@ -15,7 +15,7 @@ from varestorer.tokenizer.quantizer import Corruption
 from varestorer.training.task import Batch, Task, train_only
 from varestorer.transformer import ClassLabels, TextFeatures
 from varestorer.transformer.adapters import adapter_parameters
-from varestorer.transformer.model import branch_factors, dropped_paths
+from varestorer.transformer.model import dropped_paths
 from varestorer.utils.errors import UserError
 from varestorer.utils.images import to_network
 from varestorer.utils.seeds import uniform_per_sample
@@ -34,7 +34,6 @@ class TeacherTask(Task):
         reweight_by_scale: weigh scales by sqrt(A_K / A_k), so that coarse ones count.
         checkpoint_activations: compute the blocks again in the backward pass, for less memory.
         seed: of flips and drops.
-
     Raises:
         UserError: a probability that is none.
     """
@@ -68,7 +67,7 @@ class TeacherTask(Task):
         system, keys = self.system, batch["key"]
         # drawn while the device has no work yet that the copies would wait for
         corrupt = self._flips(keys) if self.training else None
-        factors = self._branch_factors(keys, step)
+        factors = self.branch_factors(keys, step)
         text = prompts_of(batch, system, self.condition_drop if self.training else 0.0, self.seed)
         with self.watch("tokens"), torch.no_grad():
             pyramid = system.tokenizer.encode(to_network(batch["hq"]), system.schedule, corrupt)
@@ -89,15 +88,6 @@ class TeacherTask(Task):
             losses[f"cross_entropy_{k}"] = loss_L[tokens].mean()
             losses[f"accuracy_{k}"] = accuracy_L[tokens].mean()
         return losses
-
-    def _branch_factors(self, keys: Tensor, step: int) -> Tensor | None:
-        """What drop path makes of each sample's branches in this step, (B, D, 3); None where it is off."""
-        if not (self.training and self.drop_path):
-            return None
-        transformer = self.system.transformer
-        shape = (transformer.config.depth, 3)
-        draws = uniform_per_sample(shape, self.seed, keys, f"drop path/{step}", transformer.start.device)
-        return branch_factors(draws, self.drop_path)
 
     def logits(self, pyramid: TokenPyramid, text: TextFeatures | ClassLabels, batch: Batch) -> Tensor:
         """Logits (B, L, Z, 2) of every scale, given the true coarser ones."""

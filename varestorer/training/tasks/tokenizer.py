@@ -13,7 +13,7 @@ from varestorer.losses.build import perceptual_loss
 from varestorer.losses.pixel import l1_loss, mse_loss
 from varestorer.systems.base import System
 from varestorer.tokenizer.quantizer import TokenPyramid, code_counts, perplexity, used_share, vq_losses
-from varestorer.training.task import Batch, Task, train_only
+from varestorer.training.task import Batch, Task, train_only, weighted_sum
 from varestorer.utils.images import to_network
 from varestorer.utils.seeds import numpy_generator
 
@@ -38,11 +38,6 @@ class TokenizerWeights:
     commitment: float = 0.25
     entropy: float = 0.0
     vq: float = 0.0
-
-    def total(self, parts: dict[str, Tensor], *names: str) -> Tensor:
-        """The weighted sum of these parts; no gradient goes through those whose weight is 0."""
-        counted = [name for name in names if getattr(self, name)] or names
-        return torch.stack([getattr(self, name) * parts[name] for name in counted]).sum()
 
 
 class TokenizerTask(Task):
@@ -109,10 +104,10 @@ class TokenizerTask(Task):
                 parts["entropy"] = decided - used
             if tokenizer.config.vocabulary:
                 parts["vq"] = vq_losses(features, pyramid.cumulative).mean()
-            loss = self.weights.total(parts, *parts)
+            loss = weighted_sum(self.weights, parts)
         if self.adversary is not None and self.training:
             with self.watch("adversary"):
-                reconstruction = self.weights.total(parts, "l1", "mse", "perceptual")
+                reconstruction = weighted_sum(self.weights, {name: parts[name] for name in ("l1", "mse", "perceptual")})
                 parts |= self.adversary(image, target, reconstruction, tokenizer.decoder.conv_out.weight, step)
             loss = loss + parts["adversarial"]
         return {"loss": loss, **parts, **self._usage(pyramid)}

@@ -16,9 +16,9 @@ from varestorer.systems.base import Request
 from varestorer.systems.varsr import GOOD, VARSR
 from varestorer.tokenizer import TokenPyramid
 from varestorer.tokenizer.quantizer import to_map, to_tokens
-from varestorer.training.task import Batch, Task, train_only
+from varestorer.training.task import Batch, Task, train_only, weighted_sum
 from varestorer.transformer import ClassLabels
-from varestorer.transformer.model import branch_factors, dropped_paths
+from varestorer.transformer.model import dropped_paths
 from varestorer.transformer.refiner import TrainingDraws
 from varestorer.utils.errors import UserError
 from varestorer.utils.images import to_network
@@ -50,7 +50,6 @@ class VARSRTask(Task):
         class_drop: share of classes replaced by the last one, which stands for none (class to image alone).
         checkpoint_activations: compute the blocks again in the backward pass, for less memory.
         seed: of what is drawn.
-
     Raises:
         UserError: a probability that is none, or dropped classes where they are qualities.
     """
@@ -86,8 +85,11 @@ class VARSRTask(Task):
         return super().no_decay(name, parameter) or name.startswith(REFINER)
 
     def forward(self, batch: Batch, step: int) -> dict[str, Tensor]:
-        draws = self._training_draws(batch["key"], step) if self.has_refiner else None
-        factors = self._branch_factors(batch["key"], step)
+        draws = None
+        if self.has_refiner:
+            shape = self.system.schedule.num_tokens_per_scale[-1], self.system.tokenizer.config.latent_width
+            draws = TrainingDraws.keyed(shape, self.seed, batch["key"], f"refiner/{step}", self.system.device)
+        factors = self.branch_factors(batch["key"], step)
         labels_B = self._labels(batch, step)
         with self.watch("tokens"), torch.no_grad():
             pyramid = self.system.encode(batch["hq"])
@@ -121,7 +123,7 @@ class VARSRTask(Task):
                 chosen = to_map(head.select(logits[:, last].detach()), system.schedule.latent_size)
                 z, codes = system.refiner_condition(hidden[:, last], chosen)
                 parts["diffusion"] = system.refiner.loss(z, to_tokens(pyramid.residual) - codes, draws).total.mean()
-        loss = torch.stack([getattr(self.weights, name) * value for name, value in parts.items()]).sum()
+        loss = weighted_sum(self.weights, parts)
         shown = {"accuracy": accuracy_BL.mean(), "cross_entropy_last": cross_entropy_BL[:, last].detach().mean()}
         return {"loss": loss, **parts, **shown, "accuracy_last": accuracy_BL[:, last].mean()}
 
@@ -135,18 +137,6 @@ class VARSRTask(Task):
             return labels_B
         draws = uniform_per_sample((), self.seed, batch["key"], f"class drop/{step}", device)
         return torch.where(draws < self.class_drop, null, labels_B)
-
-    def _training_draws(self, keys: Tensor, step: int) -> TrainingDraws:
-        shape = self.system.schedule.num_tokens_per_scale[-1], self.system.tokenizer.config.latent_width
-        return TrainingDraws.keyed(shape, self.seed, keys, f"refiner/{step}", self.system.device)
-
-    def _branch_factors(self, keys: Tensor, step: int) -> Tensor | None:
-        """What drop path makes of each sample's branches in this step, (B, D, 3); None where it is off."""
-        if not (self.training and self.drop_path):
-            return None
-        shape = (self.system.transformer.config.depth, 3)
-        draws = uniform_per_sample(shape, self.seed, keys, f"drop path/{step}", self.system.device)
-        return branch_factors(draws, self.drop_path)
 
     def restored(self, batch: Batch) -> dict[str, Tensor]:
         """Restored freely; or pictures of the batch's classes."""

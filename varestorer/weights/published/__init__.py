@@ -30,6 +30,11 @@ def translate(name: str, table: Table) -> str:
     return name
 
 
+def count_of(tensors: Mapping[str, Tensor], pattern: str) -> int:
+    """How many different numbers the names have where the pattern's group is."""
+    return len({match[1] for match in (re.match(pattern, name) for name in tensors) if match})
+
+
 def from_published(
     wanted: Mapping[str, Tensor],
     tensors: Mapping[str, Tensor],
@@ -45,7 +50,6 @@ def from_published(
         names: ours -> published.
         derived: published name -> the value it must have; the file must hold these too, and they do not become ours.
         source: the file, for messages.
-
     Raises:
         UserError: lists what is missing, unexpected or misshapen, or names a derived tensor of another value.
     """
@@ -56,11 +60,7 @@ def from_published(
 
 
 def check_derived(tensors: Mapping[str, Tensor], derived: Mapping[str, Tensor], source: str) -> None:
-    """Refuse a file whose derived tensors have other values than the configuration gives.
-
-    Raises:
-        UserError: names the first.
-    """
+    """Refuse a file (UserError) whose derived tensors have other values than the configuration gives."""
     for name, value in derived.items():
         if not torch.equal(tensors[name].to(value.dtype), value):
             raise UserError(f"{source}: {name} has other values than the configuration gives")

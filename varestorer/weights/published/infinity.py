@@ -6,9 +6,13 @@ every tensor has a place, and every place its tensor. `published_` functions go 
 
 from __future__ import annotations
 
+import json
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,12 +21,14 @@ from torch import Tensor
 from varestorer.tokenizer import MultiScaleTokenizer, TokenizerConfig
 from varestorer.transformer import TransformerConfig, VARTransformer
 from varestorer.transformer.adapters import attach_adapters, plain_state_dict
-from varestorer.utils.errors import UserError
+from varestorer.utils.errors import UsageError, UserError, reason
+from varestorer.weights.files import Differences, differences, on_meta
 from varestorer.weights.published import (
     STUDENT_FILE,
     TOKENIZER_FILE,
     TRANSFORMER_FILE,
     Table,
+    count_of,
     from_published,
     to_published,
     translate,
@@ -90,11 +96,6 @@ def published_student_name(name: str, blocks_per_chunk: int, adapted: set[str]) 
     return published
 
 
-def adapted_layers(names: Iterable[str]) -> set[str]:
-    """Layers that carry adapters, from plain names."""
-    return {name.removesuffix(".lora_down.weight") for name in names if name.endswith(".lora_down.weight")}
-
-
 def derived_transformer_buffers(published: Mapping[str, Tensor] | Iterable[str], width: int) -> dict[str, Tensor]:
     """The `zero_k_bias` of every attention, all zero, under published names."""
     attentions = {name.removesuffix("v_bias") for name in published if name.endswith(".v_bias")}
@@ -132,7 +133,6 @@ def transformer_sizes(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 
     Args:
         tensors: a published teacher or student.
-
     Raises:
         UserError: a tensor that tells a size is missing or of another rank.
     """
@@ -161,12 +161,11 @@ def tokenizer_sizes(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 
     Args:
         tensors: a published tokenizer, its names with or without the `.conv` and `.norm` infixes.
-
     Raises:
         UserError: a tensor that tells a size is missing or of another rank.
     """
     channels, image_channels, *_ = _convolution(tensors, "encoder.conv_in")
-    levels = _count(tensors, r"encoder\.down\.(\d+)\.")
+    levels = count_of(tensors, r"encoder\.down\.(\d+)\.")
     widths = [_convolution(tensors, f"encoder.down.{level}.block.0.conv1")[0] for level in range(max(levels, 1))]
     latent_width = _convolution(tensors, "encoder.conv_out")[0]
     _convolution(tensors, "decoder.up.0.block.0.conv1")
@@ -174,8 +173,8 @@ def tokenizer_sizes(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         "channels": channels,
         "multipliers": tuple(width // channels for width in widths),
         "latent_width": latent_width,
-        "num_encoder_blocks": _count(tensors, r"encoder\.down\.0\.block\.(\d+)\."),
-        "num_decoder_blocks": _count(tensors, r"decoder\.up\.0\.block\.(\d+)\."),
+        "num_encoder_blocks": count_of(tensors, r"encoder\.down\.0\.block\.(\d+)\."),
+        "num_decoder_blocks": count_of(tensors, r"decoder\.up\.0\.block\.(\d+)\."),
         "patch_size": math.isqrt(image_channels // 3),
     }
 
@@ -188,11 +187,6 @@ def first_block(tensors: Mapping[str, Tensor]) -> str:
 def _blocks(tensors: Mapping[str, Tensor]) -> set[str]:
     found = (re.match(r"block_chunks\.\d+\.module\.\d+(?=\.)", name) for name in tensors)
     return {match[0] for match in found if match}
-
-
-def _count(tensors: Mapping[str, Tensor], pattern: str) -> int:
-    """How many different numbers the names have where the pattern's group is."""
-    return len({match[1] for match in (re.match(pattern, name) for name in tensors) if match})
 
 
 def _convolution(tensors: Mapping[str, Tensor], layer: str) -> tuple[int, ...]:
@@ -253,7 +247,7 @@ def transformer_tensors(
 
 def transformer_names(plain: Mapping[str, Tensor], per_chunk: int) -> dict[str, str]:
     """Ours -> published for the tensors of a transformer, with or without adapters."""
-    adapted = adapted_layers(plain)
+    adapted = {name.removesuffix(".lora_down.weight") for name in plain if name.endswith(".lora_down.weight")}
     if not adapted:
         return {name: published_transformer_name(name, per_chunk) for name in plain}
     return {name: published_student_name(name, per_chunk, adapted) for name in plain}
@@ -326,7 +320,6 @@ def part_tensors(system: Any, part: str) -> dict[str, Tensor]:
     Args:
         system: a `VARestorer`.
         part: "transformer", "tokenizer" or "restorer".
-
     Raises:
         UserError: the system has no restorer.
     """
@@ -337,3 +330,47 @@ def part_tensors(system: Any, part: str) -> dict[str, Tensor]:
     if system.restorer is None:
         raise UserError("this model has no restorer to write")
     return dict(system.restorer.published_state_dict())
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How a file compares with a manifest.
+
+    Attributes:
+        found: names that are missing, unexpected or misshapen (a shape, or an integer for a floating type).
+        mapped: tensors of the manifest that the file holds in the right shape.
+        total: tensors of the manifest.
+        types: how many tensors of the file are of which type.
+        retyped: how many of the mapped are of another floating type than in the manifest.
+    """
+
+    found: Differences
+    mapped: int
+    total: int
+    types: dict[str, int]
+    retyped: int
+
+
+def read_manifest(path: str | Path) -> dict[str, Tensor]:
+    """A manifest's tensors on the meta device; UsageError without such a file, UserError if it is no manifest."""
+    try:
+        entries = json.loads(Path(path).read_text(encoding="utf-8"))
+        return {name: on_meta(entry["shape"], getattr(torch, entry["dtype"])) for name, entry in entries.items()}
+    except FileNotFoundError as error:
+        raise UsageError(f"manifest={path} is neither a file nor the name of a published one") from error
+    except OSError as error:
+        raise UserError(f"cannot read manifest={path}: {error.strerror or reason(error)}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        wanted = 'wanted JSON such as {"head.bias": {"shape": [64], "dtype": "float32"}}'
+        raise UserError(f"manifest={path} is no manifest ({reason(error)}); {wanted}") from error
+
+
+def compare(entries: Mapping[str, Tensor], manifest: Mapping[str, Tensor]) -> Comparison:
+    """Compare a file's tensors with a manifest; a tokenizer's names may lack the `.conv` and `.norm` infixes."""
+    entries = add_infixes(entries, manifest)
+    found = differences(manifest, entries)
+    wrong = {text.split(" ", 1)[0] for text in found.misshapen}
+    mapped = [name for name in manifest if name in entries and name not in wrong]
+    retyped = sum(entries[name].dtype != manifest[name].dtype for name in mapped)
+    types = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in entries.values())
+    return Comparison(found, len(mapped), len(manifest), dict(sorted(types.items())), retyped)

@@ -1,7 +1,7 @@
 """Names and sizes of the published VAR and VARSR networks, as functions of ours; see `published` for the mechanism.
 
 One table serves VAR's and VARSR's VQ-VAE, another one VAR, VARSR and VARSR's class-to-image model (C2I). The files
-also carry tensors that follow from the configuration: they are checked where they are there, and written on export.
+also carry tensors that follow from the configuration: they are checked where they are there.
 
 Shapes: `T` tokens of the whole sequence, `C` width, `K` scales, `V` codes.
 """
@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 
 from varestorer.utils.errors import UserError
-from varestorer.weights.published import Table, from_published, to_published, translate
+from varestorer.weights.published import Table, count_of, from_published, translate
 
 VARSR_FILE = "VARSR.pth"
-C2I_FILE = "VARSR_C2I.pth"
 VQVAE_FILE = "VQVAE.pth"
 TRANSFORMER_NESTED = ("trainer", "var_wo_ddp")
 VQVAE_NESTED = ("trainer", "vae_local")
@@ -121,7 +120,6 @@ def varsr_tensors(
         sides: of the schedule.
         tensors: the file's content; what follows from the configuration need not be there.
         source: the file, for messages.
-
     Raises:
         UserError: names what is missing, unexpected or misshapen, or a derived tensor of another value.
     """
@@ -129,15 +127,6 @@ def varsr_tensors(
     levels_T, width = sequence_levels(sides, wanted["start"].shape[1]), wanted["start"].shape[-1]
     derived = {name: derived_tensor(name, levels_T, width) for name in tensors}
     return from_published(wanted, tensors, names, {n: t for n, t in derived.items() if t is not None}, source)
-
-
-def to_published_varsr(tensors: Mapping[str, Tensor], sides: Sequence[int]) -> dict[str, Tensor]:
-    """The inverse of `varsr_tensors`, with all derived tensors."""
-    names = {name: published_varsr_name(name) for name in tensors}
-    levels_T, width = sequence_levels(sides, tensors["start"].shape[1]), tensors["start"].shape[-1]
-    biases = [name.removesuffix("v_bias") + "zero_k_bias" for name in names.values() if name.endswith(".v_bias")]
-    derived = {name: derived_tensor(name, levels_T, width) for name in (LEVELS, MASK, *biases)}
-    return to_published(tensors, names, {n: t for n, t in derived.items() if t is not None})
 
 
 def vqvae_tensors(
@@ -150,20 +139,12 @@ def vqvae_tensors(
         num_levels: of its autoencoder.
         tensors: the file's content, with or without the usage of the codes.
         source: the file, for messages.
-
     Raises:
         UserError: names what is missing, unexpected or misshapen.
     """
     names = {name: published_vqvae_name(name, num_levels) for name in wanted}
     network = {name: tensor for name, tensor in tensors.items() if name != USAGE}
     return from_published(wanted, network, names, {}, source)
-
-
-def to_published_vqvae(tensors: Mapping[str, Tensor], num_levels: int, num_scales: int) -> dict[str, Tensor]:
-    """The inverse of `vqvae_tensors`; the usage of the codes, which we do not keep, is all zero."""
-    published = to_published(tensors, {name: published_vqvae_name(name, num_levels) for name in tensors}, {})
-    num_codes = len(published["quantize.embedding.weight"])
-    return published | {USAGE: torch.zeros(num_scales, num_codes)}
 
 
 def network_kind(names: Iterable[str]) -> str | None:
@@ -184,19 +165,18 @@ def varsr_sizes(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     Returns:
         width, depth, num_heads, num_codes, code_width, num_classes (rows of the class embedding), num_levels, num_first
         (tokens of the first block); prefix_channels, refiner_width and refiner_depth, None where there are none.
-
     Raises:
         UserError: a tensor that tells a size is missing; names it.
     """
     prefix = [_rows(tensors, "con_embedding.conv_in.weight")] if "con_embedding.conv_in.weight" in tensors else None
     if prefix is not None:
-        halvings = _count(tensors, r"con_embedding\.blocks\.(\d+)\.") // 2
+        halvings = count_of(tensors, r"con_embedding\.blocks\.(\d+)\.") // 2
         prefix += [_rows(tensors, f"con_embedding.blocks.{2 * i + 1}.weight") for i in range(halvings)]
     has_refiner = "diffloss.net.input_proj.weight" in tensors
     num_codes, width = _shape(tensors, "head.weight")
     return {
         "width": width,
-        "depth": _count(tensors, r"blocks\.(\d+)\."),
+        "depth": count_of(tensors, r"blocks\.(\d+)\."),
         "num_heads": _shape(tensors, "blocks.0.attn.scale_mul_1H11")[1],
         "num_codes": num_codes,
         "code_width": _shape(tensors, "word_embed.weight")[1],
@@ -205,7 +185,7 @@ def varsr_sizes(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         "num_first": _shape(tensors, "pos_start")[1],
         "prefix_channels": None if prefix is None else tuple(prefix),
         "refiner_width": _rows(tensors, "diffloss.net.input_proj.weight") if has_refiner else None,
-        "refiner_depth": _count(tensors, r"diffloss\.net\.res_blocks\.(\d+)\.") if has_refiner else None,
+        "refiner_depth": count_of(tensors, r"diffloss\.net\.res_blocks\.(\d+)\.") if has_refiner else None,
     }
 
 
@@ -214,19 +194,18 @@ def vqvae_sizes(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 
     Returns:
         channels, multipliers, num_encoder_blocks, num_decoder_blocks, num_codes, code_width.
-
     Raises:
         UserError: a tensor that tells a size is missing; names it.
     """
     channels = _rows(tensors, "encoder.conv_in.weight")
-    num_levels = _count(tensors, r"encoder\.down\.(\d+)\.")
+    num_levels = count_of(tensors, r"encoder\.down\.(\d+)\.")
     widths = [_rows(tensors, f"encoder.down.{level}.block.0.conv1.weight") for level in range(num_levels)]
     num_codes, code_width = _shape(tensors, "quantize.embedding.weight")
     return {
         "channels": channels,
         "multipliers": tuple(width // channels for width in widths),
-        "num_encoder_blocks": _count(tensors, r"encoder\.down\.0\.block\.(\d+)\."),
-        "num_decoder_blocks": _count(tensors, r"decoder\.up\.0\.block\.(\d+)\."),
+        "num_encoder_blocks": count_of(tensors, r"encoder\.down\.0\.block\.(\d+)\."),
+        "num_decoder_blocks": count_of(tensors, r"decoder\.up\.0\.block\.(\d+)\."),
         "num_codes": num_codes,
         "code_width": code_width,
     }
@@ -241,8 +220,3 @@ def _shape(tensors: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
         problem = f"has the shape {tuple(tensors[name].shape)}" if name in tensors else "is missing"
         raise UserError(f"{name} {problem}: this is no file of VAR or VARSR such as {VARSR_FILE} or {VQVAE_FILE}")
     return tuple(tensors[name].shape)
-
-
-def _count(tensors: Mapping[str, Tensor], pattern: str) -> int:
-    """How many different numbers the names have where the pattern's group is."""
-    return len({match[1] for match in (re.match(pattern, name) for name in tensors) if match})

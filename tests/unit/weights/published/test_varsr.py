@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from published_files import VARSR_SIZES as RELEASED
+from published_files import to_published_varsr, to_published_vqvae
 from published_files import write_varsr as release
 from safetensors.torch import load_file
 from torch import Tensor
@@ -22,8 +23,6 @@ from varestorer.weights.published.varsr import (
     USAGE,
     network_kind,
     sequence_levels,
-    to_published_varsr,
-    to_published_vqvae,
     varsr_sizes,
     varsr_tensors,
     vqvae_sizes,

@@ -130,11 +130,7 @@ RAISED |= {F.l1_loss, Tensor.exp, torch.exp, Tensor.log, torch.log, Tensor.pow, 
 
 
 class _CudaArithmetic(TorchFunctionMode):
-    """What meta tensors lack: bfloat16 autocast, and attention without the L x L matrix.
-
-    Attributes:
-        bf16: whether autocast is on.
-    """
+    """What meta tensors lack: bfloat16 autocast, while `bf16` is set, and attention without the L x L matrix."""
 
     def __init__(self, bf16: bool) -> None:
         super().__init__()

@@ -146,10 +146,9 @@ def generate_without_cache(
 
 
 def explanation(runs: Sequence[Run]) -> list[str]:
-    """Sentences: best against best by its causes, and which variant comes nearest to the paper's ratio.
+    """Sentences on runs of one batch, the first being the one that all are compared with.
 
-    Args:
-        runs: of one batch; the first is the one that all are compared with.
+    Best against best by its causes, and which variant comes nearest to the paper's ratio.
     """
     first, others = runs[0], [run for run in runs if run.variant.startswith("multi")]
     if not others:

@@ -32,11 +32,7 @@ Work = Callable[[], object]
 
 @dataclass
 class Timing:
-    """How long a piece of work took each time.
-
-    Attributes:
-        seconds: in the order of measurement.
-    """
+    """How long a piece of work took each time, in seconds."""
 
     seconds: list[float] = field(default_factory=list)
 
@@ -70,11 +66,7 @@ class Measured:
 
 
 class Clock:
-    """Tells the time of a device.
-
-    Args:
-        device: whose work is timed.
-    """
+    """Tells the time of a device."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -111,11 +103,7 @@ class Clock:
 
 
 class Meter:
-    """Reads an instrument (a clock, a counter) when a part begins and when it ends.
-
-    Args:
-        read: the instrument.
-    """
+    """Reads an instrument (a clock, a counter) when a part begins and when it ends."""
 
     def __init__(self, read: Callable[[], Mark]) -> None:
         self._read = read

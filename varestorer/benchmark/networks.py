@@ -95,13 +95,7 @@ class Source:
         return system.eval().requires_grad_(False)
 
     def system(self, device: torch.device, merged: bool = False, precision: str = "fp32") -> System:
-        """The system with its weights on a device.
-
-        Args:
-            device: random weights never pass through the memory of the host.
-            merged: as in `blank`.
-            precision: of the blocks.
-        """
+        """The system, see `blank`, its blocks in `precision`; random weights never pass through the host's memory."""
         if self.ckpt is not None:
             system = copy.deepcopy(self._loaded).to(device)
             return (system.merge_adapters() if merged else system).set_precision(precision)
@@ -174,12 +168,9 @@ def published_restorer(seed: int = 0) -> Restorer:
 
 
 class Variants:
-    """The variants of a source on a device; what two of them have in common is in memory once.
+    """The variants (name -> its means, precisions decided) of a source on a device.
 
-    Args:
-        source: of the weights.
-        device: where they are.
-        chosen: name -> its means; precisions decided.
+    What two of them have in common is in memory once.
     """
 
     def __init__(self, source: Source, device: torch.device, chosen: Mapping[str, Acceleration]) -> None:
@@ -215,12 +206,9 @@ class Variants:
 
 
 def restoring_counts(blank: System, batch: int = 1, means: Acceleration | None = None) -> dict[str, Count]:
-    """What restoring squares takes, part by part.
+    """What restoring a batch of squares takes, part by part; `blank` is a system on the meta device, and changed.
 
-    Args:
-        blank: a system on the meta device; it is changed.
-        batch: squares.
-        means: by which it is accelerated; None for none. The text is made once then, and does not count.
+    With means of acceleration the text is made once, and does not count.
     """
     images_B3tt = torch.empty(batch, 3, blank.tile, blank.tile, device="meta")
     with as_on_cuda():

@@ -140,14 +140,7 @@ def cost_table(counts: Mapping[str, Count], parameters: Mapping[str, int], title
 
 
 class Report:
-    """Prints what is measured when it is there, and writes it all at the end.
-
-    Args:
-        what: the benchmark.
-        model: its subject.
-        device: where it runs.
-        say: prints a text.
-    """
+    """Prints (by `say`) what is measured when it is there, and writes it all at the end."""
 
     def __init__(self, what: str, model: str, device: torch.device, say: Callable[[str], object]) -> None:
         self.what, self.model, self.say = what, model, say
@@ -164,10 +157,7 @@ class Report:
     def measure(self, works: Mapping[str, Work], device: torch.device, options: Any) -> dict[str, Measured]:
         """Time works in turns, see `measure.measure`; the seconds of each first run are printed at once.
 
-        Args:
-            works: by name.
-            device: where they work.
-            options: of the command: `repeats`, `warmup` and `minutes`.
+        Of the command's options it takes `repeats`, `warmup` and `minutes`.
         """
 
         def told(name: str, seconds: float) -> None:

@@ -56,10 +56,8 @@ class Rates:
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Floating-point operations a second of the fastest product of square matrices, of two sizes.
 
-    Args:
-        device: in its present state. Float32 on CUDA follows torch's setting for TF32; that of convolutions is another,
-            so that they may exceed this rate.
-        dtype: of the factors.
+    The device is taken as it is: float32 on CUDA follows torch's setting for TF32. That of convolutions is another, so
+    they may exceed this rate.
     """
     rates = []
     for side in MATRIX_SIDES.get(device.type, MATRIX_SIDES["cpu"]):

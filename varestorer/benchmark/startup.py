@@ -35,12 +35,7 @@ HEAVY = (
 def run(report: Report, sizes: Mapping[str, Any], commands: Sequence[str], repeats: int, folder: Path) -> None:
     """Print and write seconds, ratios to `import torch`, and the heavy libraries of each program.
 
-    Args:
-        report: prints.
-        sizes: of the small model that is loaded, arguments of `VARestorer`.
-        commands: whose `--help` is timed.
-        repeats: timed runs.
-        folder: for the files.
+    The programs are the `--help` of `commands`, and a load of the small model of `sizes` (arguments of `VARestorer`).
     """
     with TemporaryDirectory() as temporary:
         system = VARestorer(**sizes)

@@ -41,15 +41,7 @@ PAIRS, WARM_UP = 64, 4  # that are timed; before them files are read and memory 
 
 
 def run(report: Report, make: Callable[[int], TrainStep], device: torch.device, options: Any, folder: Path) -> bool:
-    """Measure, print and write; see `restore.run`.
-
-    Args:
-        report: prints.
-        make: steps of a number of images, on the device.
-        device: where they are taken.
-        options: of the command.
-        folder: for the files.
-    """
+    """Measure, print and write; see `restore.run`. `make` gives steps of a number of images, on the device."""
     names = options.variants or VARIANTS.get(device.type, VARIANTS["cpu"])
     chosen = {name: words_of("train_step", name) for name in names}
     rates = Rates.of(device, [precision(words) for words in chosen.values()])
@@ -189,13 +181,9 @@ def pairs_per_second(root: str | None = None, crop: int = 512, num_pairs: int = 
 
 
 def loader_report(rate: float, crop: int, pairs: int, seconds: float) -> str:
-    """What `benchmark what=loader` prints.
+    """What `benchmark what=loader` prints, given the pairs of side `crop` that one core makes in a second.
 
-    Args:
-        rate: pairs of side `crop` that one core makes in a second.
-        crop: pixels.
-        pairs: of one optimizer step.
-        seconds: that such a step takes.
+    It is held against optimizer steps of `pairs` pairs in `seconds`.
     """
     wanted = pairs / seconds
     return (

@@ -37,12 +37,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `varestorer <command> key=value ...`.
+    """Run `varestorer <command> key=value ...` (None: the process's own words).
 
-    Args:
-        argv: words after `varestorer`; None for the process's own.
-    Returns:
-        exit status: 0 all well, 1 something asked for failed, 2 the command itself was wrong.
+    Returns the exit status: 0 all well, 1 something asked for failed, 2 the command itself was wrong.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help", "help"):
@@ -59,13 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(name: str, words: Sequence[str], configs: Path | None = None) -> int:
-    """Run a command.
-
-    Args:
-        name: of a command of the table.
-        words: after it.
-        configs: folder of configs; None for the package's.
-    """
+    """Run a command of the table with the words after it; `configs` is a folder of configs, None the package's."""
     if "--help" in words or "-h" in words:  # without the command's module, which may need torch
         entry = import_module("varestorer.commands.entry")
         entry.say(entry.explain(name, configs or entry.config_dir()))

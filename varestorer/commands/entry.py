@@ -58,14 +58,7 @@ class Command:
     function: Callable[[DictConfig], int]
 
     def main(self, argv: Sequence[str] | None = None, configs: Path | None = None) -> int:
-        """Run the command.
-
-        Args:
-            argv: words after the command; None for the process's own.
-            configs: folder of configs; None for the package's.
-        Returns:
-            the exit status.
-        """
+        """Run the command with the words after it (None: the process's own), see `run`; returns the exit status."""
         words = list(sys.argv[1:] if argv is None else argv)
         for stream in (sys.stdout, sys.stderr):  # a name that the terminal cannot show must not end the command
             if isinstance(stream, io.TextIOWrapper):
@@ -139,12 +132,7 @@ def run_function(function: Callable[[DictConfig], int], cfg: DictConfig) -> int:
 
 
 def report(error: BaseException, groups: Sequence[str] = ()) -> int:
-    """Write an error to stderr, one line where the user can do something about it; returns its status.
-
-    Args:
-        error: what was raised.
-        groups: of the command.
-    """
+    """Write an error to stderr, one line where the user can do something about it; returns its status."""
     if os.environ.get("VARESTORER_TRACEBACK") == "1":
         traceback.print_exception(error)
     cause = _find(error, UserError)
@@ -181,13 +169,7 @@ def config_dir() -> Path:
 
 
 def compose(config_name: str, overrides: Sequence[str] = (), configs: Path | None = None) -> DictConfig:
-    """Compose a command's config without running it (for tests and notebooks).
-
-    Args:
-        config_name: such as `train`.
-        overrides: as on the command line.
-        configs: folder of configs; None for the package's.
-    """
+    """Compose a command's config without running it (for tests and notebooks); see `run` for `configs`."""
     folder = (configs or config_dir()).resolve()
     keys = Keys(config_name, folder, overrides)
     with hydra.initialize_config_dir(str(folder), version_base="1.3"):
@@ -195,12 +177,7 @@ def compose(config_name: str, overrides: Sequence[str] = (), configs: Path | Non
 
 
 def explain(name: str, folder: Path) -> str:
-    """The text of a command's `--help`; nothing of the command itself is imported.
-
-    Args:
-        name: of a command whose options are in `commands/options.py`.
-        folder: of the configs.
-    """
+    """The text of a command's `--help`, from `commands/options.py`; nothing of the command itself is imported."""
     return help_text(OPTIONS[name]) + "\n" + "".join(choices(folder, group) for group in OPTIONS[name].GROUPS)
 
 

@@ -233,12 +233,7 @@ def _evaluate(
 
 
 def summary_text(evaluation: Evaluation, unmet: Sequence[str] = ()) -> str:
-    """The result for the terminal: means, what is unavailable and why, what failed.
-
-    Args:
-        evaluation: the scores.
-        unmet: metrics that were asked for by name and did not run.
-    """
+    """The result for the terminal: means, what is unavailable and why, what failed; `unmet` metrics were asked for."""
     summary = evaluation.summary()
     lines = [f"{summary['dataset']}, protocol {summary['protocol']}: {summary['n']} images scored"]
     for name, m in summary["metrics"].items():

@@ -245,13 +245,9 @@ INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")  
 
 
 def check_words(words: Sequence[str], keys: Sequence[str]) -> None:
-    """Refuse overrides that are neither `key=value` nor `~key`.
+    """Refuse overrides that are neither `key=value` nor `~key` by a UsageError that names the word.
 
-    Args:
-        words: of the command line, without options.
-        keys: of the command's config; where `input` is one of them, a bare word is taken for a forgotten `input=`.
-    Raises:
-        UsageError: names the word.
+    Where `input` is one of the command's keys, a bare word is taken for a forgotten `input=`.
     """
     for word in words:
         key, equals, _ = word.partition("=")

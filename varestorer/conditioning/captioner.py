@@ -28,14 +28,9 @@ class Captioner(Pretrained):
 
     @torch.no_grad()
     def caption(self, images_B3HW: Tensor) -> list[str]:
-        """Describe images in a few words; greedy, so the same image always gets the same caption.
+        """A caption of each image, RGB in [0, 1] of any size; greedy, so the same image always gets the same one.
 
-        Args:
-            images_B3HW: RGB in [0, 1], any size (BLIP resizes to its own).
-        Returns:
-            B captions.
-        Raises:
-            UserError: no captioner at `path`.
+        UserError if there is no captioner at `path`.
         """
         processor, model = self._load()
         pixels = processor(images=list(to_uint8(images_B3HW).cpu()), return_tensors="pt").pixel_values

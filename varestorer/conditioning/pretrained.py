@@ -79,10 +79,7 @@ def load_pretrained(load: Callable[[str], Loaded], path: str, default: str, key:
 def local_folder(path: str, default: str, key: str) -> Path:
     """The folder itself, or the local copy of a model on the hub, downloaded if it is not there yet.
 
-    Args:
-        path, default, key: see `load_pretrained`.
-    Raises:
-        UserError: no such folder, or the hub cannot give it.
+    Arguments are those of `load_pretrained`. UserError: no such folder, or the hub cannot give it.
     """
     if Path(path).is_dir():
         return Path(path)

@@ -64,12 +64,7 @@ class PyramidConditioner:
 
     @torch.no_grad()
     def __call__(self, lq_B3HW: Tensor, schedule: ScaleSchedule) -> Condition:
-        """Tokens of a degraded image.
-
-        Args:
-            lq_B3HW: in [-1, 1], at the size of the result.
-            schedule: the scales; the last one is H, W over the tokenizer's stride.
-        """
+        """Tokens of a degraded image in [-1, 1], of the result's size: the last scale times the tokenizer's stride."""
         if self.restorer is not None:
             lq_B3HW = self.restorer((lq_B3HW + 1) / 2) * 2 - 1
         return self.from_pyramid(self.tokenizer.encode(lq_B3HW, schedule), schedule, lq_B3HW)

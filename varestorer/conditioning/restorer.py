@@ -58,13 +58,7 @@ class Restorer(nn.Module):
 
     @watch("restorer")
     def forward(self, image_B3HW: Tensor) -> Tensor:
-        """Restore images.
-
-        Args:
-            image_B3HW: RGB in [0, 1], any size.
-        Returns:
-            RGB of the same size, nominally in [0, 1] and not clamped, as the released code hands it on.
-        """
+        """Restore RGB images in [0, 1] of any size; the result is not clamped, as the released code hands it on."""
         height, width = image_B3HW.shape[-2:]
         down, right = self._missing(height), self._missing(width)
         padded_B3HW = pad_reflect(image_B3HW, 0, down, 0, right)

@@ -126,10 +126,8 @@ class TextEncoder(Pretrained):
 class TextCache:
     """One safetensors file for each set of features, named by the hash of all that they depend on.
 
-    Trouble with the disk is a warning and never an error: the features can be computed without it.
-
-    Args:
-        folder: of the files; made when it is first written to.
+    The folder is made when it is first written to. Trouble with the disk is a warning and never an error: the features
+    can be computed without it.
     """
 
     def __init__(self, folder: Path) -> None:

@@ -329,12 +329,9 @@ _PHOTOGRAPHS = {
 
 
 def embedded_paths(split: Split) -> list[Path]:
-    """Files of the embedded photographs, in a fixed order.
+    """Files of the embedded photographs, in fixed order: `train` (six of five scenes) or `heldout` (china, coffee).
 
-    Args:
-        split: `train` (six pictures of five scenes) or `heldout` (china, coffee).
-    Raises:
-        UserError: a package is not installed or does not carry its photographs.
+    UserError if a package is not installed or does not carry its photographs.
     """
     if split not in _PHOTOGRAPHS:
         raise ValueError(f"split must be train or heldout, got {split!r}")

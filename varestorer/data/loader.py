@@ -63,10 +63,7 @@ class _ErrorsAsValues(Dataset[Any]):
 class PairLoader(DataLoader[Any]):
     """A DataLoader that raises, here, the UserErrors its workers met.
 
-    Its workers start with `iter`, not with the first batch, and are `workers.watched`.
-
-    Attributes:
-        wants_stop: see `workers.watched`.
+    Its workers start with `iter`, not with the first batch, and are `workers.watched`, as `wants_stop` is for.
     """
 
     wants_stop: Callable[[], bool] = staticmethod(lambda: False)

@@ -143,10 +143,7 @@ class Packed:
 def packed_photographs(root: str | Path) -> list[Packed]:
     """The samples of all shards of a folder, shards in natural order, samples as they lie.
 
-    Args:
-        root: holds the tar files.
-    Raises:
-        UserError: no folder, no tar file, one that is damaged or not what the index says, or no image.
+    UserError: no folder, no tar file, one that is damaged or not what the index says, or no image.
     """
     folder = existing_folder(root, SHARDS_HELP)
     paths = tar_files(folder)

@@ -34,12 +34,7 @@ class StopWaitingError(Exception):
 
 
 def worker_options(num_workers: int, prepare: Callable[[int], None] | None = None) -> dict[str, Any]:
-    """Arguments of a DataLoader whose batches are to be `watched`.
-
-    Args:
-        num_workers: processes; 0: none beside this one.
-        prepare: called in each with its number.
-    """
+    """Arguments of a DataLoader whose batches are to be `watched`; `prepare` gets each worker's number in it."""
     if num_workers == 0:
         return {"num_workers": 0}
     return {"num_workers": num_workers, "timeout": POLL, "worker_init_fn": partial(_start_worker, prepare)}

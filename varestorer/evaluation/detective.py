@@ -129,12 +129,7 @@ def read_figures(text: str) -> dict[str, str]:
 
 
 def conventions(metric: str, scale: int) -> Iterator[Convention]:
-    """The known ways to compute a metric.
-
-    Args:
-        metric: as papers call it.
-        scale: between LQ and reference: some leave out a border of so many pixels.
-    """
+    """The known ways to compute a metric; some leave out a border of `scale` (LQ to reference) pixels."""
     if metric not in ("psnr", "ssim"):
         for name in VARIANTS.get(metric, (metric,)):
             yield from (Convention(name, file=file) for file in FILES)
@@ -193,13 +188,7 @@ def explain(
 
 
 def report(figures: Mapping[str, str], answers: Mapping[str, Sequence[Answer]], count: int) -> str:
-    """The answers in words, nearest first, and the papers whose convention it is.
-
-    Args:
-        figures: as printed.
-        answers: of `explain`.
-        count: of images.
-    """
+    """The answers to the figures as printed, in words, nearest first, and the papers whose convention it is."""
     lines = [f"means over {count} images; = is the figure, to one unit of its last digit"]
     for name, figure in figures.items():
         found = answers[name]

@@ -117,14 +117,10 @@ class Evaluator:
     def score_batch(
         self, images: Sequence[Tensor], references: Sequence[Tensor | None], only: Collection[str] | None = None
     ) -> list[Scores]:
-        """Score images of one size.
+        """Score images (3, H, W) of one size, RGB in [0, 1], rounded to 8 bit first, as the references are.
 
-        Args:
-            images: (3, H, W) RGB in [0, 1]; rounded to 8 bit first, as the references are.
-            references: the same size; without them only metrics that need none run.
-            only: columns that are asked for; None for all.
-        Raises:
-            ValueError: some have a reference and some have none.
+        All have a reference, or none, which leaves metrics that need none; else ValueError. `only` names the columns
+        that are asked for.
         """
         image_B3HW = _round_trip(images, self.device)
         given = [reference for reference in references if reference is not None]

@@ -204,11 +204,7 @@ def _link(path: Path, out: Path, name: str) -> str:
 
 
 def plane(rows: Sequence[TableRow]) -> tuple[str, str] | None:
-    """The first measures of distortion and perception that our row and another one both have.
-
-    Args:
-        rows: whose cells are figures by the names of metrics.
-    """
+    """The first measures of distortion and perception that our row and another one both have, by the metrics' names."""
     for distortion in DISTORTION:
         for perception in PERCEPTION:
             has = [{distortion, perception} <= _scores(row).keys() for row in rows]
@@ -299,10 +295,7 @@ def _scores(row: TableRow) -> dict[str, float]:
 def log_evaluation(evaluation: Evaluation, method: str, logger: Logger) -> None:
     """Log the means as `eval/<dataset>/<metric>`, and the images of the picture page as `eval/<dataset>/images`.
 
-    Args:
-        evaluation: what was scored.
-        method: heading of the column of restored images.
-        logger: is finished with it.
+    `method` heads the restored images; the logger is finished afterwards.
     """
     group = f"eval/{evaluation.dataset}"
     metrics = evaluation.summary()["metrics"]

@@ -145,12 +145,7 @@ def png_url(image_3HW: Tensor) -> str:
 
 
 def render(template: str, **values: Any) -> Markup:
-    """Fill a template.
-
-    Args:
-        template: its file name, such as `gallery.html`.
-        values: what it names; `Markup` is HTML already, everything else is escaped.
-    """
+    """Fill a template by its file name; `Markup` among the values is HTML already, everything else is escaped."""
     return Markup(_environment().get_template(template).render(**values))
 
 

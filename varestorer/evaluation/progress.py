@@ -66,9 +66,6 @@ class Progress:
         """Rows of an earlier run by name: those without errors that have all columns.
 
         A row whose files are others now is for the evaluator to find out, by its digests.
-
-        Args:
-            columns: metrics that a row must have.
         """
         digests = {original_name(cells["image"]): cells["digests"] or "" for cells in read_rows(self.folder / FILES)}
         rows = {}

@@ -199,11 +199,7 @@ def _keys(name: str, lq_path: Path) -> list[str]:
 
 
 class BicubicSource:
-    """Bicubic upsampling of the low-quality image: the baseline below all others.
-
-    Args:
-        scale: side of the output over side of the input.
-    """
+    """Bicubic upsampling by `scale` of the low-quality image: the baseline below all others."""
 
     method = "bicubic"
     runs_ahead = False

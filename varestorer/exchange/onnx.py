@@ -24,8 +24,7 @@ MOST_BYTES = 2**31 - 2**24  # of a protobuf message, with room for the graph
 class OneStep(nn.Module):
     """What is exported: from squares (B, 3, t, t) in [0, 1] to squares in [0, 1] and the bits (B, L, Z).
 
-    Args:
-        system: with merged adapters; it restores without a prompt, by the likelier bits.
+    The system has merged adapters, and restores without a prompt, by the likelier bits.
     """
 
     def __init__(self, system: VARestorer) -> None:

@@ -59,13 +59,7 @@ def image(pixels_BHW3: Tensor) -> Tensor:
 
 
 class GoldenFolder:
-    """A folder of golden files.
-
-    Args:
-        folder: the folder.
-    Raises:
-        UsageError: a file that is asked for is missing or unreadable.
-    """
+    """A folder of golden files; UsageError when one that is asked for is missing or unreadable."""
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)

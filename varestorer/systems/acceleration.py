@@ -123,12 +123,7 @@ def decode_in_bf16(decoder: Any) -> None:
 
 
 def quantize_linears(blocks: nn.Module, kind: str) -> None:
-    """Weights of linear layers kept, and products made, in 8 bits: one scale a row of weights and a token.
-
-    Args:
-        blocks: changed in place.
-        kind: "int8" or "fp8".
-    """
+    """Keep weights of linear layers, in place, and multiply in 8 bits ("int8", "fp8"): one scale a row and a token."""
     from torchao import quantization
 
     if kind == "int8":

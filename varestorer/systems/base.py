@@ -175,12 +175,9 @@ class System(
 
     @abstractmethod
     def restore_squares(self, lq_B3tt: Tensor, numbers: list[int], request: Request) -> RestoredBatch:
-        """Restore squares of side `tile`.
+        """Restore degraded squares of side `tile` in [0, 1], on the system's device.
 
-        Args:
-            lq_B3tt: degraded squares in [0, 1] at the size of the result, on the system's device.
-            numbers: of the squares in their image; key what is drawn.
-            request: how.
+        Their numbers in their image key what is drawn.
         """
 
     @abstractmethod
@@ -655,10 +652,8 @@ class System(
     def accelerate(self, acceleration: Acceleration | None = None) -> Self:
         """Make restoring fast, in place; nothing else works as before afterwards: no training, no saving.
 
-        Args:
-            acceleration: the means; None for merged adapters, and bfloat16 where the device gains from it.
-        Raises:
-            UserError: what this machine cannot do, or a system that was accelerated otherwise.
+        None merges adapters, and takes bfloat16 where the device gains from it. UserError: what this machine cannot do,
+        or a system that was accelerated otherwise.
         """
         chosen = (acceleration or Acceleration()).on(self.device)
         if self.acceleration == chosen:

@@ -51,10 +51,7 @@ class Budget:
     def stages(self, given: int, made: int, wanted: int) -> tuple[float, float, float]:
         """Bytes while a picture is read, restored and written, but for squares.
 
-        Args:
-            given: pixels of the input.
-            made: pixels of the result before it is reduced.
-            wanted: pixels of the result.
+        Given are the pixels of the input, of the result before it is reduced, and of the result.
         """
         pixel = FLOAT * self.channels
         if not self.writing:  # on a device; large pictures are put together on the host

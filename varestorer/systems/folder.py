@@ -205,11 +205,7 @@ class _Work:
 
 @dataclass(frozen=True)
 class _Runner:
-    """The three stages of a file, with the settings of a run: read, restored, written.
-
-    Attributes:
-        entries: of the files that went through.
-    """
+    """The stages of a file (read, restored, written) in a run; `entries` are of the files that went through."""
 
     output: Path
     restore: RestoreImage
@@ -309,10 +305,7 @@ def _of_results(path: Path, entries: Mapping[str, Entry]) -> dict[str, Entry]:
 def _add_to_report(path: Path, before: Mapping[str, Entry], entries: Mapping[str, Entry]) -> None:
     """Write the entries of this run among those that are there now: another run may have added some since.
 
-    Args:
-        path: the report.
-        before: what it said when this run began; errors of then are gone.
-        entries: of this run.
+    Errors in `before`, what the report said when this run began, are gone.
     """
     with locked(path.parent, wait=LOCK_SECONDS):
         now = _read_report(path)

@@ -172,12 +172,10 @@ class HVAR(OneStepSystem):
 
     @torch.no_grad()
     def generate(self, lq_B3tt: Tensor, noise: Noise | None = None, num_scales: int | None = None) -> Generation:
-        """Predict the scales one after the other, with a cache of keys and values.
+        """Predict the scales (the first ones, or all) one after the other, with a cache of keys and values.
 
-        Args:
-            lq_B3tt: degraded squares in [0, 1] of side `tile`.
-            noise: uniform noise, see `heads.keyed_noise`; None takes the likeliest codes.
-            num_scales: how many; None for all.
+        Squares are in [0, 1], of side `tile`; noise is uniform, see `heads.keyed_noise`, and None takes the likeliest
+        codes.
         """
         generator = MultiStepGenerator(self.transformer, self.tokenizer.quantizer, self.schedule)
         prepared, prefix = self.transformer.prepare(self.context(len(lq_B3tt))), self.prefix_of(lq_B3tt)

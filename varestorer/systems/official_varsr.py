@@ -98,12 +98,9 @@ def tile_weights() -> Tensor:
 
 
 def blend_latents(tiles_NZhw: Tensor, rows: list[int], columns: list[int]) -> Tensor:
-    """Weighted mean of overlapping tiles, (1, Z, h, w) float32.
+    """Weighted mean of overlapping tiles (their latents in row-major order), (1, Z, h, w) float32.
 
-    Args:
-        tiles_NZhw: latents of the tiles in row-major order.
-        rows: first latent row of each row of tiles.
-        columns: first latent column of each column of tiles.
+    Given are the first latent row of each row of tiles, and the first column of each column.
     """
     weights_hw = tile_weights().to(tiles_NZhw.device)
     total = tiles_NZhw.new_zeros(1, tiles_NZhw.shape[1], rows[-1] + TILE, columns[-1] + TILE)

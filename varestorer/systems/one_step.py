@@ -183,12 +183,9 @@ class OneStepSystem(System):
     def in_one_step(
         self, lq_B3tt: Tensor, context: Context | PreparedCondition, uniforms: Sequence[Tensor] | None
     ) -> tuple[list[Tensor], Tensor]:
-        """Chosen codes of each scale as maps, and the logits (B, L, V) they come from.
+        """Chosen codes of each scale as maps, and the logits (B, L, V) they come from; squares are in [0, 1].
 
-        Args:
-            lq_B3tt: degraded squares in [0, 1].
-            context: of the condition.
-            uniforms: noise of each scale, see `System.uniforms`; None takes the likeliest codes.
+        Noise of each scale is as of `System.uniforms`; None takes the likeliest codes.
         """
         logits = self.student_logits(self.condition(lq_B3tt), context)
         return self.select(logits, uniforms), logits

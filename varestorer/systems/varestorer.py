@@ -217,9 +217,7 @@ class VARestorer(System):
     def pair_tokens(self, hq_B3HW: Tensor, lq_B3HW: Tensor) -> tuple[TokenPyramid, Condition]:
         """r_HQ, which the teacher sees, and r_LQ, which the student sees, by one pass through the encoder.
 
-        Args:
-            hq_B3HW: photographs in [0, 1] of side `tile`.
-            lq_B3HW: the same degraded; the restorer, if there is one, cleans them first.
+        Both sides are in [0, 1], of side `tile`; the restorer, if there is one, cleans the degraded ones first.
         """
         cleaned = to_network(lq_B3HW if self.restorer is None else self.restorer(lq_B3HW))
         hq, lq = self.tokenizer.encode(torch.cat([to_network(hq_B3HW), cleaned]), self.schedule).halves()
@@ -269,12 +267,9 @@ class VARestorer(System):
         return image if residual_B3HW is None else clamp_keeping_gradient(image + residual_B3HW)
 
     def predict_squares(self, text: PreparedCondition, lq_B3HW: Tensor, uniforms: list[Tensor] | None) -> RestoredBatch:
-        """One pass from degraded to restored squares, without a word between host and device.
+        """One pass from degraded to restored squares in [0, 1], without a word between host and device.
 
-        Args:
-            text: of one prompt for all, or of B prompts.
-            lq_B3HW: in [0, 1], of side `tile`.
-            uniforms: noise of each scale, (B, l, Z, 2), or None for the likelier bits.
+        The text is of one prompt for all, or of B. Noise is of each scale, (B, l, Z, 2); None takes the likelier bits.
         """
         condition = self.condition(lq_B3HW)
         logits = self.student_logits(condition, text)

@@ -223,12 +223,9 @@ class VARSR(OneStepSystem):
             return Prefix(self.prefix_encoder(lq_B3tt).float(), self.schedule.latent_size)
 
     def forced_hidden(self, inputs_BLZ: Tensor, context: Context, lq_B3tt: Tensor | None) -> Tensor:
-        """What leaves the last block for the tokens of all scales, given the true coarser ones, (B, L, C).
+        """What leaves the last block for the tokens of all scales, given the true coarser ones (`TokenPyramid.inputs`).
 
-        Args:
-            inputs_BLZ: of scales 2 to K, see `TokenPyramid.inputs`.
-            context: of qualities or classes.
-            lq_B3tt: degraded squares in [-1, 1]; of no use without a prefix.
+        (B, L, C); the degraded squares, in [-1, 1], are of no use without a prefix.
         """
         prefix = None if lq_B3tt is None else self.prefix_of(lq_B3tt)
         tokens, size = (None, None) if prefix is None else (prefix.tokens_BPC, prefix.size)
@@ -263,13 +260,7 @@ class VARSR(OneStepSystem):
 
     @torch.no_grad()
     def predict(self, prepared: PreparedCondition, prefix: Prefix | None, draws: Draws) -> Predicted:
-        """Codes of all scales, refined, without a word between host and device.
-
-        Args:
-            prepared: of the B samples, see `prepare`.
-            prefix: of the B samples.
-            draws: for them.
-        """
+        """Codes of all scales, refined, without a word between host and device; all is of the B samples."""
         uniforms = draws.uniforms
         noise = None if uniforms is None else lambda k, shape: uniforms[k].view(shape)
         options = self.sampling.options(len(self.schedule))

@@ -35,11 +35,7 @@ class Quantizer(Protocol):
 
 
 class BinarySphericalQuantizer(nn.Module):
-    """Each channel to +-1/sqrt(Z): the corners of a cube on the unit sphere (BSQ; Infinity, section 3.2).
-
-    Args:
-        num_bits: Z, bits per token.
-    """
+    """Each of Z channels to +-1/sqrt(Z): the corners of a cube on the unit sphere (BSQ; Infinity, section 3.2)."""
 
     def __init__(self, num_bits: int) -> None:
         super().__init__()
@@ -73,12 +69,7 @@ class BinarySphericalQuantizer(nn.Module):
 
 
 class CodebookQuantizer(nn.Module):
-    """Each position to the nearest of V learned vectors, by plain Euclidean distance: nothing is normalized.
-
-    Args:
-        num_codes: V.
-        width: Z.
-    """
+    """Each position to the nearest of V learned vectors (V, Z), by plain Euclidean distance: nothing is normalized."""
 
     def __init__(self, num_codes: int, width: int) -> None:
         super().__init__()
@@ -102,12 +93,10 @@ class CodebookQuantizer(nn.Module):
         return rearrange(F.embedding(indices, self.entries.float()), "b h w z -> b z h w")
 
     def flip(self, indices: Tensor, noise: Tensor, strength: Tensor) -> Tensor:
-        """Each number replaced by another one, all others alike, where `noise` is below `strength` (broadcast).
+        """Each number (B, h, w) replaced by another one, all others alike, where `noise` is below `strength`, a share.
 
-        Args:
-            indices: (B, h, w).
-            noise: uniform in [0, 1), of the same shape; below `strength` it also says which code comes instead.
-            strength: share to be replaced, in [0, 1].
+        Noise is uniform in [0, 1), of the same shape; below `strength` (broadcast) it also says which code comes
+        instead.
         """
         # what is left of the noise below the strength is uniform again
         steps = 1 + (noise / strength.clamp(min=1e-9) * (self.num_codes - 1)).long()
@@ -154,12 +143,7 @@ def vq_losses(features_BZhw: Tensor, cumulative: Sequence[Tensor], beta: float =
 
 
 def code_counts(indices: Sequence[Tensor], num_codes: int) -> Tensor:
-    """How often each code was chosen in each scale, (K, V) int64; counts of batches and processes may be added.
-
-    Args:
-        indices: of each scale, any shape.
-        num_codes: V.
-    """
+    """How often each of V codes was chosen in each scale, (K, V) int64; counts of batches and processes add up."""
     return torch.stack([torch.bincount(scale.flatten(), minlength=num_codes) for scale in indices])
 
 

@@ -121,12 +121,7 @@ class Ema:
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
-        """Start at the parameters' present values.
-
-        Args:
-            parameters: by the name they have in checkpoints.
-            decay: largest decay, in [0, 1).
-        """
+        """Start at the parameters' present values; the largest decay is in [0, 1)."""
         self._parameters = dict(parameters)
         self._decay = decay
         self.averages = {n: p.detach().to(torch.float32, copy=True) for n, p in self._parameters.items()}

@@ -159,13 +159,7 @@ class Run:
         return math.fsum(numbers) / len(numbers) if numbers else None
 
     def save_samples(self, stage: str, step: int, columns: Mapping[str, Tensor]) -> None:
-        """Save one picture `samples/<stage>_<step>.png`: a row per sample, a column per entry.
-
-        Args:
-            stage: its name.
-            step: from 1.
-            columns: each (B,3,H,W) in [0, 1].
-        """
+        """Save a picture `samples/<stage>_<step>.png`: a row per sample, a column per entry, (B,3,H,W) in [0, 1]."""
         from torchvision.utils import make_grid
 
         if not self.is_main:

@@ -146,12 +146,7 @@ def weighted_sum(weights: object, parts: Mapping[str, Tensor]) -> Tensor:
 
 
 def train_only(root: nn.Module, trained: Iterable[nn.Parameter]) -> None:
-    """Freeze all of `root`, then let `trained` require gradients.
-
-    Args:
-        root: usually the task, so that nothing an earlier stage trained stays trainable.
-        trained: parameters of this stage.
-    """
+    """Freeze all of `root`, the task itself lest an earlier stage's parts stay trainable, but `trained`."""
     root.requires_grad_(False)
     for parameter in trained:
         parameter.requires_grad_(True)

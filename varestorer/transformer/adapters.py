@@ -61,13 +61,7 @@ def attach_adapters(
 
 
 def lora_config(rank: int, targets: Sequence[str], **options: Any) -> Any:
-    """What peft calls these adapters: alpha = rank, no dropout, no bias.
-
-    Args:
-        rank: r of every adapter.
-        targets: see `attach_adapters`.
-        options: more arguments of `peft.LoraConfig`.
-    """
+    """What peft calls these adapters: alpha = rank, no dropout, no bias; for rank and targets see `attach_adapters`."""
     # peft pulls in bitsandbytes where that is installed, which complains about kernels nobody asked it for
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # callers build on the meta device, where what libraries make on import must not be, nor can be with torch 2.6

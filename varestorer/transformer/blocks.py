@@ -96,11 +96,7 @@ def _by_products(
 
 
 class LayerCache:
-    """Keys and values of one layer for all tokens seen so far, in memory allocated once.
-
-    Args:
-        num_tokens: tokens of a whole generation.
-    """
+    """Keys and values of one layer for all tokens seen so far, in memory allocated once for a whole generation."""
 
     def __init__(self, num_tokens: int) -> None:
         self.num_tokens = num_tokens

@@ -57,11 +57,7 @@ class TextFeatures:
 
 @dataclass(frozen=True)
 class ClassLabels:
-    """Classes of a batch: of images (class to image), or of their quality (VARSR).
-
-    Attributes:
-        labels_B: int64.
-    """
+    """Classes (B,) int64: of images (class to image), or of their quality (VARSR)."""
 
     labels_B: Tensor
 

@@ -223,9 +223,7 @@ def keep_top_k(logits: Tensor, top_k: int) -> Tensor:
 def keep_top_p(logits: Tensor, top_p: float) -> Tensor:
     """The unlikeliest codes (..., V) that have at most 1 - p together become -inf, but never the likeliest.
 
-    Args:
-        logits: may hold -inf.
-        top_p: p; outside (0, 1) all are kept.
+    Logits may hold -inf; for p outside (0, 1) all are kept.
     """
     if not 0.0 < top_p < 1.0:
         return logits

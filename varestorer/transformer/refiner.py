@@ -191,10 +191,7 @@ class Refiner(nn.Module):
     def forward(self, x: Tensor, t: Tensor, z: Tensor) -> Tensor:
         """Predicted noise and position of the variance, (..., 2 Z) float32.
 
-        Args:
-            x: noisy residuals over `DATA_SCALE`, (..., Z).
-            t: timesteps in [0, 1000), (...).
-            z: conditions (..., C).
+        Given noisy residuals over `DATA_SCALE` (..., Z), timesteps in [0, 1000) (...), and conditions (..., C).
         """
         return self._predict(x, self.time_embed(t), self.cond_embed(z))
 

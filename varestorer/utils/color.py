@@ -44,15 +44,7 @@ def match_color(image_B3HW: Tensor, reference_B3HW: Tensor, method: str) -> Tens
 
 
 def match_color_8bit(image_HW3: np.ndarray, reference_HW3: np.ndarray, method: str) -> np.ndarray:
-    """`match_color` of 8-bit pictures as VARSR's release does it: the result is truncated, not rounded.
-
-    Args:
-        image_HW3: uint8.
-        reference_HW3: uint8, the same shape.
-        method: see `match_color`.
-    Returns:
-        (H, W, 3) uint8.
-    """
+    """`match_color` of uint8 pictures (H, W, 3) as VARSR's release does it: the result is truncated, not rounded."""
     image_13HW, reference_13HW = (
         rearrange(torch.from_numpy(x), "h w c -> 1 c h w").float() / 255 for x in (image_HW3, reference_HW3)
     )

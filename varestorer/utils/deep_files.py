@@ -13,14 +13,9 @@ ROWS = 64  # that are packed at once
 
 
 def write_16_bits(path: Path, array_HWC: np.ndarray, options: dict[str, Any]) -> None:
-    """Write uint16 gray with alpha, RGB or RGBA as PNG or TIFF, as the path's suffix says.
+    """Write uint16 gray with alpha, RGB or RGBA as PNG or TIFF, as the path's suffix says; OSError if it cannot be.
 
-    Args:
-        path: the file.
-        array_HWC: uint16.
-        options: as Pillow's writers take them; of EXIF a TIFF gets what it has tags of its own for.
-    Raises:
-        OSError: it cannot be written.
+    Options are those of Pillow's writers; of EXIF a TIFF gets what it has tags of its own for.
     """
     if path.suffix.lower() == ".png":
         with path.open("wb") as file:

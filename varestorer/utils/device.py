@@ -144,13 +144,9 @@ def memory_in_use(device: torch.device) -> int | None:
 
 
 def peak_memory(work: Callable[[], object], device: torch.device) -> int | None:
-    """Do the work and tell the most that it held beyond what was in use before it, in bytes.
+    """Do the work once and tell the most that it held beyond what was in use before it, in bytes.
 
-    Args:
-        work: called once.
-        device: CUDA: what torch allocates there; CPU: what the process holds, where Linux and glibc tell it.
-    Returns:
-        None on other devices and systems.
+    CUDA: what torch allocates there; CPU: what the process holds, where Linux and glibc tell it. None elsewhere.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

@@ -22,9 +22,8 @@ class UsageError(UserError):
 def reason(error: BaseException) -> str:
     """Why something failed, in one line that is never empty and can stand in brackets or after a colon.
 
-    Args:
-        error: of Python or of a library. Its message may run over many lines; where it has none, or only the key that
-            was looked for, its kind is named.
+    A library's message may run over many lines; where an error has none, or only the key that was looked for, its kind
+    is named.
     """
     text = " ".join(str(error).split())
     if not text:

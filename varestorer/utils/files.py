@@ -175,11 +175,7 @@ def expand_user(path: str | os.PathLike) -> Path:
 def check_writable(folder: Path, key: str) -> None:
     """Refuse a folder that cannot be written before anything is computed for it; leaves nothing behind.
 
-    Args:
-        folder: need not exist.
-        key: of the command, for the message.
-    Raises:
-        UserError: neither it nor the nearest folder around it can be written.
+    UserError, naming the option `key`: neither it nor the nearest folder around it can be written.
     """
     place = folder.absolute()
     try:

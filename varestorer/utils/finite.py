@@ -46,13 +46,9 @@ def check_weights(tensors: Mapping[str, Tensor], source: str) -> None:
 
 
 def spread_nan(x: Tensor, *sources: Tensor) -> Tensor:
-    """NaN for each sample of `x` whose sources are not all finite; the host does not wait for the device.
+    """NaN for each sample of `x` (B, ...) that was made of sources (B, ...) which are not all finite.
 
-    Bits are chosen by comparing logits, and comparing with NaN gives bits too.
-
-    Args:
-        x: (B, ...).
-        sources: (B, ...) each, what `x` was made of.
+    Bits are chosen by comparing logits, and comparing with NaN gives bits too. The host does not wait for the device.
     """
     for source in sources:
         is_whole_B = source.isfinite().flatten(1).all(dim=1)

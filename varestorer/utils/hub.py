@@ -31,12 +31,9 @@ def split_revision(name: str) -> tuple[str, str | None]:
 
 @contextmanager
 def asking_hub(what: str, error_type: type[UserError] = UserError, remedy: str = "") -> Iterator[None]:
-    """Around calls of huggingface_hub: their errors become one line, and their warnings of every retry none.
+    """Around calls of huggingface_hub that ask for `what`: their errors become one line, with `remedy` at its end.
 
-    Args:
-        what: that is asked for, for the message.
-        error_type: of the error that is raised.
-        remedy: at its end.
+    Their warnings of every retry are not shown.
     """
     log = logging.getLogger("huggingface_hub")
     level = log.level

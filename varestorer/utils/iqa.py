@@ -245,13 +245,9 @@ def metric_id(name: str, options: Mapping[str, Any]) -> str:
 
 
 def reads_plainly(path: str | Path, image_3HW: Tensor) -> bool:
-    """Whether pyiqa's metrics of folders see these pixels in a file, of which they know nothing but `convert("RGB")`.
+    """Whether pyiqa's metrics of folders see these pixels (uint8) in a file.
 
-    They miss orientation, depth, ranges and color profiles.
-
-    Args:
-        path: the file.
-        image_3HW: uint8, what the file shows.
+    They know nothing but `convert("RGB")`, and miss orientation, depth, ranges and color profiles.
     """
     try:
         with Image.open(path) as file:

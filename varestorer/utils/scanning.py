@@ -123,10 +123,7 @@ def stamp(path: str | os.PathLike) -> Stamp:
 def report_unused(where: object, what: str, names: Sequence[str]) -> None:
     """Say once in a process what of somebody's files is not used, so that nothing is dropped without a word.
 
-    Args:
-        where: the folder.
-        what: is said of how many of them, such as "files are not used".
-        names: of all; a few are shown.
+    `what` follows their number, such as "files are not used"; a few names are shown.
     """
     message = f"{where}: {len(names)} {what}: {first_names(names)}"
     if names and message not in _REPORTED:

@@ -14,11 +14,7 @@ _is_open = False
 
 
 class watch(ContextDecorator):  # noqa: N801  # reads as a verb: `with watch("quantize")`, `@watch("restorer")`
-    """Around a part of the pipeline; a part inside another counts for the outer one.
-
-    Args:
-        part: its name.
-    """
+    """Around a named part of the pipeline; a part inside another counts for the outer one."""
 
     def __init__(self, part: str) -> None:
         self.part = part

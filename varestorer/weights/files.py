@@ -210,14 +210,9 @@ def read_entries(path: str | Path) -> dict[str, Tensor]:
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file, whole or not at all.
+    """Write a safetensors file, whole or not at all; UserError if it cannot be written.
 
-    Args:
-        path: the file.
-        tensors: from any device.
-        metadata: of the header; one entry at most, as safetensors writes several in a random order.
-    Raises:
-        UserError: it cannot be written.
+    The header's metadata has one entry at most, as safetensors writes several in a random order.
     """
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with atomic_write(path) as temporary:

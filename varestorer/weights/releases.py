@@ -78,12 +78,9 @@ def releases() -> dict[str, Release]:
 
 
 def cached(file: PublishedFile, options: Mapping[str, Any] | None = None, revision: str | None = None) -> Path | None:
-    """Where a file is in the hub's cache; None if it is not. Nobody is asked.
+    """Where a file (of a repository its `config.json`) is in the hub's cache; None if it is not. Nobody is asked.
 
-    Args:
-        file: of a whole repository its `config.json` stands for the rest.
-        options: huggingface_hub's `cache_dir`.
-        revision: of the repository.
+    Of the hub's options `cache_dir` counts.
     """
     from huggingface_hub import try_to_load_from_cache
 
@@ -159,11 +156,7 @@ def _download(file: PublishedFile, options: Mapping[str, Any], revision: str | N
 
 
 def of_metric(entry: str) -> tuple[str, str | None, str]:
-    """Where a weight file of a metric comes from, its SHA-256 or the beginning of it, and its license.
-
-    Args:
-        entry: of `utils.iqa_weights.WEIGHT_FILES`.
-    """
+    """Where a file of `utils.iqa_weights.WEIGHT_FILES` is from, its SHA-256 or a beginning of it, its license."""
     table: dict[str, dict[str, Any]] = lock()["metrics"]
     known = table[max((start for start in table if entry.startswith(start)), key=len)]
     name = entry.rpartition("/")[2]

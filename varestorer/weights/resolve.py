@@ -116,10 +116,7 @@ def locate(name: str | Path | None, options: Mapping[str, Any], read: ReadPublis
 def converted(release: Release, options: Mapping[str, Any], read: ReadPublished) -> Path:
     """The bundle of a release in the folder `models` of our cache; its files are fetched and converted once.
 
-    Args:
-        release: known.
-        options: see `locate`; the revision is that of its own repository.
-        read: see `locate`.
+    Options and `read` are those of `locate`, but the revision is that of the release's own repository.
     """
     files = fetch(release.files, options, options.get("revision"))
     cache = cache_folder()

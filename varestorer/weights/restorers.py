@@ -149,13 +149,9 @@ def _torch_differences(message: str) -> Differences:
 
 @torch.no_grad()
 def restorer_intermediates(restorer: Restorer, image_B3HW: Tensor) -> dict[str, Tensor]:
-    """Run a SwinIR and keep what golden tensors are compared with.
+    """Run a SwinIR on RGB in [0, 1] and keep what golden tensors are compared with.
 
-    Args:
-        restorer: a restorer whose network is a SwinIR.
-        image_B3HW: RGB in [0, 1].
-    Returns:
-        `conv_first` (B, C, h, w), `layer0`, `layer1`, ... (B, h*w, C) and `image01` (B, 3, H, W).
+    `conv_first` (B, C, h, w), `layer0`, `layer1`, ... (B, h*w, C) and `image01` (B, 3, H, W).
     """
     network: Any = restorer.network
     parts = {"conv_first": network.conv_first} | {f"layer{i}": part for i, part in enumerate(network.layers)}

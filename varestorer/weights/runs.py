@@ -99,12 +99,9 @@ def load_ema(path: str | Path) -> dict[str, Tensor]:
 
 
 def load_run_weights(path: str | Path) -> dict[str, Tensor]:
-    """All the weights a run made: its random start, then the averaged weights of each stage in turn.
+    """The weights a run made, up to a checkpoint if one is given: the random start, then each stage's average in turn.
 
-    Args:
-        path: a run's folder, or one of its checkpoints (later stages are then left out).
-    Returns:
-        tensors by their name in the system; parts that came from weight files are not in it.
+    They are by their name in the system; parts that came from weight files are not in it.
     """
     last = latest_checkpoint(path)
     run_dir = last.parents[2]

@@ -58,14 +58,7 @@ def resample(img_CHW: Tensor, size: tuple[int, int], mode: str) -> Tensor:
 
 
 def add_gaussian_noise(img_CHW: Tensor, sigma: float, use_gray: bool, rng: np.random.Generator) -> Tensor:
-    """Add white noise of standard deviation `sigma` (8-bit levels), clamped.
-
-    Args:
-        img_CHW: picture.
-        sigma: standard deviation, in levels of 255.
-        use_gray: the same noise in all channels.
-        rng: source of the noise.
-    """
+    """Add white noise of standard deviation `sigma` (levels of 255), clamped; `use_gray`: the same in all channels."""
     shape = (1, *img_CHW.shape[1:]) if use_gray else tuple(img_CHW.shape)
     noise = torch.from_numpy(rng.standard_normal(shape, dtype=np.float32))
     return (img_CHW + noise * (sigma / 255)).clamp(0, 1)
@@ -93,12 +86,7 @@ def add_poisson_noise(img_CHW: Tensor, scale: float, use_gray: bool, rng: np.ran
 
 
 def compress_jpeg(img_CHW: Tensor, quality: int) -> Tensor:
-    """Write and read a JPEG file in memory (4:2:0 chroma), clamped.
-
-    Args:
-        img_CHW: RGB picture.
-        quality: 1 to 100 (libjpeg's scale).
-    """
+    """Write and read an RGB JPEG file in memory (4:2:0 chroma), clamped; quality is libjpeg's, 1 to 100."""
     return decode_jpeg(encode_jpeg(to_uint8(img_CHW), quality)).to(img_CHW.dtype) / 255
 
 
@@ -133,11 +121,9 @@ def plateau_kernel(
 
 
 def sinc_kernel(size: int, cutoff: float) -> Tensor:
-    """Ideal circular low-pass, w J1(w r) / (2 pi r), for ringing and overshoot (eq. 6).
+    """Ideal circular low-pass w J1(w r) / (2 pi r) of an odd side, for ringing and overshoot (eq. 6).
 
-    Args:
-        size: odd side of the kernel.
-        cutoff: w, radians a pixel, in (0, pi].
+    The cutoff w is in radians a pixel, in (0, pi].
     """
     row, column = _offsets(size)
     radius = torch.hypot(row, column)

@@ -83,10 +83,9 @@ class Check:
 
 
 def known_set(lr: Mapping[str, Path]) -> Benchmark | None:
-    """The test set whose released pixels these are; None where none is known to have them.
+    """The test set whose released pixels these are (name -> low-quality file, of all pairs); None where none has them.
 
-    Args:
-        lr: name -> low-quality file, of all pairs; they are read only if there are as many as a known set has.
+    Pixels are read only if there are as many files as a known set has.
     """
     candidates = [known for known in BENCHMARKS.values() if known.pixels and known.pairs == len(lr)]
     if not candidates:

@@ -63,13 +63,9 @@ class Recipe:
             raise UserError(f"crop must be a positive multiple of scale {scale}, got {self.crop}")
 
     def make(self, photo_3HW: Tensor, cut_out: "CutOut") -> tuple[Tensor, Tensor]:
-        """Make a pair.
+        """Make a pair of what `cut_out` takes of a photograph, float32 in [0, 1].
 
-        Args:
-            photo_3HW: float32 in [0, 1].
-            cut_out: what to take of it.
-        Returns:
-            bad image (3, crop / scale, crop / scale) and good image (3, crop, crop), 8-bit levels in [0, 1].
+        Returns the bad image (3, crop / scale, crop / scale) and the good one (3, crop, crop), 8-bit levels in [0, 1].
         """
         scale = self.degradation.scale
         hq_3HW = to_uint8(cut(photo_3HW, (cut_out.top, cut_out.left, self.crop, self.crop))).double() / 255

@@ -153,10 +153,8 @@ def prompts_of(batch: Batch, system: VARestorer, condition_drop: float, seed: in
 class PrefixTask(TeacherTask):
     """Bit cross entropy on the photograph, the degraded image in front; only the adapters train.
 
-    Args:
-        system: with `student.conditioning: prefix`.
-        prefix_drop: share of samples whose prefix is hidden, so that guidance has something to compare with.
-        options: those of `TeacherTask`.
+    The system has `student.conditioning: prefix`; of a share `prefix_drop` of samples the prefix is hidden, so that
+    guidance has something to compare with.
     """
 
     def __init__(self, system: VARestorer, prefix_drop: float = 0.1, **options: float | bool) -> None:

@@ -129,12 +129,9 @@ TOKENIZER_KIND = f"a tokenizer such as {TOKENIZER_FILE}"
 
 
 def transformer_sizes(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Arguments of `TransformerConfig`.
+    """Arguments of `TransformerConfig` of a published teacher or student.
 
-    Args:
-        tensors: a published teacher or student.
-    Raises:
-        UserError: a tensor that tells a size is missing or of another rank.
+    UserError: a tensor that tells a size is missing or of another rank.
     """
     width, latent_width = _shape(tensors, TRANSFORMER_KIND, 2, "word_embed.weight")
     block = f"{first_block(tensors)}."
@@ -157,12 +154,9 @@ def adapter_rank(tensors: Mapping[str, Tensor]) -> int:
 
 
 def tokenizer_sizes(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Arguments of `TokenizerConfig`.
+    """Arguments of `TokenizerConfig` of a published tokenizer, with or without the `.conv` and `.norm` infixes.
 
-    Args:
-        tensors: a published tokenizer, its names with or without the `.conv` and `.norm` infixes.
-    Raises:
-        UserError: a tensor that tells a size is missing or of another rank.
+    UserError: a tensor that tells a size is missing or of another rank.
     """
     channels, image_channels, *_ = _convolution(tensors, "encoder.conv_in")
     levels = count_of(tensors, r"encoder\.down\.(\d+)\.")
@@ -269,11 +263,7 @@ RANK = 32
 
 
 def manifest(kind: str) -> dict[str, Tensor]:
-    """Names, shapes and types of a published file, as tensors whose values do not count.
-
-    Args:
-        kind: one of `KINDS`.
-    """
+    """Names, shapes and types of a published file (one of `KINDS`), as tensors whose values do not count."""
     if kind == RESTORER:
         return published_restorer_tensors()
     with torch.device("meta"):
@@ -315,14 +305,7 @@ def published_transformer(transformer: VARTransformer) -> dict[str, Tensor]:
 
 
 def part_tensors(system: Any, part: str) -> dict[str, Tensor]:
-    """A part of a system by published names.
-
-    Args:
-        system: a `VARestorer`.
-        part: "transformer", "tokenizer" or "restorer".
-    Raises:
-        UserError: the system has no restorer.
-    """
+    """A part ("transformer", "tokenizer" or "restorer") of a VARestorer by published names; UserError: it has none."""
     if part == "transformer":
         return published_transformer(system.transformer)
     if part == "tokenizer":

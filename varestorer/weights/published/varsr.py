@@ -60,12 +60,7 @@ def published_varsr_name(name: str) -> str:
 
 
 def published_vqvae_name(name: str, num_levels: int) -> str:
-    """Our tokenizer's name -> that of `VQVAE.pth` or `vae_ch160v4096z32.pth`.
-
-    Args:
-        name: of a tokenizer with attention.
-        num_levels: of its autoencoder.
-    """
+    """The name of our tokenizer with attention -> that of `VQVAE.pth` or `vae_ch160v4096z32.pth`."""
     last = num_levels - 1
 
     def up(match: re.Match[str]) -> str:
@@ -90,12 +85,7 @@ def published_vqvae_name(name: str, num_levels: int) -> str:
 
 
 def sequence_levels(sides: Sequence[int], num_first: int) -> Tensor:
-    """Level of each token, (T,) int64.
-
-    Args:
-        sides: of the square scales.
-        num_first: tokens of level 0: the prefix, if there is one, and the class token (rows of `pos_start`).
-    """
+    """Level of each token of square scales, (T,) int64; 0 for the prefix and the class token (rows of `pos_start`)."""
     counts = torch.tensor([num_first, *(side * side for side in sides[1:])])
     return torch.arange(len(sides)).repeat_interleave(counts)
 

@@ -1,9 +1,8 @@
 """Pictures in, training pairs out: folders, embedded photographs, degradation, loaders."""
 
-from varestorer.data.datasets import PairedCrops, PhotoCrops, Sample, embedded_photographs
+from varestorer.data.datasets import PairedCrops, PhotoCrops, Sample, embedded_photographs, heldout_pairs
 from varestorer.data.degradation import BicubicDegradation, Degradation
 from varestorer.data.folders import find_pairs, hq_images
-from varestorer.data.heldout import heldout_pairs
 from varestorer.data.loader import Batch, build_loader
 from varestorer.data.mixture import Mixture
 from varestorer.data.quality import quality_crops

@@ -1,19 +1,24 @@
-"""What is where in a folder of training or test pictures."""
+"""What is where in a folder of training or test pictures, and which bad one belongs to which good one.
+
+Public sets write side and scale into the names: `0801x4` and `0801`, `Canon_001_LR4` and `Canon_001_HR`,
+`baby_LRBI_x4` and `baby_HR_x4`. An ending is cut only where the rest is the name of just one partner, so that `box1`
+stays `box1`; where two images could be meant, neither is taken.
+"""
 
 import logging
 import os
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from varestorer.data.pairs import match_names
 from varestorer.utils.errors import UserError
 from varestorer.utils.files import expand_user
 from varestorer.utils.images import IMAGE_EXTENSIONS
-from varestorer.utils.scanning import list_images
+from varestorer.utils.scanning import list_images, natural_key
 
 log = logging.getLogger(__name__)
 
@@ -24,16 +29,27 @@ IMAGES_HELP = f"a folder of images, or {PAIRS_HELP}"
 _HIGH, _LOW = "hr|hq|gt|targets?|ground_?truth", "lr|lq|inputs?"
 _KIND = "bicubic|bic|bi|bd|dn|unknown|mild|wild|difficult|mod[0-9]+|x[0-9]+|train|valid|val|test"
 _SIDE = re.compile(rf"(?i)(?:.*[ ._-])?(?:(?P<high>{_HIGH})|(?P<low>{_LOW}))(?:[ ._-]?(?:{_KIND}))*")
-_SCALE = re.compile(r"(?i)x[0-9]+")
+_SCALE_FOLDER = re.compile(r"(?i)x[0-9]+")
 _SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("val", "valid", "validation"), "valid"),
     **dict.fromkeys(("test", "testing"), "test"),
 }
+# endings of names: DIV2K calls its mild, wild and difficult ones 0801x4m, 0801x4w1, 0801x4d
+_SCALE = r"x(?:[2-9]|1[0-6])(?:[mwdb]\d?)?"
+_LOW_ENDINGS = (
+    rf"(?:[ _-]|(?<=\d)){_SCALE}",
+    r"[ _-](?:bic(?:ubic)?[ _-]?)?(?:lr|lq)(?:bi|bd|dn)?(?:[ _-]?x?\d{1,2})?",
+    r"[ _-]bic(?:ubic)?(?:[ _-]?x?\d{1,2})?",
+)
+_HIGH_ENDINGS = (r"[ _-](?:hr|hq|gt)(?:mod\d{1,2})?(?:[ _-]?x?\d{1,2})?", r"[ _-]x\d{1,2}")
 
 Split = Literal["train", "test"]
 Listed = tuple[str, Path, Path | None]
 """(name, bad image, good image if there is one)."""
+Images = Mapping[str, Path]
+"""Images of a side by name: path inside its folder, without extension."""
+Forms = Callable[[str], set[str]]
 
 
 @dataclass(frozen=True)
@@ -135,12 +151,7 @@ def find_images_or_pairs(root: str | os.PathLike) -> list[Listed]:
 def list_test_set(root: str | os.PathLike, need_pairs: bool, split: Split = "test") -> Listing:
     """List a test set as `find_pairs` or `find_images_or_pairs` do, with all that is wrong with its names.
 
-    Args:
-        root: as for these two.
-        need_pairs: whether bad images alone will not do.
-        split: as for `find_pairs`.
-    Raises:
-        UserError: a side is missing, or which folder is one is in doubt.
+    UserError: a side is missing, or which folder is one is in doubt.
     """
     wanted = PAIRS_HELP if need_pairs else IMAGES_HELP
     folder = existing_folder(root, wanted)
@@ -248,7 +259,7 @@ def _only(folder: Path, candidates: list[_Side], all_sides: list[_Side]) -> _Sid
 def _inside(root: Path, side: _Side) -> Path:
     """The folder of a side's images: sets like DIV2K have one more, for the scale (`X4`)."""
     folders = _subfolders(side.folder)
-    if not folders or not all(_SCALE.fullmatch(child.name) for child in folders) or _loose_images(side.folder):
+    if not folders or not all(_SCALE_FOLDER.fullmatch(child.name) for child in folders) or _loose_images(side.folder):
         return side.folder
     scales = [_Side(child, side.split) for child in folders]
     return _only(root, scales, scales).folder
@@ -331,3 +342,71 @@ def _by_name(folder: Path) -> tuple[dict[str, Path], list[tuple[Path, Path]]]:
         if found.setdefault(name, path) is not path:
             duplicates.append((path, found[name]))
     return found, duplicates
+
+
+@dataclass
+class Matching:
+    """What belongs together.
+
+    Attributes:
+        pairs: (name, bad image, good image), in natural order of the names.
+        unpaired: images without a partner, likewise.
+        ambiguous: images that could belong together in several ways; they are in no pair.
+    """
+
+    pairs: list[tuple[str, Path, Path]] = field(default_factory=list)
+    unpaired: list[Path] = field(default_factory=list)
+    ambiguous: list[tuple[Path, ...]] = field(default_factory=list)
+
+
+def match_names(low: Images, high: Images) -> Matching:
+    """Pair the images of two sides: equal names first, then those that are equal without their endings."""
+    lows, highs = set(low), set(high)
+    low_forms = partial(_forms, endings=_LOW_ENDINGS + _shared_scale(low))
+    high_forms = partial(_forms, endings=_HIGH_ENDINGS)
+    found: dict[str, list[tuple[str, str]]] = {}
+    ambiguous: dict[tuple[Path, ...], None] = {}
+    for forms in ((_whole, _whole), (low_forms, _whole), (_whole, high_forms), (low_forms, high_forms)):
+        partners, rivals = _partners(lows, highs, *forms), _partners(highs, lows, *reversed(forms))
+        for name, others in partners.items():
+            contending = sorted({rival for other in others for rival in rivals[other]}, key=natural_key)
+            if len(others) == 1 and contending == [name]:
+                shared = max(low_forms(name) & high_forms(others[0]), key=len)
+                found.setdefault(shared, []).append((name, others[0]))
+            elif others:
+                ambiguous[*(low[rival] for rival in contending), *(high[other] for other in others)] = None
+        lows -= {name for name, others in partners.items() if others}
+        highs -= {other for other, names in rivals.items() if names}
+    pairs = [(name, low[one], high[other]) for name, [(one, other), *more] in found.items() if not more]
+    twice = [same for same in found.values() if len(same) > 1]  # two pairs would get one name
+    unpaired = [(name, low[name]) for name in lows] + [(name, high[name]) for name in highs]
+    return Matching(
+        sorted(pairs, key=lambda pair: natural_key(pair[0])),
+        [path for _, path in sorted(unpaired, key=lambda item: natural_key(item[0]))],
+        [*ambiguous, *(tuple(path for one, other in same for path in (low[one], high[other])) for same in twice)],
+    )
+
+
+def _shared_scale(names: Iterable[str]) -> tuple[str, ...]:
+    """After a letter a scale is an ending (`babyx4`) only where all names have it: `matrix2` is a name."""
+    found = {match[0].lower() if (match := re.search(rf"(?i){_SCALE}$", name)) else "" for name in names}
+    return (re.escape(found.pop()),) if len(found) == 1 and "" not in found else ()
+
+
+def _whole(name: str) -> set[str]:
+    return {name}
+
+
+def _forms(name: str, endings: Iterable[str]) -> set[str]:
+    folder, slash, stem = name.rpartition("/")
+    cut = (re.fullmatch(rf"(?is)(.+?){ending}", stem) for ending in endings)
+    return {name, *(folder + slash + match[1] for match in cut if match)}
+
+
+def _partners(names: set[str], others: set[str], forms: Forms, other_forms: Forms) -> dict[str, list[str]]:
+    """For each name the others that share a form with it."""
+    by_form: dict[str, list[str]] = {}
+    for other in sorted(others):
+        for form in other_forms(other):
+            by_form.setdefault(form, []).append(other)
+    return {name: sorted({other for form in forms(name) for other in by_form.get(form, [])}) for name in names}

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
-from varestorer.data.contents import Contents, contents_of
 from varestorer.data.datasets import Sample
+from varestorer.data.store import Contents, contents_of
 from varestorer.utils.errors import UserError
 from varestorer.utils.seeds import numpy_generator
 

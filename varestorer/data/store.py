@@ -1,8 +1,16 @@
-"""Reading the images of a data set again and again: a bounded cache, and patience with a few broken files."""
+"""Reading the images of a data set again and again: a bounded cache, and patience with a few broken files.
+
+Beside the config the images decide which picture a sample number shows, as the order of all samples is drawn for a
+list of photographs: one that came, went or got another name changes it from the first epoch on; so do other shards,
+other texts, and other shares of a mixture. So their `Contents` are kept with a checkpoint, and compared by a resume.
+"""
 
 import logging
-from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+import os
+from collections import OrderedDict, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from hashlib import sha256
 from itertools import accumulate, chain
 from pathlib import Path
 
@@ -14,6 +22,7 @@ from varestorer.utils.device import num_bytes
 from varestorer.utils.errors import UserError
 from varestorer.utils.image_files import open_image
 from varestorer.utils.images import load_image, to_uint8
+from varestorer.utils.scanning import first_names
 
 log = logging.getLogger(__name__)
 
@@ -22,6 +31,10 @@ CACHE_BYTES = 2**30  # over all the loader's workers of a process
 MAX_BROKEN = 0.05
 HEADERS_TO_CHECK = 300
 PIXELS_TO_CHECK = 32_000_000  # about a second of decoding
+THREADS, AT_ONCE = 16, 1000  # on a network a look at a file is mostly waiting
+
+Contents = dict[str, str]
+"""In the data set's order: name -> what tells it from another of this name."""
 
 
 class ImageStore:
@@ -152,3 +165,65 @@ def _num_pixels(path: Path | Packed) -> int:
         return path.num_pixels()
     with open_image(path) as file:
         return file.width * file.height
+
+
+def contents_of(dataset: object) -> Contents | None:
+    """What a data set says of itself by its `contents()`; None for one that has none."""
+    say = getattr(dataset, "contents", None)
+    return None if say is None else say()
+
+
+def file_contents(items: Iterable[tuple[Path | Packed, ...]], root: str | os.PathLike | None) -> Contents:
+    """Files with their sizes, and shards with a hash of what is where in them.
+
+    Args:
+        items: of an `ImageStore`.
+        root: of the data set, to which names are relative, so that it may move; None: names alone.
+    """
+    paths: list[Path] = []
+    shards: dict[Path, list[str]] = defaultdict(list)
+    for file in chain.from_iterable(items):
+        if isinstance(file, Packed):
+            shards[file.shard].append(str((file.image, file.features)))
+        else:
+            paths.append(file)
+    folder = None if root is None else Path(root).expanduser()
+    names = [path.name if folder is None else os.path.relpath(path, folder) for path in paths]
+    parts = [paths[start : start + AT_ONCE] for start in range(0, len(paths), AT_ONCE)]
+    with ThreadPoolExecutor(THREADS) as pool:
+        found = dict(zip(names, chain.from_iterable(pool.map(_sizes, parts)), strict=True))
+    return found | {
+        path.name: f"{len(samples)} samples, {sha256(' '.join(samples).encode(errors='backslashreplace')).hexdigest()}"
+        for path, samples in shards.items()
+    }
+
+
+def changes(before: Mapping[str, str], after: Mapping[str, str]) -> str | None:
+    """What is added, removed, renamed and changed, counted, with a few names; None where nothing is."""
+    if list(before.items()) == list(after.items()):
+        return None
+    added = {name: mark for name, mark in after.items() if name not in before}
+    gone: dict[str, list[str]] = defaultdict(list)
+    for name, mark in before.items():
+        if name not in after:
+            gone[mark].append(name)
+    renamed = {name: gone[mark].pop(0) for name, mark in added.items() if gone[mark]}
+    lists = {
+        "added": [name for name in added if name not in renamed],
+        "removed": list(chain.from_iterable(gone.values())),
+        "renamed": [f"{old} -> {new}" for new, old in renamed.items()],
+        "changed": [name for name, mark in before.items() if after.get(name, mark) != mark],
+    }
+    told = [f"{len(names)} {kind} ({first_names(names)})" for kind, names in lists.items() if names]
+    return "; ".join(told) or "the same files in another order"
+
+
+def _sizes(paths: Iterable[Path]) -> list[str]:
+    return [_size(path) for path in paths]
+
+
+def _size(path: Path) -> str:
+    try:
+        return f"{path.stat().st_size} bytes"
+    except OSError:  # it is a broken one when its turn comes
+        return "unreadable"

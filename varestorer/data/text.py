@@ -83,13 +83,9 @@ class TextWriter:
         return [name for name, prompt in captions.items() if held.get(name) != prompt]
 
     def add(self, prompts: Mapping[str, str], features: Mapping[str, Tensor]) -> None:
-        """Write one more shard, then the index that names it.
+        """Write one more shard, then the index that names it; features (T, E) are of the prompts that are not empty.
 
-        Args:
-            prompts: name -> prompt.
-            features: name -> (T, E), for those prompts that are not empty.
-        Raises:
-            UserError: the disk is full, or the like.
+        UserError: the disk is full, or the like.
         """
         shard = self._next_shard() if features else None
         if shard is not None:

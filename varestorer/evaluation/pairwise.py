@@ -115,13 +115,9 @@ def read_answers(study: Study, files: Sequence[str]) -> list[list[dict[str, Any]
 
 
 def preference_tables(study: Study, raters: Sequence[Sequence[Mapping[str, Any]]]) -> list[Table]:
-    """Win rates, all against all and in pairs; half a win each where no difference was seen.
+    """Win rates, all against all and in pairs, by `read_answers`; half a win each where no difference was seen.
 
     Intervals are bootstrapped over images: the answers about one image depend on each other.
-
-    Args:
-        study: who is who.
-        raters: of `read_answers`.
     """
     wins: dict[str, dict[str, list[float]]] = {}
     pairs: dict[tuple[str, str], dict[str, list[float]]] = {}

@@ -131,12 +131,9 @@ class _Notes:
 
 
 def read_records(runs: Iterable[str]) -> list[EvaluationRecord]:
-    """Read evaluations that are to stand in one table.
+    """Read evaluations that are to stand in one table: folders of `scripts/eval.py`, each maybe as `label=folder`.
 
-    Args:
-        runs: folders of `scripts/eval.py`, each maybe with its name in front: `label=folder`.
-    Raises:
-        UsageError: a folder without a summary, two protocols, or the same name twice on one data set.
+    UsageError: a folder without a summary, two protocols, or the same name twice on one data set.
     """
     records = [_read_record(run) for run in runs]
     for record in records[1:]:

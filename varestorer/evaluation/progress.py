@@ -23,13 +23,10 @@ PER_IMAGE, FILES, SETTINGS, IMAGES = "per_image.csv", "files.csv", "settings.jso
 
 
 class Progress:
-    """What is done of an evaluation.
+    """What is done of an evaluation, in the folder of its records.
 
-    Args:
-        folder: of the records.
-        settings: what the figures depend on, by name; values that JSON can hold.
-    Raises:
-        UsageError: the folder holds an evaluation with other settings; says which.
+    Settings are what the figures depend on, by name, as JSON can hold it. UsageError: the folder holds an evaluation
+    with other settings; says which.
     """
 
     def __init__(self, folder: str | Path, settings: Mapping[str, Any]) -> None:

@@ -49,11 +49,8 @@ class SmallModel:
 def open_models(given: Mapping[str, str], licenses: Mapping[str, str]) -> dict[str, SmallModel]:
     """Models by their labels.
 
-    Args:
-        given: label -> "bicubic", a file that spandrel loads, or a model of ours as `systems.load` takes it.
-        licenses: label -> license, where no card beside the files names it.
-    Raises:
-        UsageError: a license of no model, or no such model.
+    Given is "bicubic", a file that spandrel loads, or a model of ours as `systems.load` takes it; licenses are named
+    where no card beside the files does. UsageError: a license of no model, or no such model.
     """
     if unknown := licenses.keys() - given.keys():
         raise UsageError(f"licenses= names {', '.join(sorted(unknown))}, and models= does not")

@@ -37,13 +37,9 @@ def is_peft(folder: Path) -> bool:
 
 
 def save(system: Any, folder: Path) -> None:
-    """Write a system's adapters.
+    """Write a system's adapters, which are not merged, into a folder that is made.
 
-    Args:
-        system: with adapters that are not merged.
-        folder: where to; it is made.
-    Raises:
-        UserError: the system has none, or a file cannot be written.
+    UserError: the system has none, or a file cannot be written.
     """
     adapters, student = own_adapters(system), system.student_config
     folder.mkdir(parents=True, exist_ok=True)

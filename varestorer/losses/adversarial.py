@@ -62,14 +62,10 @@ def hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
 
 
 def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: Tensor) -> Tensor:
-    """Ratio of the norms of two losses' gradients at a layer, so that neither drowns the other there.
+    """Ratio of the norms of two scalar losses' gradients at a layer, so that neither drowns the other there.
 
-    Args:
-        reconstruction: scalar loss that the layer had before.
-        adversarial: scalar loss that is to weigh as much.
-        last_layer: weight that both depend on, the decoder's last.
-    Returns:
-        A scalar without gradient, at most `LARGEST_WEIGHT`.
+    The layer's weight is one that both depend on, the decoder's last. A scalar without gradient, at most
+    `LARGEST_WEIGHT`.
     """
     norms = [
         torch.autograd.grad(loss, last_layer, retain_graph=True)[0].norm() for loss in (reconstruction, adversarial)

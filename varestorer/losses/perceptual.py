@@ -67,11 +67,7 @@ class MetricLoss(nn.Module):
 class LPIPSLoss(MetricLoss):
     """Learned perceptual distance (Zhang et al. 2018, equation 1): `L_perc` of the paper.
 
-    Args:
-        net: backbone, `alex` (the one that evaluation uses) or `vgg`.
-    Raises:
-        MetricUnavailableError: see `MetricLoss`.
-        ValueError: unknown `net`.
+    `net` is the backbone, `alex` (the one that evaluation uses) or `vgg`, else a ValueError; see `MetricLoss`.
     """
 
     def __init__(self, net: str = "alex") -> None:

@@ -134,13 +134,9 @@ def _gradients(group: Group, tokenizer: MultiScaleTokenizer, prefix: str) -> Ite
 
 
 def _forced(group: Group, system: VARSR, indices: Sequence[Tensor], lq_B3HW: Tensor | None) -> Iterator[Check]:
-    """Inputs, what leaves every block, logits and losses.
+    """Inputs, what leaves every block, logits and losses, given the true codes of each scale as maps.
 
-    Args:
-        group: with the labels of the pictures.
-        system: the networks.
-        indices: true codes of each scale, as maps.
-        lq_B3HW: degraded images in [-1, 1].
+    The group has the labels of the pictures; degraded images are in [-1, 1].
     """
     io, transformer = group.io, system.transformer
     inputs_BLZ = _inputs(system, indices)

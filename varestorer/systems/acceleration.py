@@ -217,13 +217,10 @@ class BatchGraphs:
         self._pool: Any = None
 
     def __call__(self, function: Callable[..., Tree], *inputs: Any) -> Tree:
-        """`function(*inputs)`.
+        """`function(*inputs)` in new tensors; inputs are trees on one CUDA device, and what is in a dataclass stays as
+        it is.
 
-        Args:
-            function: asks the host for nothing, and is the same at every call with inputs of these shapes.
-            inputs: trees on one CUDA device; what is in a dataclass stays as it is.
-        Returns:
-            a tree of new tensors.
+        The function asks the host for nothing, and is the same at every call with inputs of these shapes.
         """
         key = key_of(inputs)
         if key not in self._recorded:

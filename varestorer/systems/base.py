@@ -539,13 +539,9 @@ class System(
 
     @classmethod
     def from_bundle(cls, bundle: Path, merge: bool = False) -> Self:
-        """The system of a bundle.
+        """The system of a bundle's folder; `merge` folds adapters, where there are any, into the base as they are read.
 
-        Args:
-            bundle: its folder.
-            merge: fold adapters, where there are any, into the base weights as they are read.
-        Raises:
-            UserError: it is another system's, or has entries that a later version may know.
+        UserError: it is another system's, or has entries that a later version may know.
         """
         config = read_config(bundle)
         if config["system"] != cls.name:

@@ -25,14 +25,9 @@ def smooth(map_HW: Tensor) -> Tensor:
 
 
 def doubt_of(image: Tensor, faithful: Tensor, entropy_HW: Tensor) -> Tensor:
-    """How much a network that was not sure has changed, (H, W): entropy times the local change.
+    """How much a network that was not sure has changed the faithful picture, (H, W): entropy times the local change.
 
-    The entropy alone says little: flat areas hold many undecided bits that hardly show.
-
-    Args:
-        image: what the network made.
-        faithful: what it was made from.
-        entropy_HW: of its symbols, mean over the scales.
+    The entropy, a mean over the scales, alone says little: flat areas hold many undecided bits that hardly show.
     """
     return entropy_HW * smooth((image - faithful).abs().mean(dim=0))
 
@@ -46,13 +41,9 @@ def ranks(doubt_HW: Tensor) -> Tensor:
 
 
 def blend(image: Tensor, faithful: Tensor, doubt_HW: Tensor, fidelity: float) -> Tensor:
-    """The image with its most doubtful area replaced.
+    """The image with its most doubtful area replaced by the faithful one: a share of it from 0 (none) to 1 (all).
 
-    Args:
-        image: what the network made.
-        faithful: what takes its place.
-        doubt_HW: in any unit; only the order counts.
-        fidelity: share of the area, 0 (none) to 1 (all).
+    Of the doubts (H, W) only the order counts.
     """
     border = min(SOFT, 2 * fidelity, 2 * (1 - fidelity))
     if border == 0:

@@ -399,11 +399,8 @@ class VARestorer(System):
     ) -> Tensor:
         """Logits (B, L, Z, 2) of every scale, given the true coarser ones and the degraded image.
 
-        Args:
-            pyramid: tokens of the photograph.
-            lq_pyramid: tokens of the degraded image.
-            text: of the prompts.
-            dropped_B: samples whose prefix nobody sees.
+        Tokens are those of the photograph and of the degraded image; nobody sees the prefix of the dropped samples
+        (B,).
         """
         prefix = self.prefix_of(lq_pyramid)
         num_prefix = prefix.tokens_BPC.shape[1]

@@ -336,14 +336,10 @@ class VARSR(OneStepSystem):
 
     @torch.inference_mode()
     def make(self, classes: Sequence[int], seed: int = 0, select: str = "sample") -> RestoredBatch:
-        """Pictures of classes, by a model without a prefix.
+        """Pictures of classes (one a picture, from 0), by a model without a prefix.
 
-        Args:
-            classes: one a picture, from 0.
-            seed: of whatever is drawn; each picture's depends on its place in `classes` too.
-            select: "sample" draws the codes, "argmax" takes the likeliest.
-        Raises:
-            UserError: a model with a prefix, or a class that it has not.
+        "sample" draws the codes, "argmax" takes the likeliest; what is drawn depends on the seed and on the place in
+        `classes`. UserError: a model with a prefix, or a class that it has not.
         """
         if self.prefix_encoder is not None:
             raise UserError("this model restores images, it makes none of classes: use restore")

@@ -22,7 +22,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from varestorer.data.contents import changes
+from varestorer.data.store import changes
 from varestorer.training.optim import Ema, load_optimizer_tensors, optimizer_tensors
 from varestorer.training.parallel import all_gathered, sharded_like
 from varestorer.utils.errors import UserError

@@ -29,14 +29,9 @@ from varestorer.weights.load import check_part
 
 
 def check_stages(stages: Mapping[str, DictConfig], num_processes: int, device: torch.device) -> None:
-    """Check all stages of a run against its model, its files and its processes.
+    """Check all stages of a run, each the whole config as it sees it, against its model, its files and its processes.
 
-    Args:
-        stages: the whole config as each stage sees it.
-        num_processes: of the run.
-        device: of this process.
-    Raises:
-        UsageError: names the stage, the key, what it was and what it has to be.
+    UsageError: names the stage, the key, what it was and what it has to be.
     """
     model = next(iter(stages.values())).model
     with _refused("the model"):

@@ -13,8 +13,8 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from varestorer.data import build_loader
-from varestorer.data.contents import contents_of
 from varestorer.data.loader import WORKERS_KEY
+from varestorer.data.store import contents_of
 from varestorer.data.workers import StopWaitingError, deaths_explained
 from varestorer.training.config import TrainerConfig
 from varestorer.training.optim import OptimizerFactory, set_learning_rate

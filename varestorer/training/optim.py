@@ -30,13 +30,10 @@ def can_fuse(parameter: nn.Parameter) -> bool:
 
 
 def build_optimizer(task: Task, factory: OptimizerFactory) -> Optimizer:
-    """Make an optimizer over a task's trainable parameters, without decay where the task says so.
+    """Make an optimizer over a task's trainable parameters, in two groups by the task's `no_decay`.
 
-    Args:
-        task: `no_decay` splits its parameters in two groups.
-        factory: takes parameter groups; a Hydra `_partial_` such as `functools.partial(AdamW, lr=1e-4)`.
-    Raises:
-        UserError: nothing trains.
+    The factory takes parameter groups: a Hydra `_partial_` such as `functools.partial(AdamW, lr=1e-4)`. UserError:
+    nothing trains.
     """
     parameters = task.trainable_parameters()
     if not parameters:

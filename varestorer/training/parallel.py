@@ -119,13 +119,9 @@ def unsharded_tensor(tensor: Tensor) -> Tensor:
 
 
 def all_gathered(tensors: Mapping[str, Tensor], wanted: bool) -> dict[str, Tensor]:
-    """Tensors in full, one all-gather after the other; all processes have to call this.
+    """Tensors in full, one all-gather after the other; all processes have to call this, by the same names.
 
-    Args:
-        tensors: the same names in every process.
-        wanted: whether this process is to have them; the others get none.
-    Returns:
-        sharded ones on the CPU, others as they are.
+    Sharded ones are on the CPU, others as they are; processes that do not want them get none.
     """
     gathered: dict[str, Tensor] = {}
     for name, tensor in tensors.items():

@@ -49,13 +49,9 @@ class Run:
     """
 
     def __init__(self, run_dir: Path, accelerator: Accelerator, seed: int = 0, logger: Logger | None = None) -> None:
-        """Open a new or existing folder.
+        """Open a new or existing folder; stages derive their seeds from the run's.
 
-        Args:
-            run_dir: made if it is not there.
-            accelerator: of this process.
-            seed: of the run; stages derive theirs from it.
-            logger: gets the same numbers and pictures as the folder.
+        The logger gets the same numbers and pictures as the folder.
         """
         self.run_dir = run_dir
         self.accelerator = accelerator

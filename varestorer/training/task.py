@@ -156,11 +156,8 @@ def keep_base_in(task: Task, dtype: torch.dtype) -> None:
     """Keep the frozen matrices of the transformer's blocks in a precision; vectors and what trains stay float32.
 
     Under bfloat16 autocast, which rounds every matrix before its product, bfloat16 halves the memory of the base and
-    changes no loss and no gradient. Without autocast the blocks cannot be used then.
-
-    Args:
-        task: on any device, not sharded yet.
-        dtype: float32 gives what bfloat16 left, rounded.
+    changes no loss and no gradient. Without autocast the blocks cannot be used then. The task is not sharded yet;
+    float32 gives what bfloat16 left, rounded.
     """
     for layer in frozen_matrices(task):
         layer.weight.data = layer.weight.data.to(dtype)

@@ -140,14 +140,9 @@ def merge_adapters(transformer: nn.Module) -> None:
 
 @torch.no_grad()
 def folded(base: Mapping[str, Tensor], adapters: Mapping[str, Tensor], cross_value_bias: bool) -> dict[str, Tensor]:
-    """Weights of the merged student, as `merge_adapters` makes them, from those of the teacher and of the adapters.
+    """Weights of the merged student, as `merge_adapters` makes them, from those of teacher and adapters by plain names.
 
     Needs no network with adapters, and so not peft, which takes longer to import than such a network to load.
-
-    Args:
-        base: of the transformer without adapters, under plain names.
-        adapters: under plain names, `X.lora_down.weight` and `X.lora_up.weight`.
-        cross_value_bias: see `attach_adapters`.
     """
     merged = dict(base)
     layers = {name.removesuffix(".lora_up.weight") for name in adapters if name.endswith(".lora_up.weight")}

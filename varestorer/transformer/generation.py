@@ -238,13 +238,9 @@ def _mix_logits(raw: Tensor, cfg: float, batch_size: int) -> Tensor:
 def _mix_after_blocks(
     spans: Sequence[tuple[float, int]], insertion_layers: tuple[int, ...], depth: int, batch_size: int
 ) -> Callable[[int, Tensor], Tensor] | None:
-    """Guidance on the outputs of the blocks that negative insertion layers name, written to both halves.
+    """Guidance on the outputs of the blocks that negative insertion layers name, written to both halves of the batch.
 
-    Args:
-        spans: guidance and number of consecutive tokens: a pass may read several known scales, each with its own.
-        insertion_layers: see `SamplingOptions`.
-        depth: number of blocks.
-        batch_size: of one half.
+    Spans are guidance and number of consecutive tokens: a pass may read several known scales, each with its own.
     """
     numbers = {depth + layer for layer in insertion_layers if layer < 0}
     if not numbers or all(cfg == 1 for cfg, _ in spans):

@@ -18,13 +18,9 @@ CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """Turn the `device` option into a device that is there.
+    """Turn `auto` (CUDA, else Apple's MPS, else CPU), `cpu`, `cuda`, `cuda:1` or `mps` into a device that is there.
 
-    Args:
-        name: `auto` (CUDA, else Apple's MPS, else CPU), `cpu`, `cuda`, `cuda:1` or `mps`.
-    Raises:
-        UsageError: unknown name.
-        UserError: a device that this machine or this build of torch does not have.
+    UsageError: unknown name. UserError: a device that this machine or this build of torch does not have.
     """
     has_mps = torch.backends.mps.is_available()
     if name == "auto":

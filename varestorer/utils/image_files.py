@@ -1,4 +1,7 @@
-"""Opening picture files: what is no picture, damaged or too large is named in one line before it is decoded."""
+"""Opening picture files: what is no picture, damaged or too large is named in one line before it is decoded.
+
+And writing colors of 16 bits, which Pillow cannot.
+"""
 
 import os
 import stat
@@ -9,8 +12,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from threading import RLock
+from typing import Any
 
-from PIL import Image, ImageFile, UnidentifiedImageError
+import numpy as np
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
 from varestorer.utils.errors import UserError, reason
 
@@ -31,6 +36,7 @@ BROKEN_IMAGE_ERRORS = (
 )
 
 _ONE_AT_A_TIME = RLock()
+ROWS = 64  # of 16-bit colors, that are packed at once
 
 HEIC = (".heic", ".heif")
 HEIC_HINT = "HEIC is read through pillow-heif: pip install pillow-heif (the extra [heic]), or convert it to JPEG"
@@ -124,3 +130,63 @@ def _reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return f"it is truncated or damaged ({reason(error)}); copy it again or remove it"
+
+
+def write_16_bits(path: Path, array_HWC: np.ndarray, options: dict[str, Any]) -> None:
+    """Write uint16 gray with alpha, RGB or RGBA as PNG or TIFF, as the path's suffix says; OSError if it cannot be.
+
+    Options are those of Pillow's writers; of EXIF a TIFF gets what it has tags of its own for.
+    """
+    if path.suffix.lower() == ".png":
+        with path.open("wb") as file:
+            file.writelines(_png(array_HWC, options))
+        return
+    import tifffile
+
+    exif = Image.Exif()
+    exif.load(options.get("exif", b""))
+    own = (ExifTags.Base.Make, ExifTags.Base.Model, ExifTags.Base.Artist, ExifTags.Base.Copyright)
+    tifffile.imwrite(
+        path,
+        array_HWC,
+        photometric="rgb" if array_HWC.shape[2] >= 3 else "minisblack",
+        extrasamples=["unassalpha"] if array_HWC.shape[2] in (2, 4) else None,
+        planarconfig="contig",
+        compression="zlib",
+        iccprofile=options.get("icc_profile"),
+        software=exif.get(ExifTags.Base.Software, False),
+        datetime=exif.get(ExifTags.Base.DateTime),
+        resolution=options.get("dpi"),
+        resolutionunit="inch" if "dpi" in options else None,
+        metadata=None,
+        extratags=[(int(tag), "s", 0, str(exif[tag]), True) for tag in own if tag in exif],
+    )
+
+
+def _png(array_HWC: np.ndarray, options: dict[str, Any]) -> Iterator[bytes]:
+    """The file, part by part, so that it is never held whole."""
+    height, width, channels = array_HWC.shape
+    color = {2: 4, 3: 2, 4: 6}[channels]
+    yield b"\x89PNG\r\n\x1a\n"
+    yield _chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, color, 0, 0, 0))
+    if "icc_profile" in options:
+        yield _chunk(b"iCCP", b"ICC Profile\0\0" + zlib.compress(options["icc_profile"]))
+    if "dpi" in options:
+        yield _chunk(b"pHYs", struct.pack(">IIB", *(round(value / 0.0254) for value in options["dpi"]), 1))
+    if "exif" in options:
+        yield _chunk(b"eXIf", options["exif"].removeprefix(b"Exif\0\0"))
+    for kind, data, *_ in options["pnginfo"].chunks if "pnginfo" in options else []:
+        yield _chunk(kind, data)
+    packer, above = zlib.compressobj(), np.zeros((1, 2 * width * channels), np.uint8)
+    for first in range(0, height, ROWS):
+        rows = np.ascontiguousarray(array_HWC[first : first + ROWS], dtype=">u2").view(np.uint8).reshape(-1, above.size)
+        filtered = np.full((len(rows), above.size + 1), 2, dtype=np.uint8)  # 2: each byte less the one above
+        filtered[:, 1:] = rows - np.concatenate([above, rows[:-1]])
+        yield _chunk(b"IDAT", packer.compress(filtered.tobytes()))
+        above = rows[-1:]
+    yield _chunk(b"IDAT", packer.flush())
+    yield _chunk(b"IEND", b"")
+
+
+def _chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))

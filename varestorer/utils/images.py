@@ -22,11 +22,10 @@ from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
 from varestorer.utils.decoding import Decoded, decode, decode_visible
-from varestorer.utils.deep_files import write_16_bits
 from varestorer.utils.errors import UserError
 from varestorer.utils.files import atomic_write
 from varestorer.utils.finite import check_finite, is_finite
-from varestorer.utils.image_files import BROKEN_IMAGE_ERRORS, HEIC, READS_HEIC, open_image
+from varestorer.utils.image_files import BROKEN_IMAGE_ERRORS, HEIC, READS_HEIC, open_image, write_16_bits
 from varestorer.utils.watch import watch
 
 

@@ -116,14 +116,9 @@ def help_text(options: type[CommandOptions]) -> str:
 
 
 def check(values: object, options: type | None = None, prefix: str = "") -> None:
-    """Refuse values outside of what an option may be.
+    """Refuse values, of a class of options or a config of its keys, outside of what an option may be.
 
-    Args:
-        values: an instance of a class of options, or a config of its keys.
-        options: the class; None for that of `values`.
-        prefix: of the keys.
-    Raises:
-        UsageError: names the key, what it was and what it may be.
+    UsageError: names the key (behind `prefix`), what it was and what it may be.
     """
     for item in fields(options or type(values)):  # type: ignore[arg-type]
         key = f"{prefix}{item.name}"

@@ -63,12 +63,8 @@ CARD = "README.md"
 def save_bundle(system: Any, folder: Path, half: bool = False) -> None:
     """Write a system into a folder; its `config.json` comes last, so that half a bundle is none.
 
-    Args:
-        system: what to write.
-        folder: where to.
-        half: store every tensor in float16, which takes half the space and is float32 again when it is read.
-    Raises:
-        UserError: a file cannot be written, or a weight is too large for float16.
+    `half` stores every tensor in float16: half the space, and float32 again when it is read. UserError: a file cannot
+    be written, or a weight is too large for float16.
     """
     (folder / CONFIG).unlink(missing_ok=True)
     parts = system.parts()

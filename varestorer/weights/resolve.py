@@ -70,14 +70,11 @@ def check_is_whole(path: Path) -> None:
 
 
 def download(name: str, options: Mapping[str, Any]) -> Path:
-    """Fetch a bundle from the hub into its cache, sizes said first; where no hub is, one in the cache will do.
+    """Fetch a bundle `owner/name` from the hub into its cache, sizes said first; without a hub one in the cache will
+    do.
 
-    Args:
-        name: `owner/name`.
-        options: huggingface_hub's `revision`, `cache_dir`, `token`, ...
-    Raises:
-        UsageError: the hub does not give it.
-        UserError: it is no bundle, or there is no room for it.
+    Options are huggingface_hub's `revision`, `cache_dir`, `token`, ... UsageError: the hub does not give it. UserError:
+    it is no bundle, or there is no room for it.
     """
     known = ("revision", "force_download", "local_files_only", *CACHE_OPTIONS)
     wanted = {key: options[key] for key in known if key in options}

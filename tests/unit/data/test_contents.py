@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from varestorer.data import Mixture, PairedCrops, PhotoCrops
-from varestorer.data.contents import changes, contents_of, file_contents
 from varestorer.data.packing import pack
+from varestorer.data.store import changes, contents_of, file_contents
 from varestorer.data.text import EncoderRecord, TextWriter
 from varestorer.utils.images import save_image
 from varestorer.utils.seeds import torch_generator

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from varestorer.data.pairs import Matching, match_names
+from varestorer.data.folders import Matching, match_names
 
 CAFE = "caf\u00e9"
 

@@ -18,9 +18,8 @@ from torch import Tensor
 from varestorer.systems import folder
 from varestorer.systems.folder import FolderReport, Restored, RestoreImage, restore_files
 from varestorer.systems.plan import Job, plan_restoration, target_names
-from varestorer.utils.deep_files import write_16_bits
 from varestorer.utils.errors import UsageError, UserError
-from varestorer.utils.image_files import READS_HEIC
+from varestorer.utils.image_files import READS_HEIC, write_16_bits
 from varestorer.utils.images import Picture, Writing, heat_map, load_image, load_picture, resize, save_image
 from varestorer.utils.seeds import derive_seed
 

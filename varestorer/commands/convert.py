@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import cast
@@ -17,8 +16,8 @@ from varestorer.exchange import onnx, peft, spandrel
 from varestorer.systems import load
 from varestorer.systems.base import PRECISIONS
 from varestorer.systems.varestorer import VARestorer
-from varestorer.utils.errors import UsageError, UserError, reason
-from varestorer.utils.files import atomic_write, check_writable, temporary_path
+from varestorer.utils.errors import UsageError, UserError
+from varestorer.utils.files import atomic_folder, atomic_write, check_writable
 from varestorer.utils.schema import typed
 from varestorer.weights.bundle import is_bundle, put_adapters, save_adapters, save_bundle, student_of
 from varestorer.weights.files import read_entries, save_tensors
@@ -79,7 +78,8 @@ def write(system: VARestorer, options: ConvertOptions, output: Path) -> None:
             check_publishable(system, Path(cast(str, options.input)))
         save_published(system, options.part, output)
     else:
-        save_aside(system, output, options.dtype == "fp16", options.overwrite)
+        with atomic_folder(output, options.overwrite) as folder:  # refused if another command has filled it meanwhile
+            save_bundle(system, folder, half=options.dtype == "fp16")
 
 
 def check_options(options: ConvertOptions) -> None:
@@ -231,27 +231,6 @@ def save_published(system: VARestorer, part: str, path: Path) -> None:
         return
     with atomic_write(path) as temporary, temporary.open("wb") as file:  # a name would get into the file's bytes
         torch.save({WRAPPERS[part]: tensors} if part in WRAPPERS else tensors, file)
-
-
-def save_aside(system: VARestorer, folder: Path, half: bool, overwrite: bool) -> None:
-    """Write a bundle beside the folder and rename it: a folder of that name is a whole bundle, old or new.
-
-    For `half` see `weights.bundle.save_bundle`; `overwrite` replaces what is in the folder. UserError if it cannot be
-    written.
-    """
-    aside = temporary_path(folder)
-    try:
-        aside.mkdir(parents=True)
-        save_bundle(system, aside, half)
-        if overwrite:
-            shutil.rmtree(folder, ignore_errors=True)
-        aside.rename(folder)  # refused if another command has filled the folder meanwhile
-    except OSError as error:
-        raise UserError(
-            f"cannot write output={folder}: {reason(error)}; check the folder and its free space"
-        ) from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def written(output: Path) -> str:

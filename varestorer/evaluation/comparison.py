@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from varestorer.evaluation.evaluator import Evaluator
@@ -43,6 +44,10 @@ class Photograph:
     hq: Tensor
 
 
+Ways = dict[str, Callable[[Photograph], Tensor]]
+"""What makes an image of a photograph's LR, by the name of its column."""
+
+
 def photographs(samples: Iterable[Mapping[str, Any]]) -> list[Photograph]:
     """LR images of held-out pairs, whose degraded side comes at the size of the good one."""
     found = []
@@ -57,8 +62,20 @@ def _bicubic(photo: Photograph) -> Tensor:
     return resize(photo.lr, (photo.hq.shape[-2], photo.hq.shape[-1]), "bicubic")
 
 
-def _restored(system: System, photo: Photograph) -> Tensor:
-    return system.restore(photo.lr, SCALE).image
+def _restored(system: System, photo: Photograph, **options: Any) -> Tensor:
+    return system.restore(photo.lr, SCALE, **options).image
+
+
+def _framed(system: System, ways: Ways) -> Ways:
+    """Ways between the least and the most that can be: bicubic, and what the tokenizer keeps of the photograph."""
+    return {"bicubic": _bicubic, **ways, "tokenizer ceiling": lambda photo: system.reconstruct(photo.hq)}
+
+
+def _undistilled(system: OneStepSystem | VARestorer) -> Any:
+    """The same networks as a student starts: the teacher, asked for all scales at once."""
+    other = copy.deepcopy(system)
+    init_adapters(other.transformer)
+    return other
 
 
 def _sampled_by(system: VARSR, **sampling: float | bool) -> VARSR:
@@ -68,71 +85,46 @@ def _sampled_by(system: VARSR, **sampling: float | bool) -> VARSR:
     return other
 
 
-def methods(system: VARestorer) -> dict[str, Callable[[Photograph], Tensor]]:
+def methods(system: VARestorer) -> Ways:
     """Every way to a full-size image, by the name of its column."""
-    student = copy.deepcopy(system).merge_adapters()  # as `restore` does where no teacher is needed
-    ways: dict[str, Callable[[Photograph], Tensor]] = {
-        "bicubic": _bicubic,
-        "multi-step": lambda photo: system.restore(photo.lr, SCALE, steps="multi").image,
-    }
+    ways: Ways = {"multi-step": partial(_restored, system, steps="multi")}
     if system.student_config.lora_rank:  # else all of the network trained, and nothing is left of its start
-        undistilled = copy.deepcopy(system)
-        init_adapters(undistilled.transformer)  # as a student starts: the teacher, asked for all scales at once
-        undistilled.merge_adapters()
-        ways[UNDISTILLED] = partial(_restored, undistilled)
-    return ways | {
-        "one step": partial(_restored, student),
-        "tokenizer ceiling": lambda photo: system.reconstruct(photo.hq),
-    }
+        ways[UNDISTILLED] = partial(_restored, _undistilled(system).merge_adapters())
+    student = copy.deepcopy(system).merge_adapters()  # as `restore` does where no teacher is needed
+    return _framed(system, ways | {"one step": partial(_restored, student)})
 
 
-def guided_methods(system: VARSR) -> dict[str, Callable[[Photograph], Tensor]]:
+def guided_methods(system: VARSR) -> Ways:
     """VARSR's ways: asked for bad and for good quality, guided from one to the other, and with the refiner."""
     bad, plain = (_sampled_by(system, guidance=0.0, use_refiner=False) for _ in range(2))
     bad.qualities = bad.prepare(torch.tensor([system.transformer.config.num_classes - 1], device=system.device))
     guided = _sampled_by(system, use_refiner=False)
     columns = {"negative-prompted": bad, "unguided": plain, "guided": guided, "refined": system}
-    return {
-        "bicubic": _bicubic,
-        **{name: partial(_restored, one) for name, one in columns.items()},
-        "tokenizer ceiling": lambda photo: system.reconstruct(photo.hq),
-    }
+    return _framed(system, {name: partial(_restored, one) for name, one in columns.items()})
 
 
-def curve_methods(system: VARSR) -> dict[str, Callable[[Photograph], Tensor]]:
+def curve_methods(system: VARSR) -> Ways:
     """What guidance and the refiner's steps buy: quality against seconds, one of them changed at a time."""
     trained = system.sampling
+    strengths = [trained.guidance * factor for factor in (0, 0.5, 1, 2)]
     chosen: dict[str, dict[str, float | bool]] = {
-        f"guidance {trained.guidance * factor:g}, no refiner": {
-            "guidance": trained.guidance * factor,
-            "use_refiner": False,
-        }
-        for factor in (0, 0.5, 1, 2)
+        f"guidance {strength:g}, no refiner": {"guidance": strength, "use_refiner": False} for strength in strengths
     }
     if system.refiner is not None:
         chosen |= {f"{steps} refiner steps": {"refiner_steps": steps} for steps in (1, 2, 5, 10, 20, 50)}
     return {name: partial(_restored, _sampled_by(system, **sampling)) for name, sampling in chosen.items()}
 
 
-def one_step_methods(system: OneStepSystem) -> dict[str, Callable[[Photograph], Tensor]]:
+def one_step_methods(system: OneStepSystem) -> Ways:
     """A student that reads a prefix beside its teacher, which goes scale by scale."""
-    undistilled = copy.deepcopy(system)
-    init_adapters(undistilled.transformer)
-    ways: dict[str, Callable[[Photograph], Tensor]] = {
-        "bicubic": _bicubic,
-        "multi-step": lambda photo: system.restore(photo.lr, SCALE, steps="multi").image,
-    }
+    ways: Ways = {"multi-step": partial(_restored, system, steps="multi")}
     if isinstance(system, VARSR) and system.refiner is not None:
-        plain = _sampled_by(system, use_refiner=False)
-        ways["multi-step, no refiner"] = lambda photo: plain.restore(photo.lr, SCALE, steps="multi").image
-    return ways | {
-        UNDISTILLED: partial(_restored, undistilled),
-        "one step": partial(_restored, system),
-        "tokenizer ceiling": lambda photo: system.reconstruct(photo.hq),
-    }
+        ways["multi-step, no refiner"] = partial(_restored, _sampled_by(system, use_refiner=False), steps="multi")
+    own = {UNDISTILLED: partial(_restored, _undistilled(system)), "one step": partial(_restored, system)}
+    return _framed(system, ways | own)
 
 
-WAYS: dict[str, Callable[[Any], dict[str, Callable[[Photograph], Tensor]]]] = {
+WAYS: dict[str, Callable[[Any], Ways]] = {
     "distilled": methods,
     "guided": guided_methods,
     "curve": curve_methods,
@@ -154,7 +146,7 @@ def compare_methods(
     photos: Sequence[Photograph],
     protocol: str,
     metrics: Sequence[str],
-    ways: Mapping[str, Callable[[Photograph], Tensor]],
+    ways: Ways,
 ) -> tuple[list[dict[str, Any]], dict[str, dict[str, Tensor]]]:
     """Restore every photograph in every way (by the name of its column), and score it.
 
@@ -170,16 +162,16 @@ def compare_methods(
         restore(photos[0])
     for photo in photos:
         size = (photo.hq.shape[-2], photo.hq.shape[-1])
-        columns = {"LQ": torch.nn.functional.interpolate(photo.lr[None], size=size, mode="nearest")[0]}
+        columns = {"LQ": F.interpolate(photo.lr[None], size=size, mode="nearest")[0]}
         for name, restore in ways.items():
             columns[name], seconds = timed(restore, photo, system.device)
             scores[name].append(evaluator.score(columns[name], photo.hq).values | {"seconds": seconds})
         pictures[photo.name] = columns | {"HQ": photo.hq}
-    rows = [
-        {"method": name, **{key: sum(s[key] for s in found) / len(found) for key in found[0]}}
-        for name, found in scores.items()
-    ]
-    return rows, pictures
+    return [{"method": name, **_means(found)} for name, found in scores.items()], pictures
+
+
+def _means(found: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {key: sum(scores[key] for scores in found) / len(found) for key in found[0]}
 
 
 def write_comparison(
@@ -329,7 +321,7 @@ def compare_sizes(
             f"{label}, decoded at the size": plain.reconstruct_sizes(photo.hq),
             f"{label}, decoded whole and reduced": reduced_plain(plain, photo, sizes),
         }
-        columns = {"LQ": torch.nn.functional.interpolate(photo.lr[None], size=sizes[-1], mode="nearest")[0]}
+        columns = {"LQ": F.interpolate(photo.lr[None], size=sizes[-1], mode="nearest")[0]}
         for name, images in ways.items():
             for image, side in zip(images, system.sides, strict=True):
                 wanted = resize(photo.hq, (image.shape[-2], image.shape[-1]), "area")
@@ -338,11 +330,8 @@ def compare_sizes(
                 scores.setdefault((name, side), []).append(found | own)
                 columns[f"{name}, {side} pixels"] = image
         pictures[photo.name] = columns | {"HQ": photo.hq}
-    rows = [
-        {"method": name, "pixels": side, **{key: sum(s[key] for s in found) / len(found) for key in found[0]}}
-        for (name, side), found in sorted(scores.items(), key=lambda item: item[0][1])
-    ]
-    return rows, pictures
+    by_size = sorted(scores.items(), key=lambda item: item[0][1])
+    return [{"method": name, "pixels": side, **_means(found)} for (name, side), found in by_size], pictures
 
 
 def write_sizes(

@@ -119,17 +119,6 @@ class SystemRecord:
     where: str = ""
 
 
-@dataclass
-class _Notes:
-    """Sentences under a table, each once."""
-
-    lines: list[str] = field(default_factory=list)
-
-    def add(self, line: str) -> None:
-        if line not in self.lines:
-            self.lines.append(line)
-
-
 def read_records(runs: Iterable[str]) -> list[EvaluationRecord]:
     """Read evaluations that are to stand in one table: folders of `scripts/eval.py`, each maybe as `label=folder`.
 
@@ -179,9 +168,9 @@ def table_1(records: Sequence[EvaluationRecord]) -> list[Table]:
     protocol = _protocol(records)
     metrics = _metrics(records, protocol)
     labels = list(dict.fromkeys(record.label for record in records))
-    notes = _Notes([LEGEND])
+    notes = [LEGEND]
     unknown = f"No rows were published under {protocol}; there are some under {' and '.join(PUBLISHED_BY)}."
-    notes.add(PUBLISHED_BY.get(protocol, unknown))
+    notes.append(PUBLISHED_BY.get(protocol, unknown))
     rows = []
     for dataset in dict.fromkeys([*NUM_IMAGES, *(record.dataset for record in records)]):
         group = [TableRow(row.cells, group=dataset) for row in published_rows(dataset, protocol, metrics)]
@@ -189,11 +178,11 @@ def table_1(records: Sequence[EvaluationRecord]) -> list[Table]:
             found = [record for record in records if (record.label, record.dataset) == (label, dataset)]
             group += [_our_row(found[0], metrics, dataset, notes)] if found else []
             if not found and dataset in NUM_IMAGES:
-                notes.add(f"{label} has no evaluation on {dataset} here.")
+                notes.append(f"{label} has no evaluation on {dataset} here.")
                 group.append(TableRow({"method": label}, is_ours=True, group=dataset))
         rows += group
     columns = (Column("method", is_text=True), *_metric_columns(records, metrics))
-    beside = Table(columns, tuple(rows), f"Table 1, protocol {protocol}", tuple(notes.lines))
+    beside = Table(columns, tuple(rows), f"Table 1, protocol {protocol}", tuple(dict.fromkeys(notes)))
     return [beside, *pairs_table(records, metrics), *map(figures_table, records)]
 
 
@@ -217,14 +206,14 @@ def table_3(records: Sequence[EvaluationRecord]) -> list[Table]:
         if record.dataset != "div2k" or record.summary["protocol"] != PAPER_PROTOCOL:
             got = f"{record.dataset} under {record.summary['protocol']}"
             raise UsageError(f"table 3 is on div2k under {PAPER_PROTOCOL}, and {record.folder} is on {got}")
-    notes = _Notes([LEGEND, f"Rows without a mark: {PAPER}, table 3."])
+    notes = [LEGEND, f"Rows without a mark: {PAPER}, table 3."]
     published = [
         TableRow({"method": row["variant"], **pick(row, {name: name for name in ABLATION_METRICS})})
         for row in read_published("varestorer_table3_ablation_div2k")
     ]
     ours = [_our_row(record, ABLATION_METRICS, "", notes) for record in records]
     columns = (Column("method", is_text=True), *_metric_columns(records, ABLATION_METRICS))
-    beside = Table(columns, (*published, *ours), "Table 3: ablations on DIV2K-Val", tuple(notes.lines))
+    beside = Table(columns, (*published, *ours), "Table 3: ablations on DIV2K-Val", tuple(dict.fromkeys(notes)))
     return [beside, *pairs_table(records, ABLATION_METRICS), *map(figures_table, records)]
 
 
@@ -277,9 +266,11 @@ def _system_row(system: SystemRecord, scores: dict[str, float]) -> TableRow:
 
 
 def _stages_table(systems: Sequence[SystemRecord]) -> Table:
-    rows, notes = [], _Notes()
-    notes.add("One square of the side given in table 2, batch 1; a multiply-add is two operations (torch's counter).")
-    notes.add("Adapters are merged, as for restoring; without a text encoder the prompt is the learned null text.")
+    rows = []
+    notes = [
+        "One square of the side given in table 2, batch 1; a multiply-add is two operations (torch's counter).",
+        "Adapters are merged, as for restoring; without a text encoder the prompt is the learned null text.",
+    ]
     for system in systems:
         for name, stage in system.stages.items():
             cells: dict[str, Cell] = {
@@ -289,24 +280,24 @@ def _stages_table(systems: Sequence[SystemRecord]) -> Table:
                 "seconds": stage.seconds,
             }
             rows.append(TableRow(cells, group=system.label))
-        notes.add(f"{system.label}: {system.where}." if system.seconds else f"{system.label} was not timed here.")
+        notes.append(f"{system.label}: {system.where}." if system.seconds else f"{system.label} was not timed here.")
     columns = (Column("stage", is_text=True), Column("params (M)"), Column("GFLOPs"), Column("seconds"))
-    return Table(columns, tuple(rows), "Stage by stage", tuple(notes.lines))
+    return Table(columns, tuple(rows), "Stage by stage", tuple(dict.fromkeys(notes)))
 
 
-def _our_row(record: EvaluationRecord, metrics: Sequence[str], group: str, notes: _Notes) -> TableRow:
+def _our_row(record: EvaluationRecord, metrics: Sequence[str], group: str, notes: list[str]) -> TableRow:
     """The row of an evaluation; what it lacks goes into the notes."""
     name = f"{record.label} on {record.dataset}"
     unavailable = record.summary["unavailable"]
     for metric in metrics:
         if metric not in record.means and metric in unavailable:
-            notes.add(f"{name} lacks {metric}: {unavailable[metric]}")
+            notes.append(f"{name} lacks {metric}: {unavailable[metric]}")
     unasked = [metric for metric in metrics if metric not in record.means and metric not in unavailable]
     if unasked:
-        notes.add(f"{name} was not scored by {', '.join(unasked)}.")
+        notes.append(f"{name} was not scored by {', '.join(unasked)}.")
     if not record.is_whole:
         wanted = NUM_IMAGES[record.dataset]
-        notes.add(f"{name}: {record.summary['n']} of {wanted} images, so its figures compete for no mark.")
+        notes.append(f"{name}: {record.summary['n']} of {wanted} images, so its figures compete for no mark.")
     cells = {"method": record.label} | {metric: record.means.get(metric) for metric in metrics}
     return TableRow(cells, is_ours=True, is_ranked=record.is_whole, group=group, scores=record.scores)
 

@@ -266,9 +266,7 @@ class SystemSource:
 class ReconstructionSource:
     """Sends the good image through the bits of a system's tokenizer: no restoration by them can be better.
 
-    Args:
-        system: has `reconstruct(image_3HW)`.
-        settings: what is known of the system, such as the digest of its weights.
+    Settings are what is known of the system, such as the digest of its weights.
     """
 
     def __init__(self, system: System, settings: dict[str, Any]) -> None:

@@ -34,11 +34,11 @@ from varestorer.weights.runs import (
     INITIAL,
     LATEST,
     STATE,
-    atomic_folder,
     newest_checkpoint,
     place_of,
     read_json,
     read_tensors,
+    sealed_folder,
     step_folders,
     step_of,
     write_tensors,
@@ -122,7 +122,7 @@ class Checkpointer:
         tensors = self._tensors(trained)
         folder = self.run_dir / FOLDER / self.stage / f"step_{trained.step:06d}"
         if self.accelerator.is_main_process:
-            with atomic_folder(folder) as temporary:
+            with sealed_folder(folder) as temporary:
                 for name, content in tensors.items():
                     write_tensors(temporary / f"{name}.safetensors", content)
                 if self.data is not None:

@@ -19,6 +19,7 @@ from typing import Any
 from varestorer.utils.errors import UsageError, UserError, reason
 
 NAME_BYTES = 255  # of a file's name on all common file systems
+ROOM = "check the folder and its free space"
 MAX_SUFFIX = 16  # letters; a longer one chooses no format
 SHOWN = 40  # letters of a name in that of its temporary file, at most four bytes each
 
@@ -66,7 +67,22 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
 
 
 @contextmanager
-def writing_errors(target: Path, remedy: str = "check the folder and its free space") -> Iterator[None]:
+def atomic_folder(path: Path, overwrite: bool = False, remedy: str = ROOM) -> Iterator[Path]:
+    """As `atomic_write` for a folder; one with something in it is replaced only if `overwrite` says so."""
+    temporary = temporary_path(path)
+    try:
+        with writing_errors(path, remedy):
+            temporary.mkdir(parents=True)
+            yield temporary
+            if overwrite:
+                shutil.rmtree(path, ignore_errors=True)
+            temporary.rename(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def writing_errors(target: Path, remedy: str = ROOM) -> Iterator[None]:
     """Turn an error of writing, such as a full disk, into a UserError that names the path and the remedy."""
     try:
         yield

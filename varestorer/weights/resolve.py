@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from varestorer.utils.errors import UsageError, UserError, reason
-from varestorer.utils.files import cache_folder, check_room, expand_user, in_bytes, temporary_path
+from varestorer.utils.files import atomic_folder, cache_folder, check_room, expand_user, in_bytes
 from varestorer.utils.hub import CACHE_OPTIONS, asking_hub, fetch_folder, is_hub_name, split_revision
 from varestorer.utils.locks import locked
 from varestorer.weights.bundle import (
@@ -70,8 +69,7 @@ def check_is_whole(path: Path) -> None:
 
 
 def download(name: str, options: Mapping[str, Any]) -> Path:
-    """Fetch a bundle `owner/name` from the hub into its cache, sizes said first; without a hub one in the cache will
-    do.
+    """Fetch a bundle `owner/name` from the hub into its cache, sizes said first; without a hub a cached one will do.
 
     Options are huggingface_hub's `revision`, `cache_dir`, `token`, ... UsageError: the hub does not give it. UserError:
     it is no bundle, or there is no room for it.
@@ -132,12 +130,8 @@ def converted(release: Release, options: Mapping[str, Any], read: ReadPublished)
             system = read(files[0], *map(str, files[1:]))
             if stored_precision(files[0]) == "bf16":
                 system.set_precision("bf16")  # what was read is float32: nothing is lost
-            aside = temporary_path(bundle)
-            try:
-                save_bundle(system, aside)
-                aside.rename(bundle)
-            finally:
-                shutil.rmtree(aside, ignore_errors=True)
+            with atomic_folder(bundle) as folder:
+                save_bundle(system, folder)
     return bundle
 
 

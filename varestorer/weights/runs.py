@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from varestorer.utils.errors import UserError, reason
-from varestorer.utils.files import file_sha256, sync, temporary_path, utf8_path, write_json, writing_errors
+from varestorer.utils.files import atomic_folder, file_sha256, sync, utf8_path, write_json
 from varestorer.utils.finite import check_weights
 
 LOG = logging.getLogger(__name__)
@@ -164,23 +164,16 @@ def step_of(path: Path) -> int:
 
 
 @contextmanager
-def atomic_folder(target: Path) -> Iterator[Path]:
-    """Give a temporary folder beside `target`; seal it with checksums and rename it when the block ends well.
-
-    Raises:
-        UserError: it cannot be written (disk full, no permission); names the folder. Older ones stay.
-    """
-    temporary = temporary_path(target)
-    try:
-        with writing_errors(target, GO_ON):
-            temporary.mkdir(parents=True)
-            yield temporary
-            _seal(temporary)
-            shutil.rmtree(target, ignore_errors=True)
-            temporary.rename(target)
-            sync(target.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+def sealed_folder(target: Path) -> Iterator[Path]:
+    """As `atomic_folder`, over an older one; it gets checksums, and all is on the disk when the block ends."""
+    with atomic_folder(target, overwrite=True, remedy=GO_ON) as temporary:
+        yield temporary
+        files = sorted(path for path in temporary.iterdir() if path.is_file())
+        sums = {path.name: {"size": path.stat().st_size, "sha256": file_sha256(path)} for path in files}
+        write_json(temporary / CHECKSUMS, sums)
+        for path in (*files, temporary / CHECKSUMS, temporary):
+            sync(path)
+    sync(target.parent)
 
 
 def remove_leftovers(*folders: Path) -> None:
@@ -254,11 +247,3 @@ def _file_damage(path: Path, size: int, sha256: str) -> str | None:
         return f"{path.name} cannot be read: {error.strerror or reason(error)}"
     except UserError as error:
         return str(error)
-
-
-def _seal(folder: Path) -> None:
-    files = sorted(path for path in folder.iterdir() if path.is_file())
-    sums = {path.name: {"size": path.stat().st_size, "sha256": file_sha256(path)} for path in files}
-    write_json(folder / CHECKSUMS, sums)
-    for path in (*files, folder / CHECKSUMS, folder):
-        sync(path)

@@ -28,7 +28,7 @@ from varestorer.utils.files import write_json
 from varestorer.utils.images import is_gray, resize, to_levels, to_uint8
 from varestorer.utils.seeds import torch_generator
 from varestorer.weights.bundle import adapter_tensors, put_adapters, save_adapters, student_of
-from varestorer.weights.runs import atomic_folder, write_tensors
+from varestorer.weights.runs import sealed_folder, write_tensors
 
 
 def image(height: int, width: int, seed: int = 0) -> torch.Tensor:
@@ -269,7 +269,7 @@ def test_distillation_losses_of_the_teacher_itself(tiny_system: VARestorer) -> N
 def test_a_separate_teacher_equal_to_the_base_gives_the_same_loss(tiny_system: VARestorer, tmp_path: Path) -> None:
     save_initial(tmp_path, tiny_system.state_dict())
     checkpoint = tmp_path / "checkpoints" / "student" / "step_000001"
-    with atomic_folder(checkpoint) as folder:
+    with sealed_folder(checkpoint) as folder:
         write_json(folder / "state.json", {"stage": "student", "stage_index": 0})
         write_tensors(folder / "ema.safetensors", {})
     weights = {"kl": 1.0, "perceptual": 0.0, "mse": 0.0}

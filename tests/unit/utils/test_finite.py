@@ -24,7 +24,7 @@ from varestorer.utils.finite import check_weights, is_finite, spread_nan
 from varestorer.utils.images import from_network, save_image
 from varestorer.weights.files import read_tensors
 from varestorer.weights.restorers import load_restorer
-from varestorer.weights.runs import atomic_folder, load_ema, load_run_weights, write_tensors
+from varestorer.weights.runs import load_ema, load_run_weights, sealed_folder, write_tensors
 
 NAN, INF = float("nan"), float("inf")
 
@@ -201,7 +201,7 @@ def test_a_published_file_with_infinity_is_refused_by_name(
 
 
 def test_a_run_with_a_nan_is_refused_by_name(tmp_path: Path) -> None:
-    with atomic_folder(tmp_path / "checkpoints" / "toy" / "step_000001") as folder:
+    with sealed_folder(tmp_path / "checkpoints" / "toy" / "step_000001") as folder:
         write_tensors(folder / "ema.safetensors", {"transformer.start": torch.tensor([NAN, 1.0])})
         write_json(folder / "state.json", {"stage_index": 0})
     for load in (load_ema, load_run_weights):

@@ -217,8 +217,8 @@ class BatchGraphs:
         self._pool: Any = None
 
     def __call__(self, function: Callable[..., Tree], *inputs: Any) -> Tree:
-        """`function(*inputs)` in new tensors; inputs are trees on one CUDA device, and what is in a dataclass stays as
-        it is.
+        """`function(*inputs)` in new tensors; inputs are trees on one CUDA device, what is in a dataclass stays as it
+        is.
 
         The function asks the host for nothing, and is the same at every call with inputs of these shapes.
         """

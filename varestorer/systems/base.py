@@ -649,7 +649,7 @@ class System(
         """Make restoring fast, in place; nothing else works as before afterwards: no training, no saving.
 
         None merges adapters, and takes bfloat16 where the device gains from it. UserError: what this machine cannot do,
-        or a system that was accelerated otherwise.
+        or a second time by other means.
         """
         chosen = (acceleration or Acceleration()).on(self.device)
         if self.acceleration == chosen:

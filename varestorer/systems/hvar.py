@@ -174,7 +174,7 @@ class HVAR(OneStepSystem):
     def generate(self, lq_B3tt: Tensor, noise: Noise | None = None, num_scales: int | None = None) -> Generation:
         """Predict the scales (the first ones, or all) one after the other, with a cache of keys and values.
 
-        Squares are in [0, 1], of side `tile`; noise is uniform, see `heads.keyed_noise`, and None takes the likeliest
+        Squares are in [0, 1], of side `tile`; uniform noise is as of `heads.keyed_noise`, None takes the likeliest
         codes.
         """
         generator = MultiStepGenerator(self.transformer, self.tokenizer.quantizer, self.schedule)

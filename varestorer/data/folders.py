@@ -120,7 +120,7 @@ def find_pairs(root: str | os.PathLike, split: Split = "test") -> list[tuple[str
     """Match the bad and good images of a paired data set by name, without opening them.
 
     A pair has the same path inside its folder, extension aside, or one that is the same without the endings that
-    tell the side (`a_LR4.png`, `a_HR.png`, `ax4.png`), see `pairs`.
+    tell the side (`a_LR4.png`, `a_HR.png`, `ax4.png`), see `match_names`.
 
     Args:
         root: folder with `hr`, `hq`, `gt` or `test_HR` beside `lr`, `lq` or `test_LR`.

@@ -93,7 +93,7 @@ class Checkpointer:
         accelerator: of this process; every process calls `save`, the first one writes.
         frozen_sha256: of the tensors that do not train, which a checkpoint relies on without holding them.
         keep_last: newest checkpoints of the stage to keep.
-        data: what decides which picture a sample number shows, see `data.contents`; None: nobody knows.
+        data: what decides which picture a sample number shows, see `data.store.Contents`; None: nobody knows.
         accept_other_data: go on though it is not what the checkpoint was made with.
     """
 

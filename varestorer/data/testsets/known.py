@@ -31,7 +31,7 @@ class Benchmark:
         reference: whether there are good images to compare with.
         lq_side: side of the square bad images, pixels; None: any size.
         formats: file formats that the release has; empty: any.
-        pixels: joint hash of all pictures of a side (`manifest.joint_hash`), where a faithful copy was at hand.
+        pixels: joint hash of all pictures of a side (`checking.joint_hash`), where a faithful copy was at hand.
     """
 
     name: str

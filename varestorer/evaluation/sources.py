@@ -11,7 +11,6 @@ import time
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Protocol
@@ -249,18 +248,11 @@ class SystemSource:
     def __call__(self, name: str, lq_path: Path) -> Candidate:
         """Restore one image; the time includes moving it to the device and back."""
         lq_3hw = load_image(lq_path)
-        seed = derive_seed(self.seed, name)
+        options: dict[str, Any] = {"seed": derive_seed(self.seed, name), **self.sizes}
+        options["steps"] = None if self.steps == "one" else self.steps
+        options["trained_scale"] = self.scale  # the network itself is measured
         with torch.no_grad():
-            restored = partial(
-                self.system.restore,
-                lq_3hw,
-                scale=self.scale,
-                trained_scale=self.scale,  # the network itself is measured
-                seed=seed,
-                steps=None if self.steps == "one" else self.steps,
-                **self.sizes,
-            )
-            return timed(lambda: restored().image, lq_path)
+            return timed(lambda: self.system.restore(lq_3hw, self.scale, **options).image, lq_path)
 
 
 class ReconstructionSource:

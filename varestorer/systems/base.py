@@ -309,7 +309,7 @@ class System(
     def select(self, logits: Tensor, uniforms: Sequence[Tensor] | None) -> list[Tensor]:
         """The symbols of each scale as maps: the likeliest ones, or samples."""
         head, scales = self.transformer.head, zip(self.schedule.slices, self.schedule.scales, strict=True)
-        drawn = uniforms or [None] * len(self.schedule)
+        drawn: Sequence[Tensor | None] = uniforms or [None] * len(self.schedule)
         pairs = zip(scales, drawn, strict=True)
         return [to_map(head.select(logits[:, tokens], uniform), scale) for (tokens, scale), uniform in pairs]
 

@@ -105,9 +105,9 @@ class Task(nn.Module, ABC):
         """What drop path makes of each sample's branches in this step, (B, D, 3); None where it is off."""
         if not (self.training and self.drop_path):
             return None
-        transformer: Any = self.system.transformer
-        shape = (transformer.config.depth, 3)
-        draws = uniform_per_sample(shape, self.seed, keys, f"drop path/{step}", transformer.start.device)
+        system: Any = self.system
+        shape, device = (system.transformer.config.depth, 3), system.device
+        draws = uniform_per_sample(shape, self.seed, keys, f"drop path/{step}", device)
         return branch_factors(draws, self.drop_path)
 
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
@@ -146,7 +146,7 @@ def weighted_sum(weights: object, parts: Mapping[str, Tensor]) -> Tensor:
 
 
 def train_only(root: nn.Module, trained: Iterable[nn.Parameter]) -> None:
-    """Freeze all of `root`, the task itself lest an earlier stage's parts stay trainable, but `trained`."""
+    """Freeze all of `root` (usually the task: nothing an earlier stage trained stays trainable) but `trained`."""
     root.requires_grad_(False)
     for parameter in trained:
         parameter.requires_grad_(True)

@@ -14,7 +14,7 @@ from varestorer.losses.tokens import distribution_matching_loss
 from varestorer.systems.varestorer import VARestorer
 from varestorer.tokenizer import ScaleSchedule
 from varestorer.training.optim import build_optimizer
-from varestorer.training.task import to_device
+from varestorer.training.task import to_device, weighted_sum
 from varestorer.training.tasks.distillation import DistillationTask
 from varestorer.training.tasks.tokenizer import TokenizerWeights
 from varestorer.transformer.heads import BitHead
@@ -164,10 +164,10 @@ def test_parts_that_weigh_nothing_get_no_gradient() -> None:
     value = torch.tensor(2.0, requires_grad=True)
     dead = torch.tensor(0.0, requires_grad=True)
     parts = {"mse": value * 3, "entropy": dead.sqrt()}  # whose gradient at 0 is infinite
-    TokenizerWeights(mse=0.5, entropy=0.0).total(parts, *parts).backward()
+    weighted_sum(TokenizerWeights(mse=0.5, entropy=0.0), parts).backward()
     assert value.grad is not None and value.grad.item() == 1.5
     assert dead.grad is None
-    assert TokenizerWeights(mse=0.0).total(parts, *parts).item() == 0.0
+    assert weighted_sum(TokenizerWeights(mse=0.0), parts).item() == 0.0
 
 
 def test_keys_stay_on_the_host() -> None:

@@ -126,9 +126,12 @@ def _check_task_files(task: DictConfig, published: Mapping[str, str]) -> None:
     teacher = task.get("teacher")
     if isinstance(teacher, str) and teacher != "start":
         check_part("transformer", shipped(teacher), published)
-    if OmegaConf.select(task, "weights.perceptual") != 0:
-        for name in sorted({*str(task.get("perceptual", "")).split("+")} & {*WITH_WEIGHTS}):
-            perceptual_loss(name)
+    wanted = (
+        {*str(task.get("perceptual", "")).split("+")} if OmegaConf.select(task, "weights.perceptual") != 0 else set()
+    )
+    wanted |= {"dists"} if OmegaConf.select(task, "weights.dists") else set()
+    for name in sorted(wanted & {*WITH_WEIGHTS}):
+        perceptual_loss(name)
 
 
 def _check_optimizer(node: DictConfig) -> None:

@@ -4,6 +4,7 @@ import csv
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from varestorer.evaluation import paper_tables
@@ -11,6 +12,7 @@ from varestorer.evaluation.paper_tables import measured_rows, published_rows, re
 from varestorer.evaluation.tables import (
     BEST,
     SECOND,
+    TIE,
     Column,
     Table,
     TableRow,
@@ -180,3 +182,21 @@ def test_three_files_are_written(tmp_path: Path) -> None:
     files = write_tables([EXAMPLE], "T", tmp_path / "new", "table")
     assert [path.name for path in files] == ["table.md", "table.tex", "table.html"]
     assert all("bicubic" in path.read_text(encoding="utf-8") for path in files)
+
+
+def row(name: str, mean: float, shift: float | None, spread: float) -> TableRow:
+    drawn = np.random.default_rng(len(name)).normal(0, spread, 50)
+    scores = {} if shift is None else {"lpips": {str(n): mean + float(v) for n, v in enumerate(drawn)}}
+    return TableRow({"method": name, "lpips": mean}, scores=scores)
+
+
+def test_what_cannot_be_told_apart_is_neither_best_nor_second() -> None:
+    columns = (Column("method", is_text=True), Column("lpips", lower_is_better=True))
+    clear = Table(columns, (row("a", 0.30, 0.0, 1e-4), row("bb", 0.31, 0.0, 1e-4), row("ccc", 0.40, None, 0.0)))
+    assert [mark.get("lpips") for mark in clear.marks()] == [BEST, SECOND, None]
+    close = Table(columns, (row("a", 0.30, 0.0, 0.1), row("bb", 0.301, 0.0, 0.1), row("ccc", 0.40, None, 0.0)))
+    assert [mark.get("lpips") for mark in close.marks()] == [TIE, TIE, None]
+    assert "0.3000 ≈" in to_markdown([close], "x") and "**" not in to_markdown([close], "x").split("lpips", 1)[1]
+    assert r"0.3010 $\approx$" in to_latex([close], "x")
+    published = Table(columns, (row("a", 0.30, None, 0.0), row("bb", 0.301, None, 0.0)))
+    assert [mark.get("lpips") for mark in published.marks()] == [BEST, SECOND]  # nobody knows their images

@@ -1,10 +1,9 @@
-"""Intervals of means, paired comparisons, and the marks that follow from them."""
+"""Intervals of means, and paired comparisons."""
 
 import numpy as np
 import pytest
 
 from varestorer.evaluation.results import mean_interval, paired, worst_tenth
-from varestorer.evaluation.tables import BEST, SECOND, TIE, Column, Table, TableRow, to_latex, to_markdown
 
 
 def test_the_interval_is_that_of_the_normal_mean_and_repeats() -> None:
@@ -34,21 +33,3 @@ def test_pairs_see_what_means_alone_do_not() -> None:
     level = paired(one, noise, lower_is_better=True)
     assert level is not None and level.is_tie
     assert paired(one, {"0": 1.0}, lower_is_better=True) is None
-
-
-def row(name: str, mean: float, shift: float | None, spread: float) -> TableRow:
-    drawn = np.random.default_rng(len(name)).normal(0, spread, 50)
-    scores = {} if shift is None else {"lpips": {str(n): mean + float(v) for n, v in enumerate(drawn)}}
-    return TableRow({"method": name, "lpips": mean}, scores=scores)
-
-
-def test_what_cannot_be_told_apart_is_neither_best_nor_second() -> None:
-    columns = (Column("method", is_text=True), Column("lpips", lower_is_better=True))
-    clear = Table(columns, (row("a", 0.30, 0.0, 1e-4), row("bb", 0.31, 0.0, 1e-4), row("ccc", 0.40, None, 0.0)))
-    assert [mark.get("lpips") for mark in clear.marks()] == [BEST, SECOND, None]
-    close = Table(columns, (row("a", 0.30, 0.0, 0.1), row("bb", 0.301, 0.0, 0.1), row("ccc", 0.40, None, 0.0)))
-    assert [mark.get("lpips") for mark in close.marks()] == [TIE, TIE, None]
-    assert "0.3000 ≈" in to_markdown([close], "x") and "**" not in to_markdown([close], "x").split("lpips", 1)[1]
-    assert r"0.3010 $\approx$" in to_latex([close], "x")
-    published = Table(columns, (row("a", 0.30, None, 0.0), row("bb", 0.301, None, 0.0)))
-    assert [mark.get("lpips") for mark in published.marks()] == [BEST, SECOND]  # nobody knows their images

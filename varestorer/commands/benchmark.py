@@ -25,18 +25,16 @@ from varestorer.utils.device import pick_device
 from varestorer.utils.errors import UsageError
 from varestorer.utils.files import check_writable, expand_user
 from varestorer.utils.iqa import MetricUnavailableError
-from varestorer.utils.schema import typed
 
 LOG = logging.getLogger(__name__)
 HELPED = ("restore", "train")  # commands whose --help is timed
 
 
-def benchmark(cfg: DictConfig) -> int:
-    """Measure what `cfg.what` names.
+def benchmark(options: BenchmarkOptions) -> int:
+    """Measure what `what` names.
 
     UserError if the folder of the results cannot be written; UsageError for options that cannot be.
     """
-    options = typed(BenchmarkOptions, cfg)
     if not options.batch or min(options.batch) < 1:
         raise UsageError(f"batch must list numbers of images from 1 on, such as [1,16], got batch={options.batch}")
     folder = Path("outputs/benchmark") / f"{options.what}_{datetime.now():%Y-%m-%d_%H-%M-%S}"
@@ -124,4 +122,4 @@ def task_of(stage: DictConfig, system: Any) -> Task:
     return task
 
 
-COMMAND = Command("benchmark", benchmark)
+COMMAND = Command("benchmark", benchmark, BenchmarkOptions)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from omegaconf import DictConfig
 
 from varestorer.commands.entry import FAILED, OK, Command, say
 from varestorer.commands.options import ConvertOptions
@@ -18,7 +17,6 @@ from varestorer.systems.base import PRECISIONS
 from varestorer.systems.varestorer import VARestorer
 from varestorer.utils.errors import UsageError, UserError
 from varestorer.utils.files import atomic_folder, atomic_write, check_writable
-from varestorer.utils.schema import typed
 from varestorer.weights.bundle import is_bundle, put_adapters, save_adapters, save_bundle, student_of
 from varestorer.weights.files import read_entries, save_tensors
 from varestorer.weights.published import RESTORER_FILE
@@ -35,13 +33,12 @@ ALONE = ("only", "peft")  # ways to write the adapters and nothing else
 WRAPPERS = {"tokenizer": "vae", "restorer": "state_dict"}  # under which the published torch files hold their tensors
 
 
-def convert(cfg: DictConfig) -> int:
+def convert(options: ConvertOptions) -> int:
     """Run the command (`ConvertOptions`); exit status 1 if a checked file differs.
 
     UsageError for options that cannot be, or contradict each other; UserError if the input cannot be read, or the
     output not be written.
     """
-    options = typed(ConvertOptions, cfg)
     check_options(options)
     if options.check is not None:
         return check_file(options.check, options.manifest)
@@ -241,4 +238,4 @@ def written(output: Path) -> str:
     return "\n".join([f"wrote {output}", *lines]) + use
 
 
-COMMAND = Command("convert", convert)
+COMMAND = Command("convert", convert, ConvertOptions)

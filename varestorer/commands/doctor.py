@@ -10,7 +10,6 @@ from importlib.metadata import PackageNotFoundError, metadata, requires, version
 from pathlib import Path
 
 import torch
-from omegaconf import DictConfig
 from packaging.requirements import Requirement
 
 from varestorer.commands.entry import FAILED, OK, Command, say
@@ -22,7 +21,6 @@ from varestorer.utils.errors import UserError
 from varestorer.utils.files import cache_folder, file_sha256
 from varestorer.utils.iqa import ask_network
 from varestorer.utils.iqa_weights import WEIGHT_FILES, find_weights, hub_folder, missing_package
-from varestorer.utils.schema import typed
 from varestorer.weights import DEFAULT
 from varestorer.weights.releases import cached, in_bytes, of_metric, published_files, releases
 
@@ -33,9 +31,8 @@ SHARED_MEMORY = Path("/dev/shm")  # noqa: S108  # through which data workers han
 MIN_SHARED, MIN_DISK = 1e9, 10e9  # bytes
 
 
-def doctor(cfg: DictConfig) -> int:
+def doctor(options: DoctorOptions) -> int:
     """Look at everything (`DoctorOptions`) and say it; exit status 1 if something that is not optional is wrong."""
-    options = typed(DoctorOptions, cfg)
     states = []
     for part in (packages(), device(options.device), models(), metrics(options.metrics), places()):
         for state, what, found in part:
@@ -176,4 +173,4 @@ def _digest(sha256: str | None) -> str:
     return "" if sha256 is None else f", SHA-256 {sha256}" + ("..." if len(sha256) < 64 else "")
 
 
-COMMAND = Command("doctor", doctor)
+COMMAND = Command("doctor", doctor, DoctorOptions)

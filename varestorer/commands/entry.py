@@ -17,7 +17,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import hydra
 from hydra._internal.utils import get_args_parser
@@ -29,7 +29,7 @@ import varestorer
 from varestorer.commands.options import OPTIONS
 from varestorer.commands.words import Keys, check_dashes, check_words, describe, expand_home, quote_value
 from varestorer.utils.errors import UsageError, UserError
-from varestorer.utils.schema import help_text
+from varestorer.utils.schema import help_text, typed
 
 LOG = logging.getLogger(__name__)
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
@@ -52,10 +52,12 @@ class Command:
     Attributes:
         name: as typed after `varestorer`; its options are those of this name in `commands/options.py`.
         function: takes the composed config, returns the exit status; raises `UserError` if it cannot.
+        options: the class as whose instance, checked, it takes the config; None: as it was composed.
     """
 
     name: str
-    function: Callable[[DictConfig], int]
+    function: Callable[[Any], int]
+    options: type | None = None
 
     def main(self, argv: Sequence[str] | None = None, configs: Path | None = None) -> int:
         """Run the command with the words after it (None: the process's own), see `run`; returns the exit status."""
@@ -77,7 +79,7 @@ class Command:
 
     def _run(self, words: list[str], folder: Path) -> int:
         """Hand the words to Hydra; errors of the job come back as statuses, Hydra's own as exceptions."""
-        job = _Job(self.function)
+        job = _Job(self)
         decorated = hydra.main(config_path=str(folder), config_name=self.name, version_base="1.3")(job)
         try:
             with _process_state(hydra_words(self, words, folder)):
@@ -105,30 +107,30 @@ class PlainFormatter(logging.Formatter):
 class _Job:
     """What Hydra calls: once, or for each job of a sweep."""
 
-    def __init__(self, function: Callable[[DictConfig], int]) -> None:
-        self.function = function
+    def __init__(self, command: Command) -> None:
+        self.command = command
         self.statuses: list[int] = []
         self.process = os.getpid()
 
     def __call__(self, cfg: DictConfig) -> int:
         if os.getpid() != self.process:  # a launcher's process: Hydra brings the exception home
-            return run_function(self.function, cfg)
+            return call(self.command, cfg)
         try:
-            status = run_function(self.function, cfg)
+            status = call(self.command, cfg)
         except Exception as error:  # noqa: BLE001  # reported; a sweep goes on with its other jobs
             status = report(error)
         self.statuses.append(status)
         return status
 
 
-def run_function(function: Callable[[DictConfig], int], cfg: DictConfig) -> int:
-    """Call a command's function; UsageError where a required key of the config is still `???`."""
+def call(command: Command, cfg: DictConfig) -> int:
+    """Call a command's function; UsageError where a required key of the config is still `???`, or a value cannot be."""
     missing = sorted(OmegaConf.missing_keys(cfg))
     if missing:
         example = " ".join(f"{key}=..." for key in missing)
         raise UsageError(f"no value for {', '.join(missing)}: add {example}")
     expand_home(cfg)
-    return function(cfg)
+    return command.function(cfg if command.options is None else typed(command.options, cfg))
 
 
 def report(error: BaseException, groups: Sequence[str] = ()) -> int:

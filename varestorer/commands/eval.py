@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from hydra.utils import instantiate
-from omegaconf import DictConfig
 
 from varestorer.commands.entry import FAILED, OK, Command, say
 from varestorer.commands.options import EvalOptions
@@ -23,7 +22,7 @@ from varestorer.evaluation.outputs import log_evaluation, write_report
 from varestorer.evaluation.pairwise import write_pairwise
 from varestorer.evaluation.processes import Processes
 from varestorer.evaluation.progress import Progress, write_records
-from varestorer.evaluation.protocols import Protocol, listed_protocols, load_protocol
+from varestorer.evaluation.protocols import listed_protocols, load_protocol
 from varestorer.evaluation.results import Evaluation, Pair
 from varestorer.evaluation.samples import check_sizes, reduced_references
 from varestorer.evaluation.sources import (
@@ -44,7 +43,6 @@ from varestorer.utils.errors import UsageError, UserError
 from varestorer.utils.files import expand_user
 from varestorer.utils.images import load_image
 from varestorer.utils.loggers import open_loggers
-from varestorer.utils.schema import typed
 from varestorer.weights import DEFAULT
 
 log = logging.getLogger(__name__)
@@ -55,12 +53,11 @@ SHOWN_FAILURES = 20
 BATCH_ON_ACCELERATORS = 8
 
 
-def run_eval(cfg: DictConfig) -> int:
+def run_eval(options: EvalOptions) -> int:
     """Evaluate (`EvalOptions`); exit status 1 when an image failed, or a metric named in `metrics` could not run.
 
     UsageError for a value that cannot be; UserError if nothing could be evaluated at all.
     """
-    options = typed(EvalOptions, cfg)
     if options.protocol.get("name") == "list":
         say(listed_protocols())
         return OK
@@ -338,7 +335,7 @@ def _evaluator(options: EvalOptions, asked: list[str] | None, processes: Process
     batch = 1 if processes.device.type == "cpu" else BATCH_ON_ACCELERATORS
     with processes.main_first():
         evaluator = Evaluator(
-            _protocol(options),
+            load_protocol(str(options.protocol["name"]), options.protocol.get("metrics")),
             asked,
             device=processes.device,
             weights_folder=options.metric_weights,
@@ -375,8 +372,4 @@ def _metrics(options: EvalOptions) -> list[str] | None:
     return [str(name) for name in given]
 
 
-def _protocol(options: EvalOptions) -> Protocol:
-    return load_protocol(str(options.protocol["name"]), options.protocol.get("metrics"))
-
-
-COMMAND = Command("eval", run_eval)
+COMMAND = Command("eval", run_eval, EvalOptions)

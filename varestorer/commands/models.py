@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 import hydra
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 from varestorer.commands.entry import OK, Command, config_dir, say
 from varestorer.commands.options import ModelsOptions
@@ -18,7 +18,6 @@ from varestorer.systems import system_class
 from varestorer.utils.errors import UsageError
 from varestorer.utils.files import cache_folder, expand_user
 from varestorer.utils.hub import asking_hub, is_hub_name, split_revision
-from varestorer.utils.schema import typed
 from varestorer.weights.bundle import ASSETS, CARD, is_bundle, shipped
 from varestorer.weights.releases import HUB, PublishedFile, cached, fetch, in_bytes, published_files, releases
 from varestorer.weights.resolve import locate, release_of
@@ -39,9 +38,8 @@ class ModelsCommand(Command):
         return super().main(words, configs)
 
 
-def models(cfg: DictConfig) -> int:
+def models(options: ModelsOptions) -> int:
     """List, fetch or push (`ModelsOptions`); UsageError for an unknown name, UserError if the hub refuses."""
-    options = typed(ModelsOptions, cfg)
     if (options.push is None) != (options.to is None):
         raise UsageError("push=FOLDER and to=OWNER/NAME go together: what is shared, and where")
     if options.push is not None:
@@ -163,4 +161,4 @@ def _size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
 
 
-COMMAND = ModelsCommand("models", models)
+COMMAND = ModelsCommand("models", models, ModelsOptions)

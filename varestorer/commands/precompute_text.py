@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from omegaconf import DictConfig
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
@@ -40,7 +39,6 @@ from varestorer.utils.files import expand_user, file_sha256, read_text
 from varestorer.utils.images import load_image, resize
 from varestorer.utils.locks import locked
 from varestorer.utils.scanning import first_names, report_unused, scan_folder
-from varestorer.utils.schema import typed
 from varestorer.utils.seeds import torch_generator
 from varestorer.utils.tiling import scaled_size
 
@@ -54,14 +52,14 @@ SHARD_SIZE = 256  # photographs
 FAILURES_SHOWN = 20
 
 
-def precompute_text(cfg: DictConfig) -> int:
+def precompute_text(options: PrecomputeTextOptions) -> int:
     """Captions first, then features, so that memory never holds both networks; exit status 1 if one got no text.
 
     UsageError for an option that cannot be; UserError without photographs, captioner, text encoder or captions, or if
     `out` cannot be used.
     """
-    options = typed(PrecomputeTextOptions, cfg)
-    check_options(options)
+    if options.captions and options.captioner:
+        raise UsageError("captions and captioner contradict each other: give the texts, or have photographs described")
     device = pick_device(options.device)
     paths = hq_images(options.data.root)
     photographs = dict(zip(photograph_names(options.data.root, paths), paths, strict=True))
@@ -89,12 +87,6 @@ def make_texts(
         failed = describe(photographs, captions, captioner, file, options.num_workers)
     encode({name: captions[name] for name in photographs if name in captions}, encoder, writer, options.dtype)
     return failed
-
-
-def check_options(options: PrecomputeTextOptions) -> None:
-    """Refuse what cannot be before anything is loaded: a UsageError that names the keys."""
-    if options.captions and options.captioner:
-        raise UsageError("captions and captioner contradict each other: give the texts, or have photographs described")
 
 
 def open_encoder(options: PrecomputeTextOptions, device: torch.device) -> tuple[TextEncoder, EncoderRecord]:
@@ -128,7 +120,10 @@ def given_captions(source: Path, names: Sequence[str]) -> dict[str, str]:
                 LOG.warning("%s", error)
                 continue
             captions |= {} if text is None else {name: text}
-        unused = sorted(text_files(source) - {f"{stem}.txt" for stem in bare.values()})
+        scan = scan_folder(source)
+        scan.check_readable()
+        there = {path.relative_to(source).as_posix() for path in scan.files if path.suffix == ".txt"}
+        unused = sorted(there - {f"{stem}.txt" for stem in bare.values()})
     else:
         given = read_captions(source)
         keys = {name: name if name in given else bare[name] for name in names}
@@ -146,13 +141,6 @@ def given_captions(source: Path, names: Sequence[str]) -> dict[str, str]:
         wanted = f"{bare[names[0]]}.txt" if source.is_dir() else f'{{"{names[0]}": "text", ...}}'
         raise UserError(f"captions={source} has no text for any of {len(names)} photographs; wanted {wanted}")
     return captions
-
-
-def text_files(folder: Path) -> set[str]:
-    """Paths of the text files inside a folder of captions; UserError if a folder in it cannot be read."""
-    scan = scan_folder(folder)
-    scan.check_readable()
-    return {path.relative_to(folder).as_posix() for path in scan.files if path.suffix == ".txt"}
 
 
 def describe(
@@ -290,4 +278,4 @@ def _read_text(path: Path) -> str | None:
         raise UserError(f"cannot read the caption {path} ({reason(error)}); wanted a text file in UTF-8") from error
 
 
-COMMAND = Command("precompute_text", precompute_text)
+COMMAND = Command("precompute_text", precompute_text, PrecomputeTextOptions)

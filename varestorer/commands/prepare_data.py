@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from shlex import quote
 from textwrap import fill
-from typing import Any, cast
+from typing import cast
 
 from hydra.utils import instantiate
-from omegaconf import DictConfig
 
 from varestorer.commands.entry import FAILED, OK, Command, say
 from varestorer.commands.options import PrepareDataOptions
@@ -22,35 +21,35 @@ from varestorer.utils.errors import UsageError, UserError
 from varestorer.utils.files import expand_user
 from varestorer.utils.locks import locked
 from varestorer.utils.scanning import first_names
-from varestorer.utils.schema import typed
 
 SHOWN_KINDS = 4
 WIDTH = 110
 MEGABYTE = 1_000_000
 
 
-def prepare_data(cfg: DictConfig) -> int:
+def prepare_data(options: PrepareDataOptions) -> int:
     """Run the command (`PrepareDataOptions`); exit status 1 if a check found something.
 
     UsageError for keys that do not go together, values that cannot be, no such folder; UserError if the set cannot be
     made.
     """
-    options = typed(PrepareDataOptions, cfg)
     check_options(options)
-    if options.make:
-        return make(options)
-    if options.shard:
-        return shard(options)
-    if options.split:
-        return split(options)
+    writes = make if options.make else shard if options.shard else split if options.split else None
+    if writes is not None:
+        say("\n".join(writes(options)))
+        return OK
     if not options.dataset:
         say(overview())
         return OK
-    benchmark = find_benchmark(options.dataset)
+    name = options.dataset.get("name")
+    if name not in BENCHMARKS:
+        raise UsageError(
+            f"dataset must be one of {', '.join(BENCHMARKS)}, got {name!r}; for your own use folder or images"
+        )
     if not options.data.root:
-        say(card(benchmark))
+        say(card(BENCHMARKS[name]))
         return OK
-    return check(benchmark, options)
+    return check(BENCHMARKS[name], options)
 
 
 def check_options(options: PrepareDataOptions) -> None:
@@ -83,16 +82,6 @@ def check_writing_options(options: PrepareDataOptions) -> None:
         raise UsageError("set=, column= and share= go with split=FOLDER")
     if options.text and not options.shard:
         raise UsageError("text= goes with shard=: the folder of texts to pack beside the photographs")
-
-
-def find_benchmark(dataset: dict[str, Any]) -> Benchmark:
-    """The set of a config of `configs/dataset`; UsageError for a name that is not in the table."""
-    name = dataset.get("name")
-    if name not in BENCHMARKS:
-        raise UsageError(
-            f"dataset must be one of {', '.join(BENCHMARKS)}, got {name!r}; for your own use folder or images"
-        )
-    return BENCHMARKS[name]
 
 
 def overview() -> str:
@@ -173,8 +162,8 @@ def verdict(found: Check, benchmark: Benchmark, root: Path) -> str:
     )
 
 
-def make(options: PrepareDataOptions) -> int:
-    """Make a set and say what was made; returns the exit status.
+def make(options: PrepareDataOptions) -> list[str]:
+    """Make a set; returns what to say of it.
 
     UsageError for a degradation of another kind, or a crop that is no multiple of the scale; UserError if the set
     cannot be made.
@@ -194,35 +183,31 @@ def make(options: PrepareDataOptions) -> int:
         manifest = make_test_set(root, source, recipe, noted, options.count, options.workers)
     lines = [f"skipped: {reason}" for reason in manifest.skipped.values()]
     lines += [f"pixels of {side}: sha256 {digest}" for side, digest in manifest.digests().items()]
-    lines += [
+    return [
+        *lines,
         f"computed with {_listed(manifest.versions)}",
         f"{len(manifest.pairs)} pairs in {root}, their hashes in {root / MANIFEST}; next:",
         f"  python scripts/eval.py dataset=folder data.root={quote(str(root))} ckpt=MODEL",
     ]
-    say("\n".join(lines))
-    return OK
 
 
-def shard(options: PrepareDataOptions) -> int:
-    """Pack photographs into tar files and say what was made; returns the exit status.
+def shard(options: PrepareDataOptions) -> list[str]:
+    """Pack photographs into tar files; returns what to say of them.
 
     UsageError if the folder lies in that of the photographs; UserError if they cannot be packed.
     """
     root, source = _two_folders("shard", options.shard, options.source)
     with locked(root):
         packing = pack(root, source, options.shard_mb * MEGABYTE, options.text)
-    root_quoted = quote(str(root))
-    lines = [f"skipped: {reason}" for reason in packing.skipped]
-    lines += [
+    return [
+        *(f"skipped: {reason}" for reason in packing.skipped),
         f"{packing.num_photographs} photographs in {len(packing.shards)} shards in {root}; next:",
-        f"  python scripts/train.py +experiment=NAME data=shards data.root={root_quoted}",
+        f"  python scripts/train.py +experiment=NAME data=shards data.root={quote(str(root))}",
     ]
-    say("\n".join(lines))
-    return OK
 
 
-def split(options: PrepareDataOptions) -> int:
-    """Tell good pictures from bad ones and say how many there are of each; returns the exit status.
+def split(options: PrepareDataOptions) -> list[str]:
+    """Tell good pictures from bad ones; returns what to say of them.
 
     UsageError for scores that nobody knows how to read, or no such file; UserError if no picture is good, or none bad.
     """
@@ -248,12 +233,11 @@ def split(options: PrepareDataOptions) -> int:
     if found.unscored:
         lines.append(f"skipped: {len(found.unscored)} without a number for a score: {first_names(found.unscored)}")
     good, bad = (quote(str(root / name)) for name in ("good", "bad"))
-    lines += [
+    return [
+        *lines,
         f"{len(found.good)} good, {len(found.bad)} bad (score below {found.threshold:g}) in {root}; next:",
         f"  python scripts/train.py +experiment=varsr_isr data.root={good} data.bad={bad}",
     ]
-    say("\n".join(lines))
-    return OK
 
 
 def _two_folders(key: str, made: str | None, source: str | None) -> tuple[Path, Path]:
@@ -270,4 +254,4 @@ def _listed(versions: dict[str, str]) -> str:
     return ", ".join(f"{name} {version}" for name, version in versions.items())
 
 
-COMMAND = Command("prepare_data", prepare_data)
+COMMAND = Command("prepare_data", prepare_data, PrepareDataOptions)

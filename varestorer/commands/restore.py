@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -31,7 +30,6 @@ from varestorer.utils.device import limit_threads, parse_memory, pick_device
 from varestorer.utils.errors import UsageError, UserError, reason
 from varestorer.utils.files import check_writable
 from varestorer.utils.images import Writing
-from varestorer.utils.schema import typed
 from varestorer.utils.tiling import scaled_size
 from varestorer.weights import DEFAULT
 
@@ -42,13 +40,12 @@ MOST_SQUARES = 8  # at once, where max_memory chooses
 BAR = "{desc}: {percentage:3.0f}% {n_fmt}/{total_fmt}{unit} [{elapsed}, {remaining} left]"
 
 
-def restore(cfg: DictConfig) -> int:
+def restore(options: RestoreOptions) -> int:
     """Texts first, then the images, so that only the networks in use take memory; exit status 1 if a file failed.
 
     UsageError for an option that cannot be, no such input; UserError if the checkpoint, the text encoder, the captioner
     or the output folder cannot be used.
     """
-    options = typed(RestoreOptions, cfg)
     check_options(options)
     device = pick_device(options.device)
     limit_threads()
@@ -353,4 +350,4 @@ def summary(report: FolderReport) -> str:
     return "\n".join([*lines, f"{', '.join(counts)}; {places}"])
 
 
-COMMAND = Command("restore", restore)
+COMMAND = Command("restore", restore, RestoreOptions)

@@ -10,7 +10,7 @@ import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from torch import nn
 
 from varestorer.benchmark.counting import count
@@ -33,11 +33,9 @@ from varestorer.evaluation.paper_tables import (
 from varestorer.evaluation.small_models import open_models, seconds_in_turns, table_small
 from varestorer.evaluation.tables import Table, to_markdown, write_tables
 from varestorer.systems import SYSTEMS
-from varestorer.systems.base import System
 from varestorer.utils.device import pick_device
 from varestorer.utils.errors import UsageError, reason
 from varestorer.utils.files import check_writable, expand_user
-from varestorer.utils.schema import typed
 
 TITLES = {number: f"Table {number} of VARestorer" for number in ("1", "2", "3")} | {
     "varsr": "VARSR and its ablations",
@@ -48,12 +46,11 @@ MAX_TIMED_ON_CPU = 1e9  # parameters
 PROMPT_TOKENS = 512  # of the published text encoder
 
 
-def tables(cfg: DictConfig) -> int:
-    """Assemble the table that `cfg` asks for.
+def tables(options: TablesOptions) -> int:
+    """Assemble the table that is asked for.
 
     UserError if a folder or a model cannot be read; UsageError if the command asks for the impossible.
     """
-    options = typed(TablesOptions, cfg)
     number = str(options.table)
     if number not in TITLES:
         raise UsageError(f"table must be {', '.join(TITLES)}, got {number}")
@@ -103,11 +100,12 @@ def system_records(options: TablesOptions) -> list[SystemRecord]:
     if options.ckpt is not None:
         sources[Path(options.ckpt).name] = Source(Path(options.ckpt).name, {}, options.ckpt)
     blanks = {label: source.blank(merged=True) for label, source in sources.items()}
-    timed = {
-        label: source.system(device, merged=True)
-        for label, source in sources.items()
-        if _is_timed(options, sum(num_parameters(blanks[label]).values()), device)
-    }
+    parameters_of = {label: num_parameters(blank) for label, blank in blanks.items()}
+    timed = {}
+    for label, source in sources.items():
+        is_quick = device.type == "cuda" or sum(parameters_of[label].values()) < MAX_TIMED_ON_CPU
+        if is_quick if options.measure is None else options.measure:
+            timed[label] = source.system(device, merged=True)
     found = measure({label: restoring(system, 1) for label, system in timed.items()}, options.repeats, 1, device)
     of_text = {}
     if options.text_encoder is not None:
@@ -117,7 +115,7 @@ def system_records(options: TablesOptions) -> list[SystemRecord]:
         of_text["text encoder"] = StageRecord(sum(p.numel() for p in encoder.parameters()), flops)
     records = []
     for label, blank in blanks.items():
-        trained, parameters, counts = num_trained(blank), num_parameters(blank), restoring_counts(blank)
+        parameters, counts = parameters_of[label], restoring_counts(blank)
         measured = with_weights(found[label], timed[label]) if label in found else None
         parts = {} if measured is None else measured.parts
         stages = {
@@ -128,9 +126,11 @@ def system_records(options: TablesOptions) -> list[SystemRecord]:
             )
             for part in dict.fromkeys([*parameters, *counts])
         }
-        record = SystemRecord(label, blank.tile, trained, stages | of_text)
+        record = SystemRecord(label, blank.tile, num_trained(blank), stages | of_text)
         if measured is not None:
-            where = _where(timed[label], len(measured.whole.seconds))
+            dtype = str(next(timed[label].transformer.blocks.parameters()).dtype).removeprefix("torch.")
+            where = f"median of {len(measured.whole.seconds)} on {device_description(timed[label].device)}, "
+            where += f"torch {torch.__version__}, blocks in {dtype}"
             record = replace(record, seconds=measured.whole.median, peak_bytes=measured.peak_bytes, where=where)
         records.append(record)
     return records
@@ -163,19 +163,6 @@ def _text_encoder(folder: str) -> nn.Module:
         raise UsageError(f"text_encoder={folder} has no config.json of a T5 ({reason(error)})") from error
 
 
-def _is_timed(options: TablesOptions, num_parameters: int, device: torch.device) -> bool:
-    if options.measure is not None:
-        return bool(options.measure)
-    return device.type == "cuda" or num_parameters < MAX_TIMED_ON_CPU
-
-
-def _where(system: System, repeats: int) -> str:
-    """Machine and precision of a measurement, in words."""
-    dtype = str(next(system.transformer.blocks.parameters()).dtype).removeprefix("torch.")
-    where = device_description(system.device)
-    return f"median of {repeats} on {where}, torch {torch.__version__}, blocks in {dtype}"
-
-
 def _listed(value: Any) -> list[str]:
     """A list of texts; one alone is meant as a list of one, null as none."""
     if value is None:
@@ -183,4 +170,4 @@ def _listed(value: Any) -> list[str]:
     return [str(item) for item in value] if isinstance(value, list) else [str(value)]
 
 
-COMMAND = Command("tables", tables)
+COMMAND = Command("tables", tables, TablesOptions)

@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from varestorer.weights.restorers import restorer_from_state_dict, restorer_intermediates
+from varestorer.parity.infinity import restorer_intermediates
+from varestorer.weights.restorers import restorer_from_state_dict
 
 pytestmark = pytest.mark.parity
 

@@ -165,8 +165,10 @@ def _read_record(run: str) -> EvaluationRecord:
 
 def table_1(records: Sequence[EvaluationRecord]) -> list[Table]:
     """Ten metrics on three data sets; only rows of the protocol of `records` stand in it."""
-    protocol = _protocol(records)
-    metrics = _metrics(records, protocol)
+    protocol = str(records[0].summary["protocol"]) if records else PAPER_PROTOCOL
+    names = (name for r in records for name in (*r.summary["metrics"], *r.summary["unavailable"]))
+    # of one's own protocol, the metrics of the evaluations
+    metrics = [s.name for s in PROTOCOLS[protocol].metrics] if protocol in PROTOCOLS else list(dict.fromkeys(names))
     labels = list(dict.fromkeys(record.label for record in records))
     notes = [LEGEND]
     unknown = f"No rows were published under {protocol}; there are some under {' and '.join(PUBLISHED_BY)}."
@@ -343,17 +345,6 @@ def pairs_table(records: Sequence[EvaluationRecord], metrics: Sequence[str]) -> 
     return [Table(columns, tuple(rows), "In pairs, image by image")] if rows else []
 
 
-def _protocol(records: Sequence[EvaluationRecord]) -> str:
-    return str(records[0].summary["protocol"]) if records else PAPER_PROTOCOL
-
-
-def _metrics(records: Sequence[EvaluationRecord], protocol: str) -> list[str]:
-    """Columns: the protocol's metrics, or, of one's own protocol, those of the evaluations."""
-    if protocol in PROTOCOLS:
-        return [spec.name for spec in PROTOCOLS[protocol].metrics]
-    return list(dict.fromkeys(name for r in records for name in (*r.summary["metrics"], *r.summary["unavailable"])))
-
-
 def _metric_columns(records: Sequence[EvaluationRecord], metrics: Sequence[str]) -> list[Column]:
     """Columns with pyiqa's word on the direction of each metric."""
     ids = {name: entry["id"].partition("[")[0] for r in records for name, entry in r.summary["metrics"].items()}
@@ -388,22 +379,15 @@ def published_rows(dataset: str, protocol: str, metrics: Sequence[str]) -> list[
         Rows with `method`, `source` and the metrics, as printed.
     """
     if protocol == PAPER_PROTOCOL:
-        source, found = "VARestorer, table 1", _rows_of_varestorer(dataset)
+        rows = [row for row in read_published("varestorer_table1") if row["dataset"] == dataset]
+        source = "VARestorer, table 1"
+        found = {f"{row['method']} ({row['steps']} step{'' if row['steps'] == '1' else 's'})": row for row in rows}
     elif protocol == "varsr":
         source, found = HVAR_SOURCE, _rows_of_hvar(dataset)
     else:
         return []
     picked = {method: pick(row, {name: name for name in metrics}) for method, row in found.items()}
     return [TableRow({"method": method, "source": source, **row}) for method, row in picked.items() if row]
-
-
-def _rows_of_varestorer(dataset: str) -> dict[str, dict[str, str]]:
-    rows = {}
-    for row in read_published("varestorer_table1"):
-        if row["dataset"] == dataset:
-            steps = f"{row['steps']} step" + ("s" if row["steps"] != "1" else "")
-            rows[f"{row['method']} ({steps})"] = row
-    return rows
 
 
 def _rows_of_hvar(dataset: str) -> dict[str, dict[str, str]]:

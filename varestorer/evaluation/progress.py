@@ -27,19 +27,18 @@ class Progress:
 
     Settings are what the figures depend on, by name, as JSON can hold it. UsageError: the folder holds an evaluation
     with other settings; says which.
+
+    Attributes:
+        images: folder of the images that are made.
     """
 
     def __init__(self, folder: str | Path, settings: Mapping[str, Any]) -> None:
         self.folder = Path(folder)
         self.settings = dict(settings)
         self.path = self.folder / PER_IMAGE
+        self.images = self.folder / IMAGES
         self.columns: list[str] = []
         self._refuse_others()
-
-    @property
-    def images(self) -> Path:
-        """Folder of the images that are made."""
-        return self.folder / IMAGES
 
     def _refuse_others(self) -> None:
         remedy = "give another out=, or remove that folder"

@@ -26,9 +26,6 @@ from varestorer.evaluation.pictures import (
 from varestorer.evaluation.tables import Column, Table, TableRow, html_table, printed
 from varestorer.utils.files import write_text
 
-Picture = Mapping[str, Tensor]
-"""Columns of one photograph: label -> (3, H, W) in [0, 1]; the last one is the reference."""
-
 NOT_LOSSES = frozenset({"stage", "step", "seconds", "lr", "epoch", "grad_norm", "skipped"})
 
 
@@ -37,7 +34,7 @@ def write_run_report(
     title: str,
     curves: Mapping[str, Sequence[Mapping[str, Any]]],
     rows: Sequence[Mapping[str, Any]],
-    pictures: Sequence[Picture] | Mapping[str, Picture],
+    pictures: Mapping[str, Mapping[str, Tensor]],
     facts: Mapping[str, Any],
 ) -> Path:
     """Write a self-contained report.
@@ -48,19 +45,18 @@ def write_run_report(
         curves: stage -> lines of `metrics.jsonl`; `loss` is drawn large, its parts beside it.
         rows: one dict per method; the keys of the first row are the columns. In columns called like a score
             (PSNR, SSIM, ...) the best value is bold, in those with `second` the smallest.
-        pictures: one mapping per photograph, or photograph's name -> mapping. Images of one photograph should
-            have one size; smaller ones are enlarged by repeating pixels.
+        pictures: photograph's name -> its columns, label -> (3, H, W) in [0, 1], the reference last. Smaller ones are
+            enlarged by repeating pixels.
         facts: name -> value: configuration, git hash, wall time; a value may be a dict of its own.
     Returns:
         The path.
     Raises:
         UserError: the file cannot be written.
     """
-    named = pictures if isinstance(pictures, Mapping) else {f"{i + 1}": p for i, p in enumerate(pictures)}
     body = [
         *(["<h2>Scores</h2>", html_table(methods_table(rows))] if rows else []),
-        *(["<h2>Pictures</h2>", f'<p class="hint">{HINT}</p>'] if named else []),
-        *(shown_picture(name, picture) for name, picture in named.items()),
+        *(["<h2>Pictures</h2>", f'<p class="hint">{HINT}</p>'] if pictures else []),
+        *(shown_picture(name, picture) for name, picture in pictures.items()),
         *(["<h2>Losses</h2>"] if curves else []),
         *(html_curves(stage, lines) for stage, lines in curves.items() if lines),
         "<h2>Run</h2>",
@@ -79,7 +75,7 @@ def methods_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     return Table(tuple(columns), tuple(TableRow(row) for row in rows))
 
 
-def shown_picture(name: str, picture: Picture) -> Markup:
+def shown_picture(name: str, picture: Mapping[str, Tensor]) -> Markup:
     """One photograph: its columns at the size of the largest, and the place with the most detail."""
     height = max(image.shape[-2] for image in picture.values())
     width = max(image.shape[-1] for image in picture.values())

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import torch
 from einops import rearrange
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from varestorer.systems.varsr import VARSR
 from varestorer.systems.varsr_files import published_tokenizer_sizes, tokenizer_of
@@ -56,6 +58,25 @@ def largest_error(ours: Tensor, golden: Tensor) -> float:
 def image(pixels_BHW3: Tensor) -> Tensor:
     """8-bit pixels as the networks take them, (B, 3, H, W) in [-1, 1]."""
     return rearrange(pixels_BHW3, "b h w c -> b c h w").float() / 255 * 2 - 1
+
+
+@contextmanager
+def kept(
+    outputs: Mapping[str, nn.Module], inputs: Mapping[str, nn.Module] | None = None
+) -> Iterator[dict[str, Tensor]]:
+    """What modules give (`outputs`) and what others are given first (`inputs`) in the block, by the names of these."""
+    seen: dict[str, Tensor] = {}
+
+    def keep(name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor | None = None) -> None:
+        seen[name] = args[0] if output is None else output
+
+    handles = [module.register_forward_hook(partial(keep, name)) for name, module in outputs.items()]
+    handles += [module.register_forward_pre_hook(partial(keep, name)) for name, module in (inputs or {}).items()]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class GoldenFolder:

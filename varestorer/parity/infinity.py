@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from varestorer.conditioning.pyramid import Condition, PyramidConditioner
+from varestorer.conditioning.restorer import Restorer
 from varestorer.losses.tokens import token_weights
-from varestorer.parity.golden import Check, GoldenFolder, largest_error
+from varestorer.parity.golden import Check, GoldenFolder, kept, largest_error
 from varestorer.tokenizer import MultiScaleTokenizer, ScaleSchedule, TokenizerConfig, TokenPyramid
 from varestorer.tokenizer.quantizer import resize_area, resize_bilinear, to_map, to_tokens
 from varestorer.transformer import TextFeatures, TransformerConfig, VARTransformer
@@ -24,7 +26,7 @@ from varestorer.transformer.layout import BlockCausal, PositionRule, pyramid_lay
 from varestorer.utils.errors import UserError
 from varestorer.weights.load import load_tokenizer, load_transformer
 from varestorer.weights.published.infinity import adapter_rank, tokenizer_sizes, transformer_sizes
-from varestorer.weights.restorers import restorer_from_state_dict, restorer_intermediates
+from varestorer.weights.restorers import restorer_from_state_dict
 
 FLOAT_TOLERANCE = 1e-4
 
@@ -121,36 +123,16 @@ def compare_rope(golden: InfinityFolder) -> Iterator[Check]:
         yield _float("rope", tensors, f"apply/{name}_rot", turned)
 
 
-class _Recorder:
-    """Keeps what flows through the first and last block of a transformer, under the names of the fixtures."""
-
-    def __init__(self, model: VARTransformer) -> None:
-        self.seen: dict[str, Tensor] = {}
-        first: Any = model.blocks[0]
-        parts = {
-            "mid/block_0_sa_out_before_gamma": first.self_attention,
-            "mid/block_0_ca_out": first.cross_attention,
-            "mid/block_0_ffn_out_before_gamma": first.ffn,
-        }
-        parts |= {f"mid/block_{k}_out": block for k, block in enumerate(model.blocks)}
-        self.handles = [module.register_forward_hook(self._keep(name)) for name, module in parts.items()]
-        self.handles.append(first.register_forward_pre_hook(self._keep_input))
-
-    def _keep(self, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
-            self.seen[name] = output
-
-        return hook
-
-    def _keep_input(self, module: nn.Module, args: tuple) -> None:
-        self.seen["mid/block_0_in"] = args[0]
-
-    def checks(self, file: str, tensors: dict[str, Tensor]) -> Iterator[Check]:
-        """Compare what was seen with what the file holds, and stop watching."""
-        for handle in self.handles:
-            handle.remove()
-        for name in sorted(self.seen.keys() & tensors.keys()):
-            yield _float(file, tensors, name, self.seen[name])
+def _kept(model: VARTransformer) -> AbstractContextManager[dict[str, Tensor]]:
+    """What flows through the blocks of a transformer, and the parts of the first, under the names of the fixtures."""
+    first: Any = model.blocks[0]
+    outputs: dict[str, nn.Module] = {
+        "mid/block_0_sa_out_before_gamma": first.self_attention,
+        "mid/block_0_ca_out": first.cross_attention,
+        "mid/block_0_ffn_out_before_gamma": first.ffn,
+    }
+    outputs |= {f"mid/block_{k}_out": block for k, block in enumerate(model.blocks)}
+    return kept(outputs, {"mid/block_0_in": first})
 
 
 def compare_student(golden: InfinityFolder) -> Iterator[Check]:
@@ -171,9 +153,10 @@ def compare_student(golden: InfinityFolder) -> Iterator[Check]:
     image = golden.tokenizer_tensors["input/image"]
     condition = PyramidConditioner(tokenizer, positions)(image, schedule)
     yield _float("student", tensors, "input/x_long", condition.tokens_BLZ)
-    recorder = _Recorder(student)
-    logits = student(condition.tokens_BLZ, context, condition.layout)[:, :total]
-    yield from recorder.checks("student", tensors)
+    with _kept(student) as seen:
+        logits = student(condition.tokens_BLZ, context, condition.layout)[:, :total]
+    for name in sorted(seen.keys() & tensors.keys()):
+        yield _float("student", tensors, name, seen[name])
     yield _float("student", tensors, "out/logits_long", logits.flatten(2))
     short = PyramidConditioner(tokenizer, positions, long_input=False)(image, schedule)
     short_logits = student(short.tokens_BLZ, context, short.layout)
@@ -230,11 +213,12 @@ def compare_teacher(golden: InfinityFolder) -> Iterator[Check]:
     layout = teacher.layout(schedule, torch.device("cpu"))
     pyramid: TokenPyramid = golden.tokenizer().encode(golden.tokenizer_tensors["input/image"], schedule)
     context = teacher.context(golden.text(tensors))
-    recorder = _Recorder(teacher)
-    logits = teacher(pyramid.inputs(), context, layout, BlockCausal.of(layout))
+    with _kept(teacher) as seen:
+        logits = teacher(pyramid.inputs(), context, layout, BlockCausal.of(layout))
     yield _float("teacher_outputs", tensors, "input/x_wo_prefix", pyramid.inputs())
     yield _float("teacher_outputs", tensors, "mid/cond", context.cond_BC)
-    yield from recorder.checks("teacher_outputs", tensors)
+    for name in sorted(seen.keys() & tensors.keys()):
+        yield _float("teacher_outputs", tensors, name, seen[name])
     yield _float("teacher_outputs", tensors, "forced/logits", logits.flatten(2))
     loss_BL = teacher.head.cross_entropy(logits, pyramid.labels())
     weights = token_weights(schedule)
@@ -290,6 +274,19 @@ def compare_restorer(golden: InfinityFolder) -> Iterator[Check]:
     for name in sorted(tensors):
         if name.startswith("mid/"):
             yield _float("swinir", tensors, name, seen[name.removeprefix("mid/")])
+
+
+@torch.no_grad()
+def restorer_intermediates(restorer: Restorer, image_B3HW: Tensor) -> dict[str, Tensor]:
+    """Run a SwinIR on RGB in [0, 1] and keep what golden tensors are compared with.
+
+    `conv_first` (B, C, h, w), `layer0`, `layer1`, ... (B, h*w, C) and `image01` (B, 3, H, W).
+    """
+    network: Any = restorer.network
+    parts = {"conv_first": network.conv_first} | {f"layer{i}": part for i, part in enumerate(network.layers)}
+    with kept(parts) as seen:
+        seen["image01"] = restorer(image_B3HW)
+    return seen
 
 
 class InfinityFolder(GoldenFolder):

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from varestorer.parity.golden import Check, GoldenVARSR, Group, image, largest_error, open_tokenizer
+from varestorer.parity.golden import Check, GoldenVARSR, Group, image, kept, largest_error, open_tokenizer
 from varestorer.parity.varsr_training import compare_training
 from varestorer.systems.official_varsr import blend_latents, resized, tile_weights
 from varestorer.systems.official_varsr import restore_tiled as restore_officially
 from varestorer.systems.varsr import VARSR, Draws
 from varestorer.tokenizer import MultiScaleTokenizer, TokenPyramid
 from varestorer.tokenizer.quantizer import to_map, to_tokens, vq_losses
-from varestorer.transformer import ClassLabels, Context, VARTransformer
+from varestorer.transformer import ClassLabels
 from varestorer.transformer.diffusion import chain
 from varestorer.transformer.heads import keep_top_k, keep_top_p
 from varestorer.transformer.layout import BlockCausal, TokenLayout
@@ -149,7 +148,9 @@ def _forced(group: Group, system: VARSR, indices: Sequence[Tensor], lq_B3HW: Ten
         yield from group.near("prefix_tokens", tokens, BLOCK * scale)
     layout = transformer.layout(system.schedule, labels_B.device, size)
     context = transformer.context(ClassLabels(labels_B))
-    seen = _blocks_outputs(transformer, inputs_BLZ, context, layout, tokens)
+    blocks = {f"hidden_{number}": block for number, block in enumerate(transformer.blocks)}
+    with kept(blocks, {"embed_in": transformer.blocks[0]}) as seen:
+        transformer.hidden(inputs_BLZ, context, layout, BlockCausal.of(layout), prefix_BPC=tokens)
     rows = io.get("rows", torch.arange(len(layout)))
     yield from _rows(group, seen, layout, rows)
 
@@ -166,27 +167,6 @@ def _forced(group: Group, system: VARSR, indices: Sequence[Tensor], lq_B3HW: Ten
     yield from group.near("accuracy", transformer.head.accuracy(logits, labels_BL).mean(), LOSS, True)
     if system.refiner is not None:
         yield from _refiner_loss(group, system, hidden, logits, cross_entropy.mean())
-
-
-def _blocks_outputs(
-    transformer: VARTransformer, inputs_BLZ: Tensor, context: Context, layout: TokenLayout, prefix_BPC: Tensor | None
-) -> dict[str, Tensor]:
-    """What enters the first block and leaves each, by the names of the files."""
-    seen: dict[str, Tensor] = {}
-
-    def keep(number: int) -> Callable[..., None]:
-        def hook(module: Any, args: tuple[Any, ...], output: Tensor) -> None:
-            seen[f"hidden_{number}"] = output
-            if number == 0:
-                seen["embed_in"] = args[0]
-
-        return hook
-
-    handles = [block.register_forward_hook(keep(number)) for number, block in enumerate(transformer.blocks)]
-    transformer.hidden(inputs_BLZ, context, layout, BlockCausal.of(layout), prefix_BPC=prefix_BPC)
-    for handle in handles:
-        handle.remove()
-    return seen
 
 
 def _rows(group: Group, seen: dict[str, Tensor], layout: TokenLayout, rows: Tensor) -> Iterator[Check]:
@@ -297,8 +277,8 @@ def _var(group: Group) -> Iterator[Check]:
     yield from _forced(group, system, system.split(io["gt_idx"]), None)
     yield from _generated(group, system, io["infer_label"], None)
     for name, (top_k, top_p) in FILTERS.items():
-        kept = keep_top_p(keep_top_k(io["filter_in"], top_k), top_p)
-        yield Check(f"{group.stem}/filter_{name}", 0.0 if torch.equal(kept, io[f"filter_{name}"]) else 1.0, EXACT)
+        left = keep_top_p(keep_top_k(io["filter_in"], top_k), top_p)
+        yield Check(f"{group.stem}/filter_{name}", 0.0 if torch.equal(left, io[f"filter_{name}"]) else 1.0, EXACT)
 
 
 def _varsr(group: Group) -> Iterator[Check]:
@@ -334,10 +314,10 @@ def _class_model(group: Group) -> Iterator[Check]:
     is_safe = io["infer_is_safe"].bool()
     probabilities = []
     for k, safe in enumerate(is_safe.split(list(system.schedule.num_tokens_per_scale), dim=1)):
-        kept = keep_top_p(keep_top_k(io[f"infer_logits_{k}"], config["top_k"]), config["top_p"])
-        counts = torch.where(safe, kept.isfinite().sum(dim=-1), io[f"infer_kept_{k}"])
+        left = keep_top_p(keep_top_k(io[f"infer_logits_{k}"], config["top_k"]), config["top_p"])
+        counts = torch.where(safe, left.isfinite().sum(dim=-1), io[f"infer_kept_{k}"])
         yield from group.near(f"infer_kept_{k}", counts, EXACT)
-        probabilities.append(kept.softmax(dim=-1).gather(-1, indices[k][..., None])[..., 0])
+        probabilities.append(left.softmax(dim=-1).gather(-1, indices[k][..., None])[..., 0])
     ours = torch.where(is_safe, torch.cat(probabilities, dim=1), io["infer_probability_of_index"])
     yield from group.near("infer_probability_of_index", ours, BLOCK)
 
@@ -416,8 +396,14 @@ def _miscellany(group: Group) -> Iterator[Check]:
             tables = chain(int(kind.removeprefix("diffusion_")))
             is_whole = rest == "timesteps"
             yield from group.near(name, getattr(tables, rest), EXACT if is_whole else 1e-9, not is_whole)
-        elif kind == "filter" and rest != "in":
-            yield from _filtered(group, name)
+        elif kind == "filter" and rest != "in":  # such as filter/kept_top_k_3_top_p_0.75
+            words = name.split("_")
+            left = keep_top_p(keep_top_k(io["filter/in"], int(words[3])), float(words[6]))
+            if "kept" in words[0]:
+                yield from group.near(name, left.isfinite().sum(dim=-1), EXACT)
+            else:
+                is_same = torch.equal(left.sort(dim=-1).values, wanted)
+                yield Check(f"{group.stem}/{name}", 0.0 if is_same else 1.0, EXACT)
     system = group.golden.system(group.stem, "network")
     assert system.refiner is not None
     z = io["refiner/z"]
@@ -433,17 +419,6 @@ def _miscellany(group: Group) -> Iterator[Check]:
             ours = _sampled(system.refiner, positive, start, steps[:, :half], negative, guidance, temperature)
             ours = torch.cat([ours, out[half:]])
         yield from group.near(f"{name}/out", ours, IMAGE)
-
-
-def _filtered(group: Group, name: str) -> Iterator[Check]:
-    """A filter's result by its name, such as `filter/kept_top_k_3_top_p_0.75`."""
-    words = name.split("_")
-    kept = keep_top_p(keep_top_k(group.io["filter/in"], int(words[3])), float(words[6]))
-    if "kept" in words[0]:
-        yield from group.near(name, kept.isfinite().sum(dim=-1), EXACT)
-    else:
-        is_same = torch.equal(kept.sort(dim=-1).values, group.io[name])
-        yield Check(f"{group.stem}/{name}", 0.0 if is_same else 1.0, EXACT)
 
 
 def _tiles(group: Group) -> Iterator[Check]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -145,25 +145,3 @@ def _torch_differences(message: str) -> Differences:
 
     misshapen = sorted(re.findall(r"size mismatch for (\S+):", message))
     return Differences(quoted("Missing"), quoted("Unexpected"), misshapen)
-
-
-@torch.no_grad()
-def restorer_intermediates(restorer: Restorer, image_B3HW: Tensor) -> dict[str, Tensor]:
-    """Run a SwinIR on RGB in [0, 1] and keep what golden tensors are compared with.
-
-    `conv_first` (B, C, h, w), `layer0`, `layer1`, ... (B, h*w, C) and `image01` (B, 3, H, W).
-    """
-    network: Any = restorer.network
-    parts = {"conv_first": network.conv_first} | {f"layer{i}": part for i, part in enumerate(network.layers)}
-    kept: dict[str, Tensor] = {}
-
-    def keep_as(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
-        return lambda module, inputs, output: kept.update({name: output})
-
-    hooks = [part.register_forward_hook(keep_as(name)) for name, part in parts.items()]
-    try:
-        kept["image01"] = restorer(image_B3HW)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return kept

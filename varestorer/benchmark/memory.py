@@ -74,15 +74,14 @@ def run(
         report.write(folder, [], None, {"micro_batches": found})
 
 
-def memory_report(task: Task, optimizer: OptimizerFactory, micro_batch: int, side: int, bf16: bool = True) -> Rows:
-    """What a training step holds at its peak, part by part, on one process.
+def memory_report(task: Task, optimizer: OptimizerFactory, micro_batch: int, side: int) -> Rows:
+    """What a training step under bfloat16 autocast holds at its peak, part by part, on one process.
 
     Args:
         task: on the meta device, its frozen weights in the precision they will be kept in (`precision.keep_base_in`).
         optimizer: as for `fit`.
         micro_batch: images that go through the networks at once.
         side: of the images, pixels.
-        bf16: as under bfloat16 autocast; else in float32.
     Returns:
         rows whose sum is the peak. Activations are those that are alive then, by the part that made them.
     """
@@ -91,7 +90,7 @@ def memory_report(task: Task, optimizer: OptimizerFactory, micro_batch: int, sid
     rows["gradients", "of what trains"] = num_bytes(task.trainable_parameters().values())
     rows["optimizer", "state"] = optimizer_bytes(task, optimizer)
     rows["averages", "float32"] = averaged * torch.float32.itemsize
-    _, at_peak = step_memory(task, micro_batch, side, bf16)
+    _, at_peak = step_memory(task, micro_batch, side, bf16=True)
     return rows | {("activations", part): size for part, size in at_peak.items() if size}
 
 

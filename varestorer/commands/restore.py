@@ -103,19 +103,8 @@ def check_options(options: RestoreOptions) -> None:
         raise UsageError(f"linears={options.linears} is for one step, got steps={options.steps}; leave one of them out")
     check_memory(options)
     own = (
-        "max_memory",
-        "sizes",
-        "select",
-        "steps",
-        "color",
-        "overlap",
-        "batch",
-        "uncertainty",
-        "fidelity",
-        "precision",
-        "compile",
-        "graphs",
-        "linears",
+        *("max_memory", "sizes", "select", "steps", "color", "overlap", "batch", "uncertainty", "fidelity"),
+        *("precision", "compile", "graphs", "linears"),
     )
     changed = [f"{key}={getattr(options, key)}" for key in own if getattr(options, key) != getattr(RestoreOptions, key)]
     if options.compat and changed:

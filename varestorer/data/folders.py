@@ -159,7 +159,10 @@ def list_test_set(root: str | os.PathLike, need_pairs: bool, split: Split = "tes
     if lows and highs:
         low, high = (_inside(folder, side) for side in _matching_sides(folder, lows, highs, split))
         _log_taken(folder, [low, high])
-        return _match(low, high)
+        (lower, low_twice), (higher, high_twice) = _by_name(low), _by_name(high)
+        matching = match_names(lower, higher)
+        images: list[Listed] = list(matching.pairs)
+        return Listing(low, high, images, matching.unpaired, low_twice + high_twice, matching.ambiguous)
     if not need_pairs and (lows or highs) and not _are_certain(folder, lows or highs):
         _log_all_taken(folder, lows or highs)
         lows, highs = [], []
@@ -300,14 +303,6 @@ def _loose_images(folder: Path) -> list[str]:
 
 def _listed(paths: Iterable[Path]) -> str:
     return ", ".join(path.as_posix() for path in paths)
-
-
-def _match(low_folder: Path, high_folder: Path) -> Listing:
-    (low, low_duplicates), (high, high_duplicates) = (_by_name(side) for side in (low_folder, high_folder))
-    matching = match_names(low, high)
-    images: list[Listed] = list(matching.pairs)
-    duplicates = low_duplicates + high_duplicates
-    return Listing(low_folder, high_folder, images, matching.unpaired, duplicates, matching.ambiguous)
 
 
 def _without_fault(listing: Listing) -> list[Listed]:

@@ -130,7 +130,14 @@ class PhotoTexts:
         self.folder, self.names = folder, list(names)
         encoder, images = _read_index(folder)
         missing = [name for name in self.names if name not in images]
-        self._report_missing(missing)
+        shown = first_names(missing)
+        if len(missing) == len(self.names):
+            raise UserError(
+                f"data.text={folder} holds text for none of the photographs ({shown}); was it made from data.root?"
+            )
+        if missing:
+            text = "data.text=%s holds no text for %d of %d photographs (%s): they train on the null text"
+            log.warning(text, folder, len(missing), len(self.names), shown)
         self.shards = [images[name].shard if name in images else None for name in self.names]
         for shard in sorted({shard for shard in self.shards if shard is not None}):
             if not (folder / shard).is_file():
@@ -171,21 +178,6 @@ class PhotoTexts:
     def __getstate__(self) -> dict[str, Any]:
         """Without the open files, for workers that are not forks."""
         return self.__dict__ | {"_open": {}}
-
-    def _report_missing(self, missing: list[str]) -> None:
-        shown = first_names(missing)
-        if len(missing) == len(self.names):
-            raise UserError(
-                f"data.text={self.folder} holds text for none of the photographs ({shown}); was it made from data.root?"
-            )
-        if missing:
-            log.warning(
-                "data.text=%s holds no text for %d of %d photographs (%s): they train on the null text",
-                self.folder,
-                len(missing),
-                len(self.names),
-                shown,
-            )
 
 
 def open_texts(folder: str | None, root: str | os.PathLike | None, paths: Sequence[Path]) -> PhotoTexts | None:

@@ -142,11 +142,7 @@ def timed(restore: Callable[[Photograph], Tensor], photo: Photograph, device: to
 
 
 def compare_methods(
-    system: System,
-    photos: Sequence[Photograph],
-    protocol: str,
-    metrics: Sequence[str],
-    ways: Ways,
+    system: System, photos: Sequence[Photograph], protocol: str, metrics: Sequence[str], ways: Ways
 ) -> tuple[list[dict[str, Any]], dict[str, dict[str, Tensor]]]:
     """Restore every photograph in every way (by the name of its column), and score it.
 

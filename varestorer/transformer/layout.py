@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import accumulate
 from typing import Any
 
@@ -220,14 +220,9 @@ def long_layout(
     return TokenLayout(levels, counts, **tables).to(device)
 
 
-def reduce_bilinear(x_BChw: Tensor, size: Scale) -> Tensor:
-    """Bilinear with antialiasing."""
-    return F.interpolate(x_BChw, size=size, mode="bilinear", align_corners=False, antialias=True)
-
-
 GRID_REDUCTIONS: dict[str, Callable[[Tensor, Scale], Tensor]] = {
     "area": F.adaptive_avg_pool2d,
-    "bilinear": reduce_bilinear,
+    "bilinear": partial(F.interpolate, mode="bilinear", align_corners=False, antialias=True),
 }
 
 

@@ -178,7 +178,9 @@ def create_metric(
     may_download = not is_complete and not offline and network_reachable()
     _check_available(name, [] if may_download else missing, offline)
     opts = dict(options or {})
-    given = _given_weights(name, weights_folder)
+    # shown to pyiqa instead of its own folder
+    found = {} if weights_folder is None or missing else find_weights(name, weights_folder)
+    given = {place: path for place, path in found.items() if not place.startswith("hf:")}
     try:
         with ExitStack() as stack:
             stack.enter_context(quiet())
@@ -278,13 +280,6 @@ def _check_available(name: str, missing: Sequence[str], offline: bool) -> None:
         raise MetricUnavailableError(f"metric {name!r} {'; '.join(problems)}")
 
 
-def _given_weights(name: str, folder: str | Path | None) -> dict[str, Path]:
-    """The files to show pyiqa instead of its own folder: those of `folder`, if then nothing is missing."""
-    if folder is None or missing_weights(name, folder):
-        return {}
-    return {place: path for place, path in find_weights(name, folder).items() if not place.startswith("hf:")}
-
-
 @cache
 def _pyiqa() -> Any:
     """Import pyiqa without its chatter; MetricUnavailableError without it: training and restoring do without."""
@@ -365,7 +360,7 @@ def no_downloads() -> Iterator[None]:
 
 
 @cache
-def ask_network(url: str = "https://huggingface.co", seconds: float = 3) -> tuple[threading.Thread, threading.Event]:
+def ask_network(url: str = "https://huggingface.co") -> tuple[threading.Thread, threading.Event]:
     """Ask the host of the weights for an answer, once, in a thread: name servers may take longer than any timeout.
 
     Returns:
@@ -375,7 +370,7 @@ def ask_network(url: str = "https://huggingface.co", seconds: float = 3) -> tupl
 
     def ask() -> None:
         try:
-            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=seconds).close()
+            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=3).close()
         except urllib.error.HTTPError:
             answered.set()
         except OSError as error:
@@ -389,8 +384,8 @@ def ask_network(url: str = "https://huggingface.co", seconds: float = 3) -> tupl
 
 
 @cache
-def network_reachable(seconds: float = 0.8) -> bool:
+def network_reachable() -> bool:
     """Whether the host of the weights answers: at once if `ask_network` was called long enough before."""
     thread, answered = ask_network()
-    thread.join(seconds)
+    thread.join(0.8)  # seconds
     return answered.is_set()

@@ -38,6 +38,7 @@ SKIPPED = frozenset(
     ]
 )
 NAMES_SHOWN = 5
+NO_IMAGES = "files are not used as images, by their extension"
 MIN_FILES = 1000
 # a folder that changed this recently (seconds) may change again without its time of change showing it
 SETTLED = 2.0
@@ -164,11 +165,6 @@ def split_images(scan: Scan) -> tuple[list[Path], list[Path]]:
     return images, others + scan.unused
 
 
-def report_no_images(root: Path, names: list[str]) -> None:
-    """Name the files of a folder that are no pictures, see `report_unused`."""
-    report_unused(root, "files are not used as images, by their extension", names)
-
-
 def list_images(folder: str | os.PathLike) -> list[Path]:
     """Find pictures in a folder and its subfolders, linked ones included; files that are none are named in the log.
 
@@ -182,13 +178,13 @@ def list_images(folder: str | os.PathLike) -> list[Path]:
     path = cache_path("folders", root)
     kept = read_cache(path)
     if kept is not None and _is_unchanged(root, kept["folders"]):
-        report_no_images(root, kept["unused"])
+        report_unused(root, NO_IMAGES, kept["unused"])
         return [root / name for name in kept["files"]]
     scan = scan_folder(root)
     scan.check_readable()
     images, others = split_images(scan)
     unused = [path.relative_to(root).as_posix() for path in others]
-    report_no_images(root, unused)
+    report_unused(root, NO_IMAGES, unused)
     stamps = {os.path.relpath(folder, root): times for folder, times in scan.folders.items()}
     latest = max((max(times) for times in stamps.values()), default=0)
     if len(images) >= MIN_FILES and time.time() - latest / 1e9 > SETTLED:

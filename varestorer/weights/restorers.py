@@ -26,14 +26,13 @@ _REMEDY = (
 )
 
 
-def load_restorer(path: str | Path, device: torch.device | str = "cpu") -> Restorer:
+def load_restorer(path: str | Path) -> Restorer:
     """Load a restorer from a file, from a run or a bundle, or from a folder that holds the published file.
 
     Args:
         path: `.ckpt`, `.pth` or `.safetensors`; the tensors may lie under `state_dict`, named with or without
             the prefix `module.`. Of a run, the restorer that it trained; of a bundle, or the name of a shipped one,
             its `restorer.safetensors`.
-        device: where it runs.
     Raises:
         UserError: no such file, a file that is not a plain set of tensors, or not a 1x RGB restorer.
     """
@@ -47,7 +46,7 @@ def load_restorer(path: str | Path, device: torch.device | str = "cpu") -> Resto
             raise UserError(f"the restorer's weights were not found at {file}; {_REMEDY}")
         tensors = read_tensors(file, nested=("state_dict",))
     try:
-        return restorer_from_state_dict(tensors).to(device)
+        return restorer_from_state_dict(tensors)
     except UserError as error:
         raise UserError(f"{file}: {error}; {_REMEDY}") from error
 

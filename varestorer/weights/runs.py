@@ -67,14 +67,10 @@ def newest_checkpoint(run_dir: Path, stage: str | None = None) -> Path | None:
     return None
 
 
-def latest_checkpoint(run_dir: str | Path, stage: str | None = None) -> Path:
-    """Folder of the newest whole checkpoint.
+def latest_checkpoint(run_dir: str | Path) -> Path:
+    """Folder of the newest whole checkpoint; UserError if there is none.
 
-    Args:
-        run_dir: a run's folder, its `checkpoints/latest`, a stage's `best`, or a checkpoint's own folder.
-        stage: look at this stage only.
-    Raises:
-        UserError: there is none.
+    Given is a run's folder, its `checkpoints/latest`, a stage's `best`, or a checkpoint's own folder.
     """
     path = Path(run_dir)
     if path.name == LATEST and path.parent.name == FOLDER:
@@ -86,10 +82,9 @@ def latest_checkpoint(run_dir: str | Path, stage: str | None = None) -> Path:
         if problem is not None:
             raise UserError(f"damaged checkpoint {path}: {problem}; give another one, or the run's folder")
         return path
-    found = newest_checkpoint(path, stage)
+    found = newest_checkpoint(path)
     if found is None:
-        of_stage = f" of stage {stage}" if stage else ""
-        raise UserError(f"no checkpoint{of_stage} in {path}; give a run's folder (with {FOLDER}/ in it)")
+        raise UserError(f"no checkpoint in {path}; give a run's folder (with {FOLDER}/ in it)")
     return found
 
 

@@ -18,7 +18,15 @@ from varestorer.training.fit import fit, make_accelerator
 from varestorer.training.run import Run
 from varestorer.utils.errors import UsageError, UserError
 from varestorer.weights import runs
-from varestorer.weights.runs import is_run, latest_checkpoint, load_ema, load_initial, load_run_weights, step_of
+from varestorer.weights.runs import (
+    is_run,
+    latest_checkpoint,
+    load_ema,
+    load_initial,
+    load_run_weights,
+    newest_checkpoint,
+    step_of,
+)
 
 
 def stage_folder(run: Path) -> Path:
@@ -278,7 +286,7 @@ def test_weights_of_a_run_are_its_start_and_each_stage_s_averages(tmp_path: Path
     weights = load_run_weights(tmp_path)
     assert weights.keys() == system.state_dict().keys()
     assert all(torch.equal(weights[name], value) for name, value in system.state_dict().items())
-    early = load_run_weights(latest_checkpoint(tmp_path, "second"))
+    early = load_run_weights(newest_checkpoint(tmp_path, "second"))
     assert torch.equal(early["first.weight"], load_initial(tmp_path)["first.weight"])
     assert torch.equal(early["second.weight"], weights["second.weight"])
 

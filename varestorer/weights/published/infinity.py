@@ -87,15 +87,6 @@ def published_transformer_name(name: str, blocks_per_chunk: int) -> str:
     return translate(name, table)
 
 
-def published_student_name(name: str, blocks_per_chunk: int, adapted: set[str]) -> str:
-    """As `published_transformer_name`, with `X.linear.` for the base of the layers named in `adapted`."""
-    layer, _, leaf = name.rpartition(".")
-    published = published_transformer_name(name, blocks_per_chunk)
-    if layer in adapted:
-        return published.removesuffix(leaf) + "linear." + leaf
-    return published
-
-
 def derived_transformer_buffers(published: Mapping[str, Tensor] | Iterable[str], width: int) -> dict[str, Tensor]:
     """The `zero_k_bias` of every attention, all zero, under published names."""
     attentions = {name.removesuffix("v_bias") for name in published if name.endswith(".v_bias")}
@@ -134,12 +125,12 @@ def transformer_sizes(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     UserError: a tensor that tells a size is missing or of another rank.
     """
     width, latent_width = _shape(tensors, TRANSFORMER_KIND, 2, "word_embed.weight")
-    block = f"{first_block(tensors)}."
+    block = min(_blocks(tensors), default="block_chunks.0.module.0")
     text_length, text_width = _shape(tensors, TRANSFORMER_KIND, 2, "cfg_uncond")
     return {
         "width": width,
         "depth": len(_blocks(tensors)),
-        "num_heads": _shape(tensors, TRANSFORMER_KIND, 4, f"{block}sa.scale_mul_1H11")[1],
+        "num_heads": _shape(tensors, TRANSFORMER_KIND, 4, f"{block}.sa.scale_mul_1H11")[1],
         "latent_width": latent_width,
         "text_width": text_width,
         "text_length": text_length,
@@ -171,11 +162,6 @@ def tokenizer_sizes(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         "num_decoder_blocks": count_of(tensors, r"decoder\.up\.0\.block\.(\d+)\."),
         "patch_size": math.isqrt(image_channels // 3),
     }
-
-
-def first_block(tensors: Mapping[str, Tensor]) -> str:
-    """Published name of the first block: `block_chunks.0.module.0`, also where the file has none."""
-    return min(_blocks(tensors), default="block_chunks.0.module.0")
 
 
 def _blocks(tensors: Mapping[str, Tensor]) -> set[str]:
@@ -240,11 +226,13 @@ def transformer_tensors(
 
 
 def transformer_names(plain: Mapping[str, Tensor], per_chunk: int) -> dict[str, str]:
-    """Ours -> published for the tensors of a transformer, with or without adapters."""
+    """Ours -> published for the tensors of a transformer; the base of a layer with adapters is called `X.linear.`."""
     adapted = {name.removesuffix(".lora_down.weight") for name in plain if name.endswith(".lora_down.weight")}
-    if not adapted:
-        return {name: published_transformer_name(name, per_chunk) for name in plain}
-    return {name: published_student_name(name, per_chunk, adapted) for name in plain}
+    names = {name: published_transformer_name(name, per_chunk) for name in plain}
+    for name, published in names.items():
+        layer, _, leaf = name.rpartition(".")
+        names[name] = f"{published.removesuffix(leaf)}linear.{leaf}" if layer in adapted else published
+    return names
 
 
 def blocks_per_chunk(tensors: Mapping[str, Tensor]) -> int:

@@ -31,7 +31,6 @@ from varestorer.transformer import Context, TransformerConfig, VARTransformer
 from varestorer.transformer.adapters import adapters_off, assign_plain
 from varestorer.transformer.generation import Generation, MultiStepGenerator, Prefix, SamplingOptions
 from varestorer.transformer.heads import Noise, keyed_noise
-from varestorer.transformer.layout import BlockCausal
 from varestorer.utils.device import to_device
 from varestorer.utils.errors import UserError
 from varestorer.utils.images import to_network
@@ -165,10 +164,7 @@ class HVAR(OneStepSystem):
             inputs_BLZ: of scales 2 to K, see `TokenPyramid.inputs`.
             prefix: of as many samples.
         """
-        layout = self.transformer.layout(self.schedule, inputs_BLZ.device, prefix.size)
-        asked = slice(prefix.tokens_BPC.shape[1], None)
-        context, mask = self.context(len(inputs_BLZ)), BlockCausal.of(layout)
-        return self.transformer(inputs_BLZ, context, layout, mask, asked=asked, prefix_BPC=prefix.tokens_BPC)
+        return self.all_scales(self.transformer, inputs_BLZ, self.context(len(inputs_BLZ)), prefix, is_causal=True)
 
     @torch.no_grad()
     def generate(self, lq_B3tt: Tensor, noise: Noise | None = None, num_scales: int | None = None) -> Generation:

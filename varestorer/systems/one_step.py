@@ -112,19 +112,21 @@ class OneStepSystem(System):
             condition: of the degraded image.
         """
         with adapters_off(self.transformer):
-            return self._all_scales(teacher or self.transformer, pyramid.inputs(), context, condition.prefix, True)
+            network, inputs = teacher or self.transformer, pyramid.inputs()
+            return self.all_scales(network, inputs, context, condition.prefix, is_causal=True)
 
     def student_logits(self, condition: Conditioned, context: Context | PreparedCondition) -> Tensor:
         """p_S(r_k | r_LQ, prefix): logits (B, L, V) of all scales in one pass; every token sees every other."""
         inputs = condition.pyramid.own_inputs()
-        logits = self._all_scales(self.transformer, inputs, context, condition.prefix, False)
+        logits = self.all_scales(self.transformer, inputs, context, condition.prefix, is_causal=False)
         if margin := self.student_config.keep_codes:
             logits = logits + self.transformer.head.leaning(condition.pyramid.labels(), margin)
         return logits
 
-    def _all_scales(
+    def all_scales(
         self, network: VARTransformer, inputs_BLZ: Tensor, context: Any, prefix: Prefix, is_causal: bool
     ) -> Tensor:
+        """Logits (B, L, V) of all scales behind a prefix; every token sees every other, or the coarser scales alone."""
         layout = network.layout(self.schedule, inputs_BLZ.device, prefix.size)
         mask = BlockCausal.of(layout) if is_causal else None
         asked = slice(len(layout) - self.schedule.num_tokens, None)

@@ -35,11 +35,10 @@ from varestorer.transformer.generation import Generation, MultiStepGenerator, Pr
 from varestorer.transformer.heads import keyed_noise
 from varestorer.transformer.layout import BlockCausal
 from varestorer.transformer.refiner import Refined, Refiner
-from varestorer.transformer.refiner import keyed_noise as keyed_normal_noise
 from varestorer.utils.errors import UsageError, UserError
 from varestorer.utils.finite import spread_nan
 from varestorer.utils.images import as_picture, to_network, to_uint8
-from varestorer.utils.seeds import torch_generator
+from varestorer.utils.seeds import normal_per_sample, torch_generator
 from varestorer.utils.watch import watch
 from varestorer.weights.bundle import ADAPTERS, shipped
 from varestorer.weights.load import allocate, fitting
@@ -293,7 +292,7 @@ class VARSR(OneStepSystem):
         uniforms = None if drawn is None else tuple(drawn)
         if self.refiner is None or not self.sampling.use_refiner:
             return Draws(uniforms)
-        normal = keyed_normal_noise(seed, numbers, "refiner", self.device)
+        normal = keyed_noise(seed, numbers, "refiner", self.device, normal_per_sample)
         shape = (len(numbers), self.schedule.num_tokens_per_scale[-1], self.tokenizer.config.latent_width)
         return Draws(uniforms, tuple(normal(draw, shape) for draw in range(self.sampling.refiner_steps)))
 

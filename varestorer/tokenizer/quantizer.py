@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -169,34 +170,16 @@ Corruption = Callable[[int, Tensor], Tensor]
 Resize = Callable[[Tensor, Scale], Tensor]
 
 
-def resize_bilinear(x_BZhw: Tensor, size: Scale) -> Tensor:
-    """Bilinear without antialiasing, corners not aligned; the identity at equal size."""
-    if tuple(x_BZhw.shape[-2:]) == size:
-        return x_BZhw
-    return F.interpolate(x_BZhw, size=size, mode="bilinear", align_corners=False)
+def _resized(x_BZhw: Tensor, size: Scale, **options: Any) -> Tensor:
+    """A map of another size by torch's `interpolate`; the identity at equal size."""
+    return x_BZhw if tuple(x_BZhw.shape[-2:]) == size else F.interpolate(x_BZhw, size=size, **options)
 
 
-def resize_bicubic(x_BZhw: Tensor, size: Scale) -> Tensor:
-    """Bicubic (a = -0.75) without antialiasing, corners not aligned; the identity at equal size."""
-    if tuple(x_BZhw.shape[-2:]) == size:
-        return x_BZhw
-    return F.interpolate(x_BZhw, size=size, mode="bicubic", align_corners=False)
-
-
-def resize_area(x_BZhw: Tensor, size: Scale) -> Tensor:
-    """Mean over the pixels of each target cell (adaptive average pooling); the identity at equal size."""
-    if tuple(x_BZhw.shape[-2:]) == size:
-        return x_BZhw
-    return F.adaptive_avg_pool2d(x_BZhw, size)
-
-
-def reduce_bicubic(x_BZhw: Tensor, size: Scale) -> Tensor:
-    """Bicubic with antialiasing, which may overshoot; the identity at equal size."""
-    if tuple(x_BZhw.shape[-2:]) == size:
-        return x_BZhw
-    return F.interpolate(x_BZhw, size=size, mode="bicubic", align_corners=False, antialias=True)
-
-
+# corners are not aligned, and only what says so antialiases
+resize_bilinear = partial(_resized, mode="bilinear", align_corners=False)
+resize_bicubic = partial(_resized, mode="bicubic", align_corners=False)  # a = -0.75
+resize_area = partial(_resized, mode="area")  # mean over the pixels of each target cell
+reduce_bicubic = partial(_resized, mode="bicubic", align_corners=False, antialias=True)  # may overshoot
 REUSES = ("tokens", "sum", "none")
 RESIZES: dict[str, Resize] = {"bilinear": resize_bilinear, "bicubic": resize_bicubic, "area": resize_area}
 REDUCTIONS: dict[str, Resize] = {"area": resize_area, "bicubic": reduce_bicubic}

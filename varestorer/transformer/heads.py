@@ -20,15 +20,21 @@ from torch import Tensor, nn
 from varestorer.utils.seeds import uniform_per_sample
 from varestorer.utils.watch import watch
 
-# Uniform noise in [0, 1) for the tokens of a scale: (scale number, shape) -> tensor.
+# Noise, uniform in [0, 1) where tokens are drawn: (number of the scale or of the draw, shape) -> tensor.
 Noise = Callable[[int, tuple[int, ...]], Tensor]
 
 
-def keyed_noise(seed: int, keys: Sequence[int] | Tensor, stream: str, device: torch.device | str) -> Noise:
-    """Noise in which sample b depends on (seed, stream, keys[b], scale) alone, whatever stands beside it."""
+def keyed_noise(
+    seed: int,
+    keys: Sequence[int] | Tensor,
+    stream: str,
+    device: torch.device | str,
+    per_sample: Callable[..., Tensor] = uniform_per_sample,
+) -> Noise:
+    """Noise in which sample b depends on (seed, stream, keys[b], number) alone, whatever stands beside it."""
 
-    def noise(scale_number: int, shape: tuple[int, ...]) -> Tensor:
-        return uniform_per_sample(tuple(shape[1:]), seed, keys, f"{stream}/{scale_number}", device)
+    def noise(number: int, shape: tuple[int, ...]) -> Tensor:
+        return per_sample(tuple(shape[1:]), seed, keys, f"{stream}/{number}", device)
 
     return noise
 

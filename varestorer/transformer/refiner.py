@@ -7,7 +7,7 @@ condition. Shapes: `...` rows (tokens), `Z` width of a code, `C` width of the co
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import cast
@@ -17,11 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from varestorer.transformer.diffusion import NUM_STEPS, DiffusionLoss, chain
+from varestorer.transformer.heads import Noise
 from varestorer.utils.errors import UserError
 from varestorer.utils.seeds import normal_per_sample, uniform_per_sample
-
-# Normal noise of a sampling: (number of the draw, shape) -> tensor. Draw 0 starts it, draw s belongs to the s-th step.
-Noise = Callable[[int, tuple[int, ...]], Tensor]
 
 EPS = 1e-6
 NUM_TIME_FEATURES = 256
@@ -32,15 +30,6 @@ REPEATS = 4
 """How often a token is noised in a training step."""
 UNGUIDED = (0.0, 1.0)
 """Scales without guidance: nothing to add, and, as released, exactly 1."""
-
-
-def keyed_noise(seed: int, keys: Sequence[int] | Tensor, stream: str, device: torch.device | str) -> Noise:
-    """Noise in which sample b depends on (seed, stream, keys[b], draw) alone, whatever stands beside it."""
-
-    def noise(draw: int, shape: tuple[int, ...]) -> Tensor:
-        return normal_per_sample(tuple(shape[1:]), seed, keys, f"{stream}/{draw}", device)
-
-    return noise
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from varestorer.transformer.diffusion import (
     kept_timesteps,
     level_log_likelihood,
 )
-from varestorer.transformer.heads import CodeHead, keep_top_k, keep_top_p
-from varestorer.transformer.refiner import Refiner, TrainingDraws, keyed_noise
+from varestorer.transformer.heads import CodeHead, keep_top_k, keep_top_p, keyed_noise
+from varestorer.transformer.refiner import Refiner, TrainingDraws
 from varestorer.utils.errors import UserError
 from varestorer.utils.seeds import normal_per_sample
 
@@ -92,7 +92,7 @@ def test_kl_and_level_probabilities_are_those_of_normal_distributions() -> None:
 
 def test_positive_rows_alone_decide_unguided_samples(refiner: Refiner) -> None:
     z, negative = rand(2, 5, 8), rand(2, 5, 8, seed=3)
-    noise = keyed_noise(0, [1, 2], "refiner", "cpu")
+    noise = keyed_noise(0, [1, 2], "refiner", "cpu", normal_per_sample)
     plain = refiner.sample(z, noise).check()
     assert plain.shape == (2, 5, 4)
     assert torch.equal(refiner.sample(z, noise, negative, guidance=1.0).check(), plain)
@@ -103,8 +103,8 @@ def test_positive_rows_alone_decide_unguided_samples(refiner: Refiner) -> None:
 
 def test_a_sample_does_not_depend_on_what_stands_beside_it(refiner: Refiner) -> None:
     z, negative = rand(3, 5, 8), rand(3, 5, 8, seed=3)
-    together = refiner.sample(z, keyed_noise(7, [4, 5, 6], "refiner", "cpu"), negative, 2.0).check()
-    alone = refiner.sample(z[1:2], keyed_noise(7, [5], "refiner", "cpu"), negative[1:2], 2.0).check()
+    together = refiner.sample(z, keyed_noise(7, [4, 5, 6], "refiner", "cpu", normal_per_sample), negative, 2.0).check()
+    alone = refiner.sample(z[1:2], keyed_noise(7, [5], "refiner", "cpu", normal_per_sample), negative[1:2], 2.0).check()
     torch.testing.assert_close(together[1:2], alone, atol=1e-5, rtol=1e-5)
 
 
@@ -131,7 +131,7 @@ def test_a_step_that_is_not_finite_is_named(refiner: Refiner) -> None:
 def test_infinite_weights_are_not_hidden_by_the_clamp(refiner: Refiner) -> None:
     refiner.head.bias.data[0] = math.inf
     with pytest.raises(UserError, match="refiner step 1 of 10"):
-        refiner.sample(rand(1, 2, 8), keyed_noise(0, [0], "refiner", "cpu")).check()
+        refiner.sample(rand(1, 2, 8), keyed_noise(0, [0], "refiner", "cpu", normal_per_sample)).check()
 
 
 def test_the_loss_reaches_the_condition_and_not_the_residual(refiner: Refiner) -> None:

@@ -31,6 +31,10 @@ ON_CPU: dict[Any, Any] = {  # which torch's counter does not know
         lambda gradient, q, k, v, *_, **__: sdpa_backward_flop_count(gradient, q, k, v)
     ),
 }
+LOWERED = {F.linear, F.conv2d, F.scaled_dot_product_attention, torch.matmul, Tensor.matmul, Tensor.__matmul__}
+LOWERED |= {torch.bmm}
+RAISED = {F.layer_norm, F.group_norm, F.softmax, F.log_softmax, Tensor.softmax, Tensor.log_softmax, F.mse_loss}
+RAISED |= {F.l1_loss, Tensor.exp, torch.exp, Tensor.log, torch.log, Tensor.pow, torch.pow, Tensor.rsqrt, torch.rsqrt}
 
 
 @dataclass(frozen=True)
@@ -121,12 +125,6 @@ class Ledger(TorchDispatchMode):
         self._made.discard(key)
         self._total -= size
         self.live[part] -= size
-
-
-LOWERED = {F.linear, F.conv2d, F.scaled_dot_product_attention, torch.matmul, Tensor.matmul, Tensor.__matmul__}
-LOWERED |= {torch.bmm}
-RAISED = {F.layer_norm, F.group_norm, F.softmax, F.log_softmax, Tensor.softmax, Tensor.log_softmax, F.mse_loss}
-RAISED |= {F.l1_loss, Tensor.exp, torch.exp, Tensor.log, torch.log, Tensor.pow, torch.pow, Tensor.rsqrt, torch.rsqrt}
 
 
 class _CudaArithmetic(TorchFunctionMode):

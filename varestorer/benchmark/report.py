@@ -17,6 +17,21 @@ from varestorer.utils.errors import UserError
 from varestorer.utils.files import atomic_write, write_json
 
 GIB = 2**30
+COLUMNS = {
+    "images/s": ("images_per_second", 1),
+    "ms": ("seconds", 1e3),
+    "spread": ("spread", 1e3),
+    "of": ("repeats", 1),
+    "peak GiB": ("peak_bytes", 1 / GIB),
+    "params (M)": ("parameters", 1e-6),
+    "GFLOP": ("flops", 1e-9),
+    "% of rate": ("share_of_matrix_rate", 1e2),
+    "least MB": ("least_bytes", 1e-6),
+    "% of copies": ("share_of_copy_bandwidth", 1e2),
+    "floor ms": ("floor_seconds", 1e3),
+    "x floor": ("times_floor", 1),
+}
+"""Heading -> a figure, and what it is multiplied with."""
 
 
 @dataclass(frozen=True)
@@ -87,23 +102,6 @@ class Run:
             },
             **self.more,
         }
-
-
-COLUMNS = {
-    "images/s": ("images_per_second", 1),
-    "ms": ("seconds", 1e3),
-    "spread": ("spread", 1e3),
-    "of": ("repeats", 1),
-    "peak GiB": ("peak_bytes", 1 / GIB),
-    "params (M)": ("parameters", 1e-6),
-    "GFLOP": ("flops", 1e-9),
-    "% of rate": ("share_of_matrix_rate", 1e2),
-    "least MB": ("least_bytes", 1e-6),
-    "% of copies": ("share_of_copy_bandwidth", 1e2),
-    "floor ms": ("floor_seconds", 1e3),
-    "x floor": ("times_floor", 1),
-}
-"""Heading -> a figure, and what it is multiplied with."""
 
 
 def table_of(entries: Sequence[tuple[Mapping[str, Cell], Mapping[str, Any]]], title: str) -> Table:

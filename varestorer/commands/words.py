@@ -34,6 +34,12 @@ LITERAL = ("input", "output", "prompt", "ckpt", "predictions", "text_encoder", "
 """Keys in which `${...}` refers to no other key, and a comma begins no sweep: what users have, or say."""
 
 FREE_TEXT = ("prompt",)  # in which `~` is no folder
+SHOWN = 3
+LIKE = 0.7  # of two keys, 1 if they are the same
+NOISE = ("object_type=", "reference_type=", "See https://hydra.cc")
+FULL_KEY = "full_key:"
+SHORT = {"-i": "input", "-o": "output"}
+INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")  # what Hydra's own -i takes
 
 
 class Kind(Enum):
@@ -234,14 +240,6 @@ def _expand(node: DictConfig | ListConfig, prefix: str) -> None:
                     f"{name}={value}: no home folder is known here (HOME is not set); write the whole path"
                 )
             node[key] = expanded
-
-
-SHOWN = 3
-LIKE = 0.7  # of two keys, 1 if they are the same
-NOISE = ("object_type=", "reference_type=", "See https://hydra.cc")
-FULL_KEY = "full_key:"
-SHORT = {"-i": "input", "-o": "output"}
-INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")  # what Hydra's own -i takes
 
 
 def check_words(words: Sequence[str], keys: Sequence[str]) -> None:

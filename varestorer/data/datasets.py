@@ -28,6 +28,23 @@ from varestorer.utils.files import expand_user
 from varestorer.utils.images import load_image, pad_reflect, resize
 from varestorer.utils.seeds import numpy_generator
 
+INSIDE = "shards"
+Box = tuple[int, int, int, int]  # top, left, height, width
+Split = Literal["train", "heldout"]
+# (package, its pip name, file inside the package)
+_SKIMAGE, _SKLEARN = ("skimage", "scikit-image", "data"), ("sklearn", "scikit-learn", "datasets/images")
+_PHOTOGRAPHS = {
+    "train": (
+        (_SKIMAGE, "astronaut.png"),
+        (_SKIMAGE, "chelsea.png"),
+        (_SKIMAGE, "motorcycle_left.png"),
+        (_SKIMAGE, "motorcycle_right.png"),
+        (_SKIMAGE, "rocket.jpg"),
+        (_SKLEARN, "flower.jpg"),
+    ),
+    "heldout": ((_SKLEARN, "china.jpg"), (_SKIMAGE, "coffee.png")),
+}
+
 
 class Sample(TypedDict):
     """A pair: `hq`, `lq` (3, H, W) float32 in [0, 1], `lq` at the size of `hq`; `key`: the sample number.
@@ -48,9 +65,6 @@ class Texts(Protocol):
     """Features (T, E) of a photograph by its number, None for the null text."""
 
     def __getitem__(self, index: int, /) -> Tensor | None: ...
-
-
-INSIDE = "shards"
 
 
 class EpochOrder:
@@ -259,9 +273,6 @@ def pair_factor(low: Tensor, high: Tensor, scale: int, paths: Sequence[object]) 
     return scale
 
 
-Box = tuple[int, int, int, int]  # top, left, height, width
-
-
 def draw_box(size: tuple[int, int], window: int, rng: np.random.Generator) -> Box:
     """Place a square window of `window` pixels; a side shorter than that is taken whole."""
     height, width = (min(side, window) for side in size)
@@ -308,23 +319,6 @@ def random_square(
         window = round(crop * min(float(rng.uniform(*downscale)), max(1.0, min(size) / crop)))
     square = fill_square(cut(photo_CHW, draw_box(size, window, rng)).float() / 255, window)
     return resize(square, (crop, crop), mode="lanczos")
-
-
-Split = Literal["train", "heldout"]
-
-# (package, its pip name, file inside the package)
-_SKIMAGE, _SKLEARN = ("skimage", "scikit-image", "data"), ("sklearn", "scikit-learn", "datasets/images")
-_PHOTOGRAPHS = {
-    "train": (
-        (_SKIMAGE, "astronaut.png"),
-        (_SKIMAGE, "chelsea.png"),
-        (_SKIMAGE, "motorcycle_left.png"),
-        (_SKIMAGE, "motorcycle_right.png"),
-        (_SKIMAGE, "rocket.jpg"),
-        (_SKLEARN, "flower.jpg"),
-    ),
-    "heldout": ((_SKLEARN, "china.jpg"), (_SKIMAGE, "coffee.png")),
-}
 
 
 def embedded_paths(split: Split) -> list[Path]:

@@ -33,6 +33,8 @@ from varestorer.utils.tiling import restore_tiled
 
 SCALE = 4
 UNDISTILLED = "one step, before distillation"
+TUNED_PLAIN, READ_PLAIN = "plain tokenizer", "same tokenizer read plain"
+"""Trained without the hierarchy; and trained for it but used without, which is no fair stand-in for the first."""
 
 
 @dataclass(frozen=True)
@@ -244,10 +246,6 @@ def read_curves(path: Path) -> dict[str, list[dict[str, Any]]]:
         line = json.loads(text)
         curves.setdefault(line["stage"], []).append(line)
     return curves
-
-
-TUNED_PLAIN, READ_PLAIN = "plain tokenizer", "same tokenizer read plain"
-"""Trained without the hierarchy; and trained for it but used without, which is no fair stand-in for the first."""
 
 
 def plain_twin(system: HVAR) -> HVAR:

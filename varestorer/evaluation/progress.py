@@ -20,6 +20,7 @@ from varestorer.utils.errors import UsageError, UserError, reason
 from varestorer.utils.files import atomic_write, original_name, printable, read_text, write_json, writing_errors
 
 PER_IMAGE, FILES, SETTINGS, IMAGES = "per_image.csv", "files.csv", "settings.json", "images"
+SUMMARY = "summary.json"
 
 
 class Progress:
@@ -145,9 +146,6 @@ def _plain(value: Any) -> str:
     if isinstance(value, dict):
         return f"[{', '.join(f'{name}: {entry}' for name, entry in value.items())}]"
     return f"[{', '.join(map(str, value))}]" if isinstance(value, list) else str(value)
-
-
-SUMMARY = "summary.json"
 
 
 def write_records(evaluation: Evaluation, folder: Path, method: str) -> list[Path]:

@@ -16,6 +16,7 @@ from varestorer.utils.iqa import Metric
 
 Pair = tuple[str, Path, Path | None]
 """Name, low-quality file, high-quality file (None: there is no reference)."""
+REPEATS = 2000  # of the bootstrap: the ends of an interval of 100 images move by 1 % of it
 
 
 @dataclass(frozen=True)
@@ -113,9 +114,6 @@ class Evaluation:
             "metrics": metrics,
             "unavailable": unavailable,
         }
-
-
-REPEATS = 2000  # of the bootstrap: the ends of an interval of 100 images move by 1 % of it
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,9 @@ from varestorer.weights.published.varsr import network_kind
 from varestorer.weights.resolve import locate
 from varestorer.weights.runs import BEST, LATEST, is_run
 
+TILE, OVERLAP = 256, 32
+"""Side of the squares that larger images are cut into, and what neighbors share; pixels of the LQ image."""
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -284,10 +287,6 @@ def weights_digest(module: nn.Module) -> str:
         ends = [flat[:4].double().tolist(), flat[-4:].double().tolist()]
         digest.update(f"{name} {tuple(tensor.shape)} {ends}\n".encode())
     return digest.hexdigest()[:16]
-
-
-TILE, OVERLAP = 256, 32
-"""Side of the squares that larger images are cut into, and what neighbors share; pixels of the LQ image."""
 
 
 class SpandrelSource:

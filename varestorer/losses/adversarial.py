@@ -15,6 +15,9 @@ from varestorer.utils.errors import UserError
 from varestorer.utils.seeds import torch_generator
 
 LARGEST_WEIGHT = 1e4
+DISCRIMINATOR_FACTOR = 0.01
+"""On the discriminator's own loss: Adam steps are the same with any, but gradients are clipped by the norm over all of
+them, and without it the discriminator's, which are some thirty times larger, leave the network next to nothing."""
 
 
 class PatchDiscriminator(nn.Module):
@@ -71,11 +74,6 @@ def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: Ten
         torch.autograd.grad(loss, last_layer, retain_graph=True)[0].norm() for loss in (reconstruction, adversarial)
     ]
     return (norms[0] / (norms[1] + 1e-6)).clamp(max=LARGEST_WEIGHT).detach()
-
-
-DISCRIMINATOR_FACTOR = 0.01
-"""On the discriminator's own loss: Adam steps are the same with any, but gradients are clipped by the norm over all of
-them, and without it the discriminator's, which are some thirty times larger, leave the network next to nothing."""
 
 
 @dataclass(frozen=True)

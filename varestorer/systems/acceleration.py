@@ -31,6 +31,16 @@ WARM_UPS = 2  # calls in which libraries choose kernels and tables are made, whi
 
 Tree = TypeVar("Tree")
 """A tensor, or dataclasses, tuples and lists of trees; other things in it are constants."""
+WORDS: dict[str, dict[str, Any]] = {
+    "merged": {"merge": True},
+    "fp32": {"precision": "fp32"},
+    "bf16": {"precision": "bf16"},
+    "compile": {"compile": True},
+    "graphs": {"graphs": True},
+    "int8": {"linears": "int8"},
+    "fp8": {"linears": "fp8"},
+}
+"""What each word of a variant's name chooses."""
 
 
 @dataclass(frozen=True)
@@ -82,18 +92,6 @@ class Acceleration:
         if self.precision != "auto":
             return self
         return replace(self, precision="bf16" if gains_from_bf16(device) else "fp32")
-
-
-WORDS: dict[str, dict[str, Any]] = {
-    "merged": {"merge": True},
-    "fp32": {"precision": "fp32"},
-    "bf16": {"precision": "bf16"},
-    "compile": {"compile": True},
-    "graphs": {"graphs": True},
-    "int8": {"linears": "int8"},
-    "fp8": {"linears": "fp8"},
-}
-"""What each word of a variant's name chooses."""
 
 
 def check_means(chosen: Acceleration, device: torch.device) -> None:

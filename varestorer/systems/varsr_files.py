@@ -44,6 +44,8 @@ NOT_OF_CLASSES = ("prefix_encoder.", "positions.", "refiner.", "refiner_norm.")
 REPLACED = ("start", "level_embed.weight", "positions.table")
 """What a restorer takes of a model of classes only if the shape is the same."""
 EMBEDDING = "condition.embedding.weight"
+VQVAE = {"use_attention": True, "use_quant_conv": True, "num_phi": 4, "enlarge": "bicubic", "shrink": "area"}
+"""What makes a tokenizer VAR's."""
 
 
 def tokenizer_of(tokenizer: MultiScaleTokenizer, path: Path) -> dict[str, Tensor]:
@@ -156,10 +158,6 @@ def published_tokenizer_sizes(path: Path) -> dict[str, Any]:
     sizes = vqvae_sizes(read_tensors(path, VQVAE_NESTED))
     names = {"code_width": "latent_width", "num_codes": "vocabulary"}
     return {names.get(name, name): size for name, size in sizes.items()} | VQVAE
-
-
-VQVAE = {"use_attention": True, "use_quant_conv": True, "num_phi": 4, "enlarge": "bicubic", "shrink": "area"}
-"""What makes a tokenizer VAR's."""
 
 
 def published_sides(tensors: Mapping[str, Tensor], sizes: Mapping[str, Any]) -> list[int]:

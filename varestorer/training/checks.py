@@ -27,6 +27,18 @@ from varestorer.weights.bundle import shipped
 from varestorer.weights.files import read_tensors
 from varestorer.weights.load import check_part
 
+LOG = logging.getLogger(__name__)
+NOTHING = "(nothing)"
+# these count as each stage sees them, so `stages` has them all
+SHARED = ("trainer", "optimizer", "data", "degradation")
+PASSING = ("run_dir", "resume", "resume_other_data")
+FIXED = re.compile(
+    r"seed|order of stages|model\..+|stages\.[^.]+\.(task\..+|data\..+|data|trainer\.batch_size|optimizer\._target_)",
+    re.DOTALL,
+)
+# of a task: what changes memory or the reports alone
+HARMLESS = re.compile(r"stages\.[^.]+\.task\.(checkpoint_activations|log_each_bit|scores)")
+
 
 def check_stages(stages: Mapping[str, DictConfig], num_processes: int, device: torch.device) -> None:
     """Check all stages of a run, each the whole config as it sees it, against its model, its files and its processes.
@@ -150,19 +162,6 @@ def _check_call(node: DictConfig, key: str, **given: Any) -> None:
         inspect.signature(get_object(node._target_)).bind(**options, **given)
     except TypeError as error:
         raise UsageError(f"{key}: {reason(error)} of {node._target_}") from error
-
-
-LOG = logging.getLogger(__name__)
-NOTHING = "(nothing)"
-# these count as each stage sees them, so `stages` has them all
-SHARED = ("trainer", "optimizer", "data", "degradation")
-PASSING = ("run_dir", "resume", "resume_other_data")
-FIXED = re.compile(
-    r"seed|order of stages|model\..+|stages\.[^.]+\.(task\..+|data\..+|data|trainer\.batch_size|optimizer\._target_)",
-    re.DOTALL,
-)
-# of a task: what changes memory or the reports alone
-HARMLESS = re.compile(r"stages\.[^.]+\.task\.(checkpoint_activations|log_each_bit|scores)")
 
 
 def check_resumable(path: Path, config: Mapping[str, Any]) -> None:

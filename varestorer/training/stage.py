@@ -40,6 +40,16 @@ from varestorer.weights.runs import tensors_sha256
 LOG = logging.getLogger(__name__)
 VALIDATION = "val/"  # in front of keys that are of held-out pairs
 NAMES_SHOWN = 16  # file names of a bad batch in its error message
+# dense bfloat16 operations per second, from the makers' data sheets; the first name that fits counts
+PEAK_FLOPS = {
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
 
 
 @dataclass(frozen=True)
@@ -311,18 +321,6 @@ class Stage:
 
     def _to_device(self, batch: Mapping[str, Any]) -> Batch:
         return to_device(batch, self.run.accelerator.device)
-
-
-# dense bfloat16 operations per second, from the makers' data sheets; the first name that fits counts
-PEAK_FLOPS = {
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "RTX 4090": 165e12,
-    "RTX 3090": 71e12,
-}
 
 
 class Meter:

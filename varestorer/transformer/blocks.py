@@ -30,9 +30,9 @@ kernel's speed with 256 queries, 0.75 with 1,024)."""
 PRODUCTS_ARE_FASTER = has_bf16_products() and not has_amx()
 """In bfloat16, on this processor: see `prefers_products`."""
 
-
 ALL = slice(None)
 """All tokens of a sequence."""
+EPS = 1e-6
 
 
 def attend(
@@ -222,9 +222,6 @@ class CrossAttention(nn.Module):
         q = rearrange(self.q(x_BLC), "b l (n d) -> b n l d", n=self.num_heads)
         k, v = (x.expand(q.shape[0], -1, -1, -1) for x in (memory.keys_BNTD, memory.values_BNTD))
         return self.proj(attend(q.to(v.dtype), k, v, memory.key_mask))
-
-
-EPS = 1e-6
 
 
 @dataclass(frozen=True)

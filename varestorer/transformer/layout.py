@@ -24,6 +24,15 @@ from torch import Tensor, nn
 from varestorer.tokenizer.schedule import Scale, ScaleSchedule
 
 BASE = 10000.0
+POSITIONS = ("rope", "rope_grid", "rows", "grid")
+GRID_REDUCTIONS: dict[str, Callable[[Tensor, Scale], Tensor]] = {
+    "area": F.adaptive_avg_pool2d,
+    "bilinear": partial(F.interpolate, mode="bilinear", align_corners=False, antialias=True),
+}
+TOGETHER = 512
+"""Scales that end within so many tokens are attended in one masked call, each later one in a call of its own."""
+MASKS = ("cross_scale", "causal")
+"""The student's attention by its name in configs: every token sees all (no mask at all), or `BlockCausal`."""
 
 
 def grid_positions(scale: Scale, reference: Scale, round_positions: bool = True) -> Tensor:
@@ -128,9 +137,6 @@ class TokenLayout:
         return rotate_complex(x_BLND, self.turns_LD[:, None])
 
 
-POSITIONS = ("rope", "rope_grid", "rows", "grid")
-
-
 @dataclass(frozen=True)
 class PositionRule:
     """How tokens get their positions.
@@ -220,12 +226,6 @@ def long_layout(
     return TokenLayout(levels, counts, **tables).to(device)
 
 
-GRID_REDUCTIONS: dict[str, Callable[[Tensor, Scale], Tensor]] = {
-    "area": F.adaptive_avg_pool2d,
-    "bilinear": partial(F.interpolate, mode="bilinear", align_corners=False, antialias=True),
-}
-
-
 class LearnedPositions(nn.Module):
     """A learned row for each token of the sequence (VAR), or a learned grid that is reduced to each scale (H-VAR).
 
@@ -251,10 +251,6 @@ class LearnedPositions(nn.Module):
             reduced = [self.reduction(grid_1Chw, grid) for grid in layout.grids]
             rows_LC = torch.cat([rearrange(x, "1 c h w -> (h w) c") for x in reduced])
         return rows_LC[layout.rows_L]
-
-
-TOGETHER = 512
-"""Scales that end within so many tokens are attended in one masked call, each later one in a call of its own."""
 
 
 @dataclass(frozen=True)
@@ -326,7 +322,3 @@ def prefix_causal_mask(levels_L: Tensor, is_prefix_L: Tensor, dropped_B: Tensor 
         return mask_LL
     hidden_LL = is_prefix_L[None, :] & ~is_prefix_L[:, None]
     return (mask_LL & ~(hidden_LL & dropped_B[:, None, None]))[:, None]
-
-
-MASKS = ("cross_scale", "causal")
-"""The student's attention by its name in configs: every token sees all (no mask at all), or `BlockCausal`."""

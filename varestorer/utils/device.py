@@ -15,6 +15,8 @@ from varestorer.utils.errors import UsageError, UserError
 
 CPUINFO = Path("/proc/cpuinfo")
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -115,12 +117,6 @@ def cpuinfo(field: str) -> str:
 def processor_flags() -> set[str]:
     """Instruction sets of the processor by Linux's names; empty where Linux does not tell."""
     return set(cpuinfo("flags").split())
-
-
-STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-
-
-UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def parse_memory(text: str) -> int:

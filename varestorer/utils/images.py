@@ -28,6 +28,20 @@ from varestorer.utils.finite import check_finite, is_finite
 from varestorer.utils.image_files import BROKEN_IMAGE_ERRORS, HEIC, READS_HEIC, open_image, write_16_bits
 from varestorer.utils.watch import watch
 
+ROWS_PIXELS = 2**17  # that are converted at once
+ROUNDING = 1e-3  # what a picture may lie beyond [0, 1]
+SOURCE = "Source-SHA256"
+"""Text of a PNG that was made from another picture: the `file_sha256` of that one."""
+_SOFTWARE = f"varestorer {SOURCE} {{}}"
+_CAMERA_TAGS = {
+    *(ExifTags.Base.Make, ExifTags.Base.Model, ExifTags.Base.DateTime),
+    *(ExifTags.Base.Artist, ExifTags.Base.Copyright, ExifTags.Base.ImageDescription),
+}
+_PIXEL_TAGS = {
+    *(ExifTags.Base.ExifImageWidth, ExifTags.Base.ExifImageHeight, ExifTags.Base.ColorSpace),
+    *(ExifTags.Base.MakerNote, ExifTags.IFD.Interop),
+}
+
 
 def _readable_extensions() -> frozenset[str]:
     """Extensions of the formats that the installed Pillow reads."""
@@ -39,12 +53,6 @@ def _readable_extensions() -> frozenset[str]:
 
 
 IMAGE_EXTENSIONS = _readable_extensions()
-ROWS_PIXELS = 2**17  # that are converted at once
-ROUNDING = 1e-3  # what a picture may lie beyond [0, 1]
-
-SOURCE = "Source-SHA256"
-"""Text of a PNG that was made from another picture: the `file_sha256` of that one."""
-_SOFTWARE = f"varestorer {SOURCE} {{}}"
 
 
 @dataclass(frozen=True)
@@ -118,16 +126,6 @@ def exif_of(file: Image.Image) -> Image.Exif | None:
     return kept if len(kept) else None
 
 
-_CAMERA_TAGS = {
-    *(ExifTags.Base.Make, ExifTags.Base.Model, ExifTags.Base.DateTime),
-    *(ExifTags.Base.Artist, ExifTags.Base.Copyright, ExifTags.Base.ImageDescription),
-}
-_PIXEL_TAGS = {
-    *(ExifTags.Base.ExifImageWidth, ExifTags.Base.ExifImageHeight, ExifTags.Base.ColorSpace),
-    *(ExifTags.Base.MakerNote, ExifTags.IFD.Interop),
-}
-
-
 @dataclass(frozen=True)
 class Writing:
     """What else a written picture is to be, or says.
@@ -180,7 +178,6 @@ _WRITTEN: dict[str, _Format] = {
     ".avif": _Format("AVIF", {"quality": 90}),
     ".bmp": _Format("BMP", {}, holds_alpha=False, holds_profile=False),
 }
-
 
 WRITTEN_EXTENSIONS = frozenset(_WRITTEN)
 

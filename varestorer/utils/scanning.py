@@ -45,6 +45,7 @@ SETTLED = 2.0
 FORMAT = 2
 
 Stamp = list[int]
+_REPORTED: set[str] = set()  # every stage of a run lists its photographs again
 
 
 @dataclass(frozen=True)
@@ -136,9 +137,6 @@ def first_names(names: Iterable[str]) -> str:
     """A few names, for messages."""
     names = list(names)
     return ", ".join(names[:NAMES_SHOWN]) + (", ..." if len(names) > NAMES_SHOWN else "")
-
-
-_REPORTED: set[str] = set()  # every stage of a run lists its photographs again
 
 
 def _kind_of(entry: os.DirEntry[str], scan: Scan, folders: list[Path], links: list[Path]) -> list[Path]:

@@ -28,6 +28,8 @@ CONFIG = "config.json"
 FORMAT = 1
 PARTS = ("system", "schedule", "tokenizer", "transformer")
 ADAPTERS, RESTORER = "adapters", "restorer"
+ASSETS = Path(__file__).parents[1] / "assets"
+CARD = "README.md"
 
 
 def is_bundle(path: str | Path) -> bool:
@@ -54,10 +56,6 @@ def read_config(bundle: Path) -> dict[str, Any]:
     if missing:
         raise UserError(f"{path} is no bundle's config (no {missing[0]}); make one with scripts/convert.py")
     return config
-
-
-ASSETS = Path(__file__).parents[1] / "assets"
-CARD = "README.md"
 
 
 def save_bundle(system: Any, folder: Path, half: bool = False) -> None:

@@ -94,6 +94,10 @@ measurements out of its pictures.
 {citation}
 ```
 """
+OWN_LICENSE = (
+    "The weights belong to whoever trained them; change `license` in the head of this file if it is not MIT.\n"
+    "The `varestorer` package is MIT."
+)
 
 
 def model_card(
@@ -121,12 +125,6 @@ def model_card(
         licenses=_licenses(sources) if from_release else OWN_LICENSE,
         citation=_citation(config["system"], title, venue, year, arxiv),
     )
-
-
-OWN_LICENSE = (
-    "The weights belong to whoever trained them; change `license` in the head of this file if it is not MIT.\n"
-    "The `varestorer` package is MIT."
-)
 
 
 def _front_matter(from_release: bool) -> str:

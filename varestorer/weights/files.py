@@ -24,7 +24,6 @@ MAX_NAMES = 12
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 WRAPPER = "module."  # before every name where a network was saved inside DataParallel
 
-
 NESTED = ("vae", "state_dict", "trainer", "var_wo_ddp", "vae_local")
 SAFETENSORS_TYPES = {
     "F64": torch.float64,

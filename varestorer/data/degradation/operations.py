@@ -21,6 +21,7 @@ from torchvision.io import decode_jpeg, encode_jpeg
 from varestorer.utils.images import pad_reflect, to_uint8
 
 LUMA = torch.tensor([0.2989, 0.5870, 0.1140])
+MIN_WIDTH = 1e-3
 
 
 def blur(img_CHW: Tensor, kernel: Tensor) -> Tensor:
@@ -93,9 +94,6 @@ def compress_jpeg(img_CHW: Tensor, quality: int) -> Tensor:
 def round_to_8bit(img: Tensor) -> Tensor:
     """Clamp to [0, 1] and round to the nearest of 256 levels, as a file on disk would."""
     return to_uint8(img).float() / 255
-
-
-MIN_WIDTH = 1e-3
 
 
 def gaussian_kernel(

@@ -28,6 +28,8 @@ from varestorer.utils.image_files import open_image
 from varestorer.utils.images import load_image, to_uint8
 from varestorer.utils.scanning import natural_key
 
+MANIFEST = "manifest.json"
+
 
 @dataclass(frozen=True)
 class ReadImage:
@@ -217,9 +219,6 @@ def _mode(file: ImageFile.ImageFile) -> str:
     stored = str(file.tile[0][3]) if file.tile else ""
     depth = "16-bit" if "16" in stored or "16" in file.mode else "8-bit"
     return f"{depth} {file.mode.partition(';')[0]}"
-
-
-MANIFEST = "manifest.json"
 
 
 @dataclass(frozen=True)

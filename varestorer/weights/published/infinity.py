@@ -36,6 +36,16 @@ from varestorer.weights.published import (
 from varestorer.weights.restorers import published_restorer_tensors
 
 LFQ_MASKS = ("quantizer.lfq.mask", "quantize.lfq.mask")  # one tensor under two names; a file may have either or both
+TRANSFORMER_KIND = f"a transformer such as {TRANSFORMER_FILE} or {STUDENT_FILE}"
+TOKENIZER_KIND = f"a tokenizer such as {TOKENIZER_FILE}"
+BLOCK = r"block_chunks\.\d+\.module\.(\d+)\."
+TEACHER = "infinity_2b"
+STUDENT = "varestorer_student_lora_r32"
+TOKENIZER = "infinity_vae_d32"
+RESTORER = "general_swinir"
+KINDS = (TEACHER, STUDENT, TOKENIZER, RESTORER)
+NUM_CHUNKS = 8  # the published blocks are stored in
+RANK = 32
 
 
 def published_tokenizer_name(name: str, num_levels: int) -> str:
@@ -115,10 +125,6 @@ def add_infixes(tensors: Mapping[str, Tensor], published: Iterable[str]) -> dict
     return {longer(name): tensor for name, tensor in tensors.items()}
 
 
-TRANSFORMER_KIND = f"a transformer such as {TRANSFORMER_FILE} or {STUDENT_FILE}"
-TOKENIZER_KIND = f"a tokenizer such as {TOKENIZER_FILE}"
-
-
 def transformer_sizes(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """Arguments of `TransformerConfig` of a published teacher or student.
 
@@ -185,9 +191,6 @@ def _shape(tensors: Mapping[str, Tensor], kind: str, rank: int, *names: str) -> 
     raise UserError(f"no tensor {names[0]}: this is not {kind}")
 
 
-BLOCK = r"block_chunks\.\d+\.module\.(\d+)\."
-
-
 def tokenizer_tensors(
     wanted: Mapping[str, Tensor], num_levels: int, latent_width: int, tensors: Mapping[str, Tensor], source: str
 ) -> dict[str, Tensor]:
@@ -239,15 +242,6 @@ def blocks_per_chunk(tensors: Mapping[str, Tensor]) -> int:
     """Blocks are stored in chunks: how many in each, read from the names (1 where there are none)."""
     numbers = [int(found[1]) for found in (re.match(BLOCK, name) for name in tensors) if found]
     return max(numbers, default=0) + 1
-
-
-TEACHER = "infinity_2b"
-STUDENT = "varestorer_student_lora_r32"
-TOKENIZER = "infinity_vae_d32"
-RESTORER = "general_swinir"
-KINDS = (TEACHER, STUDENT, TOKENIZER, RESTORER)
-NUM_CHUNKS = 8  # the published blocks are stored in
-RANK = 32
 
 
 def manifest(kind: str) -> dict[str, Tensor]:

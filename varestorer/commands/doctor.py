@@ -79,12 +79,8 @@ def device(name: str) -> Iterator[Line]:
         return
     if chosen.type == "cuda":
         properties = torch.cuda.get_device_properties(chosen)
-        memory = in_bytes(properties.total_memory)
-        yield (
-            GOOD,
-            "device",
-            f"{chosen}, {properties.name}, {memory}, CUDA {torch.version.cuda}, torch {torch.__version__}",
-        )
+        made = f"{properties.name}, {in_bytes(properties.total_memory)}, CUDA {torch.version.cuda}"
+        yield GOOD, "device", f"{chosen}, {made}, torch {torch.__version__}"
     else:
         yield GOOD, "device", f"{chosen}, {usable_cores()} cores, torch {torch.__version__}"
         if shutil.which("nvidia-smi"):
@@ -147,21 +143,14 @@ def places() -> Iterator[Line]:
     for what, folder in named.items():
         near = next(place for place in (folder, *folder.parents) if place.exists())
         free = shutil.disk_usage(near).free
-        little = "" if free >= MIN_DISK else f"; little for weights: {in_bytes(int(MIN_DISK))} are wanted"
-        state = GOOD if os.access(near, os.W_OK) and not little else LACKING
-        yield (
-            state,
-            what,
-            f"{folder}, {in_bytes(free)} free{little}" + ("" if os.access(near, os.W_OK) else ", read only"),
-        )
+        problem = "" if free >= MIN_DISK else f"; little for weights: {in_bytes(int(MIN_DISK))} are wanted"
+        problem += "" if os.access(near, os.W_OK) else ", read only"
+        yield LACKING if problem else GOOD, what, f"{folder}, {in_bytes(free)} free{problem}"
     if SHARED_MEMORY.is_dir():
         free = shutil.disk_usage(SHARED_MEMORY).free
-        little = (
-            ""
-            if free >= MIN_SHARED
-            else "; little for data workers: docker run --shm-size=8g, or trainer.num_workers=0"
-        )
-        yield GOOD if not little else LACKING, str(SHARED_MEMORY), f"{in_bytes(free)} free{little}"
+        little = "; little for data workers: docker run --shm-size=8g, or trainer.num_workers=0"
+        little = "" if free >= MIN_SHARED else little
+        yield LACKING if little else GOOD, str(SHARED_MEMORY), f"{in_bytes(free)} free{little}"
     thread.join(3)
     if answered.is_set():
         yield GOOD, "hub", f"{constants.ENDPOINT} answers"

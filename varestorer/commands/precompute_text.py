@@ -168,10 +168,8 @@ def describe(
     ]
     failed: dict[str, str] = {}
     try:
-        with (
-            deaths_explained(WORKERS_KEY),
-            _progress("captions", len(photographs) - len(todo), len(photographs)) as bar,
-        ):
+        progress = _progress("captions", len(photographs) - len(todo), len(photographs))
+        with deaths_explained(WORKERS_KEY), progress as bar:
             pictures = read_pictures([photographs[name] for name in todo], num_workers)
             for number, (name, picture) in enumerate(zip(todo, pictures, strict=True), 1):
                 if isinstance(picture, UserError):

@@ -46,7 +46,8 @@ def train(cfg: DictConfig) -> int:
     UserError: see `fit`; UsageError if the config asks for nothing, or for something impossible.
     """
     stages = stage_configs(cfg, command_line())
-    accelerator = start_processes(cfg)
+    join_cluster_job()
+    accelerator = make_accelerator(str(cfg.device))
     check_stages(stages, accelerator.num_processes, accelerator.device)
     with ExitStack() as kept:
         scores = image_scores(cfg, stages, accelerator)
@@ -88,12 +89,6 @@ def end_early(stopped: StoppedError, run: Run) -> NoReturn:
         say(f"{stopped}\ngo on with the same command and run_dir={run.run_dir} resume=auto")
     run.stop.pass_on()
     raise SystemExit(run.stop.exit_status)
-
-
-def start_processes(cfg: DictConfig) -> Accelerator:
-    """This process among those of the run."""
-    join_cluster_job()
-    return make_accelerator(str(cfg.device))
 
 
 def open_run(cfg: DictConfig, stages: Mapping[str, DictConfig], accelerator: Accelerator, kept: ExitStack) -> Run:

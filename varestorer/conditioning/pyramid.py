@@ -34,10 +34,11 @@ class Condition:
     layout: TokenLayout
 
 
+@dataclass(frozen=True)
 class PyramidConditioner:
     """Turns a degraded image into the student's input tokens.
 
-    Args:
+    Attributes:
         tokenizer: its encoder and quantizer; frozen.
         positions: of the transformer.
         long_input: append the complete codes at the last scale.
@@ -46,21 +47,12 @@ class PyramidConditioner:
         restorer: optional frozen network that cleans the image first, [0, 1] to [0, 1].
     """
 
-    def __init__(
-        self,
-        tokenizer: MultiScaleTokenizer,
-        positions: PositionRule,
-        long_input: bool = True,
-        long_positions: str = "next_scale",
-        inputs: str = "next_scale",
-        restorer: nn.Module | None = None,
-    ) -> None:
-        self.tokenizer = tokenizer
-        self.positions = positions
-        self.long_input = long_input
-        self.long_positions = long_positions
-        self.inputs = inputs
-        self.restorer = restorer
+    tokenizer: MultiScaleTokenizer
+    positions: PositionRule
+    long_input: bool = True
+    long_positions: str = "next_scale"
+    inputs: str = "next_scale"
+    restorer: nn.Module | None = None
 
     @torch.no_grad()
     def __call__(self, lq_B3HW: Tensor, schedule: ScaleSchedule) -> Condition:

@@ -73,7 +73,9 @@ def compare(folder: str | Path) -> Iterator[Check]:
     yield from _compare_degraded(golden, tokenizer)
     yield from golden.check_indices("plain", tokenizer.encode(pixels, golden.plain).indices)
     yield from _compare_losses(golden, tokenizer, features)
-    yield from _compare_preference(golden)
+    for name, value in _preference(golden).items():
+        tolerance = SUM_TOLERANCE if "sum" in name else FLOAT_TOLERANCE
+        yield golden.check(name, value, 1e-6 if "rows" in name else tolerance)
     yield from _compare_positions(golden)
 
 
@@ -123,13 +125,6 @@ def _compare_losses(
         yield golden.check(f"loss/pixel_{name}", torch.stack(losses))
     per_level = tokenizer.quantizer.codebook_losses(features, pyramid, golden.schedule)
     yield golden.check("loss/codebook_per_level", per_level)
-
-
-def _compare_preference(golden: HierarchyFolder) -> Iterator[Check]:
-    values = _preference(golden)
-    for name, value in values.items():
-        tolerance = SUM_TOLERANCE if "sum" in name else FLOAT_TOLERANCE
-        yield golden.check(name, value, 1e-6 if "rows" in name else tolerance)
 
 
 @torch.inference_mode(False)

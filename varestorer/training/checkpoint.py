@@ -221,7 +221,11 @@ class Checkpointer:
             with atomic_write(folder.parents[1] / LATEST) as temporary:
                 temporary.write_text(f"{self.stage}/{folder.name}\n", encoding="utf-8")
                 sync(temporary)
-        self._prune(folder, None if score is None else self._mark_best(folder, score))
+        # later ones than this were found damaged
+        kept = [*_up_to(folder)[-self.keep_last :], None if score is None else self._mark_best(folder, score)]
+        for other in step_folders(folder.parent):
+            if other not in kept:
+                shutil.rmtree(other)
 
     def _mark_best(self, newest: Path, score: Score) -> Path | None:
         """Name the best checkpoint so far in `best`; the earliest, where several are equally good."""
@@ -234,13 +238,6 @@ class Checkpointer:
             temporary.write_text(json.dumps({"checkpoint": best.name, **vars(rated[best])}) + "\n", encoding="utf-8")
             sync(temporary)
         return best
-
-    def _prune(self, newest: Path, best: Path | None) -> None:
-        """Drop all but the newest checkpoints and the best; later ones were found damaged."""
-        kept = [*_up_to(newest)[-self.keep_last :], best]
-        for folder in step_folders(newest.parent):
-            if folder not in kept:
-                shutil.rmtree(folder)
 
 
 def _up_to(newest: Path) -> list[Path]:

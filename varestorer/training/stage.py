@@ -333,13 +333,7 @@ class Meter:
     """
 
     def __init__(self, device: torch.device, samples: int, micro_batches: int) -> None:
-        """Start at no steps.
-
-        Args:
-            device: of the training.
-            samples: per optimizer step, over all processes.
-            micro_batches: per optimizer step and process.
-        """
+        """Of an optimizer step: `samples` over all processes, `micro_batches` of this one."""
         self._device = device
         self._samples = samples
         self._micro_batches = micro_batches

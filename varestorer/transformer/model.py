@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -146,15 +146,10 @@ class PreparedCondition:
 
         if any(block.memory is not None for block in self.blocks):
             raise ValueError("a text is prepared for its batch: cross attention's memory is not repeated")
-        blocks = [
-            replace(
-                block,
-                gammas_B1C=both(block.gammas_B1C),
-                gains_B1C=both(block.gains_B1C),
-                shifts_B1C=both(block.shifts_B1C),
-            )
-            for block in self.blocks
-        ]
+        blocks = []
+        for block in self.blocks:
+            pairs = both(block.gammas_B1C), both(block.gains_B1C), both(block.shifts_B1C)
+            blocks.append(BlockContext(*pairs, block.self_constants, None))
         return PreparedCondition(repeated(self.cond_BC), tuple(blocks), both(self.head_B1C), self.state)
 
 

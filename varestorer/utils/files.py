@@ -11,7 +11,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -62,7 +62,8 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
             yield temporary
             os.replace(temporary, target)
     except BaseException:
-        _remove(temporary)
+        with suppress(OSError):  # the error that led here matters more than the leftover
+            temporary.unlink(missing_ok=True)
         raise
 
 
@@ -221,14 +222,6 @@ def in_bytes(size: int) -> str:
         if size >= unit:
             return f"{size / unit:.3g} {name}"
     return f"{size} bytes"
-
-
-def _remove(path: Path) -> None:
-    """Remove a file if it can be removed: the error that led here matters more than the leftover."""
-    try:
-        path.unlink(missing_ok=True)
-    except OSError:
-        return
 
 
 def cache_folder() -> Path | None:

@@ -224,7 +224,10 @@ class Degradation(_Step):
         x = compress_jpeg(x, _integer(rng, self.jpeg1))
         x = self.noise2(self.resize2(self.blur2(x, rng), rng, small), rng)
         is_jpeg_last, mode = rng.random() < 0.5, _draw_mode(rng)
-        sinc, quality = self._draw_sinc(rng), _integer(rng, self.jpeg2)
+        sinc = None
+        if rng.random() < self.final_sinc_prob:
+            sinc = sinc_kernel(_integer(rng, self.final_sinc_size, 2), _uniform(rng, self.final_sinc_cutoff))
+        quality = _integer(rng, self.jpeg2)
         if not is_jpeg_last:
             x = compress_jpeg(x, quality)
         x = resample(x, small, mode)
@@ -236,11 +239,6 @@ class Degradation(_Step):
         if is_jpeg_last:
             x = compress_jpeg(x, quality)
         return round_to_8bit(resample(x, size, _draw_mode(rng, self.enlarge_modes)))
-
-    def _draw_sinc(self, rng: np.random.Generator) -> Tensor | None:
-        if rng.random() >= self.final_sinc_prob:
-            return None
-        return sinc_kernel(_integer(rng, self.final_sinc_size, 2), _uniform(rng, self.final_sinc_cutoff))
 
 
 @dataclass(frozen=True)

@@ -296,11 +296,11 @@ def _check_source(options: EvalOptions) -> None:
         raise UsageError("method=spandrel needs model_path=FILE, the model that is to be scored")
     if options.model_path is not None and options.method not in ("spandrel", "tokenizer"):
         raise UsageError("model_path= is for method=spandrel and method=tokenizer")
-    if options.precision is not None and (options.predictions or options.method):
-        raise UsageError("precision= is for ckpt=MODEL, or the shipped model")
-    if options.steps != "one" and (options.predictions or options.method):
-        raise UsageError("steps= is for ckpt=MODEL, or the shipped model")
-    if options.doubt and (options.predictions or options.method or options.steps != "one" or options.size):
+    is_other = options.predictions or options.method
+    for key, usual in (("precision", None), ("steps", "one")):
+        if is_other and getattr(options, key) != usual:
+            raise UsageError(f"{key}= is for ckpt=MODEL, or the shipped model")
+    if options.doubt and (is_other or options.steps != "one" or options.size):
         raise UsageError("doubt= is for ckpt=MODEL, or the shipped model, in its own steps and size")
 
 

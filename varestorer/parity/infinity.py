@@ -12,7 +12,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from varestorer.conditioning.pyramid import Condition, PyramidConditioner
+from varestorer.conditioning.pyramid import PyramidConditioner
 from varestorer.conditioning.restorer import Restorer
 from varestorer.losses.tokens import token_weights
 from varestorer.parity.golden import Check, GoldenFolder, kept, largest_error
@@ -35,12 +35,9 @@ FLOAT_TOLERANCE = 1e-4
 def compare(folder: str | Path) -> Iterator[Check]:
     """Every golden tensor group of a folder, compared one after the other."""
     golden = InfinityFolder(folder)
-    yield from compare_tokenizer(golden)
-    yield from compare_rope(golden)
-    yield from compare_student(golden)
-    yield from compare_teacher(golden)
-    yield from compare_generation(golden)
-    yield from compare_restorer(golden)
+    parts = (compare_tokenizer, compare_rope, compare_student, compare_teacher, compare_generation, compare_restorer)
+    for part in parts:
+        yield from part(golden)
 
 
 def _float(file: str, tensors: dict[str, Tensor], name: str, ours: Tensor) -> Check:
@@ -162,7 +159,12 @@ def compare_student(golden: InfinityFolder) -> Iterator[Check]:
     short_logits = student(short.tokens_BLZ, context, short.layout)
     yield _float("student", tensors, "out/logits_short", short_logits.flatten(2))
     yield from _compare_selection(golden, tokenizer, logits)
-    yield _compare_single_call(golden, student, tokenizer, condition, text)
+    # the whole student for the first image and prompt alone, with recorded noise
+    alone = TextFeatures.from_list(text.to_list()[:1])
+    logits = student(condition.tokens_BLZ[:1], alone, condition.layout)[:, :total]
+    bits = _select_all(logits, schedule, torch.Generator().manual_seed(golden.meta["gumbel_manual_seed"]))
+    made = tokenizer.decode(tokenizer.quantizer.indices_to_codes(bits, schedule))
+    yield _uint8("student", tensors, "gumbel_b1/image_uint8_bgr", made)
 
 
 def _select_all(logits_BLZ2: Tensor, schedule: ScaleSchedule, generator: torch.Generator | None) -> list[Tensor]:
@@ -191,22 +193,6 @@ def _compare_selection(golden: InfinityFolder, tokenizer: MultiScaleTokenizer, l
     yield _float("student", tensors, "gumbel/summed_codes", codes)
 
 
-def _compare_single_call(
-    golden: InfinityFolder,
-    student: VARTransformer,
-    tokenizer: MultiScaleTokenizer,
-    condition: Condition,
-    text: TextFeatures,
-) -> Check:
-    """The whole student for the first image and prompt alone, with recorded noise."""
-    first = TextFeatures.from_list(text.to_list()[:1])
-    logits = student(condition.tokens_BLZ[:1], first, condition.layout)[:, : golden.schedule.num_tokens]
-    generator = torch.Generator().manual_seed(golden.meta["gumbel_manual_seed"])
-    bits = _select_all(logits, golden.schedule, generator)
-    codes = tokenizer.quantizer.indices_to_codes(bits, golden.schedule)
-    return _uint8("student", golden.student_tensors, "gumbel_b1/image_uint8_bgr", tokenizer.decode(codes))
-
-
 def compare_teacher(golden: InfinityFolder) -> Iterator[Check]:
     """Teacher-forced logits, intermediates and losses."""
     tensors, schedule, teacher = golden.teacher_tensors, golden.schedule, golden.teacher()
@@ -230,39 +216,29 @@ def compare_teacher(golden: InfinityFolder) -> Iterator[Check]:
 def compare_generation(golden: InfinityFolder) -> Iterator[Check]:
     """Greedy multi-step generation under every setting of guidance, and the area variant."""
     teacher, tokenizer = golden.teacher(), golden.tokenizer()
-    for name, settings in golden.multi_step.items():
-        yield from _compare_run(golden, teacher, tokenizer, "teacher_outputs", name, settings)
-    area = golden.multi_step["multi_cfg"]
-    yield from _compare_run(golden, teacher, tokenizer, "teacher_outputs_area", "multi_area_cfg", area)
-
-
-def _compare_run(
-    golden: InfinityFolder,
-    teacher: VARTransformer,
-    tokenizer: MultiScaleTokenizer,
-    file: str,
-    name: str,
-    settings: dict,
-) -> Iterator[Check]:
-    tensors = golden.teacher_tensors if file == "teacher_outputs" else golden.tensors(file)
-    negative = golden.teacher_tensors["input/neg_text"]
-    prompt = golden.text(golden.teacher_tensors).to_list()[:1]
-    resize = resize_area if "area" in name else resize_bilinear
-    result = MultiStepGenerator(teacher, tokenizer.quantizer, golden.schedule, resize)(
-        TextFeatures.from_list(prompt),
-        SamplingOptions(settings["cfg"], settings["tau"], tuple(settings["cfg_insertion_layer"]), top_k=1),
-        negative=TextFeatures.from_list([negative]) if "neg" in name else None,
-    )
-    for k, raw in result.logits.items():
-        key = f"{name}/raw_logits_{k}"
-        if key in tensors:
-            yield _float(file, tensors, key, raw[: len(tensors[key])].flatten(2))
-    yield from _bits(file, tensors, f"{name}/bits", result.indices)
-    yield _float(file, tensors, f"{name}/summed_codes", result.codes)
-    image = tokenizer.decode(result.codes)
-    if f"{name}/image" in tensors:
-        yield _float(file, tensors, f"{name}/image", image)
-    yield _uint8(file, tensors, f"{name}/image_uint8_bgr", image)
+    prompt = TextFeatures.from_list(golden.text(golden.teacher_tensors).to_list()[:1])
+    negative = TextFeatures.from_list([golden.teacher_tensors["input/neg_text"]])
+    runs = golden.multi_step | {"multi_area_cfg": golden.multi_step["multi_cfg"]}
+    for name, settings in runs.items():
+        is_area = name == "multi_area_cfg"
+        file = "teacher_outputs_area" if is_area else "teacher_outputs"
+        tensors = golden.tensors(file) if is_area else golden.teacher_tensors
+        resize = resize_area if is_area else resize_bilinear
+        result = MultiStepGenerator(teacher, tokenizer.quantizer, golden.schedule, resize)(
+            prompt,
+            SamplingOptions(settings["cfg"], settings["tau"], tuple(settings["cfg_insertion_layer"]), top_k=1),
+            negative=negative if "neg" in name else None,
+        )
+        for k, raw in result.logits.items():
+            key = f"{name}/raw_logits_{k}"
+            if key in tensors:
+                yield _float(file, tensors, key, raw[: len(tensors[key])].flatten(2))
+        yield from _bits(file, tensors, f"{name}/bits", result.indices)
+        yield _float(file, tensors, f"{name}/summed_codes", result.codes)
+        image = tokenizer.decode(result.codes)
+        if f"{name}/image" in tensors:
+            yield _float(file, tensors, f"{name}/image", image)
+        yield _uint8(file, tensors, f"{name}/image_uint8_bgr", image)
 
 
 def compare_restorer(golden: InfinityFolder) -> Iterator[Check]:

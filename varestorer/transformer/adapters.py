@@ -100,11 +100,6 @@ def adapters_off(transformer: nn.Module) -> Iterator[None]:
         use_adapters(transformer, True)
 
 
-def adapters_are_on(module: nn.Module) -> bool:
-    """Whether a transformer or a part of it is the student now; True also where there are no adapters."""
-    return not any(switches(module))
-
-
 def switches(module: nn.Module) -> tuple[bool, ...]:
     """Whether each adapted layer of a part of a transformer has its adapters off now; changes when they are merged."""
     return tuple(layer.disable_adapters for layer in _adapted_layers(module))

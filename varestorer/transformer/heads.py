@@ -205,11 +205,6 @@ class CodeHead(Head):
         return F.one_hot(labels, self.vocabulary) * margin
 
 
-def build_head(width: int, latent_width: int, vocabulary: int) -> Head:
-    """The head of a transformer whose tokens are entries of a vocabulary, or bits where that is 0."""
-    return CodeHead(width, vocabulary) if vocabulary else BitHead(width, latent_width)
-
-
 def _drop_unlikely_bit(logits_BlZ2: Tensor, top_p: float) -> Tensor:
     """Nucleus filter of a two-way choice: the less likely bit goes when its probability is at most 1 - top_p."""
     if not 0.0 < top_p < 1.0:

@@ -20,7 +20,7 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from varestorer.tokenizer.schedule import Scale, ScaleSchedule
-from varestorer.transformer.adapters import adapters_are_on, adapters_off, switches
+from varestorer.transformer.adapters import adapters_off, switches
 from varestorer.transformer.blocks import ALL, Block, BlockContext, LayerCache, ffn_width, modulate
 from varestorer.transformer.conditions import (
     ClassCondition,
@@ -31,7 +31,7 @@ from varestorer.transformer.conditions import (
     TextFeatures,
     distinct_rows,
 )
-from varestorer.transformer.heads import build_head
+from varestorer.transformer.heads import BitHead, CodeHead
 from varestorer.transformer.layout import (
     GRID_REDUCTIONS,
     POSITIONS,
@@ -182,7 +182,7 @@ class VARTransformer(nn.Module):
         block = (width, config.num_heads, hidden, not config.num_classes)
         self.blocks = nn.ModuleList(Block(*block) for _ in range(config.depth))
         self.head_modulation = nn.Linear(width, 2 * width)
-        self.head = build_head(width, config.latent_width, config.vocabulary)
+        self.head = CodeHead(width, config.vocabulary) if config.vocabulary else BitHead(width, config.latent_width)
         self.checkpoint_activations = False
         self.branch_factors_BD3: Tensor | None = None
 
@@ -363,7 +363,7 @@ class VARTransformer(nn.Module):
     def _run(self, block: nn.Module, *args: object) -> Tensor:
         if self.checkpoint_activations and torch.is_grad_enabled():
             # the backward pass computes the block again when `adapters_off` may have ended long ago
-            again = nullcontext() if adapters_are_on(block) else adapters_off(block)
+            again = adapters_off(block) if any(switches(block)) else nullcontext()
             checkpoint = torch.utils.checkpoint.checkpoint
             return checkpoint(block, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), again))
         return block(*args)

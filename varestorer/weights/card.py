@@ -157,12 +157,9 @@ def _citation(key: str, title: str, venue: str, year: int, arxiv: str) -> str:
 
 
 def _table(files: Mapping[str, int]) -> str:
-    rows = [f"| `{name}` | {_megabytes(size)} | {CONTENTS.get(name, '')} |" for name, size in sorted(files.items())]
+    sizes = {name: f"{n / 1e6:,.1f} MB" if n >= 1e5 else f"{n:,} bytes" for name, n in sorted(files.items())}
+    rows = [f"| `{name}` | {size} | {CONTENTS.get(name, '')} |" for name, size in sizes.items()]
     return "\n".join(["| file | size | what it does |", "|---|---|---|", *rows, "| `config.json` | | the sizes |"])
-
-
-def _megabytes(size: int) -> str:
-    return f"{size / 1e6:,.1f} MB" if size >= 1e5 else f"{size:,} bytes"
 
 
 def _sizes(config: Mapping[str, Any], precision: str | None) -> str:

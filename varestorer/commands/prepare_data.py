@@ -7,7 +7,7 @@ from shlex import quote
 from textwrap import fill
 from typing import cast
 
-from hydra.utils import instantiate
+from hydra.utils import get_object, instantiate
 
 from varestorer.commands.entry import FAILED, OK, Command, say
 from varestorer.commands.options import PrepareDataOptions
@@ -168,15 +168,16 @@ def make(options: PrepareDataOptions) -> list[str]:
     UsageError for a degradation of another kind, or a crop that is no multiple of the scale; UserError if the set
     cannot be made.
     """
-    options.degradation["scale"] = options.scale
-    degradation = instantiate(options.degradation)
-    if not isinstance(degradation, Degradation):
+    if get_object(options.degradation["_target_"]) is not Degradation:
         raise UsageError(
-            "make= degrades in the second-order way only: degradation=realesrgan, with settings of your own"
+            "make= degrades in one second-order way: degradation=realesrgan, telephone or camera, with settings of "
+            "your own"
         )
     if options.crop % options.scale:
         raise UsageError(f"crop must be a multiple of scale {options.scale}, got crop={options.crop}")
     root, source = _two_folders("make", options.make, options.source)
+    options.degradation["scale"] = options.scale
+    degradation = instantiate(options.degradation)
     noted = {key: getattr(options, key) for key in ("seed", "crop", "scale", "degradation")}
     recipe = Recipe(options.crop, options.seed, degradation)
     with locked(root):

@@ -5,9 +5,19 @@ from varestorer.data.degradation.pipeline import (
     BicubicDegradation,
     Degradation,
     Degrade,
+    OneOf,
     RandomBlur,
     RandomNoise,
     RandomResize,
 )
 
-__all__ = ["BicubicDegradation", "Degradation", "Degrade", "RandomBlur", "RandomNoise", "RandomResize", "round_to_8bit"]
+__all__ = [
+    "BicubicDegradation",
+    "Degradation",
+    "Degrade",
+    "OneOf",
+    "RandomBlur",
+    "RandomNoise",
+    "RandomResize",
+    "round_to_8bit",
+]

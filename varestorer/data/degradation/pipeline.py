@@ -10,7 +10,7 @@ whole-numbered quality, not a differentiable imitation.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 
 import numpy as np
@@ -252,6 +252,30 @@ class BicubicDegradation:
         full: tuple[int, int] = (hq_3HW.shape[-2], hq_3HW.shape[-1])
         small = round_to_8bit(resize(hq_3HW.float(), _small_size(full, self.scale)))
         return round_to_8bit(resize(small, full))
+
+
+class OneOf:
+    """One of several degradations for each picture.
+
+    Args:
+        degradations: by names of your choice.
+        weights: how often each is taken, by the same names; they need not sum to one.
+    Raises:
+        UserError: weights that are not those of the degradations, or not positive.
+    """
+
+    def __init__(self, degradations: Mapping[str, Degrade], weights: Mapping[str, float]) -> None:
+        if not degradations or degradations.keys() != weights.keys() or min(weights.values()) <= 0:
+            wanted = ", ".join(degradations) or "degradation.degradations, which are none"
+            raise UserError(
+                f"degradation.weights must hold a positive number for each of {wanted}, got {dict(weights)}"
+            )
+        self.degradations = [degradations[name] for name in weights]
+        self.shares = np.array([*weights.values()]) / sum(weights.values())
+
+    def __call__(self, hq_3HW: Tensor, rng: np.random.Generator) -> Tensor:
+        """(3, H, W) in [0, 1] to the same size; `rng` draws which, and all that is random in it."""
+        return self.degradations[int(rng.choice(len(self.shares), p=self.shares))](hq_3HW, rng)
 
 
 def _draw_mode(rng: np.random.Generator, modes: tuple[str, ...] = RESAMPLING) -> str:

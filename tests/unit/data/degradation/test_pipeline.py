@@ -9,7 +9,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from varestorer.data import BicubicDegradation, Degradation
-from varestorer.data.degradation import RandomBlur, RandomNoise, RandomResize, pipeline
+from varestorer.data.degradation import OneOf, RandomBlur, RandomNoise, RandomResize, pipeline
 from varestorer.data.degradation.operations import compress_jpeg
 from varestorer.utils.errors import UserError
 
@@ -191,6 +191,8 @@ def test_sinc_and_jpeg_come_in_both_orders(monkeypatch):
         (lambda: RandomBlur(size=[8, 20]), "size.*odd"),
         (lambda: RandomResize(direction_probs=[0.5, 0.6, -0.1]), "direction_probs"),
         (lambda: Degradation(enlarge_modes=["nearest"]), "enlarge_modes.*bicubic.*nearest"),
+        (lambda: OneOf({"a": BicubicDegradation()}, {"b": 1.0}), "degradation.weights .* for each of a, got .*'b'"),
+        (lambda: OneOf({"a": BicubicDegradation()}, {"a": 0.0}), "a positive number for each of a"),
     ],
 )
 def test_wrong_settings_are_named(make, words):
@@ -306,3 +308,23 @@ def test_telephones_sharpen_before_the_last_jpeg_and_others_draw_nothing_for_it(
     amounts.clear()
     Degradation(sharpen_prob=0.0)(photo(), rng(0))
     assert not amounts
+
+
+def test_one_of_several_degradations_as_often_as_asked():
+    one_of = OneOf({name: lambda hq, rng, name=name: hq * 0 + len(name) for name in ("a", "bb")}, {"bb": 3, "a": 1})
+    taken = [one_of(photo(4, 4), rng(seed)).mean().item() for seed in range(200)]
+    assert {*taken} == {1.0, 2.0} and 135 <= taken.count(2.0) <= 165
+
+
+def test_the_preset_of_two_cameras_spoils_as_one_of_them_would(compose):
+    presets = (compose("train", f"degradation={name}") for name in ("telephone_camera", "telephone", "camera"))
+    mixed, *single = (instantiate(cfg.degradation) for cfg in presets)
+    for seed in range(4):
+        spoiled, drawn = mixed(photo(), rng(seed)), rng(seed)
+        drawn.choice(2, p=[0.6, 0.4])
+        state = drawn.bit_generator.state
+        options = []
+        for degrade in single:
+            drawn.bit_generator.state = state
+            options.append(degrade(photo(), drawn))
+        assert any(torch.equal(spoiled, option) for option in options)

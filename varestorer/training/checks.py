@@ -138,11 +138,10 @@ def _check_task_files(task: DictConfig, published: Mapping[str, str]) -> None:
     teacher = task.get("teacher")
     if isinstance(teacher, str) and teacher != "start":
         check_part("transformer", shipped(teacher), published)
-    wanted = (
-        {*str(task.get("perceptual", "")).split("+")} if OmegaConf.select(task, "weights.perceptual") != 0 else set()
-    )
-    wanted |= {"dists"} if OmegaConf.select(task, "weights.dists") else set()
-    for name in sorted(wanted & {*WITH_WEIGHTS}):
+    names = str(task.get("perceptual", "")).split("+") if OmegaConf.select(task, "weights.perceptual") != 0 else []
+    if OmegaConf.select(task, "weights.dists"):
+        names.append("dists")
+    for name in sorted({*names} & {*WITH_WEIGHTS}):
         perceptual_loss(name)
 
 

@@ -8,9 +8,10 @@ Shapes: B batch, C channels, H W image, h w one level.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import lru_cache
+from collections.abc import Callable, Iterator
+from functools import lru_cache, partial
 from itertools import pairwise
+from math import ceil
 from pathlib import Path
 from typing import cast
 
@@ -24,12 +25,77 @@ from varestorer.utils.iqa import METRIC_ERRORS, MetricUnavailableError, weight_f
 
 PerceptualLoss = Callable[[Tensor, Tensor], Tensor]
 
+WITH_WEIGHTS = ("lpips", "lpips-vgg", "dists")
+NAMES = (*WITH_WEIGHTS, "ms_ssim")
 VGG_TAPS = (4, 9, 16, 23, 30)
 LPIPS = {"alex": ("lpips", (2, 5, 8, 10, 12)), "vgg": ("lpips-vgg", VGG_TAPS)}
 LPIPS_MEAN, LPIPS_STD = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # of images in [-1, 1]
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of images in [0, 1]
 MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 """Weight of each scale, fine to coarse (Wang et al. 2003, Multi-scale structural similarity, section 3.2)."""
+
+
+class SumLoss(nn.Module):
+    """The sum of some perceptual losses, each of a share of the batch, rounded up: of its first images."""
+
+    def __init__(self, parts: list[tuple[PerceptualLoss, float]]) -> None:
+        super().__init__()
+        self.parts = parts
+        self.networks = nn.ModuleList(loss for loss, _ in parts if isinstance(loss, nn.Module))  # to move with this one
+
+    def forward(self, pred_B3HW: Tensor, target_B3HW: Tensor) -> Tensor:
+        """Sum of the distances, each a mean over its images: a float32 scalar."""
+        total = pred_B3HW.new_zeros(())
+        for loss, share in self.parts:
+            count = ceil(len(pred_B3HW) * share)
+            total = total + loss(pred_B3HW[:count], target_B3HW[:count])
+        return total
+
+
+def perceptual_parts(perceptual: str) -> list[tuple[str, float]]:
+    """The losses of a sum as configs write it, and the share of the batch that each looks at.
+
+    `lpips+dists/4` is LPIPS, and DISTS of a quarter of the batch, whose VGG16 would take longer than all the rest.
+
+    Raises:
+        ValueError: an unknown name, or a share that is none.
+    """
+    found = []
+    for part in perceptual.split("+"):
+        name, _, divisor = part.partition("/")
+        if name not in NAMES or not (divisor or "1").isdecimal() or int(divisor or 1) < 1:
+            raise ValueError(f"perceptual must be of {', '.join(NAMES)}, as lpips or lpips+dists/4, got {perceptual!r}")
+        found.append((name, 1 / int(divisor or 1)))
+    return found
+
+
+def perceptual_loss(perceptual: str) -> PerceptualLoss:
+    """The perceptual loss a config names.
+
+    Args:
+        perceptual: "lpips" (Alex), "lpips-vgg" or "dists", which need published weights; "ms_ssim", which needs none;
+            or the sum of several, see `perceptual_parts`.
+    Raises:
+        UserError: weights that are missing.
+        ValueError: an unknown name.
+    """
+    makers: dict[str, Callable[[], PerceptualLoss]] = {
+        "lpips": LPIPSLoss,
+        "lpips-vgg": partial(LPIPSLoss, net="vgg"),
+        "dists": DISTSLoss,
+        "ms_ssim": MSSSIMLoss,
+    }
+    parts = [(makers[name](), share) for name, share in perceptual_parts(perceptual)]
+    return parts[0][0] if len(parts) == 1 and parts[0][1] == 1 else SumLoss(parts)
+
+
+def in_phases(step: int, *images_B3HW: Tensor) -> Iterator[Tensor]:
+    """The images without their first rows and columns, of which each step leaves out other numbers, 0 to 3.
+
+    AlexNet looks at every fourth pixel, and networks of patches write squares of four: in one phase for ever, a mesh
+    can lie where LPIPS never looks.
+    """
+    return (image[..., step % 4 :, step // 4 % 4 :] for image in images_B3HW)
 
 
 class MetricLoss(nn.Module):

@@ -19,7 +19,7 @@ from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from varestorer.data.datasets import INSIDE
-from varestorer.losses.build import WITH_WEIGHTS, perceptual_loss
+from varestorer.losses.perceptual import WITH_WEIGHTS, perceptual_loss, perceptual_parts
 from varestorer.training.config import TrainerConfig
 from varestorer.utils.errors import UsageError, UserError, reason
 from varestorer.utils.schema import typed
@@ -138,11 +138,10 @@ def _check_task_files(task: DictConfig, published: Mapping[str, str]) -> None:
     teacher = task.get("teacher")
     if isinstance(teacher, str) and teacher != "start":
         check_part("transformer", shipped(teacher), published)
-    names = str(task.get("perceptual", "")).split("+") if OmegaConf.select(task, "weights.perceptual") != 0 else []
-    if OmegaConf.select(task, "weights.dists"):
-        names.append("dists")
-    for name in sorted({*names} & {*WITH_WEIGHTS}):
-        perceptual_loss(name)
+    perceptual = task.get("perceptual")
+    if perceptual and OmegaConf.select(task, "weights.perceptual") != 0:
+        for name in sorted({name for name, _ in perceptual_parts(perceptual)} & {*WITH_WEIGHTS}):
+            perceptual_loss(name)
 
 
 def _check_optimizer(node: DictConfig) -> None:

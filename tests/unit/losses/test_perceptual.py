@@ -8,14 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from varestorer.losses.build import perceptual_loss
 from varestorer.losses.perceptual import (
     MS_SSIM_WEIGHTS,
     DISTSLoss,
     LPIPSLoss,
     MSSSIMLoss,
+    in_phases,
     ms_ssim,
     num_scales,
+    perceptual_loss,
 )
 from varestorer.losses.pixel import l1_loss, mse_loss
 from varestorer.training.tasks.distillation import DistillationTask
@@ -189,8 +190,19 @@ def test_a_step_of_training_needs_no_pyiqa(tiny_system, monkeypatch: pytest.Monk
     assert losses["perceptual"].item() > 0 and any(p.grad is not None for p in task.parameters())
 
 
-def test_names_of_losses_may_be_added() -> None:
+def test_names_of_losses_may_be_added_and_look_at_a_share_of_the_batch() -> None:
     pred, target = pair()
-    assert perceptual_loss("ms_ssim+ms_ssim")(pred, target) == 2 * MSSSIMLoss()(pred, target)
-    with pytest.raises(ValueError, match="must be one of .*, got 'psnr'"):
-        perceptual_loss("ms_ssim+psnr")
+    whole, first = MSSSIMLoss()(pred, target), MSSSIMLoss()(pred[:1], target[:1])
+    assert whole != first
+    assert perceptual_loss("ms_ssim+ms_ssim")(pred, target) == 2 * whole
+    assert perceptual_loss("ms_ssim+ms_ssim/2")(pred, target) == whole + first
+    assert perceptual_loss("ms_ssim/4")(pred, target) == first  # rounded up
+    for wrong in ("psnr", "ms_ssim+psnr", "ms_ssim/0", "ms_ssim/half"):
+        with pytest.raises(ValueError, match="must be of .*, got '" + wrong.replace("+", ".")):
+            perceptual_loss(wrong)
+
+
+def test_sixteen_steps_show_a_picture_in_all_phases_of_squares_of_four() -> None:
+    image = torch.arange(64.0).reshape(1, 1, 8, 8)
+    corners = {tuple(x[0, 0, 0, 0].item() for x in in_phases(step, image, -image)) for step in range(1, 17)}
+    assert corners == {(8.0 * down + right, -8.0 * down - right) for down in range(4) for right in range(4)}

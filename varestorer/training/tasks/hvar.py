@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from varestorer.losses.build import perceptual_loss
+from varestorer.losses.perceptual import perceptual_loss
 from varestorer.losses.pixel import l1_loss, mse_loss
 from varestorer.losses.tokens import log_likelihood, preference_loss
 from varestorer.systems.hvar import HVAR
@@ -64,7 +64,7 @@ class HVARTokenizerTask(NestedTask):
     Args:
         system: holds the tokenizer.
         weights: arguments of `HierarchyWeights`. Losses of images are means over the sizes.
-        perceptual: see `losses.build.perceptual_loss`.
+        perceptual: see `losses.perceptual.perceptual_loss`.
         skip: share of samples that are decoded from the features themselves (HART), drawn once for all sizes.
         trained: parts that train: "vocabulary", "phi", "decoder" (with the convolution before it) and "encoder" (with
             the one behind it). The paper keeps the encoder, which also makes the prefix. With a frozen decoder a

@@ -4,28 +4,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from varestorer.losses.build import perceptual_loss
+from varestorer.losses.perceptual import in_phases, perceptual_loss
 from varestorer.losses.pixel import l1_loss, mesh_loss, mse_loss
 from varestorer.systems.varestorer import VARestorer
-from varestorer.training.task import Batch, Task, train_only
+from varestorer.training.task import Batch, Task, train_only, weighted_sum
 from varestorer.utils.errors import UserError
 from varestorer.utils.images import to_network
 
 
 @dataclass(frozen=True)
 class RestorerWeights:
-    """Weights of the parts of the loss: absolute and squared error of the image in [-1, 1], the perceptual loss, the
-    error of what repeats every four pixels (`losses.pixel.mesh_loss`), and DISTS of a quarter of the batch, whose VGG16
-    would take longer than all the rest."""
+    """Weights of the parts of the loss: absolute and squared error of the image in [-1, 1], the perceptual loss, and
+    the error of what repeats every four pixels (`losses.pixel.mesh_loss`)."""
 
     l1: float = 1.0
     mse: float = 0.0
     perceptual: float = 0.0
     mesh: float = 0.0
-    dists: float = 0.0
 
 
 class RestorerTask(Task):
@@ -34,7 +31,7 @@ class RestorerTask(Task):
     Args:
         system: holds the restorer.
         weights: arguments of `RestorerWeights`; the perceptual loss is not computed where its weight is 0.
-        perceptual: see `losses.build.perceptual_loss`.
+        perceptual: see `losses.perceptual.perceptual_loss`.
 
     Raises:
         UserError: the system has no restorer.
@@ -49,7 +46,6 @@ class RestorerTask(Task):
         self.system = system
         self.weights = RestorerWeights(**(weights or {}))
         self.perceptual = perceptual_loss(perceptual) if self.weights.perceptual > 0 else None
-        self.dists = perceptual_loss("dists") if self.weights.dists > 0 else None
         train_only(self, system.restorer.parameters())
 
     def forward(self, batch: Batch, step: int) -> dict[str, Tensor]:
@@ -59,15 +55,8 @@ class RestorerTask(Task):
         with self.watch("losses"):
             parts = {"l1": l1_loss(image, target), "mse": mse_loss(image, target), "mesh": mesh_loss(image, target)}
             if self.perceptual is not None:
-                # AlexNet looks at every fourth pixel, and the restorer writes squares of four: in one phase for ever,
-                # a mesh can lie where the loss never looks
-                down, right = step % 4, step // 4 % 4
-                parts["perceptual"] = self.perceptual(image[..., down:, right:], target[..., down:, right:])
-            if self.dists is not None:
-                some = -(-len(image) // 4)
-                parts["dists"] = self.dists(image[:some], target[:some])
-            weighted = [getattr(self.weights, name) * value for name, value in parts.items()]
-        return {"loss": torch.stack(weighted).sum(), **parts}
+                parts["perceptual"] = self.perceptual(*in_phases(step, image, target))
+        return {"loss": weighted_sum(self.weights, parts), **parts}
 
     def restored(self, batch: Batch) -> dict[str, Tensor]:
         """What the restorer makes of the degraded image."""

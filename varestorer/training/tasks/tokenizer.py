@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from varestorer.losses.adversarial import Adversarial, Adversary
-from varestorer.losses.build import perceptual_loss
+from varestorer.losses.perceptual import perceptual_loss
 from varestorer.losses.pixel import l1_loss, mse_loss
 from varestorer.systems.base import System
 from varestorer.tokenizer.quantizer import TokenPyramid, code_counts, perplexity, used_share, vq_losses
@@ -46,7 +46,7 @@ class TokenizerTask(Task):
     Args:
         system: holds the tokenizer.
         weights: arguments of `TokenizerWeights`.
-        perceptual: see `losses.build.perceptual_loss`.
+        perceptual: see `losses.perceptual.perceptual_loss`.
         continuous_steps: first steps without quantization; the network learns to reconstruct before it has to spend
             its features on bits.
         adversarial: arguments of `losses.adversarial.Adversarial`.

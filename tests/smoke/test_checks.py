@@ -60,6 +60,20 @@ def test_refused_before_anything_begins(folder: Path, capsys: pytest.CaptureFixt
     assert not (folder / "run").exists() and not (folder / "outputs").exists()
 
 
+@pytest.mark.parametrize("is_new", [True, False])
+def test_weights_that_do_not_fit_leave_no_run_but_what_was_there(
+    folder: Path, capsys: pytest.CaptureFixture[str], is_new: bool
+) -> None:
+    note = folder / "run" / "note.txt"
+    if not is_new:
+        note.parent.mkdir()
+        note.write_text("mine")
+    words = ["model.weights={tokenizer: nano, transformer: null}", "run_dir=run", "data=embedded"]
+    assert TRAIN.main([*WORDS, *words]) == 1
+    assert "tokenizer" in capsys.readouterr().err.splitlines()[-1]
+    assert note.exists() != is_new and (folder / "run").exists() != is_new
+
+
 @pytest.mark.parametrize(("name", "hub"), [("hvar", "FoundationVision/var"), ("varsr_isr", "qyp2000/VARSR")])
 def test_the_file_to_get_is_that_of_the_paper(
     folder: Path, capsys: pytest.CaptureFixture[str], name: str, hub: str

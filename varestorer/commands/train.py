@@ -51,7 +51,12 @@ def train(cfg: DictConfig) -> int:
     check_stages(stages, accelerator.num_processes, accelerator.device)
     with ExitStack() as kept:
         scores = image_scores(cfg, stages, accelerator)
-        return train_in(open_run(cfg, stages, accelerator, kept), cfg, stages, scores)
+        run = open_run(cfg, stages, accelerator, kept)
+        try:
+            return train_in(run, cfg, stages, scores)
+        except Exception:
+            run.discard_if_unbegun()
+            raise
 
 
 def image_scores(cfg: DictConfig, stages: Mapping[str, DictConfig], accelerator: Accelerator) -> ImageScores:
@@ -97,15 +102,16 @@ def open_run(cfg: DictConfig, stages: Mapping[str, DictConfig], accelerator: Acc
     The folder is kept for this run until `kept` is closed. UsageError if its run was started with another model or
     other data; UserError if another command writes to it, or it cannot be written.
     """
-    folder = [""]
+    folder, is_new = [""], False
     if accelerator.is_main_process:
         job_dir = cluster_job_dir()
         resume = cfg.resume == "auto" or job_dir is not None
         folder = [str(choose_run_dir(experiment_name(cfg), cfg.run_dir or job_dir, resume))]
+        is_new = not Path(folder[0]).exists()
         kept.enter_context(locked(Path(folder[0])))
     broadcast_object_list(folder)
     run = Run(Path(folder[0]), accelerator, cfg.seed)
-    run.stages, run.accept_other_data = list(stages), cfg.resume_other_data
+    run.stages, run.accept_other_data, run.is_new = list(stages), cfg.resume_other_data, is_new
     if run.is_main:
         config = {**whole_config(cfg, stages), "run_dir": folder[0], "environment": environment()}
         check_resumable(run.run_dir / CONFIG, config)

@@ -18,9 +18,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from varestorer.systems.varsr import VARSR
-from varestorer.systems.varsr_files import published_tokenizer_sizes, tokenizer_of
+from varestorer.systems.varsr_files import fill_tokenizer, published_tokenizer_sizes
 from varestorer.tokenizer import MultiScaleTokenizer, ScaleSchedule, TokenizerConfig
-from varestorer.transformer.adapters import assign_plain
 from varestorer.utils.errors import UsageError, reason
 from varestorer.utils.files import utf8_path
 
@@ -106,7 +105,7 @@ class GoldenFolder:
 def open_tokenizer(path: Path) -> MultiScaleTokenizer:
     """VAR's tokenizer of a file of weights in the published form."""
     tokenizer = MultiScaleTokenizer(TokenizerConfig(**published_tokenizer_sizes(path)))
-    assign_plain(tokenizer, tokenizer_of(tokenizer, path))
+    fill_tokenizer(tokenizer, path)
     return tokenizer.eval()
 
 

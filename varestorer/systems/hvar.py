@@ -25,6 +25,7 @@ from torch import Tensor
 from varestorer.systems.acceleration import Acceleration
 from varestorer.systems.base import Request, RestoredBatch
 from varestorer.systems.one_step import OneStepConfig, OneStepSystem
+from varestorer.systems.varsr_files import fill_tokenizer
 from varestorer.tokenizer import MultiScaleTokenizer, ScaleSchedule, TokenizerConfig
 from varestorer.tokenizer.quantizer import resize_bicubic, to_tokens
 from varestorer.transformer import Context, TransformerConfig, VARTransformer
@@ -38,14 +39,7 @@ from varestorer.utils.tiling import restore_to_sizes, scaled_size
 from varestorer.weights.bundle import is_bundle, read_config, shipped
 from varestorer.weights.files import read_tensors
 from varestorer.weights.load import check_part, fill
-from varestorer.weights.published.varsr import (
-    TRANSFORMER_NESTED,
-    VQVAE_NESTED,
-    network_kind,
-    varsr_sizes,
-    varsr_tensors,
-    vqvae_tensors,
-)
+from varestorer.weights.published.varsr import TRANSFORMER_NESTED, network_kind, varsr_sizes, varsr_tensors
 from varestorer.weights.resolve import model_of_run
 from varestorer.weights.runs import is_run
 
@@ -259,17 +253,13 @@ class HVAR(OneStepSystem):
     @torch.no_grad()
     def _fill(self, seed: int) -> None:
         for part, file in self.files.items():
-            if is_run(file) or is_bundle(file):
-                fill(getattr(self, part), part, file)
-            elif part == "tokenizer":
-                tensors, levels = read_tensors(file, VQVAE_NESTED), len(self.tokenizer.config.multipliers)
-                wanted = self.tokenizer.state_dict()
-                assign_plain(self.tokenizer, vqvae_tensors(wanted, levels, tensors, str(file)))
+            if part == "tokenizer":
+                fill_tokenizer(self.tokenizer, file)
+            elif is_run(file) or is_bundle(file):
+                fill(self.transformer, part, file)
             else:
-                assign_plain(
-                    self.transformer,
-                    start_from_var(self.transformer, read_tensors(file, TRANSFORMER_NESTED), str(file)),
-                )
+                var = read_tensors(file, TRANSFORMER_NESTED)
+                assign_plain(self.transformer, start_from_var(self.transformer, var, str(file)))
         self.draw_rest(seed)
 
 

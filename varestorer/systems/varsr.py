@@ -25,7 +25,7 @@ from varestorer.systems import official_varsr
 from varestorer.systems.acceleration import Acceleration
 from varestorer.systems.base import Request, RestoredBatch
 from varestorer.systems.one_step import OneStepConfig, OneStepSystem
-from varestorer.systems.varsr_files import PUBLISHED, held_in, network_of, published_sizes, tokenizer_of
+from varestorer.systems.varsr_files import PUBLISHED, fill_tokenizer, network_of, published_sizes
 from varestorer.tokenizer import MultiScaleTokenizer, ScaleSchedule, TokenizerConfig, TokenPyramid
 from varestorer.tokenizer.quantizer import to_map, to_tokens
 from varestorer.transformer import ClassLabels, Context, PreparedCondition, TransformerConfig
@@ -40,8 +40,8 @@ from varestorer.utils.finite import spread_nan
 from varestorer.utils.images import as_picture, to_network, to_uint8
 from varestorer.utils.seeds import normal_per_sample, torch_generator
 from varestorer.utils.watch import watch
-from varestorer.weights.bundle import ADAPTERS, shipped
-from varestorer.weights.load import allocate, fitting
+from varestorer.weights.bundle import shipped
+from varestorer.weights.load import allocate, fitting, split_adapters
 
 GROWTHS: dict[str, Callable[[int, int], float]] = {
     "linear": lambda k, last: k / last,
@@ -440,13 +440,13 @@ class VARSR(OneStepSystem):
         """Weights of each part from its file, or drawn."""
         self._drawn: set[str] = set()
         if file := self.files.get("tokenizer"):
-            assign_plain(self.tokenizer, tokenizer_of(self.tokenizer, file))
+            fill_tokenizer(self.tokenizer, file)
         else:
             self._drawn |= {f"tokenizer.{name}" for name in allocate(self.tokenizer)}
             self.draw_tokenizer(seed)
-        given: dict[str, Tensor] = {}
+        given, held = dict[str, Tensor](), dict[str, Tensor]()
         if file := self.files.get("transformer"):
-            given = network_of(self.network(), [h for h, _ in self.schedule.scales], file)
+            given, held = split_adapters(network_of(self.network(), [h for h, _ in self.schedule.scales], file))
         if given.keys() != self.network().keys():
             self._drawn |= allocate(self)
             self.transformer.init_weights(torch_generator(seed, "transformer"))
@@ -457,11 +457,11 @@ class VARSR(OneStepSystem):
                 self.refiner_norm.reset_parameters()
         self.load_network(given)
         if self.student_config.has_teacher:
-            wanted = plain_state_dict(self.transformer)
-            held = fitting(held_in(self.files.get("transformer"), ADAPTERS), wanted, str(self.files.get("transformer")))
+            _, wanted = split_adapters(plain_state_dict(self.transformer))
             self._drawn |= allocate(self)
             init_adapters(self.transformer, torch_generator(seed, "adapters"))
-            assign_plain(self.transformer, held)
+            if held:
+                assign_plain(self.transformer, fitting(held, wanted, self.files["transformer"]))
 
     def initial_state(self) -> dict[str, Tensor]:
         """The weights that no file can give again: what was drawn at random."""

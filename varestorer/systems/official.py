@@ -90,7 +90,7 @@ def _tiled(system: Any, image_HW3: np.ndarray, features_TE: Tensor) -> np.ndarra
     # there is the same. Whether the weights count the padding is not specified; along such a side they cancel, so
     # that only a tie of the rounding may fall the other way.
     padded_HW3 = _pad(padded_HW3, *((0, max(tile - side, 0)) for side in padded_HW3.shape[:2]))
-    weights_tt1 = gaussian_weights(tile, tile).float().numpy()[..., None]
+    weights_tt1 = gaussian_weights(tile).float().numpy()[..., None]
     total_HW3 = np.zeros(padded_HW3.shape, np.float32)
     weight_HW1 = np.zeros((*padded_HW3.shape[:2], 1), np.float32)
     rows, columns = (tile_positions(side, tile, margin) for side in padded_HW3.shape[:2])

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from varestorer.data.datasets import Sample
-from varestorer.data.workers import watched, worker_options
+from varestorer.data.workers import ErrorsAsValues, watched, worker_options
 from varestorer.utils.errors import UserError
 from varestorer.utils.seeds import torch_generator
 
@@ -45,19 +45,6 @@ class ShardedNumbers:
         while True:
             yield [first + i * self.world for i in range(self.batch_size)]
             first += self.batch_size * self.world
-
-
-class _ErrorsAsValues(Dataset[Any]):
-    """Hands a UserError over as a value: torch would bury its message in the worker's traceback."""
-
-    def __init__(self, dataset: Dataset[Sample]) -> None:
-        self.dataset = dataset
-
-    def __getitem__(self, n: int) -> Sample | UserError:
-        try:
-            return self.dataset[n]
-        except UserError as error:
-            return error
 
 
 class PairLoader(DataLoader[Any]):
@@ -129,7 +116,7 @@ def build_loader(
     if num_workers > 1:
         getattr(dataset, "read_ahead", lambda: None)()
     return PairLoader(
-        _ErrorsAsValues(dataset),
+        ErrorsAsValues(dataset),
         batch_sampler=ShardedNumbers(batch_size, start_sample, rank, world),  # type: ignore[arg-type]
         collate_fn=collate,
         **worker_options(num_workers, prepare_worker),

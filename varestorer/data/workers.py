@@ -18,7 +18,10 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from torch.utils.data import DataLoader, Dataset
+
 from varestorer.utils.errors import UserError, reason
+from varestorer.utils.seeds import torch_generator
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +41,29 @@ def worker_options(num_workers: int, prepare: Callable[[int], None] | None = Non
     if num_workers == 0:
         return {"num_workers": 0}
     return {"num_workers": num_workers, "timeout": POLL, "worker_init_fn": partial(_start_worker, prepare)}
+
+
+class ErrorsAsValues(Dataset[Any]):
+    """Hands a UserError over as a value: torch would bury its message in the worker's traceback."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, n: int) -> Any:
+        try:
+            return self.dataset[n]
+        except UserError as error:
+            return error
+
+
+def in_turn(dataset: Any, num_workers: int, key: str) -> Iterator[Any]:
+    """The items of a data set as workers make them, `watched`; a UserError comes as a value."""
+    # without a generator torch draws the workers' seed from the global one
+    options = {"generator": torch_generator(0, "workers"), **worker_options(num_workers, None)}
+    return watched(DataLoader(ErrorsAsValues(dataset), batch_size=None, **options).__iter__, key)
 
 
 def watched(

@@ -54,6 +54,7 @@ from varestorer.weights.runs import is_run, latest_checkpoint, load_run_weights
 LOG = logging.getLogger(__name__)
 REDUCE = "area"  # on held-out photographs at x1.5 and x2 better than Lanczos in PSNR and LPIPS
 DEVICE_PIXELS = 2**25  # of a result that is put together on the device; larger ones are on the host
+BATCH = 8
 PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -361,7 +362,7 @@ class System(
         color: str = "none",
         tile: int | None = None,
         overlap: int | None = None,
-        batch: int = 8,
+        batch: int = BATCH,
         uncertainty: bool = False,
         fidelity: float = 0.0,
         sizes: Sequence[float] | None = None,
@@ -445,25 +446,18 @@ class System(
         return Restoration(channels[:3], channels[3:] if uncertainty else None, others, tuple(warnings))
 
     @torch.inference_mode()
-    def reconstruct(self, image: Tensor, batch: int = 8) -> Tensor:
+    def reconstruct(self, image: Tensor) -> Tensor:
         """An image of any size after it passed the tokenizer: the ceiling of what restoring can reach.
 
-        Args:
-            image: (3, H, W) float in [0, 1], at full size, see `as_picture`.
-            batch: tiles per forward pass.
-        Returns:
-            (3, H, W) float32 in [0, 1].
-        Raises:
-            ValueError: an image of another kind or range.
-            UserError: a result that is not finite.
+        The image is (3, H, W) float in [0, 1], at full size, see `as_picture`, which says what is refused; likewise the
+        result. UserError: a result that is not finite.
         """
         image = as_picture(image)
 
         def run(tiles_B3tt: Tensor, numbers: list[int]) -> Tensor:
             return to_device(self.decode(self.encode(to_device(tiles_B3tt, self.device)).codes), tiles_B3tt.device)
 
-        size = (image.shape[-2], image.shape[-1])
-        tiled = restore_tiled(image, size, self.tile, self.tile // 4, batch, run)
+        tiled = restore_tiled(image, (image.shape[-2], image.shape[-1]), self.tile, self.tile // 4, BATCH, run)
         check_finite(tiled, "the result")
         return tiled.clamp_(0, 1)
 
@@ -587,7 +581,7 @@ class System(
         """An image in [0, 1] as the script of the paper's authors restores it, its faults included.
 
         Args:
-            image_3HW: RGB in [0, 1]; rounded to 8 bits first.
+            image_3HW: rounded to 8 bits first.
             scale: enlargement.
             prompt: text features (T, E), where the model reads text.
             tiled: overlapping squares instead of the whole, squashed to one.

@@ -23,7 +23,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from varestorer.systems.acceleration import Acceleration
-from varestorer.systems.base import Request, RestoredBatch
+from varestorer.systems.base import BATCH, Request, RestoredBatch
 from varestorer.systems.one_step import OneStepConfig, OneStepSystem
 from varestorer.systems.varsr_files import fill_tokenizer
 from varestorer.tokenizer import MultiScaleTokenizer, ScaleSchedule, TokenizerConfig
@@ -209,7 +209,7 @@ class HVAR(OneStepSystem):
         return RestoredBatch(largest, indices, logits if request.context else None, tuple(smaller))
 
     @torch.inference_mode()
-    def reconstruct_sizes(self, image: Tensor, batch: int = 8) -> list[Tensor]:
+    def reconstruct_sizes(self, image: Tensor) -> list[Tensor]:
         """An image of any size after it passed the tokenizer, at each of the sizes, smallest first; (3, h, w)."""
 
         def run(tiles_B3tt: Tensor, numbers: list[int]) -> list[Tensor]:
@@ -218,7 +218,7 @@ class HVAR(OneStepSystem):
 
         height, width = image.shape[-2:]
         results = [(scaled_size(height, width, side / self.tile), side) for side in self.sides]
-        whole = restore_to_sizes(image, (height, width), self.tile, self.tile // 4, batch, run, results, self.step)
+        whole = restore_to_sizes(image, (height, width), self.tile, self.tile // 4, BATCH, run, results, self.step)
         return [x.clamp_(0, 1) for x in whole]
 
     def _speed_up(self, chosen: Acceleration) -> None:
@@ -264,17 +264,10 @@ class HVAR(OneStepSystem):
 
 
 def start_from_var(transformer: VARTransformer, tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
-    """Weights to start from, out of a published VAR for 256 pixels.
+    """Weights to start from, out of the tensors of a published VAR for 256 pixels (`source`, for messages).
 
     The grid of positions is VAR's last scale, enlarged bicubically; the condition is that of no class; the prefix is
-    embedded as words are; levels that VAR has not are as its last.
-
-    Args:
-        transformer: of this system, on any device.
-        tensors: the file's content.
-        source: the file, for messages.
-    Raises:
-        UserError: no VAR, or one of other sizes.
+    embedded as words are; levels that VAR has not are as its last. UserError: no VAR, or one of other sizes.
     """
     config = transformer.config
     if network_kind(tensors) != "var":

@@ -41,12 +41,12 @@ def restore_official(
     """Restore an image as the released script does.
 
     Draws from two global generators, as that script does: per square one number of Python's `random`, then one
-    `torch.rand` per scale on the CPU. `random.seed` and `torch.manual_seed` make a result repeatable. What the
-    released script's autocast changes on a GPU (bf16 matrix products) is not imitated: this is its float32 arithmetic.
+    `torch.rand` per scale on the CPU. `random.seed` and `torch.manual_seed` make a result repeatable. What the released
+    script's autocast changes on a GPU (bf16 matrix products) is not imitated: this is its float32 arithmetic.
 
     Args:
         system: with the traits of the released student; its square has a side of `system.tile`, released 512.
-        image_3HW: RGB in [0, 1]; rounded to 8 bits first, as if it had been read from a file.
+        image_3HW: RGB in [0, 1], see `as_picture`; rounded to 8 bits first, as if it had been read from a file.
         scale: enlargement.
         prompt: text features (T, E); None for the null text. The released code overwrites it where it drops it;
             here that happens to a copy, made once per call, so the caller's tensor never changes.
@@ -54,14 +54,18 @@ def restore_official(
     Returns:
         (3, H', W') float32 in [0, 1], multiples of 1/255, on the image's device.
     Raises:
-        ValueError: an image of another kind or range, see `as_picture`.
         UserError: a prompt that does not fit the network, or a result that is not finite.
     """
     image_3HW = as_picture(image_3HW)
     features_TE = _own_features(system, prompt)
     image_HW3 = rearrange(to_uint8(image_3HW.cpu()), "c h w -> h w c").numpy()
     enlarged_HW3 = _lanczos(image_HW3, scaled_size(image_3HW.shape[1], image_3HW.shape[2], scale))
-    restored_HW3 = (_tiled if tiled else _squashed)(system, enlarged_HW3, features_TE)
+    if tiled:
+        restored_HW3 = _tiled(system, enlarged_HW3, features_TE)
+    else:  # the whole image as one square, whatever its aspect
+        square_tt3 = _lanczos(enlarged_HW3, (system.tile, system.tile))
+        restored_tt3 = restore_square(system, _to_float(square_tt3), features_TE)
+        restored_HW3 = _lanczos(restored_tt3, enlarged_HW3.shape[:2])
     return _to_float(restored_HW3).to(image_3HW.device)
 
 
@@ -73,12 +77,6 @@ def _own_features(system: Any, prompt: Tensor | None) -> Tensor:
     if len(shape) != 2 or not 1 <= shape[0] <= most or shape[1] != width:
         raise UserError(f"a prompt must be features of 1 to {most} tokens of width {width}, got shape {shape}")
     return features_TE.detach().to(system.device, torch.float32, copy=True)
-
-
-def _squashed(system: Any, image_HW3: np.ndarray, features_TE: Tensor) -> np.ndarray:
-    """The whole image as one square, whatever its aspect."""
-    square_tt3 = _lanczos(image_HW3, (system.tile, system.tile))
-    return _lanczos(restore_square(system, _to_float(square_tt3), features_TE), image_HW3.shape[:2])
 
 
 def _tiled(system: Any, image_HW3: np.ndarray, features_TE: Tensor) -> np.ndarray:
@@ -105,16 +103,10 @@ def _tiled(system: Any, image_HW3: np.ndarray, features_TE: Tensor) -> np.ndarra
 
 @torch.inference_mode()
 def restore_square(system: Any, square_3tt: Tensor, features_TE: Tensor) -> np.ndarray:
-    """One forward pass: perhaps drop the prompt, clean and tokenize, predict, draw the bits, decode, truncate.
+    """One pass of a square in [0, 1]: perhaps drop the prompt, clean, tokenize, predict, draw bits, decode, truncate.
 
-    Args:
-        system: see `restore_official`.
-        square_3tt: in [0, 1], of side `system.tile`.
-        features_TE: of the prompt; overwritten for good by the null text, one time in ten.
-    Returns:
-        (t, t, 3) uint8.
-    Raises:
-        UserError: the result is not finite.
+    The prompt's features are overwritten for good by the null text, one time in ten. Gives (t, t, 3) uint8; UserError:
+    the result is not finite.
     """
     # The released script always has a prompt; the null text is taken for one, so its number is drawn as well.
     if random.random() < DROP_RATE:

@@ -30,6 +30,7 @@ from varestorer.utils.tiling import tile_positions
 STRIDE = 16
 TILE, OVERLAP = 32, 8  # latent positions
 SIDE = TILE * STRIDE
+COLOR = "adain"
 VARIANCE = 0.01  # of the tiles' weights, their side taken for 1
 
 Encode = Callable[[Tensor], Tensor]
@@ -38,36 +39,18 @@ Decode = Callable[[Tensor], Tensor]
 """Latents (1, Z, h, w) -> image (1, 3, H, W) in [-1, 1]."""
 
 
-def restore_square(lq_HW3: np.ndarray, encode: Encode, decode: Decode, color: str = "adain") -> np.ndarray:
-    """The whole image as one square, whatever its aspect (`test_varsr`).
-
-    Args:
-        lq_HW3: uint8.
-        encode: of a single tile here.
-        decode: decoder of the tokenizer.
-        color: see `match_color`.
-    Returns:
-        (512, 512, 3) uint8.
-    """
+def restore_square(lq_HW3: np.ndarray, encode: Encode, decode: Decode) -> np.ndarray:
+    """The whole image as one square, whatever its aspect (`test_varsr`): uint8 (H, W, 3) to (512, 512, 3)."""
     # the released script looks at the height alone: an image 512 high has to be 512 wide
     square_HW3 = lq_HW3 if lq_HW3.shape[0] == SIDE else resized(lq_HW3, (SIDE, SIDE))
     image_HW3 = _to_pixels(decode(encode(_to_network(square_HW3))))
-    return match_color_8bit(image_HW3, square_HW3, color)
+    return match_color_8bit(image_HW3, square_HW3, COLOR)
 
 
-def restore_tiled(
-    lq_HW3: np.ndarray, encode: Encode, decode: Decode, scale: int = 4, color: str = "adain"
-) -> np.ndarray:
+def restore_tiled(lq_HW3: np.ndarray, encode: Encode, decode: Decode, scale: int = 4) -> np.ndarray:
     """An image of any size: overlapping tiles, blended as latents and decoded as a whole (`test_tile`).
 
-    Args:
-        lq_HW3: uint8.
-        encode: called once for each row of tiles, from top to bottom.
-        decode: decoder of the tokenizer.
-        scale: enlargement, released 4.
-        color: see `match_color`.
-    Returns:
-        (scale H, scale W, 3) uint8.
+    uint8 (H, W, 3) to (scale H, scale W, 3); tiles are encoded row by row, from top to bottom.
     """
     height, width = lq_HW3.shape[:2]
     enlarged_13HW = _to_network(resized(lq_HW3, enlarged_size(height, width, scale)))
@@ -78,7 +61,7 @@ def restore_tiled(
         latents.append(encode(torch.cat([enlarged_13HW[..., y, x] for y, x in places])))
     image_HW3 = _to_pixels(decode(blend_latents(torch.cat(latents), rows, columns)))
     size = (scale * height, scale * width)
-    return match_color_8bit(resized(image_HW3, size), resized(lq_HW3, size), color)
+    return match_color_8bit(resized(image_HW3, size), resized(lq_HW3, size), COLOR)
 
 
 def enlarged_size(height: int, width: int, scale: int = 4) -> tuple[int, int]:

@@ -105,11 +105,8 @@ class OneStepSystem(System):
     ) -> Tensor:
         """p_T(r_k | r_<k, prefix): logits (B, L, V) of all scales, given the photograph's coarser ones; adapters off.
 
-        Args:
-            pyramid: tokens of the photograph.
-            context: of the condition.
-            teacher: a network of its own; None for the system's.
-            condition: of the degraded image.
+        The context is of the condition, which is of the degraded image; the teacher is a network of its own, or None
+        for the system's.
         """
         with adapters_off(self.transformer):
             network, inputs = teacher or self.transformer, pyramid.inputs()

@@ -198,8 +198,7 @@ class BatchGraphs:
         self._pool: Any = None
 
     def __call__(self, function: Callable[..., Tree], *inputs: Any) -> Tree:
-        """`function(*inputs)` in new tensors; inputs are trees on one CUDA device, what is in a dataclass stays as it
-        is.
+        """`function(*inputs)` in new tensors; inputs are trees on one CUDA device, dataclasses in them never change.
 
         The function asks the host for nothing, and is the same at every call with inputs of these shapes.
         """

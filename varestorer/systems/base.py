@@ -38,6 +38,7 @@ from varestorer.tokenizer.autoencoder import init_weights as init_tokenizer_weig
 from varestorer.tokenizer.quantizer import resize_area, to_map
 from varestorer.transformer import VARTransformer
 from varestorer.transformer.adapters import init_adapters, merge_adapters, plain_state_dict
+from varestorer.transformer.generation import MultiStepGenerator
 from varestorer.transformer.heads import Noise
 from varestorer.utils.color import match_color
 from varestorer.utils.device import to_device
@@ -281,6 +282,11 @@ class System(
         other.schedule = self.schedule.with_side(side // self.tokenizer.stride)
         return other
 
+    @property
+    def generator(self) -> MultiStepGenerator:
+        """Scale by scale generation with these networks."""
+        return MultiStepGenerator(self.transformer, self.tokenizer.quantizer, self.schedule)
+
     def encode(self, images_B3HW: Tensor) -> TokenPyramid:
         """Tokens of images in [0, 1] of side `tile`."""
         return self.tokenizer.encode(to_network(images_B3HW), self.schedule)
@@ -335,12 +341,11 @@ class System(
     def restore(self, image: Any, scale: float = ..., **options: Any) -> Restoration: ...
 
     def restore(self, image: Any, scale: float = 4, **options: Any) -> Restoration | list[Restoration]:
-        """Restore an image of any size, or a list of them, and give back what was given.
+        """Restore an image of any size, or a list of them, and give back what was given; see `restore_picture`.
 
         Args:
             image: a path, a PIL image, uint8 NumPy (H, W, 3), or a float tensor (3, H, W) in [0, 1], see
                 `from_anything`; or a list of such.
-            scale: see `restore_picture`, as the options.
         Raises:
             ValueError: an image or a scale of another kind or range; says what was wanted and what came.
             UserError: see `restore_picture`; a file that cannot be read.

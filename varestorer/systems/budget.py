@@ -87,7 +87,7 @@ class Budget:
 def measure(
     limit: int, device: torch.device, restore: Callable[[int], object], target: str, writing: Writing, budget: Budget
 ) -> Budget | None:
-    """See what restoring needs here.
+    """See what restoring needs here, in bytes; None where not even one square fits.
 
     Args:
         limit: bytes.
@@ -96,8 +96,6 @@ def measure(
         target: name of a result.
         writing: how results are written.
         budget: its channels and its largest batch.
-    Returns:
-        None where not even one square fits.
     Raises:
         UserError: this device or this system does not tell.
     """

@@ -162,20 +162,19 @@ def restore_files(
 
 
 def _other_settings(entries: Mapping[str, Entry], settings: Mapping[str, Any]) -> dict[str, str]:
-    """Results of skipped entries that say of other settings than these; what an entry does not say is not compared.
+    """Results (output -> "scale=4, not scale=2") of skipped entries that say of other settings than these.
 
-    Returns:
-        output -> "scale=4, not scale=2".
+    What an entry does not say is not compared.
     """
-
-    def words(values: Mapping[str, Any], keys: Iterable[str]) -> str:
-        return " ".join(f"{key}={'null' if values[key] is None else values[key]}" for key in keys)
-
     others = {}
-    for entry in entries.values():
-        keys = [key for key in settings if "skipped" in entry and key in entry and entry[key] != settings[key]]
+    for entry in (entry for entry in entries.values() if "skipped" in entry):
+        keys = [key for key in settings if key in entry and entry[key] != settings[key]]
         if keys:
-            others[entry["output"]] = f"{words(entry, keys)}, not {words(settings, keys)}"
+            made, now = (
+                " ".join(f"{key}={'null' if values[key] is None else values[key]}" for key in keys)
+                for values in (entry, settings)
+            )
+            others[entry["output"]] = f"{made}, not {now}"
     return others
 
 
@@ -298,8 +297,8 @@ def _read_report(path: Path) -> dict[str, Entry]:
 
 def _of_results(path: Path, entries: Mapping[str, Entry]) -> dict[str, Entry]:
     """The entries whose results exist."""
-    made = {name: entry for name, entry in entries.items() if "error" not in entry}
-    return {name: entry for name, entry in made.items() if (path.parent / entry["output"]).is_file()}
+    results = {name: path.parent / entry["output"] for name, entry in entries.items() if "error" not in entry}
+    return {name: entries[name] for name, result in results.items() if result.is_file()}
 
 
 def _add_to_report(path: Path, before: Mapping[str, Entry], entries: Mapping[str, Entry]) -> None:

@@ -30,7 +30,7 @@ from varestorer.tokenizer import MultiScaleTokenizer, ScaleSchedule, TokenizerCo
 from varestorer.tokenizer.quantizer import resize_bicubic, to_tokens
 from varestorer.transformer import Context, TransformerConfig, VARTransformer
 from varestorer.transformer.adapters import adapters_off, assign_plain
-from varestorer.transformer.generation import Generation, MultiStepGenerator, Prefix, SamplingOptions
+from varestorer.transformer.generation import Generation, Prefix, SamplingOptions
 from varestorer.transformer.heads import Noise, keyed_noise
 from varestorer.utils.device import to_device
 from varestorer.utils.errors import UserError
@@ -152,12 +152,7 @@ class HVAR(OneStepSystem):
         return Context(self.transformer.condition.embedding.weight[:1].expand(batch_size, -1))
 
     def logits(self, inputs_BLZ: Tensor, prefix: Prefix) -> Tensor:
-        """Logits (B, L, V) of all scales, given the true coarser ones and the degraded image.
-
-        Args:
-            inputs_BLZ: of scales 2 to K, see `TokenPyramid.inputs`.
-            prefix: of as many samples.
-        """
+        """Logits (B, L, V) of all scales, given the true coarser ones (`TokenPyramid.inputs`) and the prefix."""
         return self.all_scales(self.transformer, inputs_BLZ, self.context(len(inputs_BLZ)), prefix, is_causal=True)
 
     @torch.no_grad()
@@ -167,9 +162,8 @@ class HVAR(OneStepSystem):
         Squares are in [0, 1], of side `tile`; uniform noise is as of `heads.keyed_noise`, None takes the likeliest
         codes.
         """
-        generator = MultiStepGenerator(self.transformer, self.tokenizer.quantizer, self.schedule)
         prepared, prefix = self.transformer.prepare(self.context(len(lq_B3tt))), self.prefix_of(lq_B3tt)
-        return generator(prepared, self.sampling, noise=noise, prefix=prefix, num_scales=num_scales)
+        return self.generator(prepared, self.sampling, noise=noise, prefix=prefix, num_scales=num_scales)
 
     # ---- sizes
 

@@ -201,7 +201,6 @@ class VARSR(OneStepSystem):
 
     @property
     def generator(self) -> MultiStepGenerator:
-        """Scale by scale generation with these networks."""
         parts = self.transformer, self.tokenizer.quantizer, self.schedule
         return MultiStepGenerator(*parts, raw_last=self.sampling.raw_last)
 
@@ -242,9 +241,7 @@ class VARSR(OneStepSystem):
     def refiner_condition(self, hidden_BlC: Tensor, indices_Bhw: Tensor) -> tuple[Tensor, Tensor]:
         """z of the tokens of the last scale (B, l, C), and their codes (B, l, Z).
 
-        Args:
-            hidden_BlC: what left the last block; the batch may be a multiple of that of the codes.
-            indices_Bhw: chosen codes.
+        Of what left the last block, (B, l, C), and the chosen codes (b, h, w), where B may be a multiple of b.
         """
         assert self.refiner_norm is not None
         codes_BlZ = to_tokens(self.tokenizer.quantizer.codebook.codes(indices_Bhw))
@@ -302,9 +299,9 @@ class VARSR(OneStepSystem):
         self._check_restores()
         request = super().accept(request, uncertainty)
         if self.is_one_step(request):
-            return replace(request, context=self.transformer.prepare(ClassLabels(self._good(1))))
+            return replace(request, context=self.transformer.prepare(ClassLabels(self._good)))
         with adapters_off(self.transformer):
-            return replace(request, context=self.qualities or self.prepare(self._good(1)))
+            return replace(request, context=self.qualities or self.prepare(self._good))
 
     def restore_squares(self, lq_B3tt: Tensor, numbers: list[int], request: Request) -> RestoredBatch:
         draws = self.draws(numbers, request.seed, request.select == "sample")
@@ -366,7 +363,7 @@ class VARSR(OneStepSystem):
             raise UserError("compat=official of VARSR takes no words, and a whole scale")
         numbers = iter(range(2**31))
         with adapters_off(self.transformer):
-            good = self.prepare(self._good(1))
+            good = self.prepare(self._good)
 
         def encode(tiles_t3HW: Tensor) -> Tensor:
             draws = self.draws([next(numbers) for _ in tiles_t3HW], seed, is_sampled=False)
@@ -384,8 +381,9 @@ class VARSR(OneStepSystem):
             restored_HW3 = official_varsr.restore_square(lq_HW3, encode, self.tokenizer.decode)
         return rearrange(torch.from_numpy(restored_HW3), "h w c -> c h w").to(image_3HW) / 255
 
-    def _good(self, batch_size: int) -> Tensor:
-        return torch.full((batch_size,), GOOD, device=self.device)
+    @property
+    def _good(self) -> Tensor:
+        return torch.full((1,), GOOD, device=self.device)
 
     def _check_restores(self) -> None:
         if self.prefix_encoder is None:
@@ -394,7 +392,7 @@ class VARSR(OneStepSystem):
     def _speed_up(self, chosen: Acceleration) -> None:
         super()._speed_up(chosen)
         if self.prefix_encoder is not None and not self.student_config.lora_rank:
-            self.qualities = self.prepare(self._good(1))  # the weights rest from now on
+            self.qualities = self.prepare(self._good)  # the weights rest from now on
 
     # ---- the networks: sizes, weights
 
@@ -426,12 +424,9 @@ class VARSR(OneStepSystem):
 
     @classmethod
     def from_published(cls, path: Path, tokenizer_file: str | None = None, restorer_file: str | None = None) -> Self:
-        """The system of a published VARSR.pth, VARSR_C2I.pth or var_d*.pth, and of its tokenizer's file.
+        """The system of a published VARSR.pth, VARSR_C2I.pth or var_d*.pth.
 
-        Args:
-            path: the transformer's file.
-            tokenizer_file: VQVAE.pth, or VAR's vae_ch160v4096z32.pth; None: beside it.
-            restorer_file: there is none.
+        Its tokenizer, VQVAE.pth or VAR's vae_ch160v4096z32.pth, lies beside it unless it is named.
         """
         return cls(**published_sizes(path, tokenizer_file))
 

@@ -45,8 +45,6 @@ REPLACED = ("start", "level_embed.weight", "positions.table")
 """What a restorer takes of a model of classes only if the shape is the same."""
 EMBEDDING = "condition.embedding.weight"
 KINDS = ("varsr", "c2i", "var")
-VQVAE = {"use_attention": True, "use_quant_conv": True, "num_phi": 4, "enlarge": "bicubic", "shrink": "area"}
-"""What makes a tokenizer VAR's."""
 
 
 def fill_tokenizer(tokenizer: MultiScaleTokenizer, path: Path) -> None:
@@ -132,7 +130,7 @@ def published_sizes(path: Path, tokenizer_file: str | None) -> dict[str, Any]:
     """Arguments of the system of a published transformer, with the files as its weights.
 
     Raises:
-        UserError: a file is missing, or one of them is another network.
+        UserError: a file is missing, one of them is another network, or the sides of its scales are unknown.
     """
     tensors = read_tensors(path, TRANSFORMER_NESTED)
     kind = network_kind(tensors)
@@ -142,6 +140,14 @@ def published_sizes(path: Path, tokenizer_file: str | None) -> dict[str, Any]:
     tokenizer = Path(tokenizer_file).expanduser() if tokenizer_file else path.parent / VQVAE_FILE
     check_part("tokenizer", tokenizer, PUBLISHED)
     sizes = varsr_sizes(tensors)
+    if LEVELS in tensors and not tensors[LEVELS].is_meta:
+        counts = torch.bincount(tensors[LEVELS].flatten().long()).tolist()
+        sides = [1, *(math.isqrt(count) for count in counts[1:])]
+    elif sizes["num_levels"] in SIDES:
+        sides = list(SIDES[sizes["num_levels"]])
+    else:
+        known = " or ".join(map(str, SIDES))
+        raise UserError(f"{LEVELS} is missing, and {sizes['num_levels']} scales are not {known}: the sides are unknown")
     own = ("width", "depth", "num_heads", "num_classes", "num_levels")
     transformer = {name: sizes[name] for name in own}
     if kind == "var":
@@ -149,33 +155,11 @@ def published_sizes(path: Path, tokenizer_file: str | None) -> dict[str, Any]:
     refiner = {"width": sizes["refiner_width"], "depth": sizes["refiner_depth"]}
     guidance = {"varsr": (6.0, "linear"), "c2i": (4.0, "ahead"), "var": (1.5, "linear")}[kind]
     return {
-        "schedule": {"sides": published_sides(tensors, sizes)},
-        "tokenizer": published_tokenizer_sizes(tokenizer),
+        "schedule": {"sides": sides},
+        "tokenizer": vqvae_sizes(read_tensors(tokenizer, VQVAE_NESTED)),
         "transformer": transformer,
         "prefix": {"channels": sizes["prefix_channels"]} if kind == "varsr" else None,
         "refiner": None if kind == "var" else refiner,
         "sampling": {"guidance": guidance[0], "growth": guidance[1], "raw_last": kind != "var"},
         "weights": {"tokenizer": str(tokenizer), "transformer": str(path)},
     }
-
-
-def published_tokenizer_sizes(path: Path) -> dict[str, Any]:
-    """Arguments of `TokenizerConfig` for a published VQ-VAE."""
-    sizes = vqvae_sizes(read_tensors(path, VQVAE_NESTED))
-    names = {"code_width": "latent_width", "num_codes": "vocabulary"}
-    return {names.get(name, name): size for name, size in sizes.items()} | VQVAE
-
-
-def published_sides(tensors: Mapping[str, Tensor], sizes: Mapping[str, Any]) -> list[int]:
-    """Sides of the scales of a published transformer.
-
-    Raises:
-        UserError: the file does not say them, and has another number than the published ones.
-    """
-    if LEVELS in tensors and not tensors[LEVELS].is_meta:
-        counts = torch.bincount(tensors[LEVELS].flatten().long()).tolist()
-        return [1, *(math.isqrt(count) for count in counts[1:])]
-    if sizes["num_levels"] not in SIDES:
-        known = " or ".join(map(str, SIDES))
-        raise UserError(f"{LEVELS} is missing, and {sizes['num_levels']} scales are not {known}: the sides are unknown")
-    return list(SIDES[sizes["num_levels"]])

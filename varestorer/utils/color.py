@@ -18,15 +18,13 @@ WAVELET_LEVELS = 5
 
 @watch("color")
 def match_color(image_B3HW: Tensor, reference_B3HW: Tensor, method: str) -> Tensor:
-    """Move the colors of images to those of references of the same size.
+    """Move the colors of images (B, 3, H, W) in [0, 1] to those of references of the same size.
 
     Args:
-        image_B3HW: float in [0, 1].
-        reference_B3HW: float in [0, 1], the same shape.
+        image_B3HW: what is changed.
+        reference_B3HW: what it is to look like.
         method: "none" changes nothing; "adain" gives each channel the mean and standard deviation of the reference;
             "wavelet" replaces the low frequencies by those of the reference.
-    Returns:
-        (B, 3, H, W) in [0, 1].
     Raises:
         UserError: unknown method.
         ValueError: shapes differ.

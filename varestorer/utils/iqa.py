@@ -137,8 +137,7 @@ class Metric:
     def score_folders(self, images: str | Path, references: str | Path) -> float:
         """Score a folder of images against a folder of references (FID); for `DATASET_METRICS` only.
 
-        Raises:
-            any of METRIC_ERRORS: unreadable folder, or too few images.
+        Any of METRIC_ERRORS: an unreadable folder, or too few images.
         """
         inputs = (str(images),) if self.name == "inception_score" else (str(images), str(references))
         with quiet(), isolated_rng(self.seed):
@@ -158,12 +157,12 @@ def create_metric(
     """Build a metric of pyiqa.
 
     Args:
-        name: pyiqa's name, e.g. `psnr`, `lpips`, `maniqa-pipal`.
+        name: pyiqa's, e.g. `psnr`, `lpips`, `maniqa-pipal`.
         options: pyiqa's options for it, e.g. `{"test_y_channel": True, "color_space": "ycbcr"}`.
         device: where it runs.
         weights_folder: searched for weight files before torch's hub folder.
-        offline: never touch the network. Default: when HF_HUB_OFFLINE is set. When online, pyiqa fetches
-            missing files into torch's hub folder.
+        offline: never touch the network; None: when HF_HUB_OFFLINE is set. When online, pyiqa fetches missing files
+            into torch's hub folder.
         seed: of the patches that some metrics draw.
     Raises:
         MetricUnavailableError: a weight file or a Python package is missing, or the metric cannot be built.
@@ -204,14 +203,10 @@ def create_metric(
 
 
 def weight_files(name: str) -> list[Path]:
-    """The weight files of LPIPS or DISTS for our own networks, without pyiqa; missing ones are fetched when online.
+    """The backbone's file and the metric's own of LPIPS or DISTS (`lpips`, `lpips-vgg`, `dists`), for our own networks.
 
-    Args:
-        name: `lpips`, `lpips-vgg` or `dists`.
-    Returns:
-        The backbone's file and the metric's own.
-    Raises:
-        MetricUnavailableError: one is missing (one line: which, and where it belongs).
+    Without pyiqa; missing ones are fetched when online. MetricUnavailableError: one is missing (one line: which, and
+    where it belongs).
     """
     if missing := missing_weights(name):
         offline = _is_offline()
@@ -328,17 +323,14 @@ def weights_in_place(files: Mapping[str, Path]) -> Iterator[None]:
             link = Path(temporary, place)
             link.parent.mkdir(exist_ok=True)
             link.symlink_to(path.resolve())
-        previous = torch.hub.get_dir()
-        hub = temporary if files else previous
-        if files:
-            torch.hub.set_dir(hub)
-        try:
-            # pyiqa remembers the folder of when it was imported; TORCH_HOME may have been set since
-            with patch.object(download_util, "DEFAULT_CACHE_DIR", str(Path(hub, "pyiqa"))):
-                yield
-        finally:
+        with ExitStack() as stack:
             if files:
-                torch.hub.set_dir(previous)
+                stack.callback(torch.hub.set_dir, torch.hub.get_dir())
+                torch.hub.set_dir(temporary)
+            # pyiqa remembers the folder of when it was imported; TORCH_HOME may have been set since
+            folder = str(Path(torch.hub.get_dir(), "pyiqa"))
+            stack.enter_context(patch.object(download_util, "DEFAULT_CACHE_DIR", folder))
+            yield
 
 
 @contextmanager
@@ -363,8 +355,7 @@ def no_downloads() -> Iterator[None]:
 def ask_network(url: str = "https://huggingface.co") -> tuple[threading.Thread, threading.Event]:
     """Ask the host of the weights for an answer, once, in a thread: name servers may take longer than any timeout.
 
-    Returns:
-        The thread, and what is set once the host has answered.
+    Gives the thread, and what is set once the host has answered.
     """
     answered = threading.Event()
 
@@ -372,11 +363,10 @@ def ask_network(url: str = "https://huggingface.co") -> tuple[threading.Thread, 
         try:
             urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=3).close()
         except urllib.error.HTTPError:
-            answered.set()
+            pass  # an answer too
         except OSError as error:
-            log.debug("%s does not answer: %s", url, reason(error))
-        else:
-            answered.set()
+            return log.debug("%s does not answer: %s", url, reason(error))
+        answered.set()
 
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()

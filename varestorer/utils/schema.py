@@ -72,11 +72,10 @@ class CommandOptions:
 
 
 def typed(schema: type[Options], cfg: DictConfig) -> Options:
-    """A config as its dataclass; an unknown key or a value of another type is refused.
+    """A config as its dataclass.
 
-    Raises:
-        omegaconf.errors.OmegaConfBaseException: becomes one line and exit status 2.
-        UsageError: a value outside of what its option may be.
+    What omegaconf raises for an unknown key or a value of another type becomes one line and exit status 2. UsageError:
+    a value outside of what its option may be.
     """
     plain = OmegaConf.to_container(cfg, resolve=True)  # of the class itself a key added with + would pass
     options = cast(Options, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), plain)))

@@ -106,7 +106,8 @@ class _Grid:
 
     def __init__(self, positions: Sequence[list[int]], tile: int, overlap: int, device: torch.device) -> None:
         """Tiles at these first rows and first columns; their weights sum to one at every pixel."""
-        self.corners, self.tile, self.num_columns = [*product(*positions)], tile, len(positions[1])
+        rows, columns = positions
+        self.corners, self.tile, self.num_columns = [*product(rows, columns)], tile, len(columns)
         profile, axes = ramp_window(tile, overlap), []
         for starts in positions:
             total = torch.zeros(starts[-1] + tile, dtype=torch.float64)
@@ -270,8 +271,8 @@ def restore_to_sizes(
         raise UserError(f"an image (3, H, W) with pixels is needed, got {tuple(image_3HW.shape)} for {tuple(size)}")
     # outer products of float64 weights, which Apple's GPUs do not know
     exact = torch.device("cpu") if image_3HW.device.type == "mps" else image_3HW.device
-    positions = [tile_positions(length, tile, overlap, step) for length in size]
-    corners = [*product(*positions)]
+    rows, columns = positions = [tile_positions(length, tile, overlap, step) for length in size]
+    corners = [*product(rows, columns)]
     grids = []
     for _, side in results:
         share = Fraction(side, tile)

@@ -206,13 +206,12 @@ class PairedCrops(_Crops):
     Args:
         root: folder with `hr`, `hq`, `gt` or `test_HR` beside `lr`, `lq` or `test_LR`; names must match.
         crop: side of the squares, pixels of the good image; a multiple of `scale`.
-        seed: seed of order, place and flip.
+        seed: of order, place and flip.
         scale: how much larger the good images are; bad images already of their size are taken too.
         use_flip: mirror every other square, left to right.
         text: as for `PhotoCrops`, made of the good images.
     Raises:
-        UserError: `root` is missing or not of this form, sizes do not fit, or more than 5 % are broken; `text` is of
-            no use.
+        UserError: no such `root` or `text`, sizes that do not fit, or more than 5 % broken images.
     """
 
     def __init__(
@@ -246,8 +245,7 @@ class PairedCrops(_Crops):
 def pair_factor(low: Tensor, high: Tensor, scale: int, paths: Sequence[object]) -> int:
     """How much larger the good image of a pair is: `scale`, or 1 if both have the same size.
 
-    Raises:
-        UserError: anything else; names both files (`paths`).
+    UserError, naming both files (`paths`): anything else.
     """
     small, large = tuple(low.shape[-2:]), tuple(high.shape[-2:])
     if small == large:
@@ -283,16 +281,10 @@ def fill_square(img_CHW: Tensor, side: int) -> Tensor:
 def random_square(
     photo_CHW: Tensor, crop: int, rng: np.random.Generator, downscale: tuple[float, float] | None = None
 ) -> Tensor:
-    """Cut a random square out of an 8-bit photograph.
+    """Cut a random square out of an 8-bit photograph: (C, crop, crop) float32 in [0, 1].
 
-    Args:
-        photo_CHW: uint8 picture of any size; a small one is continued by reflection.
-        crop: side of the square, pixels.
-        rng: source of place and zoom.
-        downscale: range of the zoom: 2 shows twice as much of the photograph at half its resolution
-            (Lanczos).
-    Returns:
-        (C, crop, crop) float32 in [0, 1].
+    A small photograph is continued by reflection. `downscale` is a range of the zoom: 2 shows twice as much of the
+    photograph at half its resolution (Lanczos).
     """
     size = photo_CHW.shape[-2], photo_CHW.shape[-1]
     window = crop

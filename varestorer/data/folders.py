@@ -82,15 +82,12 @@ class _Side:
 
 
 def hq_images(root: str | os.PathLike, split: Split = "train") -> list[Path]:
-    """List the good images of a data set, however it is laid out.
+    """List the good images of a data set, however it is laid out; of several sides those of `split`.
 
-    Args:
-        root: a folder of images (subfolders included), or a folder that holds one of `hr`, `hq`, `gt`,
-            `test_HR`, `DIV2K_train_HR` and the like, whose images alone are then taken. A folder called `hr` alone,
-            without bad images beside it but with others, is one of them: it may as well hold Croatia.
-        split: which side is taken where there is more than one.
-    Raises:
-        UserError: no such folder, or no image in it; says what belongs there.
+    `root` is a folder of images (subfolders included), or holds one of `hr`, `hq`, `gt`, `test_HR`, `DIV2K_train_HR`
+    and the like, whose images alone are then taken. A folder called `hr` alone, without bad images beside it but with
+    others, is one of them: it may as well hold Croatia. UserError: no such folder, or no image in it; says what belongs
+    there.
     """
     images = [path for side in hq_folders(root, split) for path in list_images(side)]
     if not images:
@@ -119,12 +116,11 @@ def hq_folder(root: str | os.PathLike, split: Split = "train") -> Path:
 def find_pairs(root: str | os.PathLike, split: Split = "test") -> list[tuple[str, Path, Path]]:
     """Match the bad and good images of a paired data set by name, without opening them.
 
-    A pair has the same path inside its folder, extension aside, or one that is the same without the endings that
-    tell the side (`a_LR4.png`, `a_HR.png`, `ax4.png`), see `match_names`.
+    A pair has the same path inside its folder, extension aside, or one that is the same without the endings that tell
+    the side (`a_LR4.png`, `a_HR.png`, `ax4.png`), see `match_names`. Of several sides those of `split` are taken.
 
     Args:
         root: folder with `hr`, `hq`, `gt` or `test_HR` beside `lr`, `lq` or `test_LR`.
-        split: which sides are taken where there are more than one of each.
     Returns:
         (name, bad image, good image), in natural order of the names.
     Raises:
@@ -135,15 +131,10 @@ def find_pairs(root: str | os.PathLike, split: Split = "test") -> list[tuple[str
 
 
 def find_images_or_pairs(root: str | os.PathLike) -> list[Listed]:
-    """List a data set that may do without good images, without opening any.
+    """List a data set that may do without good images, without opening any, as `find_pairs` does.
 
-    Args:
-        root: as for `find_pairs`; or a folder of images alone (subfolders included), which may hold them in
-            `lr`, `lq` or `test_LR`.
-    Returns:
-        (name, bad image, good image or None for all), in natural order of the names.
-    Raises:
-        UserError: no image, images without a partner, two of the same name, or good images alone.
+    `root` may be a folder of images alone (subfolders included), which may hold them in `lr`, `lq` or `test_LR`; good
+    images are None then. UserError: no image, images without a partner, two of the same name, or good images alone.
     """
     return _without_fault(list_test_set(root, need_pairs=False))
 

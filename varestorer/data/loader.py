@@ -95,18 +95,15 @@ def build_loader(
     world: int = 1,
     prepare_worker: Callable[[int], None] | None = None,
 ) -> PairLoader:
-    """Build an endless loader whose batches are a function of the position alone.
+    """Build an endless loader of `Batch` whose batches are a function of the position alone.
 
     Args:
         dataset: samples by number (`PhotoCrops`, `PairedCrops`).
         batch_size: samples of one batch of this process.
         start_sample: number of the first global sample, e.g. `step * batch_size * world` on resuming.
         num_workers: worker processes; the batches are the same for any number.
-        rank: number of this process.
-        world: number of processes.
+        rank, world: number of this process, and of processes.
         prepare_worker: called in each worker, with its number, before it makes anything.
-    Returns:
-        Iterable of `Batch`.
     """
     if batch_size < 1 or not 0 <= rank < world or start_sample < 0 or num_workers < 0:
         raise ValueError(

@@ -178,12 +178,9 @@ def tar_files(folder: Path) -> list[Path]:
 
 
 def scan(path: Path) -> list[Member]:
-    """The files inside a tar file, as they lie; only headers are read.
+    """The files inside a tar file, as they lie; only headers are read. UserError: damaged, compressed or no tar file.
 
     A link has the place of the file that it leads to; one that leads to none in this tar file is empty.
-
-    Raises:
-        UserError: it is damaged, compressed or no tar file.
     """
     try:
         with tarfile.open(path, "r:") as file:
@@ -193,7 +190,12 @@ def scan(path: Path) -> list[Member]:
             f"cannot read the shard {path}: {reason(error)}; it must be a whole, uncompressed tar file"
         ) from error
     files = {posixpath.normpath(info.name): info for info in infos if info.isreg()}
-    return [_member(info, files.get(_target(info))) for info in infos]
+    members = []
+    for info in infos:
+        folder = posixpath.dirname(info.name) if info.issym() else ""
+        target = posixpath.join(folder, info.name if info.isreg() else info.linkname)
+        members.append(_member(info, files.get(posixpath.normpath(target))))
+    return members
 
 
 def write_index(folder: Path, shards: dict[str, list[Member]]) -> None:
@@ -213,13 +215,6 @@ def _member(info: tarfile.TarInfo, content: tarfile.TarInfo | None) -> Member:
     stem, _, extension = base.partition(".")
     place = (content.offset_data, content.size) if content else (0, 0)
     return Member(folder + slash + stem, extension, *place)
-
-
-def _target(info: tarfile.TarInfo) -> str:
-    """Name of the file that a member is, or leads to."""
-    if info.issym():
-        return posixpath.normpath(posixpath.join(posixpath.dirname(info.name), info.linkname))
-    return posixpath.normpath(info.linkname if info.islnk() else info.name)
 
 
 def _own_index(folder: Path, paths: list[Path]) -> dict[str, list[Member]] | None:

@@ -88,11 +88,7 @@ def watched(
 
 @contextmanager
 def deaths_explained(key: str) -> Iterator[None]:
-    """Around all that uses a loader: torch may report the death of a worker in the middle of any other work.
-
-    Raises:
-        UserError: a worker died.
-    """
+    """Around all that uses a loader: torch may report that a worker died (UserError) in the middle of other work."""
     try:
         yield
     except RuntimeError as error:

@@ -209,14 +209,10 @@ class Degradation(_Step):
     enlarge_modes: tuple[str, ...] = RESAMPLING
 
     def __call__(self, hq_3HW: Tensor, rng: np.random.Generator) -> Tensor:
-        """Spoil a picture.
+        """Spoil a picture, RGB in [0, 1], of any size, best a multiple of `scale`: (3, H, W) float32, 8-bit levels.
 
-        Args:
-            hq_3HW: RGB in [0, 1]; any size, best a multiple of `scale`. The steps are computed in its type: float64
-                gives the same 8-bit levels on all processors, float32 differs in a few.
-            rng: the only source of randomness.
-        Returns:
-            (3, H, W) float32 in [0, 1], 8-bit levels, at the size of the input.
+        The steps are computed in its type: float64 gives the same 8-bit levels on all processors, float32 differs in a
+        few.
         """
         size: tuple[int, int] = (hq_3HW.shape[-2], hq_3HW.shape[-1])
         small = _small_size(size, self.scale)
@@ -255,13 +251,10 @@ class BicubicDegradation:
 
 
 class OneOf:
-    """One of several degradations for each picture.
+    """One of several degradations, by names of your choice, for each picture.
 
-    Args:
-        degradations: by names of your choice.
-        weights: how often each is taken, by the same names; they need not sum to one.
-    Raises:
-        UserError: weights that are not those of the degradations, or not positive.
+    The weights say how often each is taken, by the same names; they need not sum to one. UserError: weights that are
+    not those of the degradations, or not positive.
     """
 
     def __init__(self, degradations: Mapping[str, Degrade], weights: Mapping[str, float]) -> None:

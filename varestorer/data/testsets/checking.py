@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from einops import rearrange
-from PIL import ImageFile
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -100,14 +99,11 @@ def known_set(lr: Mapping[str, Path]) -> Benchmark | None:
 
 
 def check_test_set(root: Path, benchmark: Benchmark, scale: int = 4, manifest: Manifest | None = None) -> Check:
-    """Decode every image of a test set and compare it with what the set should be.
+    """Decode every image of a test set and compare it with what the set, `benchmark`, should be.
 
-    Args:
-        root: its folder.
-        benchmark: what it should be. Images of sets with references have to be 8-bit RGB; elsewhere other images
-            are converted when they are read, which no reference contradicts.
-        scale: how much larger the good images are.
-        manifest: of the machine that made the set; the pixels have to be those.
+    Images of sets with references have to be 8-bit RGB; elsewhere other images are converted when they are read, which
+    no reference contradicts. Good images are `scale` times as large. The pixels have to be those of the manifest, of
+    the machine that made the set, if there is one.
     """
     try:
         listing = list_test_set(root, need_pairs=benchmark.reference)
@@ -209,16 +205,12 @@ class _Checker:
 def read_image(path: Path) -> ReadImage:
     """Decode an image wholly; UserError, which names it, if it cannot be read."""
     with open_image(path) as file:
-        kind, mode = file.format or "unknown", _mode(file)
+        # Pillow calls 16-bit color RGB too and drops half of it when decoding
+        stored = str(file.tile[0][3]) if file.tile else ""
+        depth = "16-bit" if "16" in stored or "16" in file.mode else "8-bit"
+        kind, mode = file.format or "unknown", f"{depth} {file.mode.partition(';')[0]}"
     pixels_3HW = to_uint8(load_image(path))
     return ReadImage(kind, mode, (pixels_3HW.shape[-2], pixels_3HW.shape[-1]), pixel_hash(pixels_3HW))
-
-
-def _mode(file: ImageFile.ImageFile) -> str:
-    """Depth and mode as stored; Pillow calls 16-bit color RGB too and drops half of it when decoding."""
-    stored = str(file.tile[0][3]) if file.tile else ""
-    depth = "16-bit" if "16" in stored or "16" in file.mode else "8-bit"
-    return f"{depth} {file.mode.partition(';')[0]}"
 
 
 @dataclass(frozen=True)

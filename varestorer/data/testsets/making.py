@@ -14,7 +14,7 @@ Crops are uniformly random, as in the original: one that shows only sky is part 
 """
 
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -129,14 +129,19 @@ def make_test_set(
         raise UserError(f"source={source}: none of {len(paths)} photographs can be used: {reasons}")
     _check_plan(root, manifest, cut_outs)
     maker = _PairMaker(root, recipe, paths, cut_outs, manifest.pairs)
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # without workers this process makes them; pictures are too small for more
     with deaths_explained(WORKERS_KEY), tqdm(total=len(cut_outs), desc="making", unit=" pairs") as bar:
         try:
-            for number, made in enumerate(_make_all(maker, num_workers), start=1):
+            for number, made in enumerate(in_turn(maker, num_workers, WORKERS_KEY), start=1):
+                if isinstance(made, UserError):
+                    raise made
                 manifest.pairs |= made
                 bar.update(len(made))
                 if number % SAVE_EVERY == 0:
                     manifest.save(root / MANIFEST)
         finally:
+            torch.set_num_threads(num_threads)
             manifest.save(root / MANIFEST)
     return manifest
 
@@ -153,9 +158,14 @@ def plan_cut_outs(paths: Mapping[str, Path], recipe: Recipe, count: int) -> tupl
     skipped: dict[str, str] = {}
     for name in sorted(paths, key=lambda name: derive_seed(recipe.seed, "order", name)):
         try:
-            sizes[name] = _usable_size(paths[name], recipe.crop)
+            height, width = load_image(paths[name]).shape[-2:]
         except UserError as error:
             skipped[name] = str(error)
+            continue
+        if min(height, width) < recipe.crop:
+            skipped[name] = f"{paths[name]} is {width}x{height}, smaller than a crop of {recipe.crop}x{recipe.crop}"
+        else:
+            sizes[name] = height, width
         if len(sizes) == count:
             break
     order = list(sizes)
@@ -171,19 +181,6 @@ def plan_cut_outs(paths: Mapping[str, Path], recipe: Recipe, count: int) -> tupl
     return cut_outs, skipped
 
 
-def versions() -> dict[str, str]:
-    """Versions of what computes the pixels."""
-    return {"varestorer": __version__, **{name: metadata.version(name) for name in PACKAGES}}
-
-
-def _usable_size(path: Path, crop: int) -> tuple[int, int]:
-    """Height and width; UserError if the photograph cannot be decoded or is smaller than a crop."""
-    height, width = load_image(path).shape[-2:]
-    if min(height, width) < crop:
-        raise UserError(f"{path} is {width}x{height}, smaller than a crop of {crop}x{crop}")
-    return height, width
-
-
 def _key(path: Path, folder: Path) -> str:
     """Name of a photograph, the same on every machine: macOS writes accents as letters of their own."""
     return unicodedata.normalize("NFC", path.relative_to(folder).as_posix())
@@ -191,7 +188,7 @@ def _key(path: Path, folder: Path) -> str:
 
 def _begin(root: Path, options: Mapping[str, Any]) -> Manifest:
     """The manifest of an earlier run with the same options and versions, or a new one in a new folder."""
-    new = Manifest(dict(options), versions())
+    new = Manifest(dict(options), {"varestorer": __version__, **{name: metadata.version(name) for name in PACKAGES}})
     if not (root / MANIFEST).exists():
         if root.exists() and (not root.is_dir() or any(path.name != LOCK for path in root.iterdir())):
             raise UserError(f"make={root} is no new folder, nor one that this command made; give another")
@@ -274,16 +271,3 @@ class _PairMaker(Dataset[Any]):
             save_image(self._place(side, cut_out.name), image)
             hashes[side] = pixel_hash(to_uint8(image))
         return MadePair(cut_out.source, cut_out.top, cut_out.left, **hashes)
-
-
-def _make_all(maker: _PairMaker, num_workers: int) -> Iterator[dict[str, MadePair]]:
-    """The chunks in turn, by workers or on one thread of this process: pictures are too small for more."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        for made in in_turn(maker, num_workers, WORKERS_KEY):
-            if isinstance(made, UserError):
-                raise made
-            yield made
-    finally:
-        torch.set_num_threads(num_threads)

@@ -28,9 +28,9 @@ class PublishedFile:
     Attributes:
         name: as it is called beside others.
         hub: its repository.
-        path: in the repository; empty for all of it.
         what: it is.
         license: as far as it was read.
+        path: in the repository; empty for all of it.
         sha256, size: (bytes) where they are known.
     """
 
@@ -92,12 +92,9 @@ def cached(file: PublishedFile, options: Mapping[str, Any] | None = None, revisi
 def fetch(names: Sequence[str], options: Mapping[str, Any] | None = None, revision: str | None = None) -> list[Path]:
     """Published files from the hub's cache; those that are not there are fetched, their sizes said first, and checked.
 
-    Args:
-        names: of `published_files`.
-        options: huggingface_hub's `cache_dir`, `token`, `local_files_only` and `force_download`.
-        revision: of the first file's repository; others are taken as they are now.
-    Raises:
-        UserError: an unknown name, a hub that does not give one, no room for it, or a file that came damaged.
+    Options are huggingface_hub's `cache_dir`, `token`, `local_files_only` and `force_download`; the revision is that of
+    the first file's repository, others are taken as they are now. UserError: an unknown name, a hub that does not give
+    one, no room for it, or a file that came damaged.
     """
     options, known = options or {}, published_files()
     if unknown := [name for name in names if name not in known or not known[name].path]:

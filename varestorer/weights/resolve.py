@@ -144,9 +144,7 @@ def stored_precision(path: Path) -> str:
 def companion(part: str, student_file: Path, given: str | None) -> Path:
     """The file of a part that a published student does not hold: as given, or beside it.
 
-    Raises:
-        UsageError: the given one does not exist.
-        UserError: none lies beside the student.
+    UsageError: the given one does not exist. UserError: none lies beside the student.
     """
     name, place = COMPANIONS[part]
     if given is not None:

@@ -348,11 +348,15 @@ class Matching:
 def match_names(low: Images, high: Images) -> Matching:
     """Pair the images of two sides: equal names first, then those that are equal without their endings."""
     lows, highs = set(low), set(high)
-    low_forms = partial(_forms, endings=_LOW_ENDINGS + _shared_scale(low))
+    # after a letter a scale is an ending (`babyx4`) only where all names have it: `matrix2` is a name
+    scales = {match[0].lower() if (match := re.search(rf"(?i){_SCALE}$", name)) else "" for name in low}
+    shared_scale = (re.escape(scales.pop()),) if len(scales) == 1 and "" not in scales else ()
+    whole = partial(_forms, endings=())
+    low_forms = partial(_forms, endings=_LOW_ENDINGS + shared_scale)
     high_forms = partial(_forms, endings=_HIGH_ENDINGS)
     found: dict[str, list[tuple[str, str]]] = {}
     ambiguous: dict[tuple[Path, ...], None] = {}
-    for forms in ((_whole, _whole), (low_forms, _whole), (_whole, high_forms), (low_forms, high_forms)):
+    for forms in ((whole, whole), (low_forms, whole), (whole, high_forms), (low_forms, high_forms)):
         partners, rivals = _partners(lows, highs, *forms), _partners(highs, lows, *reversed(forms))
         for name, others in partners.items():
             contending = sorted({rival for other in others for rival in rivals[other]}, key=natural_key)
@@ -371,16 +375,6 @@ def match_names(low: Images, high: Images) -> Matching:
         [path for _, path in sorted(unpaired, key=lambda item: natural_key(item[0]))],
         [*ambiguous, *(tuple(path for one, other in same for path in (low[one], high[other])) for same in twice)],
     )
-
-
-def _shared_scale(names: Iterable[str]) -> tuple[str, ...]:
-    """After a letter a scale is an ending (`babyx4`) only where all names have it: `matrix2` is a name."""
-    found = {match[0].lower() if (match := re.search(rf"(?i){_SCALE}$", name)) else "" for name in names}
-    return (re.escape(found.pop()),) if len(found) == 1 and "" not in found else ()
-
-
-def _whole(name: str) -> set[str]:
-    return {name}
 
 
 def _forms(name: str, endings: Iterable[str]) -> set[str]:

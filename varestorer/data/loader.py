@@ -1,6 +1,7 @@
 """From a dataset to batches, for any number of workers and processes."""
 
 from collections.abc import Callable, Iterator
+from itertools import count
 from typing import Any, NotRequired, TypedDict
 
 import torch
@@ -38,13 +39,10 @@ class ShardedNumbers:
     """
 
     def __init__(self, batch_size: int, start_sample: int, rank: int, world: int) -> None:
-        self.batch_size, self.start, self.rank, self.world = batch_size, start_sample, rank, world
+        self.first, self.size, self.world = start_sample + rank, batch_size * world, world
 
     def __iter__(self) -> Iterator[list[int]]:
-        first = self.start + self.rank
-        while True:
-            yield [first + i * self.world for i in range(self.batch_size)]
-            first += self.batch_size * self.world
+        return ([*range(first, first + self.size, self.world)] for first in count(self.first, self.size))
 
 
 class PairLoader(DataLoader[Any]):
@@ -56,13 +54,13 @@ class PairLoader(DataLoader[Any]):
     wants_stop: Callable[[], bool] = staticmethod(lambda: False)
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        return self._finished(watched(super().__iter__, WORKERS_KEY, self.wants_stop))
+        return map(self._whole, watched(super().__iter__, WORKERS_KEY, self.wants_stop))
 
-    def _finished(self, batches: Iterator[Any]) -> Iterator[Batch]:
-        for batch in batches:
-            if isinstance(batch, UserError):
-                raise batch
-            yield batch
+    @staticmethod
+    def _whole(batch: Any) -> Batch:
+        if isinstance(batch, UserError):
+            raise batch
+        return batch
 
 
 def collate(samples: list[Sample | UserError]) -> Batch | UserError:

@@ -194,7 +194,12 @@ def scan(path: Path) -> list[Member]:
     for info in infos:
         folder = posixpath.dirname(info.name) if info.issym() else ""
         target = posixpath.join(folder, info.name if info.isreg() else info.linkname)
-        members.append(_member(info, files.get(posixpath.normpath(target))))
+        # a key ends at the first dot of the last part of the name
+        folder, slash, base = info.name.removeprefix("./").rpartition("/")
+        stem, _, extension = base.partition(".")
+        content = files.get(posixpath.normpath(target))
+        place = (content.offset_data, content.size) if content else (0, 0)
+        members.append(Member(folder + slash + stem, extension, *place))
     return members
 
 
@@ -207,14 +212,6 @@ def write_index(folder: Path, shards: dict[str, list[Member]]) -> None:
         "members": [[name, *member] for name, members in shards.items() for member in members],
     }
     write_json(folder / INDEX, content)
-
-
-def _member(info: tarfile.TarInfo, content: tarfile.TarInfo | None) -> Member:
-    """The key of a member ends at the first dot of the last part of its name; `content` is where its bytes are."""
-    folder, slash, base = info.name.removeprefix("./").rpartition("/")
-    stem, _, extension = base.partition(".")
-    place = (content.offset_data, content.size) if content else (0, 0)
-    return Member(folder + slash + stem, extension, *place)
 
 
 def _own_index(folder: Path, paths: list[Path]) -> dict[str, list[Member]] | None:

@@ -84,8 +84,15 @@ class ImageStore:
 
         Workers that each read for themselves have a part of the cache each, too small for the images of all.
         """
-        sizes = accumulate(map(self._decoded_bytes, range(len(self.items))))
-        if all(size <= CACHE_BYTES for size in sizes):  # of a large folder the first headers alone are looked at
+
+        def decoded_bytes(item: Item) -> int:
+            try:
+                return 3 * sum(map(_num_pixels, item))
+            except UserError:  # a broken one is met when it is read
+                return 0
+
+        # of a large folder the first headers alone are looked at
+        if all(size <= CACHE_BYTES for size in accumulate(map(decoded_bytes, self.items))):
             for index in range(len(self.items)):
                 self._try(index)
 
@@ -112,13 +119,6 @@ class ImageStore:
         while self._cached_bytes > limit and len(self._cache) > 1:
             self._cached_bytes -= num_bytes(self._cache.popitem(last=False)[1])
         return images
-
-    def _decoded_bytes(self, index: int) -> int:
-        """By the headers of its files; those of a file that has none are met when it is read."""
-        try:
-            return 3 * sum(map(_num_pixels, self.items[index]))
-        except UserError:
-            return 0
 
     def _note(self, index: int, error: UserError) -> None:
         log.warning("skipping a broken image: %s", error)

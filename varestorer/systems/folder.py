@@ -244,22 +244,19 @@ class _Runner:
         if work.picture is not None and work.restored is not None:
             with work.failing():
                 self._save(work.job, work.source, work.picture, work.restored)
-                self.entries[work.job.name] = self._entry(work, work.picture, work.restored)
+                entry = {"output": work.job.target, "seconds": round(work.seconds, 4), "seed": self.seed}
+                entry |= {**self.settings, **work.restored.details}
+                if work.restored.uncertainty is not None:
+                    entry["uncertainty"] = work.job.heat_map
+                if work.restored.smaller:
+                    entry["smaller"] = {label: beside(work.job.target, label) for label in work.restored.smaller}
+                if work.picture.note:
+                    logger.info("%s: %s", work.job.name, work.picture.note)
+                    entry["note"] = work.picture.note
+                self.entries[work.job.name] = entry
         if work.failure is not None:
             logger.warning("%s: %s", work.job.name, work.failure)
             self.entries[work.job.name] = {"error": work.failure}
-
-    def _entry(self, work: _Work, picture: Picture, restored: Restored) -> Entry:
-        entry = {"output": work.job.target, "seconds": round(work.seconds, 4), "seed": self.seed, **self.settings}
-        entry |= restored.details
-        if restored.uncertainty is not None:
-            entry["uncertainty"] = work.job.heat_map
-        if restored.smaller:
-            entry["smaller"] = {label: beside(work.job.target, label) for label in restored.smaller}
-        if picture.note:
-            logger.info("%s: %s", work.job.name, picture.note)
-            entry["note"] = picture.note
-        return entry
 
     def _save(self, job: Job, source: str, picture: Picture, restored: Restored) -> None:
         """Write the heat map, the smaller sizes and the image, which comes last; none if one cannot be written."""

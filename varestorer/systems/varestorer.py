@@ -336,20 +336,16 @@ class VARestorer(System):
             coarse = [bits for bits in condition.pyramid.indices if max(bits.shape[-2:]) <= limit]
             generation = self._continue(coarse, text, noise)
         else:
-            num_kept, residual = self._num_kept(steps), self.residual(condition)
+            number = int(steps) if str(steps).isdecimal() else 0
+            if not 1 <= number <= len(self.schedule):
+                raise UserError(f"steps must be one, multi or 1 to {len(self.schedule)}, got {steps}")
+            residual = self.residual(condition)
             logits = self.student_logits(condition, text)
-            known = self.select(logits, self.uniforms(noise, len(lq_B3HW)))[:num_kept]
+            known = self.select(logits, self.uniforms(noise, len(lq_B3HW)))[: len(self.schedule) - number + 1]
             generation = self._continue(known, text, noise)
         codes = spread_nan(generation.codes, condition.pyramid.codes)
         images = from_network(self.student_image(codes, residual))
         return RestoredBatch(images, generation.indices, logits)
-
-    def _num_kept(self, steps: str | int) -> int:
-        """Scales that stay as the student made them."""
-        number = int(steps) if str(steps).isdecimal() else 0
-        if not 1 <= number <= len(self.schedule):
-            raise UserError(f"steps must be one, multi or 1 to {len(self.schedule)}, got {steps}")
-        return len(self.schedule) - number + 1
 
     def _continue(self, known: Sequence[Tensor], text: TextFeatures, noise: Noise | None) -> Generation:
         """The teacher's scale-by-scale prediction of what follows the given scales."""

@@ -58,7 +58,7 @@ def decode(file: ImageFile.ImageFile) -> Decoded:
     Raises:
         what Pillow raises for a damaged file (`open_image` turns it into one line).
     """
-    notes = [*_note_frames(file), *_note_heavy_jpeg(file)]
+    notes = _notes(file)
     if file.format == "TIFF":
         check_tiff(file)
     _scale_key(file)
@@ -74,7 +74,11 @@ def decode(file: ImageFile.ImageFile) -> Decoded:
         bands = bands if deep is None else deep
     # Pillow itself converts LAB to sRGB
     profile = None if file.mode == "LAB" else file.info.get("icc_profile")
-    alpha = _alpha(image.mode, bands, file.info.get("transparency"))
+    alpha, key = None, file.info.get("transparency")
+    if image.mode in ("LA", "RGBA"):
+        alpha = _shares(bands[..., -1])
+    elif _is_numeric(image.mode) and isinstance(key, int):  # the one transparent value of 16-bit gray
+        alpha = (bands != key).astype(np.float32)
     rgb, kept_profile, profile_notes = _colors(file, image, bands, profile)
     is_palette_of_grays = file.mode in ("P", "PA") and bool((rgb == rgb[:1]).all())
     is_gray = kept_profile is None and (is_stored_gray or is_palette_of_grays)
@@ -96,24 +100,19 @@ def decode_visible(file: ImageFile.ImageFile) -> np.ndarray:
     return decoded.rgb_CHW
 
 
-def _note_frames(file: ImageFile.ImageFile) -> list[str]:
-    count = getattr(file, "n_frames", 1)
-    if count == 1:
-        return []
-    parts = {"TIFF": "pages", "MPO": "pictures"}.get(file.format or "")
-    return [f"first of {count} {parts}" if parts else f"animated: first of {count} frames"]
-
-
-def _note_heavy_jpeg(file: ImageFile.ImageFile) -> list[str]:
-    """A word on a JPEG of lower quality than restoration networks are trained on."""
-    table = (getattr(file, "quantization", None) or {}).get(0)
-    if not table:
-        return []
-    percent = 100 * sum(table) / _JPEG_TABLE
-    quality = (200 - percent) / 2 if percent <= 100 else 5000 / percent
-    if quality >= _WEAKEST_JPEG - 0.5:
-        return []
-    return [f"a JPEG of quality {quality:.0f} or so: models learn from {_WEAKEST_JPEG} and more, its blocks may stay"]
+def _notes(file: ImageFile.ImageFile) -> list[str]:
+    """Of several frames, and of a JPEG of lower quality than restoration networks are trained on."""
+    notes = []
+    if (frames := getattr(file, "n_frames", 1)) != 1:
+        parts = {"TIFF": "pages", "MPO": "pictures"}.get(file.format or "")
+        notes.append(f"first of {frames} {parts}" if parts else f"animated: first of {frames} frames")
+    if table := (getattr(file, "quantization", None) or {}).get(0):
+        percent = 100 * sum(table) / _JPEG_TABLE
+        quality = (200 - percent) / 2 if percent <= 100 else 5000 / percent
+        if quality < _WEAKEST_JPEG - 0.5:
+            told = f"models learn from {_WEAKEST_JPEG} and more, its blocks may stay"
+            notes.append(f"a JPEG of quality {quality:.0f} or so: {told}")
+    return notes
 
 
 def _scale_key(file: ImageFile.ImageFile) -> None:
@@ -182,13 +181,6 @@ def _shares(values: np.ndarray) -> np.ndarray:
     return np.divide(values, np.float32(np.iinfo(values.dtype).max), dtype=np.float32, order="C")
 
 
-def _alpha(mode: str, bands: np.ndarray, key: object) -> np.ndarray | None:
-    """(H, W) float32 in [0, 1], None without transparency; a key is the one transparent value of 16-bit gray."""
-    if mode in ("LA", "RGBA"):
-        return _shares(bands[..., -1])
-    return (bands != key).astype(np.float32) if _is_numeric(mode) and isinstance(key, int) else None
-
-
 def _is_stored_gray(file: ImageFile.ImageFile) -> bool:
     """Whether it holds one channel of gray; call before it is decoded. Pillow turns gray PNGs of 16 bits into RGBA."""
     is_wide = file.format == "PNG" and bool(file.tile) and str(file.tile[0][3]).startswith("LA")
@@ -247,7 +239,9 @@ def _colors(
         rgb = _of_white(file, rgb, bands.dtype == np.uint16) if file.mode == mode else rgb
     elif mode == "CMYK":
         _of_white(file, _shares(bands))
-        rgb, is_applied = _from_cmyk(image, profile if space == "CMYK" else None)
+        converted = _to_srgb(image, profile if space == "CMYK" else None)
+        levels = np.asarray(converted or image.convert("RGB"))
+        rgb, is_applied = _shares(rearrange(levels, "h w c -> c h w")), converted is not None
     else:
         rgb, is_applied = _from_gray(_gray(file, mode, bands), profile if space in ("GRAY", "RGB") else None)
     if is_applied:
@@ -255,13 +249,6 @@ def _colors(
     if space == "RGB" and mode in ("RGB", "RGBA"):
         return rgb, profile, []
     return rgb, None, [f"its color profile ({space or 'damaged'}) does not fit and is left out"] if profile else []
-
-
-def _from_cmyk(image: Image.Image, profile: bytes | None) -> tuple[np.ndarray, bool]:
-    """RGB (3, H, W), and whether the profile could be applied."""
-    converted = _to_srgb(image, profile)
-    bands = np.asarray(converted or image.convert("RGB"))
-    return _shares(rearrange(bands, "h w c -> c h w")), converted is not None
 
 
 def _from_gray(gray_HW: np.ndarray, profile: bytes | None) -> tuple[np.ndarray, bool]:

@@ -42,16 +42,13 @@ HEIC = (".heic", ".heif")
 HEIC_HINT = "HEIC is read through pillow-heif: pip install pillow-heif (the extra [heic]), or convert it to JPEG"
 
 
-def _register_heif() -> bool:
-    try:
-        import pillow_heif
-    except ImportError:
-        return False
+try:
+    import pillow_heif
+
     pillow_heif.register_heif_opener()
-    return True
-
-
-READS_HEIC = _register_heif()
+    READS_HEIC = True
+except ImportError:
+    READS_HEIC = False
 
 
 class RefusedImageError(ValueError):

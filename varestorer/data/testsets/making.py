@@ -181,6 +181,11 @@ def plan_cut_outs(paths: Mapping[str, Path], recipe: Recipe, count: int) -> tupl
     return cut_outs, skipped
 
 
+def versions() -> dict[str, str]:
+    """Versions of what computes the pixels."""
+    return {"varestorer": __version__, **{name: metadata.version(name) for name in PACKAGES}}
+
+
 def _key(path: Path, folder: Path) -> str:
     """Name of a photograph, the same on every machine: macOS writes accents as letters of their own."""
     return unicodedata.normalize("NFC", path.relative_to(folder).as_posix())
@@ -188,7 +193,7 @@ def _key(path: Path, folder: Path) -> str:
 
 def _begin(root: Path, options: Mapping[str, Any]) -> Manifest:
     """The manifest of an earlier run with the same options and versions, or a new one in a new folder."""
-    new = Manifest(dict(options), {"varestorer": __version__, **{name: metadata.version(name) for name in PACKAGES}})
+    new = Manifest(dict(options), versions())
     if not (root / MANIFEST).exists():
         if root.exists() and (not root.is_dir() or any(path.name != LOCK for path in root.iterdir())):
             raise UserError(f"make={root} is no new folder, nor one that this command made; give another")

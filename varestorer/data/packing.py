@@ -31,13 +31,7 @@ Content = tuple[str, Callable[[], bytes]]
 
 @dataclass
 class Packing:
-    """What was made.
-
-    Attributes:
-        shards: what is in each tar file, by its name.
-        skipped: what is wrong with each photograph that was left out.
-        num_photographs: those packed.
-    """
+    """What was made: what is in each tar file, what is wrong with each photograph left out, and how many are packed."""
 
     shards: dict[str, list[Member]] = field(default_factory=dict)
     skipped: list[str] = field(default_factory=list)

@@ -37,13 +37,9 @@ Pictures are bad whose score is below the least score plus a share of the larges
 
 @dataclass(frozen=True)
 class Split:
-    """Pictures of a folder by their scores.
+    """Pictures of a folder by their scores; those below the threshold are bad.
 
-    Attributes:
-        threshold: scores below it are bad.
-        good, bad: files.
-        missing: names in the scores that the folder has not.
-        unscored: names whose score is no number.
+    `missing` are names in the scores that the folder has not, `unscored` those whose score is no number.
     """
 
     threshold: float
@@ -56,13 +52,9 @@ class Split:
 def split_by_scores(images: Path, scores: Path, column: int | str, share: float) -> Split:
     """Tell good pictures from bad ones by a table of scores (as VARSR chooses its negative samples).
 
-    Args:
-        images: folder, subfolders included.
-        scores: CSV with a header; its first column names the pictures, with or without folder and ending.
-        column: of the scores: its name or its number.
-        share: see `SCORE_SETS`.
-    Raises:
-        UserError: no such column, or no score of any picture.
+    The table is a CSV with a header; its first column names the pictures, with or without folder and ending. The column
+    of the scores is given by its name or number; for the share see `SCORE_SETS`. Subfolders of the images are looked
+    through. UserError: no such column, or no score of any picture.
     """
     with scores.open(newline="", encoding="utf-8-sig") as file:
         header, *rows = [row for row in csv.reader(file) if row] or [[]]

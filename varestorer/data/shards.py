@@ -68,13 +68,7 @@ class Member(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """A sample of a shard.
-
-    Attributes:
-        shard: the tar file.
-        image: its photograph.
-        caption, features: what is beside it, if anything.
-    """
+    """A sample of a shard, which is a tar file: its photograph, and what is beside it, if anything."""
 
     shard: Path
     image: Member

@@ -39,11 +39,8 @@ MADE_BY = ("fingerprint", "max_length", "dtype")
 class EncoderRecord:
     """What features depend on beside the prompt.
 
-    Attributes:
-        text_encoder: as it was asked for.
-        fingerprint: of its files.
-        max_length: longest prompt, in tokens.
-        dtype: in which the features are kept: `fp16`, `bf16` or `fp32`.
+    The text encoder as it was asked for, and a fingerprint of its files; the longest prompt, in tokens; and in which of
+    `fp16`, `bf16` or `fp32` the features are kept.
     """
 
     text_encoder: str
@@ -143,8 +140,7 @@ class PhotoTexts:
     def __getitem__(self, index: int) -> Tensor | None:
         """Features (T, E) float32 of a photograph; None where the null text stands for it.
 
-        Raises:
-            UserError: the shard is damaged; names it.
+        UserError: the shard is damaged; names it.
         """
         shard, name = self.shards[index], self.names[index]
         if shard is None:

@@ -186,8 +186,7 @@ class System(
     def accept(self, request: Request, uncertainty: bool) -> Request:
         """The request with what is done once for all squares.
 
-        Raises:
-            UserError: something that this system cannot do; says what it has instead.
+        UserError: something that this system cannot do; says what it has instead.
         """
 
     @property
@@ -262,8 +261,7 @@ class System(
     def sides_of(self, sizes: Sequence[float] | None, scale: float) -> tuple[int, ...]:
         """Which of `sides` are the enlargements asked for, where the largest is `scale`; None for the largest.
 
-        Raises:
-            UserError: an enlargement that one pass does not give, or none at all.
+        UserError: an enlargement that one pass does not give, or none at all.
         """
         if sizes is None:
             return (self.tile,)
@@ -568,8 +566,7 @@ class System(
     def from_published(cls, path: Path, tokenizer_file: str | None = None, restorer_file: str | None = None) -> Self:
         """The system of a published file, with its companions beside it unless they are named.
 
-        Raises:
-            UserError: there is no such file of this system, or a companion is missing.
+        UserError: there is no such file of this system, or a companion is missing.
         """
         raise UserError(f"{path} is no published model of {cls.name}: there is none; give a run or a bundle")
 

@@ -52,13 +52,9 @@ _BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fm
 
 @dataclass(frozen=True)
 class Restored:
-    """What became of one image.
+    """What became of one image: (3, H, W) in [0, 1], and what else its entry says.
 
-    Attributes:
-        image: (3, H, W) in [0, 1].
-        uncertainty: (H, W) in [0, 1], saved as a heat map.
-        details: what else its entry says.
-        smaller: other sizes of it, by the label of their file.
+    The uncertainty, (H, W) in [0, 1], is saved as a heat map; `smaller` are other sizes by the label of their file.
     """
 
     image: Tensor

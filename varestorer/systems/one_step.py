@@ -65,12 +65,7 @@ class Conditioned:
 
 
 class OneStepSystem(System):
-    """A system whose network may have become one-step.
-
-    Attributes:
-        student_config: of the student; without one the class restores as its paper says.
-        title: what the paper calls it.
-    """
+    """A system whose network may have become one-step; without a student it restores as its paper, `title`, says."""
 
     title: ClassVar[str]
     student_config: OneStepConfig

@@ -34,13 +34,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TextOptions:
-    """Where the text of images comes from.
+    """Where the text of images comes from: one prompt for all, or captions of each.
 
-    Attributes:
-        prompt: what all images show, or None.
-        use_captions: describe each image instead.
-        text_encoder: folder or hub name; None: flan-t5-xl, for systems that were trained with it.
-        captioner: folder or hub name; None: BLIP's large one.
+    The text encoder and the captioner are folders or hub names; None: flan-t5-xl, for systems that were trained with
+    it, and BLIP's large one.
     """
 
     prompt: str | None = None
@@ -51,11 +48,9 @@ class TextOptions:
 
 @dataclass(frozen=True)
 class Texts:
-    """The text of images.
+    """The text of images: prompts by the name of the job, and features (T, E) on the CPU by the prompt.
 
-    Attributes:
-        prompts: name of the job -> prompt.
-        features: prompt -> features (T, E) on the CPU; empty for systems without text.
+    There are no features for systems without text.
     """
 
     prompts: dict[str, str] = field(default_factory=dict)

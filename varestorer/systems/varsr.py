@@ -103,9 +103,8 @@ class SamplingConfig:
 class Draws:
     """What is drawn for a batch.
 
-    Attributes:
-        uniforms: of the codes of each scale, (B, l); None takes the likeliest.
-        normals: of the refiner, its start and one for each step but the last, (B, l, Z); empty for no refiner.
+    `uniforms` are of the codes of each scale, (B, l); None takes the likeliest. `normals` are of the refiner, its start
+    and one for each step but the last, (B, l, Z); empty for no refiner.
     """
 
     uniforms: tuple[Tensor, ...] | None = None

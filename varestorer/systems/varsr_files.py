@@ -50,8 +50,7 @@ KINDS = ("varsr", "c2i", "var")
 def fill_tokenizer(tokenizer: MultiScaleTokenizer, path: Path) -> None:
     """Fill a tokenizer from a published file, a bundle or a run.
 
-    Raises:
-        UserError: no such file (says which to get), or one that does not fit.
+    UserError: no such file (says which to get), or one that does not fit.
     """
     if is_run(path) or is_bundle(path):
         return fill(tokenizer, "tokenizer", path)
@@ -111,8 +110,7 @@ def network_of(wanted: Mapping[str, Tensor], sides: Sequence[int], path: Path) -
 def class_to_restoration(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
     """What a restorer takes of a model of classes (C2I, VAR), by our names.
 
-    Raises:
-        UserError: anything else than the prefix, the classes and the schedule differs.
+    UserError: anything else than the prefix, the classes and the schedule differs.
     """
     taken = {name: t for name, t in given.items() if name in wanted}
     for name in REPLACED:
@@ -129,8 +127,7 @@ def class_to_restoration(wanted: Mapping[str, Tensor], given: Mapping[str, Tenso
 def published_sizes(path: Path, tokenizer_file: str | None) -> dict[str, Any]:
     """Arguments of the system of a published transformer, with the files as its weights.
 
-    Raises:
-        UserError: a file is missing, one of them is another network, or the sides of its scales are unknown.
+    UserError: a file is missing, one of them is another network, or the sides of its scales are unknown.
     """
     tensors = read_tensors(path, TRANSFORMER_NESTED)
     kind = network_kind(tensors)

@@ -91,8 +91,7 @@ def decode(file: ImageFile.ImageFile) -> Decoded:
 def decode_visible(file: ImageFile.ImageFile) -> np.ndarray:
     """RGB (3, H, W) as `decode` gives it, for those who have no use for transparency.
 
-    Raises:
-        RefusedImageError: nothing of the picture is visible.
+    RefusedImageError: nothing of the picture is visible.
     """
     decoded = decode(file)
     if decoded.alpha_HW is not None and not decoded.alpha_HW.any():
@@ -336,8 +335,7 @@ WHITE_IS_ZERO = 0
 def check_tiff(file: ImageFile.ImageFile) -> None:
     """Refuse samples that Pillow would decode to other numbers; call before they are.
 
-    Raises:
-        RefusedImageError: signed samples, planes apart of a kind that Pillow mixes up, no word whether 0 is black.
+    RefusedImageError: signed samples, planes apart of a kind that Pillow mixes up, no word whether 0 is black.
     """
     tags = _tags(file)
     if SIGNED in tags.get(SAMPLE_FORMAT, ()):

@@ -149,12 +149,10 @@ Factory = Callable[[Path, Mapping[str, Any]], Logger]
 
 
 def open_loggers(factories: Mapping[str, Factory] | None, folder: Path, config: Mapping[str, Any]) -> Logger:
-    """All loggers of a config; one that cannot start is a warning, and the run goes on without: its folder has all.
+    """All loggers of a config, by name; one that cannot start is a warning, and the run goes on without.
 
-    Args:
-        factories: name -> one of `open_...` below, its options given.
-        folder: of a training run or of an evaluation.
-        config: what it was configured with; of a training it has the git hash and the versions of packages.
+    Its folder has all. The config is what a training run or an evaluation was made with; of a training it has the git
+    hash and the versions of packages.
     """
     opened: list[Logger] = []
     for name, factory in (factories or {}).items():
@@ -176,15 +174,8 @@ def open_wandb(
 ) -> Logger:
     """Start a run of Weights & Biases, or go on with the one this folder had; its files are in `<folder>/wandb`.
 
-    Offline unless there is a key in `WANDB_API_KEY` or `WANDB_MODE` says otherwise (`wandb sync` uploads an offline
-    run later).
-
-    Args:
-        folder: of the run.
-        config: resolved.
-        project: on the server.
-        entity: user or team; None for the key's own.
-        artifacts: send every checkpoint, too.
+    Offline unless there is a key in `WANDB_API_KEY` or `WANDB_MODE` says otherwise (`wandb sync` uploads an offline run
+    later). The entity is a user or a team, None for the key's own; `artifacts` sends every checkpoint, too.
     """
     import wandb
 

@@ -44,10 +44,7 @@ def option(
         text: what it does; what null means.
         shown: in place of the default.
         choices: what it may be; null may be allowed beside them.
-        least: the smallest value, of a list that of each item; `most`, `above` and `below` likewise.
-        most: the largest value.
-        above: what a value must be larger than.
-        below: what a value must be smaller than.
+        least, most, above, below: limits of the value, of a list those of each item.
         title: of the part of `--help` that begins with it.
     """
     limits = {"at least": least, "at most": most, "above": above, "below": below}
@@ -60,10 +57,8 @@ def option(
 class CommandOptions:
     """What a command's class says beside its options.
 
-    Attributes:
-        INTRO: what it does, and the ways to call it.
-        NOTES: what it writes, its exit status, examples.
-        GROUPS: folders of `configs/` whose choices the help lists.
+    `INTRO` is what it does, and the ways to call it; `NOTES` what it writes, its exit status, examples; `GROUPS`
+    folders of `configs/` whose choices the help lists.
     """
 
     INTRO: ClassVar[str] = ""

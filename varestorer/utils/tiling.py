@@ -195,10 +195,8 @@ def _resampled(
 ) -> tuple[slice, Tensor]:
     """What pixels start to stop of `length` pixels resized to `target` are made of, by a kernel widened when shrinking.
 
-    `kernel` of the distance is 0 from `reach` on.
-
-    Returns:
-        the source pixels needed, S of them, and their weights (stop - start, S), float32, which sum to one.
+    The kernel of the distance is 0 from `reach` on. Gives the source pixels needed, S of them, and their weights (stop
+    - start, S), float32, which sum to one.
     """
     step = length / target
     width = max(step, 1.0)

@@ -84,8 +84,7 @@ def read_tensors(path: str | Path, nested: tuple[str, ...] = ()) -> dict[str, Te
 def load_torch_file(path: Path, device: str) -> Any:
     """Content of a torch file; on the device "meta" its tensors are names, shapes and types, and no data are read.
 
-    Raises:
-        UserError: the file is missing, damaged, or holds more than tensors; none of its code is run.
+    UserError: the file is missing, damaged, or holds more than tensors; none of its code is run.
     """
     try:
         mmap = zipfile.is_zipfile(path)  # files older than torch 1.6 cannot be mapped

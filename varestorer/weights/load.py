@@ -27,12 +27,8 @@ LOG = logging.getLogger(__name__)
 def check_part(part: str, path: str | Path, published: Mapping[str, str]) -> None:
     """Refuse at once a file of weights that no system could load.
 
-    Args:
-        part: "tokenizer" or "transformer".
-        path: a published file, a bundle, or the folder of a run.
-        published: part -> the published file to get, and where: `System.published`.
-    Raises:
-        UserError: an unknown part, or no such file (says which to get, and the key to set).
+    `published` says of each part, "tokenizer" and "transformer", which published file to get, and where. UserError: an
+    unknown part, or no such file, bundle or run (says which to get, and the key to set).
     """
     if part not in published:
         raise UserError(f"model.weights has the parts {' and '.join(published)}, got {part}")
@@ -44,15 +40,10 @@ def check_part(part: str, path: str | Path, published: Mapping[str, str]) -> Non
 
 
 def load_part(system: Any, part: str, path: str | Path, new_adapters: bool = False) -> None:
-    """Fill a part of a system.
+    """Fill a part of a system, which has it as an attribute, from a published file, a bundle or a run.
 
-    Args:
-        system: has the part as an attribute.
-        part: "tokenizer" or "transformer".
-        path: a published file, a bundle, or the folder of a run that trained or held that part.
-        new_adapters: leave the transformer's adapters as they are, whatever the path holds.
-    Raises:
-        UserError: no such file (says which to get, and the key to set), or one that does not fit.
+    `new_adapters`: leave the transformer's adapters as they are, whatever the path holds. UserError: no such file (says
+    which to get, and the key to set), or one that does not fit.
     """
     check_part(part, path, system.published)
     fill(getattr(system, part), part, Path(path), system.student_config.merged, new_adapters)
@@ -163,8 +154,7 @@ def allocate(module: nn.Module) -> set[str]:
 def load_into(system: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
     """Copy a run's weights into a system that may have more (those that come from files).
 
-    Raises:
-        UserError: the system has no place for some of them, or another shape.
+    UserError: the system has no place for some of them, or another shape.
     """
     try:
         unexpected = system.load_state_dict(weights, strict=False).unexpected_keys

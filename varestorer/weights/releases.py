@@ -45,13 +45,9 @@ class PublishedFile:
 
 @dataclass(frozen=True)
 class Release:
-    """Files that make a whole.
+    """Files that make a whole: the repository that is asked for, the paper's system, the files, the network's first.
 
-    Attributes:
-        name: the repository that is asked for.
-        system: of the paper.
-        files: the network's first.
-        needs: what else it wants at times.
+    `needs` is what else it wants at times.
     """
 
     name: str
@@ -132,8 +128,7 @@ def _say_sizes(files: Sequence[PublishedFile], options: Mapping[str, Any], revis
 def _download(file: PublishedFile, options: Mapping[str, Any], revision: str | None) -> Path:
     """One file into the cache; a transfer that breaks off is taken up where it was.
 
-    Raises:
-        UserError: it does not come, or came damaged (and is removed again).
+    UserError: it does not come, or came damaged (and is removed again).
     """
     from huggingface_hub import hf_hub_download
 

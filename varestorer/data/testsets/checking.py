@@ -217,10 +217,8 @@ def read_image(path: Path) -> ReadImage:
 class MadePair:
     """One pair of a made set.
 
-    Attributes:
-        source: the photograph, by its path inside its folder.
-        top, left: where the crop lies in it, pixels.
-        lr, hr: hashes of the pixels.
+    Of its photograph (a path inside its folder) the place of the crop is told, pixels; of both images the hash of the
+    pixels.
     """
 
     source: str
@@ -234,11 +232,7 @@ class MadePair:
 class Manifest:
     """What a made set is and how it was made; `manifest.json` in its folder.
 
-    Attributes:
-        options: what was asked for.
-        versions: of what computed it.
-        skipped: photographs left out, with the reason.
-        pairs: by name.
+    What was asked for, versions of what computed it, photographs left out with the reason, and the pairs by name.
     """
 
     options: dict[str, Any]

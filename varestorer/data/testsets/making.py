@@ -47,10 +47,8 @@ CHUNK = 16  # pairs of one photograph that are made in a row
 class Recipe:
     """How pairs are made.
 
-    Attributes:
-        crop: side of the good images, pixels; a multiple of the degradation's scale.
-        seed: of crops and degradations.
-        degradation: makes the bad images.
+    `crop` is the side of the good images, pixels, a multiple of the degradation's scale; the seed is of crops and
+    degradations.
     """
 
     crop: int
@@ -149,10 +147,8 @@ def make_test_set(
 def plan_cut_outs(paths: Mapping[str, Path], recipe: Recipe, count: int) -> tuple[list[CutOut], dict[str, str]]:
     """Decide what every pair shows; opens no more photographs than it needs.
 
-    Pairs go round the usable photographs in an order that the seed gives.
-
-    Returns:
-        `count` squares, none if no photograph can be used; photographs left out, with the reason.
+    Pairs go round the usable photographs in an order that the seed gives. Gives `count` squares, none if no photograph
+    can be used, and the photographs left out, with the reason.
     """
     sizes: dict[str, tuple[int, int]] = {}
     skipped: dict[str, str] = {}

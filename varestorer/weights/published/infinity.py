@@ -291,8 +291,7 @@ class Comparison:
 
     Attributes:
         found: names that are missing, unexpected or misshapen (a shape, or an integer for a floating type).
-        mapped: tensors of the manifest that the file holds in the right shape.
-        total: tensors of the manifest.
+        mapped, total: tensors of the manifest that the file holds in the right shape, and all.
         types: how many tensors of the file are of which type.
         retyped: how many of the mapped are of another floating type than in the manifest.
     """

@@ -143,13 +143,10 @@ def network_kind(names: Iterable[str]) -> str | None:
 
 
 def varsr_sizes(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Sizes of a published VAR, VARSR or C2I.
+    """Sizes of a published VAR, VARSR or C2I; UserError, naming it: a tensor that tells a size is missing.
 
-    Returns:
-        width, depth, num_heads, num_codes, code_width, num_classes (rows of the class embedding), num_levels, num_first
-        (tokens of the first block); prefix_channels, refiner_width and refiner_depth, None where there are none.
-    Raises:
-        UserError: a tensor that tells a size is missing; names it.
+    `num_classes` are the rows of the class embedding, `num_first` the tokens of the first block; `prefix_channels`,
+    `refiner_width` and `refiner_depth` are None where there are none.
     """
     prefix = [_rows(tensors, "con_embedding.conv_in.weight")] if "con_embedding.conv_in.weight" in tensors else None
     if prefix is not None:

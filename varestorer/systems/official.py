@@ -27,7 +27,7 @@ from torch import Tensor
 from varestorer.transformer import TextFeatures
 from varestorer.utils.errors import UserError
 from varestorer.utils.finite import check_finite, spread_nan
-from varestorer.utils.images import as_picture, to_uint8
+from varestorer.utils.images import as_picture, from_levels, to_levels
 from varestorer.utils.tiling import gaussian_weights, scaled_size, tile_positions
 
 DROP_RATE = 0.1  # of the training, left on
@@ -58,15 +58,14 @@ def restore_official(
     """
     image_3HW = as_picture(image_3HW)
     features_TE = _own_features(system, prompt)
-    image_HW3 = rearrange(to_uint8(image_3HW.cpu()), "c h w -> h w c").numpy()
-    enlarged_HW3 = _lanczos(image_HW3, scaled_size(image_3HW.shape[1], image_3HW.shape[2], scale))
+    enlarged_HW3 = _lanczos(to_levels(image_3HW), scaled_size(image_3HW.shape[1], image_3HW.shape[2], scale))
     if tiled:
         restored_HW3 = _tiled(system, enlarged_HW3, features_TE)
     else:  # the whole image as one square, whatever its aspect
         square_tt3 = _lanczos(enlarged_HW3, (system.tile, system.tile))
-        restored_tt3 = restore_square(system, _to_float(square_tt3), features_TE)
+        restored_tt3 = restore_square(system, from_levels(square_tt3), features_TE)
         restored_HW3 = _lanczos(restored_tt3, enlarged_HW3.shape[:2])
-    return _to_float(restored_HW3).to(image_3HW.device)
+    return from_levels(restored_HW3).to(image_3HW.device)
 
 
 def _own_features(system: Any, prompt: Tensor | None) -> Tensor:
@@ -95,7 +94,7 @@ def _tiled(system: Any, image_HW3: np.ndarray, features_TE: Tensor) -> np.ndarra
     # The order decides which random numbers a tile gets; it is not specified, row by row is assumed.
     for top, left in ((y, x) for y in rows for x in columns):
         place = slice(top, top + tile), slice(left, left + tile)
-        total_HW3[place] += restore_square(system, _to_float(padded_HW3[place]), features_TE) * weights_tt1
+        total_HW3[place] += restore_square(system, from_levels(padded_HW3[place]), features_TE) * weights_tt1
         weight_HW1[place] += weights_tt1
     blended_HW3 = np.rint(total_HW3 / np.maximum(weight_HW1, LEAST_WEIGHT)).clip(0, 255).astype(np.uint8)
     return blended_HW3[margin : margin + height, margin : margin + width]
@@ -140,8 +139,3 @@ def _pad(image_HW3: np.ndarray, rows: tuple[int, int], columns: tuple[int, int])
     # Whether sides are judged one by one is not specified; here one that is too short decides for both.
     fits = max(rows) < image_HW3.shape[0] and max(columns) < image_HW3.shape[1]
     return np.pad(image_HW3, (rows, columns, (0, 0)), mode="reflect" if fits else "edge")
-
-
-def _to_float(image_HW3: np.ndarray) -> Tensor:
-    """8-bit pixels as (3, H, W) float32 in [0, 1]."""
-    return rearrange(torch.from_numpy(image_HW3), "h w c -> c h w").contiguous().float() / 255

@@ -53,11 +53,9 @@ class OneStepConfig:
 
 @dataclass(frozen=True)
 class Conditioned:
-    """What the student sees of the degraded image.
+    """What the student sees of the degraded image: its tokens, and those in front of all scales.
 
-    Attributes:
-        pyramid: its tokens.
-        prefix: tokens in front of all scales, which the teacher reads too.
+    The teacher reads these, too.
     """
 
     pyramid: TokenPyramid

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from varestorer.conditioning.prefix_encoder import PrefixEncoder
@@ -37,7 +36,7 @@ from varestorer.transformer.layout import BlockCausal
 from varestorer.transformer.refiner import Refined, Refiner
 from varestorer.utils.errors import UsageError, UserError
 from varestorer.utils.finite import spread_nan
-from varestorer.utils.images import as_picture, to_network, to_uint8
+from varestorer.utils.images import as_picture, from_levels, to_levels, to_network
 from varestorer.utils.seeds import normal_per_sample, torch_generator
 from varestorer.utils.watch import watch
 from varestorer.weights.bundle import shipped
@@ -373,12 +372,12 @@ class VARSR(OneStepSystem):
                 predicted.refined.check()
             return predicted.codes
 
-        lq_HW3 = rearrange(to_uint8(as_picture(image_3HW).cpu()), "c h w -> h w c").numpy()
+        lq_HW3 = to_levels(as_picture(image_3HW))
         if tiled:
             restored_HW3 = official_varsr.restore_tiled(lq_HW3, encode, self.tokenizer.decode, int(scale))
         else:
             restored_HW3 = official_varsr.restore_square(lq_HW3, encode, self.tokenizer.decode)
-        return rearrange(torch.from_numpy(restored_HW3), "h w c -> c h w").to(image_3HW) / 255
+        return from_levels(restored_HW3).to(image_3HW)
 
     @property
     def _good(self) -> Tensor:
@@ -466,10 +465,7 @@ class VARSR(OneStepSystem):
 class Predicted:
     """What was predicted for a batch.
 
-    Attributes:
-        codes: the decoder's input, (B, Z, h_K, w_K), with the refiner's residual.
-        generation: the codes of all scales.
-        refined: the refiner's; None without it.
+    `codes` are the decoder's input, (B, Z, h_K, w_K), with the refiner's residual if there is one.
     """
 
     codes: Tensor

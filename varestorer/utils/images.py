@@ -284,7 +284,7 @@ def from_anything(image: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
         UserError: a file that cannot be read.
     """
     if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
-        return rearrange(torch.tensor(image), "h w c -> c h w").float() / 255, to_levels
+        return from_levels(image), to_levels
     if isinstance(image, str | os.PathLike):
         with open_image(image) as file:
             decoded = decode(file)
@@ -367,6 +367,11 @@ def to_levels(img_CHW: Tensor | list[Tensor], bits: int = 8) -> np.ndarray:
         whole = [(part[:, first : first + rows].float().clamp(0, 1) * most).round().to(dtype).cpu() for part in parts]
         levels[first : first + rows] = rearrange(torch.cat(whole), "c h w -> h w c").numpy()
     return levels
+
+
+def from_levels(levels_HWC: np.ndarray) -> Tensor:
+    """8-bit pixels (H, W, C) of image libraries as (C, H, W) float32 in [0, 1]."""
+    return rearrange(torch.tensor(levels_HWC), "h w c -> c h w").contiguous().float() / 255
 
 
 def holds_alpha(path: str | os.PathLike) -> bool:

@@ -115,16 +115,10 @@ class Metric:
         return metric_id(self.name, self.options)
 
     def __call__(self, image_B3HW: Tensor, reference_B3HW: Tensor | None = None) -> Tensor:
-        """Score images; the same images always get the same scores.
+        """Score images (B, 3, H, W), RGB in [0, 1]: (B,) float64 on the CPU, always the same for the same images.
 
-        Args:
-            image_B3HW: RGB in [0, 1].
-            reference_B3HW: the same shape; needed when `needs_reference`.
-        Returns:
-            (B,) float64 on the CPU.
-        Raises:
-            ValueError: no reference, or one of another shape.
-            any of METRIC_ERRORS: the metric does not accept the images (too small, for example).
+        ValueError: no reference where `needs_reference`, or one of another shape. Any of METRIC_ERRORS: the metric does
+        not accept the images (too small, for example).
         """
         if self.needs_reference and (reference_B3HW is None or reference_B3HW.shape != image_B3HW.shape):
             got = "none" if reference_B3HW is None else tuple(reference_B3HW.shape)

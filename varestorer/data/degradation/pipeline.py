@@ -250,6 +250,13 @@ class BicubicDegradation:
         return round_to_8bit(resize(small, full))
 
 
+def check_weights(key: str, weights: Mapping[str, float], parts: Mapping[str, object], parts_key: str) -> None:
+    """Refuse weights (UserError) that are not those of the parts, by their names, or not positive."""
+    if not parts or parts.keys() != weights.keys() or min(weights.values()) <= 0:
+        wanted = ", ".join(parts) or f"{parts_key}, which are none"
+        raise UserError(f"{key} must hold a positive number for each of {wanted}, got {dict(weights)}")
+
+
 class OneOf:
     """One of several degradations, by names of your choice, for each picture.
 
@@ -258,11 +265,7 @@ class OneOf:
     """
 
     def __init__(self, degradations: Mapping[str, Degrade], weights: Mapping[str, float]) -> None:
-        if not degradations or degradations.keys() != weights.keys() or min(weights.values()) <= 0:
-            wanted = ", ".join(degradations) or "degradation.degradations, which are none"
-            raise UserError(
-                f"degradation.weights must hold a positive number for each of {wanted}, got {dict(weights)}"
-            )
+        check_weights("degradation.weights", weights, degradations, "degradation.degradations")
         self.degradations = [degradations[name] for name in weights]
         self.shares = np.array([*weights.values()]) / sum(weights.values())
 

@@ -79,13 +79,9 @@ class Recipe:
 
 @dataclass(frozen=True)
 class CutOut:
-    """A square of a photograph.
+    """A square of a photograph (a path inside its folder), at a place in pixels; the name is of the pair.
 
-    Attributes:
-        name: of the pair.
-        source: the photograph, by its path inside its folder.
-        turn: how many earlier pairs show the same photograph.
-        top, left: place of the square, pixels.
+    `turn` is how many earlier pairs show the same photograph.
     """
 
     name: str

@@ -100,7 +100,6 @@ def link_split(split: Split, images: Path, root: Path) -> None:
                 link.symlink_to(target)
             elif os.readlink(link) != target:
                 raise UserError(f"{link} leads elsewhere; give split= another folder, or remove this one")
-    for name, paths in (("good", split.good), ("bad", split.bad)):
         others = {p.relative_to(root / name) for p in (root / name).rglob("*") if not p.is_dir()}
         if others := others - {path.relative_to(images) for path in paths}:
             raise UserError(

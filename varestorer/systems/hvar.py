@@ -101,38 +101,20 @@ class HVAR(OneStepSystem):
         sizes = TokenizerConfig(**tokenizer)
         self.schedule = self.nested if sizes.reuse != "none" else replace(self.nested, targets=())
         self._options = {"schedule": dict(schedule), "sampling": dict(sampling or {})}
+        own: dict[str, Any] = {"prefix_width": sizes.latent_width, "text_width": 0, "text_length": 0, "num_classes": 1}
+        own |= {"positions": "grid", "position_size": self.schedule.latent_size[0]}
         with torch.device("meta"):
             self.tokenizer = MultiScaleTokenizer(sizes)
-            config = TransformerConfig(**self._derived(sizes, transformer), **transformer)
-            self.transformer = self.make_transformer(config)
-        self._check_sizes()
+            self.transformer = self.make_transformer(sizes, transformer, **own)
+        if any(h != w for h, w in self.nested.targets):
+            raise UserError("images are restored in squares: model.schedule.targets must be squares")
+        self.check_codebook()
+        self.check_networks(len(self.schedule))
         for part, file in self.files.items():
             self._check_file(part, file, new_reading)
         if torch.get_default_device().type != "meta":
             self._fill(seed)
             self.tokenizer.to(memory_format=torch.channels_last)  # convolutions run faster so, on CPU and GPU
-
-    def _derived(self, tokenizer: TokenizerConfig, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Arguments of `TransformerConfig` that follow from the other parts."""
-        derived = {
-            "latent_width": tokenizer.latent_width,
-            "prefix_width": tokenizer.latent_width,
-            "vocabulary": tokenizer.vocabulary,
-            "hidden_width": 4 * given.get("width", TransformerConfig.width),
-            "text_width": 0,
-            "text_length": 0,
-            "num_classes": 1,
-            "num_levels": len(self.schedule),
-            "positions": "grid",
-            "position_size": self.schedule.latent_size[0],
-        }
-        return {name: value for name, value in derived.items() if name not in given}
-
-    def _check_sizes(self) -> None:
-        if any(h != w for h, w in self.nested.targets):
-            raise UserError("images are restored in squares: model.schedule.targets must be squares")
-        self.check_codebook()
-        self.check_networks(len(self.schedule))
 
     # ---- what the network sees and says
 
@@ -235,7 +217,11 @@ class HVAR(OneStepSystem):
     def _check_file(self, part: str, file: Path, new_reading: bool) -> None:
         """Refuse at once a file that is not there, or a part of another reading."""
         check_part(part, file, self.published)
-        theirs = _reading(_config_of(file))
+        theirs: dict[str, Any] = {}  # a published file says nothing
+        if is_run(file):
+            theirs = _reading(OmegaConf.to_container(model_of_run(file)))  # type: ignore[arg-type]
+        elif is_bundle(file):
+            theirs = _reading(read_config(file))
         differing = [name for name, value in theirs.items() if value != self.reading[name]]
         if differing and not new_reading:
             name = differing[0]
@@ -292,13 +278,6 @@ def enlarged_grid(rows_1NC: Tensor, side: int) -> Tensor:
     """A learned square grid of positions, (1, N, C) row-major, enlarged bicubically to (1, side^2, C)."""
     grid_1Chw = rearrange(rows_1NC, "1 (h w) c -> 1 c h w", h=math.isqrt(rows_1NC.shape[1]))
     return rearrange(resize_bicubic(grid_1Chw, (side, side)), "1 c h w -> 1 (h w) c")
-
-
-def _config_of(file: Path) -> dict[str, Any]:
-    """What a run or a bundle says of its model; nothing of a published file."""
-    if is_run(file):
-        return OmegaConf.to_container(model_of_run(file))  # type: ignore[return-value]
-    return read_config(file) if is_bundle(file) else {}
 
 
 def _reading(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ prefix and, as VARestorer's does (section 3.2), as tokens of all scales, each of
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from varestorer.systems.base import Request, RestoredBatch, System
-from varestorer.tokenizer.quantizer import TokenPyramid
+from varestorer.tokenizer import TokenizerConfig, TokenPyramid
 from varestorer.transformer import Context, PreparedCondition, TransformerConfig, VARTransformer
 from varestorer.transformer.adapters import adapters_off, attach_adapters, target_pattern
 from varestorer.transformer.generation import Prefix
@@ -74,9 +74,11 @@ class OneStepSystem(System):
 
     # ---- networks
 
-    def make_transformer(self, config: TransformerConfig) -> VARTransformer:
-        """The network, with adapters where there is a student."""
-        transformer = VARTransformer(config)
+    def make_transformer(self, tokenizer: TokenizerConfig, given: Mapping[str, Any], **derived: Any) -> VARTransformer:
+        """The network, with adapters where there is a student; what follows from the other parts need not be given."""
+        derived |= {"latent_width": tokenizer.latent_width, "vocabulary": tokenizer.vocabulary}
+        derived |= {"hidden_width": 4 * given.get("width", TransformerConfig.width), "num_levels": len(self.schedule)}
+        transformer = VARTransformer(TransformerConfig(**(derived | dict(given))))
         if self.student_config.has_teacher:
             attach_adapters(transformer, self.student_config.lora_rank, True, self.student_config.lora_targets)
         return transformer

@@ -158,30 +158,20 @@ class VARSR(OneStepSystem):
         self.student_config = OneStepConfig(**(student or {}))
         self._options = {"schedule": dict(schedule), "prefix": prefix, "refiner": refiner}
         sizes = TokenizerConfig(**tokenizer)
-        config = TransformerConfig(**(self._derived(sizes, transformer, prefix is not None) | transformer))
+        start_rows = 1 if prefix is None else 1 + self.schedule.num_tokens_per_scale[-1]
+        own = {"num_classes": 2, "positions": "rope_grid", "start_rows": start_rows}
         with torch.device("meta"):
             self.tokenizer = MultiScaleTokenizer(sizes)
-            self.transformer = self.make_transformer(config)
-            self.prefix_encoder = None if prefix is None else PrefixEncoder(config.width, **prefix)
-            self.refiner = None if refiner is None else Refiner(sizes.latent_width, config.width, **refiner)
-            self.refiner_norm = None if refiner is None else nn.LayerNorm(config.width, eps=EPS)
+            self.transformer = self.make_transformer(sizes, transformer, **own)
+            width = self.transformer.config.width
+            self.prefix_encoder = None if prefix is None else PrefixEncoder(width, **prefix)
+            self.refiner = None if refiner is None else Refiner(sizes.latent_width, width, **refiner)
+            self.refiner_norm = None if refiner is None else nn.LayerNorm(width, eps=EPS)
         self._check_sizes()
         self.qualities: PreparedCondition | None = None
         if torch.get_default_device().type != "meta":
             self._fill(seed)
             self.tokenizer.to(memory_format=torch.channels_last)  # convolutions run faster so, on CPU and GPU
-
-    def _derived(self, tokenizer: TokenizerConfig, transformer: dict[str, Any], has_prefix: bool) -> dict[str, Any]:
-        """Arguments of `TransformerConfig` that follow from the other parts."""
-        return {
-            "latent_width": tokenizer.latent_width,
-            "vocabulary": tokenizer.vocabulary,
-            "hidden_width": 4 * transformer.get("width", TransformerConfig.width),
-            "num_levels": len(self.schedule),
-            "num_classes": 2,
-            "positions": "rope_grid",
-            "start_rows": 1 + (self.schedule.num_tokens_per_scale[-1] if has_prefix else 0),
-        }
 
     def _check_sizes(self) -> None:
         self.check_codebook()

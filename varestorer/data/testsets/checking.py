@@ -109,13 +109,12 @@ def check_test_set(root: Path, benchmark: Benchmark, scale: int = 4, manifest: M
         listing = list_test_set(root, need_pairs=benchmark.reference)
     except UserError as error:
         return Check(problems=[str(error)])
-    checker = _Checker(root, benchmark, scale, listing)
-    checker.check_names()
+    check = _Checker(root, benchmark, scale, listing)
+    check.check_names()
     for name, low, high in tqdm(listing.images, desc="reading", unit=" images", leave=False):
-        checker.check_images(name, low, high if benchmark.reference else None)
+        check.check_images(name, low, high if benchmark.reference else None)
     if manifest is not None:
-        checker.compare(manifest)
-    check = checker.check
+        check.compare(manifest)
     check.offenders = dict(sorted(check.offenders.items(), key=lambda item: natural_key(item[0])))
     return check
 
@@ -125,14 +124,14 @@ def show(size: tuple[int, int]) -> str:
     return f"{size[1]}x{size[0]}"
 
 
-class _Checker:
-    """Fills a `Check`."""
+class _Checker(Check):
+    """Fills itself."""
 
     def __init__(self, root: Path, benchmark: Benchmark, scale: int, listing: Listing) -> None:
         self.root, self.benchmark, self.scale, self.listing = root, benchmark, scale, listing
         sides = {"lr": listing.low_folder, "hr": listing.high_folder if benchmark.reference else None}
         folders = {side: folder for side, folder in sides.items() if folder}
-        self.check = Check(folders=folders, images={side: {} for side in folders})
+        super().__init__(folders=folders, images={side: {} for side in folders})
 
     def check_names(self) -> None:
         """Count, and name the files that do not pair."""
@@ -147,9 +146,9 @@ class _Checker:
         count, wanted = len(self.listing.images), self.benchmark.pairs
         what = "pairs" if self.benchmark.reference else "images"
         if wanted is not None and count != wanted:
-            self.check.problems.append(f"wanted {wanted} {what}, found {count}")
+            self.problems.append(f"wanted {wanted} {what}, found {count}")
         elif not count:
-            self.check.problems.append(f"holds no {what}")
+            self.problems.append(f"holds no {what}")
 
     def check_images(self, name: str, low: Path, high: Path | None) -> None:
         """Read an image or a pair, and check formats and sizes."""
@@ -170,10 +169,10 @@ class _Checker:
         """Compare the pixels with those of the machine that made the set."""
         places = {name: {"lr": low, "hr": high} for name, low, high in self.listing.images}
         gone = sorted(manifest.pairs.keys() - places.keys())
-        self.check.problems += [f"{name} is in the manifest but not in the folder" for name in gone]
+        self.problems += [f"{name} is in the manifest but not in the folder" for name in gone]
         for name, sides in places.items():
             made = manifest.pairs.get(name)
-            for side, images in self.check.images.items():
+            for side, images in self.images.items():
                 path, image = sides[side], images.get(name)
                 if path and made is None:
                     self._blame(path, "is not in the manifest")
@@ -192,11 +191,11 @@ class _Checker:
             self._blame(path, f"is {image.format}, wanted {' or '.join(formats)}: not the released file")
         if self.benchmark.reference and image.mode != "8-bit RGB":
             self._blame(path, f"is {image.mode}, wanted 8-bit RGB")
-        self.check.images[side][name] = image
+        self.images[side][name] = image
         return image
 
     def _blame(self, path: Path, reason: str) -> None:
-        self.check.offenders.setdefault(self._show(path), []).append(reason)
+        self.offenders.setdefault(self._show(path), []).append(reason)
 
     def _show(self, path: Path) -> str:
         return path.relative_to(self.root).as_posix()

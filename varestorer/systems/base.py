@@ -468,35 +468,9 @@ class System(
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
-        cls, pretrained_model_name_or_path: str | Path | None = None, **options: Any
-    ) -> Self:
-        """Load a system of this class, in evaluation mode; `varestorer.systems.load` finds the class by itself.
-
-        Args:
-            pretrained_model_name_or_path: a bundle's folder, a run of scripts/train.py (the averaged weights of its
-                latest checkpoint) or a checkpoint of one, a published file with its companions beside it, or a
-                bundle's or a known release's name on the hub (`owner/name`, `owner/name@revision`); None for "nano",
-                which comes with the package.
-            options: `device`; `merge=True` folds the adapters into the weights (faster, but only for `steps="one"`);
-                `precision="fp32"`, `"bf16"`, or `"auto"` for what suits the device (else as stored);
-                `acceleration=Acceleration(...)`, in place of these two, for more means; `tokenizer_file` and
-                `restorer_file` of a published file, where they lie elsewhere; for the hub `revision`, `token`,
-                `cache_dir`, `local_files_only`, `force_download`.
-        Raises:
-            UsageError: neither a path nor a name that the hub knows.
-            UserError: the path holds no system, or its files do not fit.
-        """
-        release = release_of(pretrained_model_name_or_path)
-        if release is not None and release.system != cls.name:
-            raise UserError(f"{release.name} holds a model of {release.system}, and {cls.name} was asked for")
-        path = locate(pretrained_model_name_or_path, options, cls.from_published)
-        return cls._from_pretrained(model_id=str(path), **options)
-
-    @classmethod
-    def _from_pretrained(  # type: ignore[override]
         cls,
+        pretrained_model_name_or_path: str | Path | None = None,
         *,
-        model_id: str,
         device: torch.device | str = "cpu",
         merge: bool = False,
         precision: str | None = None,
@@ -505,21 +479,31 @@ class System(
         restorer_file: str | None = None,
         **hub: Any,
     ) -> Self:
+        """Load a system of this class, in evaluation mode; `varestorer.systems.load` finds the class by itself.
+
+        Args:
+            pretrained_model_name_or_path: a bundle's folder, a run of scripts/train.py (the averaged weights of its
+                latest checkpoint) or a checkpoint of one, a published file with its companions beside it, or a
+                bundle's or a known release's name on the hub (`owner/name`, `owner/name@revision`); None for "nano",
+                which comes with the package.
+            device: of the networks.
+            merge: fold the adapters into the weights (faster, but only for `steps="one"`).
+            precision: "fp32", "bf16", or "auto" for what suits the device; None: as stored.
+            acceleration: in place of these two, for more means.
+            tokenizer_file, restorer_file: of a published file, where they lie elsewhere.
+            hub: `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`.
+        Raises:
+            UsageError: neither a path nor a name that the hub knows.
+            UserError: the path holds no system, or its files do not fit.
+        """
+        release = release_of(pretrained_model_name_or_path)
+        if release is not None and release.system != cls.name:
+            raise UserError(f"{release.name} holds a model of {release.system}, and {cls.name} was asked for")
+        path = locate(pretrained_model_name_or_path, hub, cls.from_published)
         if acceleration is None and precision is not None:
             acceleration = Acceleration(merge, precision)
         merged = merge if acceleration is None else acceleration.merge
-        path = Path(model_id)
-        if not path.exists():
-            raise UsageError(f"{path} does not exist; {HOW}")
-        if is_bundle(path):
-            system = cls.from_bundle(path, merged)
-        elif is_published(path):
-            check_is_whole(path)
-            system = cls.from_published(path, tokenizer_file, restorer_file)
-        elif is_run(path):
-            system = cls._from_run(path)
-        else:
-            raise UserError(f"{path} holds no model; {HOW}")
+        system = cls._opened(path, merged, tokenizer_file, restorer_file)
         if merged:
             system.merge_adapters()
         system.source = path
@@ -527,8 +511,17 @@ class System(
         return system if acceleration is None else system.accelerate(acceleration)
 
     @classmethod
-    def _from_run(cls, path: Path) -> Self:
-        """The model of a run's config, filled with the run's weights."""
+    def _opened(cls, path: Path, merge: bool, tokenizer_file: str | None, restorer_file: str | None) -> Self:
+        """The system of a path, as `from_pretrained` takes it."""
+        if not path.exists():
+            raise UsageError(f"{path} does not exist; {HOW}")
+        if is_bundle(path):
+            return cls.from_bundle(path, merge)
+        if is_published(path):
+            check_is_whole(path)
+            return cls.from_published(path, tokenizer_file, restorer_file)
+        if not is_run(path):
+            raise UserError(f"{path} holds no model; {HOW}")
         model = OmegaConf.to_container(model_of_run(path))
         system = cls(**{key: value for key, value in model.items() if not str(key).startswith("_")})  # type: ignore
         load_into(system, load_run_weights(path), f"the run {latest_checkpoint(path).parents[2]}")

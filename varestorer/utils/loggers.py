@@ -179,6 +179,10 @@ def open_wandb(
     """
     import wandb
 
+    path = folder / "wandb" / "run_id"
+    if not path.is_file():  # drawn once and kept, so that a resume goes on with it
+        with atomic_write(path) as temporary:
+            temporary.write_text(uuid.uuid4().hex[:8] + "\n", encoding="utf-8")
     mode = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
     run = wandb.init(
         dir=str(folder),
@@ -187,7 +191,7 @@ def open_wandb(
         name=_run_name(folder),
         config=dict(config),
         mode=mode,  # type: ignore[arg-type]  # a plain string from the environment; wandb checks it
-        id=_run_id(folder),
+        id=path.read_text(encoding="utf-8").strip(),
         resume="allow" if mode == "online" else None,
         settings=wandb.Settings(silent=True, console="off"),
     )
@@ -223,12 +227,3 @@ def open_trackio(folder: Path, config: Mapping[str, Any], *, project: str = "var
 
 def _run_name(folder: Path) -> str:
     return "/".join(folder.absolute().parts[-2:])
-
-
-def _run_id(folder: Path) -> str:
-    """The id of this folder's run, drawn once and kept, so that a resume goes on with it."""
-    path = folder / "wandb" / "run_id"
-    if not path.is_file():
-        with atomic_write(path) as temporary:
-            temporary.write_text(uuid.uuid4().hex[:8] + "\n", encoding="utf-8")
-    return path.read_text(encoding="utf-8").strip()

@@ -76,7 +76,13 @@ def read_tensors(path: str | Path, nested: tuple[str, ...] = ()) -> dict[str, Te
     else:
         tensors = unwrap(load_torch_file(path, "cpu"), nested)
     _check_some(tensors, path)
-    _check_kinds(tensors, path)
+    wrong = {name: t.dtype for name, t in tensors.items() if t.is_floating_point() and t.dtype not in FLOATS}
+    if wrong:
+        name, dtype = next(iter(wrong.items()))
+        raise UserError(
+            f"{path} holds {len(wrong)} tensors of a kind that cannot be computed with, such as {name} "
+            f"({str(dtype).removeprefix('torch.')}); give the weights in float32, bfloat16 or float16"
+        )
     check_weights(tensors, str(path))
     return tensors
 
@@ -151,17 +157,6 @@ def _read_safetensors(path: Path, read: Callable[[Path], Content]) -> Content:
         raise UserError(f"weights not found: {path}") from error
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"cannot read weights {path}: damaged ({reason(error)})") from error
-
-
-def _check_kinds(tensors: dict[str, Tensor], path: Path) -> None:
-    """Refuse numbers of a kind that nothing here computes with, such as float8."""
-    wrong = {name: t.dtype for name, t in tensors.items() if t.is_floating_point() and t.dtype not in FLOATS}
-    if wrong:
-        name, dtype = next(iter(wrong.items()))
-        raise UserError(
-            f"{path} holds {len(wrong)} tensors of a kind that cannot be computed with, such as {name} "
-            f"({str(dtype).removeprefix('torch.')}); give the weights in float32, bfloat16 or float16"
-        )
 
 
 def _of_another_kind(one: Tensor, other: Tensor) -> bool:

@@ -114,17 +114,12 @@ def hq_folder(root: str | os.PathLike, split: Split = "train") -> Path:
 
 
 def find_pairs(root: str | os.PathLike, split: Split = "test") -> list[tuple[str, Path, Path]]:
-    """Match the bad and good images of a paired data set by name, without opening them.
+    """Match the bad and good images of a paired data set by name, without opening them: (name, bad image, good image).
 
-    A pair has the same path inside its folder, extension aside, or one that is the same without the endings that tell
-    the side (`a_LR4.png`, `a_HR.png`, `ax4.png`), see `match_names`. Of several sides those of `split` are taken.
-
-    Args:
-        root: folder with `hr`, `hq`, `gt` or `test_HR` beside `lr`, `lq` or `test_LR`.
-    Returns:
-        (name, bad image, good image), in natural order of the names.
-    Raises:
-        UserError: folders missing or in doubt, or images without a partner or with several; lists them.
+    They are in natural order of the names. A pair has the same path inside its folder, extension aside, or one that is
+    the same without the endings that tell the side (`a_LR4.png`, `a_HR.png`, `ax4.png`), see `match_names`. `root` has
+    `hr`, `hq`, `gt` or `test_HR` beside `lr`, `lq` or `test_LR`; of several sides those of `split` are taken. Folders
+    missing or in doubt, or images without a partner or with several, are a UserError that lists them.
     """
     images = _without_fault(list_test_set(root, need_pairs=True, split=split))
     return [(name, low, high) for name, low, high in images if high]

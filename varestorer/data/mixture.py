@@ -21,8 +21,8 @@ class Mixture(Dataset[Sample]):
     """Data sets mixed sample by sample.
 
     Of every 1000 samples of a run each source gives its share, in an order keyed by (seed, block). A source is asked
-    for its samples 0, 1, 2, ... in its own order, so it goes through its own epochs. Sample n is still a function of
-    n alone.
+    for its samples 0, 1, 2, ... in its own order, so it goes through its own epochs. Sample n is still a function of n
+    alone.
 
     Args:
         sources: data sets of crops, by names of your choice.

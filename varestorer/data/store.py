@@ -38,19 +38,12 @@ Contents = dict[str, str]
 
 
 class ImageStore:
-    """Decoded images by number; an item is a tuple of files that belong together (a photograph, or a pair).
+    """Decoded images by number; an item is a tuple of files, or members of shards, that belong together (maybe a pair).
 
-    A file may be a member of a shard.
-
-    Broken files are met with a warning, once, and replaced by the next good item, so that what a number gives
-    depends on the files alone. Up to `HEADERS_TO_CHECK` files are looked at in the beginning (a small folder:
-    all of them, wholly), the rest when their turn comes.
-
-    Args:
-        items: files of each item.
-        root: folder to name in messages.
-    Raises:
-        UserError: now or in `read`: no usable item, or more than 5 % broken ones; names folder and files.
+    Broken files are met with a warning, once, and replaced by the next good item, so that what a number gives depends
+    on the files alone. Up to `HEADERS_TO_CHECK` files are looked at in the beginning (a small folder: all of them,
+    wholly), the rest when their turn comes. `root` is for messages. UserError, which names it and files, now or in
+    `read`: no usable item, or more than 5 % broken ones.
     """
 
     def __init__(self, items: Sequence[Item], root: str) -> None:

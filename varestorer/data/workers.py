@@ -71,13 +71,9 @@ def watched(
 ) -> Iterator[Any]:
     """Start the workers of a DataLoader now, and iterate over what they make.
 
-    Args:
-        start: the loader's own `__iter__`; it was made with `worker_options`.
-        key: of the config, which says how many workers there are.
-        wants_stop: asked while the workers give nothing.
-    Raises:
-        UserError: they cannot be started, died, or have given nothing for `STALLED` seconds without working.
-        StopWaitingError: `wants_stop`.
+    `start` is the loader's own `__iter__`, which was made with `worker_options`; the key of the config says how many
+    workers there are; `wants_stop` is asked while they give nothing. UserError: they cannot be started, died, or have
+    given nothing for `STALLED` seconds without working. StopWaitingError: `wants_stop`.
     """
     try:
         batches = start()

@@ -103,18 +103,15 @@ def restore_files(
 ) -> FolderReport:
     """Restore the files of a plan and write `restore.json` beside the results.
 
-    Each image's seed is derived from `seed` and its name, so its result depends neither on the other files
-    nor on their order. Transparency is resized and kept where the format holds it, and so are a color
-    profile, EXIF and resolution; gray is written as one channel, more than 8 bits as 16. Results appear whole or not
-    at all. If the run is interrupted, what was restored by then is written, and so is the report; it keeps earlier
-    entries whose results are still there, and those of runs that write to the same folder at the same time. A result
-    that was made from another file than the one that is there now is made again. One that is left in place, but was
-    made with another seed or other settings or does not say from what, is named.
+    Each image's seed is derived from `seed` and its name, so its result depends neither on the other files nor on their
+    order. Transparency is resized and kept where the format holds it, and so are a color profile, EXIF and resolution;
+    gray is written as one channel, more than 8 bits as 16. Results appear whole or not at all. If the run is
+    interrupted, what was restored by then is written, and so is the report; it keeps earlier entries whose results are
+    still there, and those of runs that write to the same folder at the same time. A result that was made from another
+    file than the one that is there now is made again. One that is left in place, but was made with another seed or
+    other settings or does not say from what, is named.
 
     Args:
-        plan: from `plan_restoration`.
-        restore: restores one image with a seed.
-        seed: of the whole run.
         settings: what else the entries say of how images were restored, e.g. the scale.
         overwrite: restore again what has a result.
         max_pixels: larger inputs are refused; None: above Pillow's limit (about 179 million pixels).

@@ -38,7 +38,7 @@ LEAST_WEIGHT = 1e-8  # sums of blending weights are raised to it before the divi
 def restore_official(
     system: Any, image_3HW: Tensor, scale: float = 4, *, prompt: Tensor | None = None, tiled: bool = False
 ) -> Tensor:
-    """Restore an image as the released script does.
+    """Restore an image as the released script does: (3, H', W') float32 in [0, 1], multiples of 1/255.
 
     Draws from two global generators, as that script does: per square one number of Python's `random`, then one
     `torch.rand` per scale on the CPU. `random.seed` and `torch.manual_seed` make a result repeatable. What the released
@@ -51,8 +51,6 @@ def restore_official(
         prompt: text features (T, E); None for the null text. The released code overwrites it where it drops it;
             here that happens to a copy, made once per call, so the caller's tensor never changes.
         tiled: restore overlapping squares at the size of the result instead of the squashed whole.
-    Returns:
-        (3, H', W') float32 in [0, 1], multiples of 1/255, on the image's device.
     Raises:
         UserError: a prompt that does not fit the network, or a result that is not finite.
     """

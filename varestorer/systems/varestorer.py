@@ -264,16 +264,14 @@ class VARestorer(System):
     def restore_batch(
         self, lq_B3HW: Tensor, noise: Noise | None = None, steps: str | int = "one", text: Text | None = None
     ) -> RestoredBatch:
-        """Restore squares of side `tile`.
+        """Restore squares of side `tile`, degraded images in [0, 1] at the size of the result.
 
         Args:
-            lq_B3HW: degraded images in [0, 1] at the size of the result.
             noise: uniform noise for sampling, see `heads.keyed_noise`; None takes the likelier bits.
             steps: "one": the student alone; K: the last K - 1 scales are predicted again by the teacher, given the
                 student's coarser ones; "multi": the teacher predicts all scales with a side above a quarter of the
                 last, given those of the degraded image.
-            text: features of the prompts, or, for one step, what `transformer.prepare` made of them; None for no
-                prompt.
+            text: features of the prompts, or, for one step, what `transformer.prepare` made of them; None for no text.
         Raises:
             UserError: steps that cannot be, or that need a teacher where the adapters are merged.
         """

@@ -134,15 +134,10 @@ def _turn_upright(file: ImageFile.ImageFile) -> tuple[int, list[str]]:
 
 
 def _deep_colors(file: ImageFile.ImageFile, bands_HWC: np.ndarray, orientation: int) -> np.ndarray | None:
-    """Colors of 16 bits, of which Pillow keeps the upper 8, by OpenCV; a key has become alpha.
+    """Colors of 16 bits, of which Pillow keeps the upper 8, by OpenCV: uint16 (H, W, 3 or 4), RGB.
 
-    Args:
-        file: decoded.
-        bands_HWC: what Pillow made of it, upright.
-        orientation: of the file.
-    Returns:
-        uint16 (H, W, 3 or 4), RGB; None where its upper bits are not Pillow's, who knows more kinds (multiplied by
-        alpha, planes apart).
+    A key has become alpha. The bands are what Pillow made of the decoded file, upright, the orientation is the file's.
+    None where its upper bits are not Pillow's, who knows more kinds (multiplied by alpha, planes apart).
     """
     import cv2
 
@@ -223,14 +218,9 @@ def _colors(
 ) -> tuple[np.ndarray, bytes | None, list[str]]:
     """(3, H, W) float32 in [0, 1], the profile that belongs to them, and notes.
 
-    An RGB profile is kept with its colors. Those of CMYK, and any of gray, are applied, which gives sRGB: what is
-    written as gray cannot have an RGB profile. A profile that fits neither way is left out.
-
-    Args:
-        file: for its tags.
-        image: from `_simplify`.
-        bands: its values, (H, W) or (H, W, C).
-        profile: of the file.
+    An RGB profile, of the file, is kept with its colors. Those of CMYK, and any of gray, are applied, which gives sRGB:
+    what is written as gray cannot have an RGB profile. A profile that fits neither way is left out. The image is from
+    `_simplify`, the bands are its values, (H, W) or (H, W, C); the file is asked for its tags.
     """
     mode, space = image.mode, _space_of(profile)
     if mode in ("RGB", "RGBA"):

@@ -195,7 +195,7 @@ def save_image(
     """Write a picture in [0, 1] with 8 bits, or 16 (rounded, not truncated), whole or not at all.
 
     Args:
-        path: the file; its extension says the format: PNG, TIFF, WebP, AVIF, BMP or JPEG.
+        path: its extension says the format: PNG, TIFF, WebP, AVIF, BMP or JPEG.
         img_CHW: RGB, or one channel of gray; as `as_picture` takes it.
         alpha_1HW: transparency of the same size.
         icc_profile: what the colors mean; None: sRGB.

@@ -139,15 +139,10 @@ def student_of(path: Path) -> dict[str, Any] | None:
 
 
 def put_adapters(base: Any, path: Path, student: dict[str, Any], adapters: Mapping[str, Tensor] | None = None) -> Any:
-    """The base's networks with the adapters of a file in place of its own, if it has any.
+    """The base's networks, with the teacher's weights, and the adapters of a file in place of its own, if it has any.
 
-    Args:
-        base: with the teacher's weights.
-        path: a file of adapters.
-        student: from `student_of`.
-        adapters: what the file holds, by plain names; None to read it.
-    Raises:
-        UserError: the base's adapters are merged, or the file does not fit it.
+    The student is from `student_of`; `adapters` are what the file holds, by plain names, None to read it. UserError:
+    the base's adapters are merged, or the file does not fit it.
     """
     if base.student_config.merged:
         raise UserError(

@@ -96,14 +96,13 @@ def make_test_set(
 ) -> Manifest:
     """Make pairs in `root`: `hr` and `lr` with PNG files, and `manifest.json`.
 
-    An interrupted run goes on where it stopped. Pairs that are there are read and kept if their pixels are those
-    noted down, and those of their photograph. The number of pairs may be raised later: the first ones stay.
+    An interrupted run goes on where it stopped. Pairs that are there are read and kept if their pixels are those noted
+    down, and those of their photograph. The number of pairs may be raised later: the first ones stay.
 
     Args:
         root: new folder, or one that an earlier run with the same options made.
         source: good photographs, as `hq_images` finds them (of several sides the test side). Unreadable ones and
             those smaller than a crop are left out and noted.
-        recipe: how pairs are made.
         options: what to note of how; an earlier run's have to be equal.
         count: number of pairs; every photograph gives equally many, up to one.
         num_workers: processes that make pairs; 0: this one does. The pairs are the same for any number.

@@ -327,12 +327,9 @@ def _by_name(folder: Path) -> tuple[dict[str, Path], list[tuple[Path, Path]]]:
 
 @dataclass
 class Matching:
-    """What belongs together.
+    """What belongs together, (name, bad image, good image), in natural order of the names, and what has no partner.
 
-    Attributes:
-        pairs: (name, bad image, good image), in natural order of the names.
-        unpaired: images without a partner, likewise.
-        ambiguous: images that could belong together in several ways; they are in no pair.
+    Images that could belong together in several ways are ambiguous, and in no pair.
     """
 
     pairs: list[tuple[str, Path, Path]] = field(default_factory=list)

@@ -48,12 +48,11 @@ class _Sample:
 
 
 def pack(out: Path, source: Path, shard_bytes: int, text: str | None = None) -> Packing:
-    """Write `shard-000000.tar`, `shard-000001.tar`, ... and their index.
+    """Write `shard-000000.tar`, `shard-000001.tar`, ... and their index into a folder, made if it is not there.
 
     A shard that is there already, from an interrupted run, is kept if it holds these very bytes.
 
     Args:
-        out: folder of the shards, made if it is not there.
         source: photographs, as `hq_images` finds them; those that cannot be opened are left out and named.
         shard_bytes: a shard is closed before it would get larger than this.
         text: folder of `precompute_text`: captions and features go into the shards too.

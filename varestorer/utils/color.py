@@ -20,14 +20,9 @@ WAVELET_LEVELS = 5
 def match_color(image_B3HW: Tensor, reference_B3HW: Tensor, method: str) -> Tensor:
     """Move the colors of images (B, 3, H, W) in [0, 1] to those of references of the same size.
 
-    Args:
-        image_B3HW: what is changed.
-        reference_B3HW: what it is to look like.
-        method: "none" changes nothing; "adain" gives each channel the mean and standard deviation of the reference;
-            "wavelet" replaces the low frequencies by those of the reference.
-    Raises:
-        UserError: unknown method.
-        ValueError: shapes differ.
+    The method "none" changes nothing; "adain" gives each channel the mean and standard deviation of the reference;
+    "wavelet" replaces the low frequencies by those of the reference. UserError: unknown method. ValueError: shapes
+    differ.
     """
     if method not in COLOR_METHODS:
         raise UserError(f"color must be one of {', '.join(COLOR_METHODS)}, got {method!r}")

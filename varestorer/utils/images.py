@@ -275,13 +275,9 @@ def as_picture(image: Any) -> Tensor:
 def from_anything(image: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
     """What people have pictures in, as (3, H, W) float32 in [0, 1], and how a result becomes what they gave.
 
-    The result may be of any size; for a path it becomes a PIL image.
-
-    Args:
-        image: a path, a PIL image (upright by its EXIF, transparency kept), uint8 NumPy (H, W, 3), or as `as_picture`.
-    Raises:
-        ValueError: anything else.
-        UserError: a file that cannot be read.
+    They have paths, PIL images (upright by their EXIF, transparency kept), uint8 NumPy (H, W, 3), or what `as_picture`
+    takes. The result may be of any size; for a path it becomes a PIL image. ValueError: anything else. UserError: a
+    file that cannot be read.
     """
     if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
         return from_levels(image), to_levels

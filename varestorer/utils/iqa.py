@@ -17,7 +17,7 @@ import urllib.error
 import urllib.request
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stdout
+from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cache
@@ -148,12 +148,10 @@ def create_metric(
     offline: bool | None = None,
     seed: int = 0,
 ) -> Metric:
-    """Build a metric of pyiqa.
+    """Build a metric of pyiqa, by its name, e.g. `psnr`, `lpips`, `maniqa-pipal`.
 
     Args:
-        name: pyiqa's, e.g. `psnr`, `lpips`, `maniqa-pipal`.
-        options: pyiqa's options for it, e.g. `{"test_y_channel": True, "color_space": "ycbcr"}`.
-        device: where it runs.
+        options: pyiqa's for it, e.g. `{"test_y_channel": True, "color_space": "ycbcr"}`.
         weights_folder: searched for weight files before torch's hub folder.
         offline: never touch the network; None: when HF_HUB_OFFLINE is set. When online, pyiqa fetches missing files
             into torch's hub folder.
@@ -175,12 +173,8 @@ def create_metric(
     found = {} if weights_folder is None or missing else find_weights(name, weights_folder)
     given = {place: path for place, path in found.items() if not place.startswith("hf:")}
     try:
-        with ExitStack() as stack:
-            stack.enter_context(quiet())
-            stack.enter_context(isolated_rng(seed))
-            stack.enter_context(weights_in_place(given))
-            if not may_download:
-                stack.enter_context(no_downloads())
+        downloads = nullcontext() if may_download else no_downloads()
+        with quiet(), isolated_rng(seed), weights_in_place(given), downloads:
             model = _pyiqa().create_metric(name, device=torch.device(device), **opts)
     except METRIC_ERRORS as error:
         what = f"could not fetch {'; '.join(missing)}" if missing else "cannot be built"

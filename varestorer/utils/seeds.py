@@ -72,15 +72,8 @@ def uniform_per_sample(
     """Uniform numbers (B, *shape) float32 in [0, 1) whose row `b` depends on `(seed, stream, keys[b])` alone.
 
     They are drawn on the CPU and moved, so that a sample gets the same ones on every device, in every batch and in
-    every process of a distributed run.
-
-    Args:
-        shape: of one row, without the batch dimension.
-        seed: of the run.
-        keys: B integers, one a sample (e.g. its global number).
-        stream: name of what the numbers are for (e.g. `"bits"`).
-        device: where the result lives.
-        draw: fills a row in place.
+    every process of a distributed run. The keys are B integers, one a sample (e.g. its global number), the stream is
+    the name of what the numbers are for (e.g. `"bits"`), and `draw` fills a row in place.
     """
     numbers = keys.tolist() if isinstance(keys, Tensor) else [int(key) for key in keys]
     out = torch.empty((len(numbers), *shape), dtype=torch.float32)

@@ -152,7 +152,7 @@ class _Grid:
 def enlarged_tile(
     image_3HW: Tensor, size: tuple[int, int], top: int, left: int, tile: int, resample: Resample | None = None
 ) -> Tensor:
-    """One square of `resize(image, size)`, made from the pixels that it needs alone.
+    """One square of `resize(image, size)`, made from the pixels that it needs alone: (3, t, t) float32 in [0, 1].
 
     Weights are computed in float64. Torch resizes float32 images with float32 positions, and Pillow takes its box in
     float32: far from the corner, and at scales that are not powers of two, both drift (by 1e-3 near pixel 50,000).
@@ -160,12 +160,9 @@ def enlarged_tile(
     Args:
         image_3HW: float image in [0, 1].
         size: (height, width) of the enlarged image, which may also be a smaller one; its own size only crops.
-        top: first row of the square.
-        left: first column of the square.
+        top, left: first row and column of the square.
         tile: side of the square; beyond the enlarged image it holds the mirror image.
         resample: see `ENLARGE`; None for bicubic. The weights of other tiles may be remembered.
-    Returns:
-        (3, t, t) float32 in [0, 1].
     """
     bottom, right = min(top + tile, size[0]), min(left + tile, size[1])
     if tuple(image_3HW.shape[-2:]) == tuple(size):

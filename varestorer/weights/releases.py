@@ -25,13 +25,8 @@ HUB = "hub"
 class PublishedFile:
     """A file, or a whole repository, that somebody published.
 
-    Attributes:
-        name: as it is called beside others.
-        hub: its repository.
-        what: it is.
-        license: as far as it was read.
-        path: in the repository; empty for all of it.
-        sha256, size: (bytes) where they are known.
+    `hub` is its repository, `path` its place there, empty for all of it; the license is as far as it was read; the
+    SHA-256 and the size (bytes) are there where they are known.
     """
 
     name: str

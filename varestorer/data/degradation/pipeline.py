@@ -126,11 +126,9 @@ class RandomBlur(_Step):
 
 @dataclass(frozen=True)
 class RandomResize(_Step):
-    """Resize up, down or not at all, by a random factor and method.
+    """Resize up, down or not at all (the probabilities), by a random factor and method.
 
-    Attributes:
-        direction_probs: up, down, keep.
-        factor: smallest factor (down) and largest (up); 1 lies between.
+    The factor's range is from the smallest (down) to the largest (up); 1 lies between.
     """
 
     direction_probs: tuple[float, ...] = (0.2, 0.7, 0.1)

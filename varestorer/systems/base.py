@@ -48,7 +48,7 @@ from varestorer.utils.images import as_picture, from_anything, from_network, is_
 from varestorer.utils.seeds import torch_generator
 from varestorer.utils.tiling import num_tiles, restore_tiled, restore_to_sizes, scaled_size
 from varestorer.weights.bundle import ADAPTERS, CONFIG, is_bundle, read_config, save_bundle
-from varestorer.weights.load import allocate, load_into
+from varestorer.weights.load import allocate, load_into, split_adapters
 from varestorer.weights.resolve import HOW, check_is_whole, is_published, locate, model_of_run, release_of
 from varestorer.weights.runs import is_run, latest_checkpoint, load_run_weights
 
@@ -198,13 +198,8 @@ class System(
 
     def parts(self) -> dict[str, dict[str, Tensor]]:
         """Tensors of each file of a bundle: adapters, where there are any, in one of their own."""
-        network = plain_state_dict(self.transformer)
-        adapters = {name: tensor for name, tensor in network.items() if ".lora_" in name}
-        parts = {
-            "tokenizer": dict(self.tokenizer.state_dict()),
-            "transformer": {name: tensor for name, tensor in network.items() if name not in adapters},
-            ADAPTERS: adapters,
-        }
+        network, adapters = split_adapters(plain_state_dict(self.transformer))
+        parts = {"tokenizer": dict(self.tokenizer.state_dict()), "transformer": network, ADAPTERS: adapters}
         return {part: tensors for part, tensors in parts.items() if tensors}
 
     def initial_state(self) -> dict[str, Tensor]:

@@ -282,10 +282,7 @@ def enlarged_grid(rows_1NC: Tensor, side: int) -> Tensor:
 
 def _reading(config: Mapping[str, Any]) -> dict[str, Any]:
     """The entries of a model's config that decide which tokens an image has."""
-    found = {
-        f"{part}.{key}": config[part][key]
-        for part, keys in (("schedule", ("sides", "targets")), ("tokenizer", ("reuse", "reduce")))
-        for key in keys
-        if key in config.get(part, {})
-    }
+    keys = {"schedule": ("sides", "targets"), "tokenizer": ("reuse", "reduce")}
+    parts = ((part, key, config.get(part, {})) for part, some in keys.items() for key in some)
+    found = {f"{part}.{key}": held[key] for part, key, held in parts if key in held}
     return {name: list(value) if isinstance(value, list | tuple) else value for name, value in found.items()}

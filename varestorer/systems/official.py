@@ -55,7 +55,12 @@ def restore_official(
         UserError: a prompt that does not fit the network, or a result that is not finite.
     """
     image_3HW = as_picture(image_3HW)
-    features_TE = _own_features(system, prompt)
+    null_TE = system.transformer.condition.null_features
+    features_TE = null_TE if prompt is None else prompt
+    (most, width), shape = null_TE.shape, tuple(features_TE.shape)
+    if len(shape) != 2 or not 1 <= shape[0] <= most or shape[1] != width:
+        raise UserError(f"a prompt must be features of 1 to {most} tokens of width {width}, got shape {shape}")
+    features_TE = features_TE.detach().to(system.device, torch.float32, copy=True)  # it may be overwritten
     enlarged_HW3 = _lanczos(to_levels(image_3HW), scaled_size(image_3HW.shape[1], image_3HW.shape[2], scale))
     if tiled:
         restored_HW3 = _tiled(system, enlarged_HW3, features_TE)
@@ -64,16 +69,6 @@ def restore_official(
         restored_tt3 = restore_square(system, from_levels(square_tt3), features_TE)
         restored_HW3 = _lanczos(restored_tt3, enlarged_HW3.shape[:2])
     return from_levels(restored_HW3).to(image_3HW.device)
-
-
-def _own_features(system: Any, prompt: Tensor | None) -> Tensor:
-    """A copy of the prompt's features, or of the null text, that may be overwritten."""
-    null_TE = system.transformer.condition.null_features
-    features_TE = null_TE if prompt is None else prompt
-    (most, width), shape = null_TE.shape, tuple(features_TE.shape)
-    if len(shape) != 2 or not 1 <= shape[0] <= most or shape[1] != width:
-        raise UserError(f"a prompt must be features of 1 to {most} tokens of width {width}, got shape {shape}")
-    return features_TE.detach().to(system.device, torch.float32, copy=True)
 
 
 def _tiled(system: Any, image_HW3: np.ndarray, features_TE: Tensor) -> np.ndarray:

@@ -399,7 +399,7 @@ class VARSR(OneStepSystem):
 
     def network(self) -> dict[str, Tensor]:
         """All but the tokenizer by the names of `weights.published.varsr`: the transformer's have no prefix."""
-        state = {n: t for n, t in plain_state_dict(self).items() if ".lora_" not in n}
+        state, _ = split_adapters(plain_state_dict(self))
         return {name.removeprefix("transformer."): t for name, t in state.items() if not name.startswith("tokenizer.")}
 
     def load_network(self, tensors: dict[str, Tensor]) -> None:

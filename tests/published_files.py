@@ -9,7 +9,6 @@ from torch import Tensor
 from varestorer.conditioning.restorer import Restorer
 from varestorer.systems.varestorer import VARestorer
 from varestorer.systems.varsr import VARSR
-from varestorer.systems.varsr_files import VQVAE
 from varestorer.utils.seeds import torch_generator
 from varestorer.weights.published import STUDENT_FILE, TOKENIZER_FILE, TRANSFORMER_FILE, to_published
 from varestorer.weights.published.infinity import part_tensors
@@ -17,6 +16,7 @@ from varestorer.weights.published.varsr import (
     LEVELS,
     MASK,
     USAGE,
+    VQVAE,
     derived_tensor,
     published_varsr_name,
     published_vqvae_name,

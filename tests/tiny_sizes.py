@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from varestorer.systems.varsr_files import VQVAE
+from varestorer.weights.published.varsr import VQVAE
 
 HVAR_SIZES: dict[str, Any] = {
     "schedule": {"sides": [1, 2, 3, 4, 6, 8], "targets": [2, 4, 8]},

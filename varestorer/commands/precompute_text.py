@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -32,14 +32,13 @@ from varestorer.data.text import (
     read_captions,
     write_captions,
 )
-from varestorer.data.workers import deaths_explained, watched, worker_options
+from varestorer.data.workers import deaths_explained, in_turn
 from varestorer.utils.device import pick_device
 from varestorer.utils.errors import UsageError, UserError, reason
 from varestorer.utils.files import expand_user, file_sha256, read_text
 from varestorer.utils.images import load_image, resize
 from varestorer.utils.locks import locked
 from varestorer.utils.scanning import first_names, report_unused, scan_folder
-from varestorer.utils.seeds import torch_generator
 from varestorer.utils.tiling import scaled_size
 
 LOG = logging.getLogger(__name__)
@@ -199,15 +198,12 @@ def _digest(path: Path) -> str:
 
 
 def read_pictures(paths: Sequence[Path], num_workers: int) -> Iterator[Tensor | UserError]:
-    """Whole photographs, in turn, as `_Previews` gives them."""
-    generator = torch_generator(0, "captions")  # without one torch draws from the global generator
-    useful = min(num_workers, len(paths), os.cpu_count() or 1)
-    loader = DataLoader(_Previews(paths), batch_size=None, generator=generator, **worker_options(useful))
-    yield from watched(loader.__iter__, WORKERS_KEY)
+    """Whole photographs in turn, as `_Previews` gives them; for a broken one, what is wrong with it."""
+    return in_turn(_Previews(paths), min(num_workers, len(paths), os.cpu_count() or 1), WORKERS_KEY)
 
 
-class _Previews(Dataset[Tensor | UserError]):
-    """Whole photographs (3, h, w) in [0, 1], no side above `CAPTION_SIDE`; for a broken one, what is wrong with it."""
+class _Previews(Dataset[Tensor]):
+    """Whole photographs (3, h, w) in [0, 1], no side above `CAPTION_SIDE`."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self.paths = paths
@@ -215,11 +211,8 @@ class _Previews(Dataset[Tensor | UserError]):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, index: int) -> Tensor | UserError:
-        try:
-            image_3HW = load_image(self.paths[index])
-        except UserError as error:
-            return error
+    def __getitem__(self, index: int) -> Tensor:
+        image_3HW = load_image(self.paths[index])
         height, width = image_3HW.shape[-2:]
         return resize(image_3HW, scaled_size(height, width, min(1, CAPTION_SIDE / max(height, width))))
 

@@ -219,8 +219,8 @@ def split(options: PrepareDataOptions) -> list[str]:
     if options.set is not None and options.set not in SCORE_SETS:
         raise UsageError(f"set must be one of {', '.join(SCORE_SETS)}, got set={options.set}")
     known = SCORE_SETS.get(options.set or "")
-    column = known.column if options.column is None and known is not None else options.column
-    share = known.share if options.share is None and known is not None else options.share
+    column = known[1] if options.column is None and known is not None else options.column
+    share = known[0] if options.share is None and known is not None else options.share
     if column is None or share is None:
         raise UsageError("give column=NAME (of the scores) and share= (of the largest score), or set= that knows both")
     found = split_by_scores(source, scores, column, share)

@@ -12,7 +12,7 @@ fixed; both views of the motorcycle are on the training side.
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal, NotRequired, Protocol, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict
 
 import numpy as np
 from torch import Tensor
@@ -61,12 +61,6 @@ class Sample(TypedDict):
     label: NotRequired[int]
 
 
-class Texts(Protocol):
-    """Features (T, E) of a photograph by its number, None for the null text."""
-
-    def __getitem__(self, index: int, /) -> Tensor | None: ...
-
-
 class EpochOrder:
     """Which image sample n shows: a new permutation of all images every epoch."""
 
@@ -87,7 +81,7 @@ class _Crops(Dataset[Sample]):
 
     store: ImageStore
     root: str | None
-    texts: Texts | None
+    texts: Any  # features (T, E) of a photograph by its number, None for the null text; None: samples come without
 
     def __len__(self) -> int:
         """Number of images, or pairs (of one epoch); sample numbers go on beyond it."""
@@ -100,6 +94,10 @@ class _Crops(Dataset[Sample]):
     def contents(self) -> Contents:
         """Which files, and which texts, the samples are of."""
         return file_contents(self.store.items, self.root) | (contents_of(self.texts) or {})
+
+    def with_text(self, sample: Sample, index: int) -> Sample:
+        """The sample, with the text of photograph `index` if there are texts."""
+        return sample if self.texts is None else {**sample, "text": self.texts[index]}
 
 
 class PhotoCrops(_Crops):
@@ -142,13 +140,13 @@ class PhotoCrops(_Crops):
             raise UserError(f"data.crop must be a positive number of pixels, got {crop}")
         if downscale is not None and not (len(downscale) == 2 and 1 <= downscale[0] <= downscale[1]):
             raise UserError(f"data.downscale must be [low, high], 1 <= low <= high, got {list(downscale)}")
-        files, self.texts = _photographs(root, packed, text)
+        files = self._files(root, packed, text)
         self.crop, self.degradation, self.seed, self.use_flip = crop, degradation, seed, use_flip
         self.root = root
         self.downscale = None if downscale is None else (float(downscale[0]), float(downscale[1]))
         self.store = ImageStore([(file,) for file in files], root or "the embedded photographs")
         self.order = EpochOrder(len(files), seed)
-        self.labels, self.spoil = _labels(files, label), spoil
+        self.labels, self.spoil = self._labels(files, label), spoil
 
     def __getitem__(self, n: int) -> Sample:
         """Make sample n, any number >= 0."""
@@ -165,7 +163,41 @@ class PhotoCrops(_Crops):
         sample: Sample = {"hq": hq_3HW, "lq": lq_3HW, "name": self.store.items[index][0].stem, "key": n}
         if self.labels is not None:
             sample["label"] = self.labels[index]
-        return with_text(sample, self.texts, index)
+        return self.with_text(sample, index)
+
+    def _files(self, root: str | None, packed: bool, text: str | None) -> Sequence[Path] | Sequence[Packed]:
+        """The files of good photographs; sets their texts if these are asked for."""
+        if not packed:
+            paths = embedded_paths("train") if root is None else hq_images(root)
+            self.texts = open_texts(text, root, paths)
+            return paths
+        samples = packed_photographs(root or "")
+        if text == INSIDE:
+            if not any(sample.features for sample in samples):
+                raise UserError(f"data.text={INSIDE}: the shards of {root} hold no text; pack them with text=FOLDER")
+            self.texts = _PackedTexts(samples)
+        else:
+            names = [sample.name for sample in samples]
+            self.texts = None if text is None else PhotoTexts(expand_user(text), names)
+        return samples
+
+    @staticmethod
+    def _labels(files: Sequence[Path] | Sequence[Packed], label: int | str | None) -> list[int] | None:
+        """The class of each file."""
+        if label is None or isinstance(label, int):
+            return None if label is None else [label] * len(files)
+        paths = [file for file in files if isinstance(file, Path)]
+        if label != "folder" or len(paths) < len(files):
+            raise UserError(f"data.label must be a number, or folder for a folder of pictures per class, got {label}")
+        numbers = {folder: number for number, folder in enumerate(sorted({path.parent for path in paths}))}
+        return [numbers[path.parent] for path in paths]
+
+
+class _PackedTexts(list[Packed]):
+    """Features (T, E) float32 that shards hold beside their photographs, by number; None for the null text."""
+
+    def __getitem__(self, index: Any) -> Any:
+        return super().__getitem__(index).load_features()
 
 
 class PairedCrops(_Crops):
@@ -174,13 +206,12 @@ class PairedCrops(_Crops):
     Args:
         root: folder with `hr`, `hq`, `gt` or `test_HR` beside `lr`, `lq` or `test_LR`; names must match.
         crop: side of the squares, pixels of the good image; a multiple of `scale`.
-        seed: seed of order, place and flip.
+        seed: of order, place and flip.
         scale: how much larger the good images are; bad images already of their size are taken too.
         use_flip: mirror every other square, left to right.
         text: as for `PhotoCrops`, made of the good images.
     Raises:
-        UserError: `root` is missing or not of this form, sizes do not fit, or more than 5 % are broken; `text` is of
-            no use.
+        UserError: no such `root` or `text`, sizes that do not fit, or more than 5 % broken images.
     """
 
     def __init__(
@@ -208,59 +239,13 @@ class PairedCrops(_Crops):
         if self.use_flip and rng.random() < 0.5:
             hq_3HW, lq_3HW = hq_3HW.flip(-1), lq_3HW.flip(-1)
         sample: Sample = {"hq": hq_3HW, "lq": lq_3HW, "name": self.names[index], "key": n}
-        return with_text(sample, self.texts, index)
-
-
-class PackedTexts:
-    """The text features that shards hold beside their photographs."""
-
-    def __init__(self, samples: Sequence[Packed]) -> None:
-        self.samples = samples
-
-    def __getitem__(self, index: int, /) -> Tensor | None:
-        """Features (T, E) float32 of sample `index`; None for the null text."""
-        return self.samples[index].load_features()
-
-
-def _photographs(
-    root: str | None, packed: bool, text: str | None
-) -> tuple[Sequence[Path] | Sequence[Packed], Texts | None]:
-    """The files of a data set of good photographs, and their texts if these are asked for."""
-    if not packed:
-        paths = embedded_paths("train") if root is None else hq_images(root)
-        return paths, open_texts(text, root, paths)
-    samples = packed_photographs(root or "")
-    if text == INSIDE:
-        if not any(sample.features for sample in samples):
-            raise UserError(f"data.text={INSIDE}: the shards of {root} hold no text; pack them with text=FOLDER")
-        return samples, PackedTexts(samples)
-    names = [sample.name for sample in samples]
-    return samples, None if text is None else PhotoTexts(expand_user(text), names)
-
-
-def _labels(files: Sequence[Path] | Sequence[Packed], label: int | str | None) -> list[int] | None:
-    """The class of each file, see `PhotoCrops`."""
-    if label is None:
-        return None
-    if isinstance(label, int):
-        return [label] * len(files)
-    paths = [file for file in files if isinstance(file, Path)]
-    if label != "folder" or len(paths) < len(files):
-        raise UserError(f"data.label must be a number, or folder for a folder of pictures per class, got {label}")
-    numbers = {folder: number for number, folder in enumerate(sorted({path.parent for path in paths}))}
-    return [numbers[path.parent] for path in paths]
-
-
-def with_text(sample: Sample, texts: Texts | None, index: int) -> Sample:
-    """Add the text of photograph `index`, if the data set has texts."""
-    return sample if texts is None else {**sample, "text": texts[index]}
+        return self.with_text(sample, index)
 
 
 def pair_factor(low: Tensor, high: Tensor, scale: int, paths: Sequence[object]) -> int:
     """How much larger the good image of a pair is: `scale`, or 1 if both have the same size.
 
-    Raises:
-        UserError: anything else; names both files (`paths`).
+    UserError, naming both files (`paths`): anything else.
     """
     small, large = tuple(low.shape[-2:]), tuple(high.shape[-2:])
     if small == large:
@@ -293,25 +278,13 @@ def fill_square(img_CHW: Tensor, side: int) -> Tensor:
     return pad_reflect(img_CHW, top, side - height - top, left, side - width - left)
 
 
-def center_box(size: tuple[int, int], window: tuple[int, int]) -> Box:
-    """The box of at most `window` (height, width) in the middle of a picture."""
-    height, width = min(size[0], window[0]), min(size[1], window[1])
-    return (size[0] - height) // 2, (size[1] - width) // 2, height, width
-
-
 def random_square(
     photo_CHW: Tensor, crop: int, rng: np.random.Generator, downscale: tuple[float, float] | None = None
 ) -> Tensor:
-    """Cut a random square out of an 8-bit photograph.
+    """Cut a random square out of an 8-bit photograph: (C, crop, crop) float32 in [0, 1].
 
-    Args:
-        photo_CHW: uint8 picture of any size; a small one is continued by reflection.
-        crop: side of the square, pixels.
-        rng: source of place and zoom.
-        downscale: range of the zoom: 2 shows twice as much of the photograph at half its resolution
-            (Lanczos).
-    Returns:
-        (C, crop, crop) float32 in [0, 1].
+    A small photograph is continued by reflection. `downscale` is a range of the zoom: 2 shows twice as much of the
+    photograph at half its resolution (Lanczos).
     """
     size = photo_CHW.shape[-2], photo_CHW.shape[-1]
     window = crop
@@ -328,27 +301,24 @@ def embedded_paths(split: Split) -> list[Path]:
     """
     if split not in _PHOTOGRAPHS:
         raise ValueError(f"split must be train or heldout, got {split!r}")
-    return [_locate(*package, name) for package, name in _PHOTOGRAPHS[split]]
+    found = []
+    for (module, package, folder), name in _PHOTOGRAPHS[split]:
+        spec = find_spec(module)  # without importing the package, which takes a second
+        roots = list(spec.submodule_search_locations or []) if spec else []
+        path = next((path for root in roots if (path := Path(root, folder, name)).is_file()), None)
+        if path is None:
+            problem = "does not carry it here" if roots else "is not installed"
+            raise UserError(
+                f"the embedded photograph {name} comes with {package}, which {problem}: "
+                f"pip install --force-reinstall {package}, or train on a folder: data=folder data.root=..."
+            )
+        found.append(path)
+    return found
 
 
 def embedded_photographs(split: Split) -> list[tuple[str, Tensor]]:
     """(name, (3, H, W) float32 in [0, 1]) of each embedded photograph of a split (see `embedded_paths`)."""
     return [(path.stem, load_image(path)) for path in embedded_paths(split)]
-
-
-def _locate(module: str, package: str, folder: str, name: str) -> Path:
-    """Find a file of an installed package without importing the package (which takes a second)."""
-    spec = find_spec(module)
-    roots = list(spec.submodule_search_locations or []) if spec else []
-    for root in roots:
-        path = Path(root, folder, name)
-        if path.is_file():
-            return path
-    problem = "does not carry it here" if roots else "is not installed"
-    raise UserError(
-        f"the embedded photograph {name} comes with {package}, which {problem}: "
-        f"pip install --force-reinstall {package}, or train on a folder: data=folder data.root=..."
-    )
 
 
 def heldout_pairs(
@@ -366,7 +336,7 @@ def heldout_pairs(
             embedded photographs (china, coffee).
         crop: side of the central square to take; None: the whole picture, cut to multiples of `scale`.
         degradation: makes the bad pictures; None: `root` holds real pairs.
-        seed: seed of the degradation.
+        seed: of the degradation.
         limit: at most so many pictures, evenly spread.
         scale: size of good over bad pictures.
     Returns:
@@ -376,52 +346,34 @@ def heldout_pairs(
     """
     if crop is not None and (crop < 1 or crop % scale):
         raise UserError(f"crop must be a positive multiple of scale {scale}, got {crop}")
+    found: Sequence[tuple[Any, ...]]
     if degradation is not None:
-        return _degraded_pairs(root, crop, degradation, seed, limit, scale)
-    if root is None:
+        paths = embedded_paths("heldout") if root is None else hq_images(root, split="test")
+        found = [(path.stem, path) for path in paths]
+    elif root is None:
         raise UserError("the embedded photographs need a degradation; a folder of real pairs does without")
-    return _real_pairs(root, crop, limit, scale)
-
-
-def _degraded_pairs(
-    root: str | None, crop: int | None, degradation: Degrade, seed: int, limit: int | None, scale: int
-) -> list[Sample]:
-    paths = embedded_paths("heldout") if root is None else hq_images(root, split="test")
-    keys = _spread(len(paths), limit)
-    store = ImageStore([(paths[key],) for key in keys], root or "the embedded photographs")
+    else:
+        found = find_pairs(root)
+    taken = len(found) if limit is None else min(len(found), limit)
+    keys = [i * len(found) // taken for i in range(taken)]
+    store = ImageStore([found[key][1:] for key in keys], root or "the embedded photographs")
     samples: list[Sample] = []
-    for index, (photo,) in store.read_all():
-        key = keys[index]
-        hq = _center(photo.float() / 255, crop, scale)
-        lq = degradation(hq, numpy_generator(seed, "heldout", key))
-        samples.append({"hq": hq, "lq": lq, "name": paths[key].stem, "key": key})
+    for index, (*lows, high) in store.read_all():
+        key, hq = keys[index], _center(high.float() / 255, crop, scale)
+        if degradation is not None:
+            lq = degradation(hq, numpy_generator(seed, "heldout", key))
+        else:
+            pair_factor(lows[0], high, scale, store.items[index])
+            lq = round_to_8bit(resize(lows[0].float() / 255, (high.shape[-2], high.shape[-1])))
+            lq = _center(lq, crop, scale)
+        samples.append({"hq": hq, "lq": lq, "name": found[key][0], "key": key})
     return samples
-
-
-def _real_pairs(root: str, crop: int | None, limit: int | None, scale: int) -> list[Sample]:
-    pairs = find_pairs(root)
-    keys = _spread(len(pairs), limit)
-    store = ImageStore([pairs[key][1:] for key in keys], root)
-    samples: list[Sample] = []
-    for index, (low, high) in store.read_all():
-        key = keys[index]
-        pair_factor(low, high, scale, store.items[index])
-        lq = round_to_8bit(resize(low.float() / 255, (high.shape[-2], high.shape[-1])))
-        lq, hq = (_center(side, crop, scale) for side in (lq, high.float() / 255))
-        samples.append({"hq": hq, "lq": lq, "name": pairs[key][0], "key": key})
-    return samples
-
-
-def _spread(count: int, limit: int | None) -> list[int]:
-    """At most `limit` numbers below `count`, evenly spread."""
-    taken = count if limit is None else min(count, limit)
-    return [i * count // taken for i in range(taken)]
 
 
 def _center(img_3HW: Tensor, crop: int | None, scale: int) -> Tensor:
     """The central square, or the whole cut to multiples of `scale`."""
-    size: tuple[int, int] = (img_3HW.shape[-2], img_3HW.shape[-1])
-    if crop is not None:
-        return fill_square(cut(img_3HW, center_box(size, (crop, crop))), crop)
-    whole = max(1, size[0] // scale) * scale, max(1, size[1] // scale) * scale
-    return cut(img_3HW, center_box(size, whole))
+    height, width = img_3HW.shape[-2:]
+    most = (crop, crop) if crop else (max(1, height // scale) * scale, max(1, width // scale) * scale)
+    rows, columns = min(height, most[0]), min(width, most[1])
+    middle = cut(img_3HW, ((height - rows) // 2, (width - columns) // 2, rows, columns))
+    return fill_square(middle, crop) if crop else middle

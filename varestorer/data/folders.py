@@ -82,15 +82,12 @@ class _Side:
 
 
 def hq_images(root: str | os.PathLike, split: Split = "train") -> list[Path]:
-    """List the good images of a data set, however it is laid out.
+    """List the good images of a data set, however it is laid out; of several sides those of `split`.
 
-    Args:
-        root: a folder of images (subfolders included), or a folder that holds one of `hr`, `hq`, `gt`,
-            `test_HR`, `DIV2K_train_HR` and the like, whose images alone are then taken. A folder called `hr` alone,
-            without bad images beside it but with others, is one of them: it may as well hold Croatia.
-        split: which side is taken where there is more than one.
-    Raises:
-        UserError: no such folder, or no image in it; says what belongs there.
+    `root` is a folder of images (subfolders included), or holds one of `hr`, `hq`, `gt`, `test_HR`, `DIV2K_train_HR`
+    and the like, whose images alone are then taken. A folder called `hr` alone, without bad images beside it but with
+    others, is one of them: it may as well hold Croatia. UserError: no such folder, or no image in it; says what belongs
+    there.
     """
     images = [path for side in hq_folders(root, split) for path in list_images(side)]
     if not images:
@@ -117,33 +114,22 @@ def hq_folder(root: str | os.PathLike, split: Split = "train") -> Path:
 
 
 def find_pairs(root: str | os.PathLike, split: Split = "test") -> list[tuple[str, Path, Path]]:
-    """Match the bad and good images of a paired data set by name, without opening them.
+    """Match the bad and good images of a paired data set by name, without opening them: (name, bad image, good image).
 
-    A pair has the same path inside its folder, extension aside, or one that is the same without the endings that
-    tell the side (`a_LR4.png`, `a_HR.png`, `ax4.png`), see `match_names`.
-
-    Args:
-        root: folder with `hr`, `hq`, `gt` or `test_HR` beside `lr`, `lq` or `test_LR`.
-        split: which sides are taken where there are more than one of each.
-    Returns:
-        (name, bad image, good image), in natural order of the names.
-    Raises:
-        UserError: folders missing or in doubt, or images without a partner or with several; lists them.
+    They are in natural order of the names. A pair has the same path inside its folder, extension aside, or one that is
+    the same without the endings that tell the side (`a_LR4.png`, `a_HR.png`, `ax4.png`), see `match_names`. `root` has
+    `hr`, `hq`, `gt` or `test_HR` beside `lr`, `lq` or `test_LR`; of several sides those of `split` are taken. Folders
+    missing or in doubt, or images without a partner or with several, are a UserError that lists them.
     """
     images = _without_fault(list_test_set(root, need_pairs=True, split=split))
     return [(name, low, high) for name, low, high in images if high]
 
 
 def find_images_or_pairs(root: str | os.PathLike) -> list[Listed]:
-    """List a data set that may do without good images, without opening any.
+    """List a data set that may do without good images, without opening any, as `find_pairs` does.
 
-    Args:
-        root: as for `find_pairs`; or a folder of images alone (subfolders included), which may hold them in
-            `lr`, `lq` or `test_LR`.
-    Returns:
-        (name, bad image, good image or None for all), in natural order of the names.
-    Raises:
-        UserError: no image, images without a partner, two of the same name, or good images alone.
+    `root` may be a folder of images alone (subfolders included), which may hold them in `lr`, `lq` or `test_LR`; good
+    images are None then. UserError: no image, images without a partner, two of the same name, or good images alone.
     """
     return _without_fault(list_test_set(root, need_pairs=False))
 
@@ -341,12 +327,9 @@ def _by_name(folder: Path) -> tuple[dict[str, Path], list[tuple[Path, Path]]]:
 
 @dataclass
 class Matching:
-    """What belongs together.
+    """What belongs together, (name, bad image, good image), in natural order of the names, and what has no partner.
 
-    Attributes:
-        pairs: (name, bad image, good image), in natural order of the names.
-        unpaired: images without a partner, likewise.
-        ambiguous: images that could belong together in several ways; they are in no pair.
+    Images that could belong together in several ways are ambiguous, and in no pair.
     """
 
     pairs: list[tuple[str, Path, Path]] = field(default_factory=list)
@@ -357,11 +340,15 @@ class Matching:
 def match_names(low: Images, high: Images) -> Matching:
     """Pair the images of two sides: equal names first, then those that are equal without their endings."""
     lows, highs = set(low), set(high)
-    low_forms = partial(_forms, endings=_LOW_ENDINGS + _shared_scale(low))
+    # after a letter a scale is an ending (`babyx4`) only where all names have it: `matrix2` is a name
+    scales = {match[0].lower() if (match := re.search(rf"(?i){_SCALE}$", name)) else "" for name in low}
+    shared_scale = (re.escape(scales.pop()),) if len(scales) == 1 and "" not in scales else ()
+    whole = partial(_forms, endings=())
+    low_forms = partial(_forms, endings=_LOW_ENDINGS + shared_scale)
     high_forms = partial(_forms, endings=_HIGH_ENDINGS)
     found: dict[str, list[tuple[str, str]]] = {}
     ambiguous: dict[tuple[Path, ...], None] = {}
-    for forms in ((_whole, _whole), (low_forms, _whole), (_whole, high_forms), (low_forms, high_forms)):
+    for forms in ((whole, whole), (low_forms, whole), (whole, high_forms), (low_forms, high_forms)):
         partners, rivals = _partners(lows, highs, *forms), _partners(highs, lows, *reversed(forms))
         for name, others in partners.items():
             contending = sorted({rival for other in others for rival in rivals[other]}, key=natural_key)
@@ -380,16 +367,6 @@ def match_names(low: Images, high: Images) -> Matching:
         [path for _, path in sorted(unpaired, key=lambda item: natural_key(item[0]))],
         [*ambiguous, *(tuple(path for one, other in same for path in (low[one], high[other])) for same in twice)],
     )
-
-
-def _shared_scale(names: Iterable[str]) -> tuple[str, ...]:
-    """After a letter a scale is an ending (`babyx4`) only where all names have it: `matrix2` is a name."""
-    found = {match[0].lower() if (match := re.search(rf"(?i){_SCALE}$", name)) else "" for name in names}
-    return (re.escape(found.pop()),) if len(found) == 1 and "" not in found else ()
-
-
-def _whole(name: str) -> set[str]:
-    return {name}
 
 
 def _forms(name: str, endings: Iterable[str]) -> set[str]:

@@ -1,6 +1,7 @@
 """From a dataset to batches, for any number of workers and processes."""
 
 from collections.abc import Callable, Iterator
+from itertools import count
 from typing import Any, NotRequired, TypedDict
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from varestorer.data.datasets import Sample
-from varestorer.data.workers import watched, worker_options
+from varestorer.data.workers import ErrorsAsValues, watched, worker_options
 from varestorer.utils.errors import UserError
 from varestorer.utils.seeds import torch_generator
 
@@ -38,26 +39,10 @@ class ShardedNumbers:
     """
 
     def __init__(self, batch_size: int, start_sample: int, rank: int, world: int) -> None:
-        self.batch_size, self.start, self.rank, self.world = batch_size, start_sample, rank, world
+        self.first, self.size, self.world = start_sample + rank, batch_size * world, world
 
     def __iter__(self) -> Iterator[list[int]]:
-        first = self.start + self.rank
-        while True:
-            yield [first + i * self.world for i in range(self.batch_size)]
-            first += self.batch_size * self.world
-
-
-class _ErrorsAsValues(Dataset[Any]):
-    """Hands a UserError over as a value: torch would bury its message in the worker's traceback."""
-
-    def __init__(self, dataset: Dataset[Sample]) -> None:
-        self.dataset = dataset
-
-    def __getitem__(self, n: int) -> Sample | UserError:
-        try:
-            return self.dataset[n]
-        except UserError as error:
-            return error
+        return ([*range(first, first + self.size, self.world)] for first in count(self.first, self.size))
 
 
 class PairLoader(DataLoader[Any]):
@@ -69,13 +54,13 @@ class PairLoader(DataLoader[Any]):
     wants_stop: Callable[[], bool] = staticmethod(lambda: False)
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        return self._finished(watched(super().__iter__, WORKERS_KEY, self.wants_stop))
+        return map(self._whole, watched(super().__iter__, WORKERS_KEY, self.wants_stop))
 
-    def _finished(self, batches: Iterator[Any]) -> Iterator[Batch]:
-        for batch in batches:
-            if isinstance(batch, UserError):
-                raise batch
-            yield batch
+    @staticmethod
+    def _whole(batch: Any) -> Batch:
+        if isinstance(batch, UserError):
+            raise batch
+        return batch
 
 
 def collate(samples: list[Sample | UserError]) -> Batch | UserError:
@@ -108,18 +93,15 @@ def build_loader(
     world: int = 1,
     prepare_worker: Callable[[int], None] | None = None,
 ) -> PairLoader:
-    """Build an endless loader whose batches are a function of the position alone.
+    """Build an endless loader of `Batch` whose batches are a function of the position alone.
 
     Args:
         dataset: samples by number (`PhotoCrops`, `PairedCrops`).
         batch_size: samples of one batch of this process.
         start_sample: number of the first global sample, e.g. `step * batch_size * world` on resuming.
         num_workers: worker processes; the batches are the same for any number.
-        rank: number of this process.
-        world: number of processes.
+        rank, world: number of this process, and of processes.
         prepare_worker: called in each worker, with its number, before it makes anything.
-    Returns:
-        Iterable of `Batch`.
     """
     if batch_size < 1 or not 0 <= rank < world or start_sample < 0 or num_workers < 0:
         raise ValueError(
@@ -129,7 +111,7 @@ def build_loader(
     if num_workers > 1:
         getattr(dataset, "read_ahead", lambda: None)()
     return PairLoader(
-        _ErrorsAsValues(dataset),
+        ErrorsAsValues(dataset),
         batch_sampler=ShardedNumbers(batch_size, start_sample, rank, world),  # type: ignore[arg-type]
         collate_fn=collate,
         **worker_options(num_workers, prepare_worker),

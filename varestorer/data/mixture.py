@@ -9,6 +9,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from varestorer.data.datasets import Sample
+from varestorer.data.degradation.pipeline import check_weights
 from varestorer.data.store import Contents, contents_of
 from varestorer.utils.errors import UserError
 from varestorer.utils.seeds import numpy_generator
@@ -20,8 +21,8 @@ class Mixture(Dataset[Sample]):
     """Data sets mixed sample by sample.
 
     Of every 1000 samples of a run each source gives its share, in an order keyed by (seed, block). A source is asked
-    for its samples 0, 1, 2, ... in its own order, so it goes through its own epochs. Sample n is still a function of
-    n alone.
+    for its samples 0, 1, 2, ... in its own order, so it goes through its own epochs. Sample n is still a function of n
+    alone.
 
     Args:
         sources: data sets of crops, by names of your choice.
@@ -33,9 +34,7 @@ class Mixture(Dataset[Sample]):
     """
 
     def __init__(self, sources: Mapping[str, Any], weights: Mapping[str, float], crop: int, seed: int) -> None:
-        if not sources or sources.keys() != weights.keys() or min(weights.values()) <= 0:
-            wanted = ", ".join(sources) or "data.sources, which are none"
-            raise UserError(f"data.weights must hold a positive number for each of {wanted}, got {dict(weights)}")
+        check_weights("data.weights", weights, sources, "data.sources")
         for name, source in sources.items():
             if source.crop != crop:
                 raise UserError(f"data.sources.{name}.crop is {source.crop}, but data.crop is {crop}: set them alike")

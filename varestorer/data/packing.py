@@ -10,6 +10,7 @@ import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain, count
 from pathlib import Path, PurePosixPath
 
 import torch
@@ -30,13 +31,7 @@ Content = tuple[str, Callable[[], bytes]]
 
 @dataclass
 class Packing:
-    """What was made.
-
-    Attributes:
-        shards: what is in each tar file, by its name.
-        skipped: what is wrong with each photograph that was left out.
-        num_photographs: those packed.
-    """
+    """What was made: what is in each tar file, what is wrong with each photograph left out, and how many are packed."""
 
     shards: dict[str, list[Member]] = field(default_factory=dict)
     skipped: list[str] = field(default_factory=list)
@@ -53,12 +48,11 @@ class _Sample:
 
 
 def pack(out: Path, source: Path, shard_bytes: int, text: str | None = None) -> Packing:
-    """Write `shard-000000.tar`, `shard-000001.tar`, ... and their index.
+    """Write `shard-000000.tar`, `shard-000001.tar`, ... and their index into a folder, made if it is not there.
 
     A shard that is there already, from an interrupted run, is kept if it holds these very bytes.
 
     Args:
-        out: folder of the shards, made if it is not there.
         source: photographs, as `hq_images` finds them; those that cannot be opened are left out and named.
         shard_bytes: a shard is closed before it would get larger than this.
         text: folder of `precompute_text`: captions and features go into the shards too.
@@ -97,32 +91,23 @@ def _samples(source: Path, text: str | None, packing: Packing) -> list[_Sample]:
         except UserError as error:
             packing.skipped.append(str(error))
             continue
-        key = _unused_key(name, keys)
+        # the last part of a key has no dot, where webdataset would end it
+        stem = (PurePosixPath(name).parent / PurePosixPath(name).stem.replace(".", "_")).as_posix()
+        key = next(key for key in chain([stem], (f"{stem}_{n}" for n in count(2))) if key not in keys)
+        keys.add(key)
         contents: list[Content] = [(path.suffix[1:].lower(), path.read_bytes)]
         if name in captions:
             contents.append((CAPTION, captions[name].encode))
         if texts is not None and texts.shards[number] is not None:
-            contents.append((FEATURES, partial(_packed_features, texts, number)))
+            contents.append((FEATURES, partial(_packed, texts, number)))
         samples.append(_Sample(key, path.stat().st_size, contents))
     return samples
 
 
-def _unused_key(name: str, used: set[str]) -> str:
-    """A photograph's path without its extension; its last part has no dot, where webdataset would end the key."""
-    path = PurePosixPath(name)
-    key = stem = (path.parent / path.stem.replace(".", "_")).as_posix()
-    number = 2
-    while key in used:
-        key, number = f"{stem}_{number}", number + 1
-    used.add(key)
-    return key
-
-
-def _packed_features(texts: PhotoTexts, number: int) -> bytes:
+def _packed(texts: PhotoTexts, number: int) -> bytes:
     """Safetensors bytes of a photograph's features, in the shortest type that holds the values exactly."""
     features_TE = texts[number]
-    if features_TE is None:
-        raise ValueError(f"photograph {number} has no text features")
+    assert features_TE is not None
     half = (features_TE.to(dtype) for dtype in (torch.float16, torch.bfloat16))
     return save({"features": next((x for x in half if torch.equal(x.float(), features_TE)), features_TE)})
 

@@ -18,41 +18,28 @@ from varestorer.utils.scanning import first_names, list_images
 GOOD, BAD = 0, 1
 
 
-@dataclass(frozen=True)
-class ScoreSet:
-    """How VARSR reads the scores of a data set of image quality.
-
-    Attributes:
-        share: pictures are bad whose score is below the least score plus this share of the largest.
-        column: of the scores, from 0; negative: from the last; None: they come in a file of another kind, or under a
-            name that has to be given.
-    """
-
-    share: float
-    column: int | None
-
-
 # the released script takes FLIVE's patches by one column and their threshold from another; here both are the last
-SCORE_SETS = {
-    "spaq": ScoreSet(0.4, 1),
-    "koniq": ScoreSet(0.6, -1),
-    "livec": ScoreSet(0.6, None),
-    "kadid": ScoreSet(0.6, 2),
-    "flive": ScoreSet(0.6, None),
-    "flive_patch": ScoreSet(0.5, -1),
-    "ava": ScoreSet(0.32, 1),
+SCORE_SETS: dict[str, tuple[float, int | None]] = {
+    "spaq": (0.4, 1),
+    "koniq": (0.6, -1),
+    "livec": (0.6, None),
+    "kadid": (0.6, 2),
+    "flive": (0.6, None),
+    "flive_patch": (0.5, -1),
+    "ava": (0.32, 1),
 }
+"""How VARSR reads the scores of a data set of image quality.
+
+Pictures are bad whose score is below the least score plus a share of the largest. Then the column of the scores, from
+0, or negative from the last; None: they come in a file of another kind, or under a name that has to be given.
+"""
 
 
 @dataclass(frozen=True)
 class Split:
-    """Pictures of a folder by their scores.
+    """Pictures of a folder by their scores; those below the threshold are bad.
 
-    Attributes:
-        threshold: scores below it are bad.
-        good, bad: files.
-        missing: names in the scores that the folder has not.
-        unscored: names whose score is no number.
+    `missing` are names in the scores that the folder has not, `unscored` those whose score is no number.
     """
 
     threshold: float
@@ -65,13 +52,9 @@ class Split:
 def split_by_scores(images: Path, scores: Path, column: int | str, share: float) -> Split:
     """Tell good pictures from bad ones by a table of scores (as VARSR chooses its negative samples).
 
-    Args:
-        images: folder, subfolders included.
-        scores: CSV with a header; its first column names the pictures, with or without folder and ending.
-        column: of the scores: its name or its number.
-        share: see `ScoreSet`.
-    Raises:
-        UserError: no such column, or no score of any picture.
+    The table is a CSV with a header; its first column names the pictures, with or without folder and ending. The column
+    of the scores is given by its name or number; for the share see `SCORE_SETS`. Subfolders of the images are looked
+    through. UserError: no such column, or no score of any picture.
     """
     with scores.open(newline="", encoding="utf-8-sig") as file:
         header, *rows = [row for row in csv.reader(file) if row] or [[]]
@@ -117,7 +100,6 @@ def link_split(split: Split, images: Path, root: Path) -> None:
                 link.symlink_to(target)
             elif os.readlink(link) != target:
                 raise UserError(f"{link} leads elsewhere; give split= another folder, or remove this one")
-    for name, paths in (("good", split.good), ("bad", split.bad)):
         others = {p.relative_to(root / name) for p in (root / name).rglob("*") if not p.is_dir()}
         if others := others - {path.relative_to(images) for path in paths}:
             raise UserError(
@@ -144,8 +126,7 @@ def quality_crops(
         degradation: makes the degraded pictures of both.
         seed: of everything that is drawn.
         share: of the bad ones.
-        downscale: of the good ones, see `PhotoCrops`.
-        use_flip: see `PhotoCrops`.
+        downscale: of the good ones, see `PhotoCrops`, as `use_flip`.
     """
     options = {"crop": crop, "degradation": degradation, "seed": seed, "use_flip": use_flip}
     good = PhotoCrops(root, downscale=downscale, label=GOOD, **options)  # type: ignore[arg-type]

@@ -68,13 +68,7 @@ class Member(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """A sample of a shard.
-
-    Attributes:
-        shard: the tar file.
-        image: its photograph.
-        caption, features: what is beside it, if anything.
-    """
+    """A sample of a shard, which is a tar file: its photograph, and what is beside it, if anything."""
 
     shard: Path
     image: Member
@@ -178,12 +172,9 @@ def tar_files(folder: Path) -> list[Path]:
 
 
 def scan(path: Path) -> list[Member]:
-    """The files inside a tar file, as they lie; only headers are read.
+    """The files inside a tar file, as they lie; only headers are read. UserError: damaged, compressed or no tar file.
 
     A link has the place of the file that it leads to; one that leads to none in this tar file is empty.
-
-    Raises:
-        UserError: it is damaged, compressed or no tar file.
     """
     try:
         with tarfile.open(path, "r:") as file:
@@ -193,7 +184,17 @@ def scan(path: Path) -> list[Member]:
             f"cannot read the shard {path}: {reason(error)}; it must be a whole, uncompressed tar file"
         ) from error
     files = {posixpath.normpath(info.name): info for info in infos if info.isreg()}
-    return [_member(info, files.get(_target(info))) for info in infos]
+    members = []
+    for info in infos:
+        folder = posixpath.dirname(info.name) if info.issym() else ""
+        target = posixpath.join(folder, info.name if info.isreg() else info.linkname)
+        # a key ends at the first dot of the last part of the name
+        folder, slash, base = info.name.removeprefix("./").rpartition("/")
+        stem, _, extension = base.partition(".")
+        content = files.get(posixpath.normpath(target))
+        place = (content.offset_data, content.size) if content else (0, 0)
+        members.append(Member(folder + slash + stem, extension, *place))
+    return members
 
 
 def write_index(folder: Path, shards: dict[str, list[Member]]) -> None:
@@ -205,21 +206,6 @@ def write_index(folder: Path, shards: dict[str, list[Member]]) -> None:
         "members": [[name, *member] for name, members in shards.items() for member in members],
     }
     write_json(folder / INDEX, content)
-
-
-def _member(info: tarfile.TarInfo, content: tarfile.TarInfo | None) -> Member:
-    """The key of a member ends at the first dot of the last part of its name; `content` is where its bytes are."""
-    folder, slash, base = info.name.removeprefix("./").rpartition("/")
-    stem, _, extension = base.partition(".")
-    place = (content.offset_data, content.size) if content else (0, 0)
-    return Member(folder + slash + stem, extension, *place)
-
-
-def _target(info: tarfile.TarInfo) -> str:
-    """Name of the file that a member is, or leads to."""
-    if info.issym():
-        return posixpath.normpath(posixpath.join(posixpath.dirname(info.name), info.linkname))
-    return posixpath.normpath(info.linkname if info.islnk() else info.name)
 
 
 def _own_index(folder: Path, paths: list[Path]) -> dict[str, list[Member]] | None:

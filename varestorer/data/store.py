@@ -38,19 +38,12 @@ Contents = dict[str, str]
 
 
 class ImageStore:
-    """Decoded images by number; an item is a tuple of files that belong together (a photograph, or a pair).
+    """Decoded images by number; an item is a tuple of files, or members of shards, that belong together (maybe a pair).
 
-    A file may be a member of a shard.
-
-    Broken files are met with a warning, once, and replaced by the next good item, so that what a number gives
-    depends on the files alone. Up to `HEADERS_TO_CHECK` files are looked at in the beginning (a small folder:
-    all of them, wholly), the rest when their turn comes.
-
-    Args:
-        items: files of each item.
-        root: folder to name in messages.
-    Raises:
-        UserError: now or in `read`: no usable item, or more than 5 % broken ones; names folder and files.
+    Broken files are met with a warning, once, and replaced by the next good item, so that what a number gives depends
+    on the files alone. Up to `HEADERS_TO_CHECK` files are looked at in the beginning (a small folder: all of them,
+    wholly), the rest when their turn comes. `root` is for messages. UserError, which names it and files, now or in
+    `read`: no usable item, or more than 5 % broken ones.
     """
 
     def __init__(self, items: Sequence[Item], root: str) -> None:
@@ -84,8 +77,15 @@ class ImageStore:
 
         Workers that each read for themselves have a part of the cache each, too small for the images of all.
         """
-        sizes = accumulate(map(self._decoded_bytes, range(len(self.items))))
-        if all(size <= CACHE_BYTES for size in sizes):  # of a large folder the first headers alone are looked at
+
+        def decoded_bytes(item: Item) -> int:
+            try:
+                return 3 * sum(map(_num_pixels, item))
+            except UserError:  # a broken one is met when it is read
+                return 0
+
+        # of a large folder the first headers alone are looked at
+        if all(size <= CACHE_BYTES for size in accumulate(map(decoded_bytes, self.items))):
             for index in range(len(self.items)):
                 self._try(index)
 
@@ -96,7 +96,7 @@ class ImageStore:
         try:
             return self._load(index)
         except UserError as error:
-            self._note(index, str(error))
+            self._note(index, error)
             self._stop_if_too_many(len(self.items))
             return None
 
@@ -113,16 +113,9 @@ class ImageStore:
             self._cached_bytes -= num_bytes(self._cache.popitem(last=False)[1])
         return images
 
-    def _decoded_bytes(self, index: int) -> int:
-        """By the headers of its files; those of a file that has none are met when it is read."""
-        try:
-            return 3 * sum(map(_num_pixels, self.items[index]))
-        except UserError:
-            return 0
-
-    def _note(self, index: int, reason: str) -> None:
-        log.warning("skipping a broken image: %s", reason)
-        self._broken[index] = reason
+    def _note(self, index: int, error: UserError) -> None:
+        log.warning("skipping a broken image: %s", error)
+        self._broken[index] = str(error)
 
     def _stop_if_too_many(self, total: int) -> None:
         if len(self._broken) > MAX_BROKEN * total:
@@ -141,23 +134,17 @@ class ImageStore:
             index = number * len(self.items) // count
             try:
                 for path in self.items[index]:
-                    budget -= _check_file(path, budget)
+                    num_pixels = _num_pixels(path)
+                    if num_pixels <= budget:
+                        _load(path)
+                        budget -= num_pixels
             except UserError as error:
-                self._note(index, str(error))
+                self._note(index, error)
         self._stop_if_too_many(count)
 
 
 def _load(path: Path | Packed) -> Tensor:
     return path.load() if isinstance(path, Packed) else load_image(path)
-
-
-def _check_file(path: Path | Packed, budget: int) -> int:
-    """Read a file's header, and its pixels if they are within the budget; returns the pixels decoded."""
-    num_pixels = _num_pixels(path)
-    if num_pixels > budget:
-        return 0
-    _load(path)
-    return num_pixels
 
 
 def _num_pixels(path: Path | Packed) -> int:
@@ -174,11 +161,9 @@ def contents_of(dataset: object) -> Contents | None:
 
 
 def file_contents(items: Iterable[tuple[Path | Packed, ...]], root: str | os.PathLike | None) -> Contents:
-    """Files with their sizes, and shards with a hash of what is where in them.
+    """Files of an `ImageStore` with their sizes, and shards with a hash of what is where in them.
 
-    Args:
-        items: of an `ImageStore`.
-        root: of the data set, to which names are relative, so that it may move; None: names alone.
+    Names are relative to the data set's `root`, so that it may move; None: names alone.
     """
     paths: list[Path] = []
     shards: dict[Path, list[str]] = defaultdict(list)
@@ -189,9 +174,19 @@ def file_contents(items: Iterable[tuple[Path | Packed, ...]], root: str | os.Pat
             paths.append(file)
     folder = None if root is None else Path(root).expanduser()
     names = [path.name if folder is None else os.path.relpath(path, folder) for path in paths]
-    parts = [paths[start : start + AT_ONCE] for start in range(0, len(paths), AT_ONCE)]
+
+    def sizes(start: int) -> list[str]:
+        told = []
+        for path in paths[start : start + AT_ONCE]:
+            try:
+                told.append(f"{path.stat().st_size} bytes")
+            except OSError:  # it is a broken one when its turn comes
+                told.append("unreadable")
+        return told
+
     with ThreadPoolExecutor(THREADS) as pool:
-        found = dict(zip(names, chain.from_iterable(pool.map(_sizes, parts)), strict=True))
+        told = chain.from_iterable(pool.map(sizes, range(0, len(paths), AT_ONCE)))
+        found = dict(zip(names, told, strict=True))
     return found | {
         path.name: f"{len(samples)} samples, {sha256(' '.join(samples).encode(errors='backslashreplace')).hexdigest()}"
         for path, samples in shards.items()
@@ -216,14 +211,3 @@ def changes(before: Mapping[str, str], after: Mapping[str, str]) -> str | None:
     }
     told = [f"{len(names)} {kind} ({first_names(names)})" for kind, names in lists.items() if names]
     return "; ".join(told) or "the same files in another order"
-
-
-def _sizes(paths: Iterable[Path]) -> list[str]:
-    return [_size(path) for path in paths]
-
-
-def _size(path: Path) -> str:
-    try:
-        return f"{path.stat().st_size} bytes"
-    except OSError:  # it is a broken one when its turn comes
-        return "unreadable"

@@ -32,17 +32,15 @@ log = logging.getLogger(__name__)
 
 CAPTIONS = "captions.json"
 INDEX = "index.json"
+MADE_BY = ("fingerprint", "max_length", "dtype")
 
 
 @dataclass(frozen=True)
 class EncoderRecord:
     """What features depend on beside the prompt.
 
-    Attributes:
-        text_encoder: as it was asked for.
-        fingerprint: of its files.
-        max_length: longest prompt, in tokens.
-        dtype: in which the features are kept: `fp16`, `bf16` or `fp32`.
+    The text encoder as it was asked for, and a fingerprint of its files; the longest prompt, in tokens; and in which of
+    `fp16`, `bf16` or `fp32` the features are kept.
     """
 
     text_encoder: str
@@ -59,13 +57,9 @@ class Entry(NamedTuple):
 
 
 class TextWriter:
-    """Writes features shard by shard; a writer that is opened again goes on.
+    """Writes features shard by shard into a folder, made if it is not there; a writer that is opened again goes on.
 
-    Args:
-        folder: made if it is not there.
-        encoder: what gives the features.
-    Raises:
-        UserError: the folder holds features of another encoder or type, or its index is damaged.
+    UserError: the folder holds features of another encoder or type, or its index is damaged.
     """
 
     def __init__(self, folder: Path, encoder: EncoderRecord) -> None:
@@ -73,7 +67,14 @@ class TextWriter:
         self.images: dict[str, Entry] = {}
         if (folder / INDEX).exists():
             earlier, self.images = _read_index(folder)
-            self._must_match(earlier)
+            keys = [key for key in MADE_BY if earlier.get(key) != getattr(encoder, key)]
+            if keys:
+                shown = [key if key != "fingerprint" else "text_encoder" for key in keys]
+                others = ", ".join(f"{key} ({earlier.get(key)})" for key in shown)
+                raise UserError(
+                    f"out={folder} holds features that were made with another {others}; give another out, "
+                    f"or remove {INDEX} and shards there ({CAPTIONS} can stay)"
+                )
 
     def pending(self, captions: Mapping[str, str]) -> list[str]:
         """Names whose features are not there, or are those of another prompt."""
@@ -87,8 +88,11 @@ class TextWriter:
 
         UserError: the disk is full, or the like.
         """
-        shard = self._next_shard() if features else None
-        if shard is not None:
+        shard = None
+        if features:
+            # the first number above all that the index names; a file of it is left over from an interruption
+            used = [int(Path(entry.shard).stem) for entry in self.images.values() if entry.shard]
+            shard = f"shards/{max(used, default=-1) + 1:05}.safetensors"
             with atomic_write(self.folder / shard) as temporary:
                 save_file({printable(name): tensor.contiguous() for name, tensor in features.items()}, temporary)
                 sync(temporary)  # the index must not outlive its shards when the power fails
@@ -99,31 +103,11 @@ class TextWriter:
         }
         write_json(self.folder / INDEX, content)
 
-    def _next_shard(self) -> str:
-        """The first number above all that the index names; a file of it is left over from an interruption."""
-        used = [int(Path(entry.shard).stem) for entry in self.images.values() if entry.shard]
-        return f"shards/{max(used, default=-1) + 1:05}.safetensors"
-
-    def _must_match(self, earlier: Mapping[str, Any]) -> None:
-        wanted = asdict(self.encoder)
-        keys = [key for key in ("fingerprint", "max_length", "dtype") if earlier.get(key) != wanted[key]]
-        if keys:
-            shown = [key if key != "fingerprint" else "text_encoder" for key in keys]
-            others = ", ".join(f"{key} ({earlier.get(key)})" for key in shown)
-            raise UserError(
-                f"out={self.folder} holds features that were made with another {others}; give another out, "
-                f"or remove {INDEX} and shards there ({CAPTIONS} can stay)"
-            )
-
 
 class PhotoTexts:
-    """Features of the photographs of a data set, read from mapped shards when their turn comes.
+    """Features of the photographs of a data set, in the order of their numbers, read from mapped shards at their turn.
 
-    Args:
-        folder: as `TextWriter` leaves it.
-        names: of the photographs, in the order of their numbers.
-    Raises:
-        UserError: no such folder, a shard is missing, or there is text for none of the photographs.
+    UserError: no such folder (as `TextWriter` leaves it), a shard is missing, or there is text for none of them.
     """
 
     def __init__(self, folder: Path, names: Sequence[str]) -> None:
@@ -142,7 +126,7 @@ class PhotoTexts:
         for shard in sorted({shard for shard in self.shards if shard is not None}):
             if not (folder / shard).is_file():
                 raise UserError(f"data.text={folder}: {shard} is missing; start precompute_text again, it makes it")
-        made = {key: encoder.get(key) for key in ("fingerprint", "max_length", "dtype")}
+        made = {key: encoder.get(key) for key in MADE_BY}
         self._contents = {"text encoder": json.dumps(made)}
         for name in self.names:
             prompt = images[name].prompt if name in images else None
@@ -156,8 +140,7 @@ class PhotoTexts:
     def __getitem__(self, index: int) -> Tensor | None:
         """Features (T, E) float32 of a photograph; None where the null text stands for it.
 
-        Raises:
-            UserError: the shard is damaged; names it.
+        UserError: the shard is damaged; names it.
         """
         shard, name = self.shards[index], self.names[index]
         if shard is None:
@@ -183,8 +166,7 @@ class PhotoTexts:
 def open_texts(folder: str | None, root: str | os.PathLike | None, paths: Sequence[Path]) -> PhotoTexts | None:
     """The texts of good images `paths` of the data set at `root`; None where none are asked for.
 
-    Raises:
-        UserError: see `PhotoTexts`; or text is asked for photographs without a folder.
+    UserError: see `PhotoTexts`; or text is asked for photographs without a folder.
     """
     if folder is None:
         return None
@@ -202,8 +184,7 @@ def photograph_names(root: str | os.PathLike, paths: Sequence[Path]) -> list[str
 def read_captions(path: Path) -> dict[str, str]:
     """Captions of a JSON file `{name: text}`, with single spaces between words.
 
-    Raises:
-        UserError: the file is missing, damaged, or of another form.
+    UserError: the file is missing, damaged, or of another form.
     """
     wanted = 'a JSON object {"name": "text"}'
     captions = _read_json(path, wanted)

@@ -18,7 +18,10 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from torch.utils.data import DataLoader, Dataset
+
 from varestorer.utils.errors import UserError, reason
+from varestorer.utils.seeds import torch_generator
 
 log = logging.getLogger(__name__)
 
@@ -40,18 +43,37 @@ def worker_options(num_workers: int, prepare: Callable[[int], None] | None = Non
     return {"num_workers": num_workers, "timeout": POLL, "worker_init_fn": partial(_start_worker, prepare)}
 
 
+class ErrorsAsValues(Dataset[Any]):
+    """Hands a UserError over as a value: torch would bury its message in the worker's traceback."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, n: int) -> Any:
+        try:
+            return self.dataset[n]
+        except UserError as error:
+            return error
+
+
+def in_turn(dataset: Any, num_workers: int, key: str) -> Iterator[Any]:
+    """The items of a data set as workers make them, `watched`; a UserError comes as a value."""
+    # without a generator torch draws the workers' seed from the global one
+    options = {"generator": torch_generator(0, "workers"), **worker_options(num_workers, None)}
+    return watched(DataLoader(ErrorsAsValues(dataset), batch_size=None, **options).__iter__, key)
+
+
 def watched(
     start: Callable[[], Iterator[Any]], key: str, wants_stop: Callable[[], bool] = lambda: False
 ) -> Iterator[Any]:
     """Start the workers of a DataLoader now, and iterate over what they make.
 
-    Args:
-        start: the loader's own `__iter__`; it was made with `worker_options`.
-        key: of the config, which says how many workers there are.
-        wants_stop: asked while the workers give nothing.
-    Raises:
-        UserError: they cannot be started, died, or have given nothing for `STALLED` seconds without working.
-        StopWaitingError: `wants_stop`.
+    `start` is the loader's own `__iter__`, which was made with `worker_options`; the key of the config says how many
+    workers there are; `wants_stop` is asked while they give nothing. UserError: they cannot be started, died, or have
+    given nothing for `STALLED` seconds without working. StopWaitingError: `wants_stop`.
     """
     try:
         batches = start()
@@ -62,11 +84,7 @@ def watched(
 
 @contextmanager
 def deaths_explained(key: str) -> Iterator[None]:
-    """Around all that uses a loader: torch may report the death of a worker in the middle of any other work.
-
-    Raises:
-        UserError: a worker died.
-    """
+    """Around all that uses a loader: torch may report that a worker died (UserError) in the middle of other work."""
     try:
         yield
     except RuntimeError as error:

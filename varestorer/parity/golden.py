@@ -18,11 +18,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from varestorer.systems.varsr import VARSR
-from varestorer.systems.varsr_files import published_tokenizer_sizes, tokenizer_of
+from varestorer.systems.varsr_files import fill_tokenizer
 from varestorer.tokenizer import MultiScaleTokenizer, ScaleSchedule, TokenizerConfig
-from varestorer.transformer.adapters import assign_plain
 from varestorer.utils.errors import UsageError, reason
 from varestorer.utils.files import utf8_path
+from varestorer.weights.files import read_tensors
+from varestorer.weights.published.varsr import VQVAE_NESTED, vqvae_sizes
 
 LEAST = 1e-2  # size of a tensor below which errors are not compared with it: gradients that should vanish
 FEW = 1e-3  # share of 8-bit levels that may be off by one
@@ -105,8 +106,8 @@ class GoldenFolder:
 
 def open_tokenizer(path: Path) -> MultiScaleTokenizer:
     """VAR's tokenizer of a file of weights in the published form."""
-    tokenizer = MultiScaleTokenizer(TokenizerConfig(**published_tokenizer_sizes(path)))
-    assign_plain(tokenizer, tokenizer_of(tokenizer, path))
+    tokenizer = MultiScaleTokenizer(TokenizerConfig(**vqvae_sizes(read_tensors(path, VQVAE_NESTED))))
+    fill_tokenizer(tokenizer, path)
     return tokenizer.eval()
 
 

@@ -21,16 +21,10 @@ def system_class(name: str) -> Any:
 
 
 def load(name: str | Path | None = None, **options: Any) -> Any:
-    """Load any paper's system, in evaluation mode.
+    """Load any paper's system, in evaluation mode; options and errors as of `System.from_pretrained`.
 
-    A bundle's `config.json` and a run's config name their system; a published file is known by its tensors.
-
-    Args:
-        name: see `System.from_pretrained`; None for "nano", which comes with the package.
-        options: likewise.
-    Raises:
-        UsageError: neither a path nor a name that the hub knows.
-        UserError: the path holds no system, or its files do not fit.
+    A bundle's `config.json` and a run's config name their system; a published file is known by its tensors; None is
+    "nano", which comes with the package.
     """
     if release := release_of(name):
         return system_class(release.system).from_pretrained(name, **options)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, fields, is_dataclass, replace
 from importlib.util import find_spec
 from typing import Any, TypeVar
@@ -71,11 +71,8 @@ class Acceleration:
     def parse(cls, text: str) -> Acceleration:
         """A variant by its name: means joined by "+", in any order.
 
-        Args:
-            text: "eager" (float32, adapters apart), or some of "merged", "bf16", "compile", "graphs", "int8", "fp8";
-                all but eager have their adapters merged, so "bf16" is "merged+bf16".
-        Raises:
-            UsageError: an unknown word, or eager among others.
+        It is "eager" (float32, adapters apart), or some of `WORDS`; all but eager have their adapters merged, so "bf16"
+        is "merged+bf16". UsageError: an unknown word, or eager among others.
         """
         words = text.split("+")
         if words == ["eager"]:
@@ -152,16 +149,11 @@ def map_tensors(change: Callable[[Tensor], Tensor], tree: Tree) -> Tree:
     return changed
 
 
-def tensors_of(tree: object) -> Iterator[Tensor]:
+def tensors_of(tree: object) -> list[Tensor]:
     """The tensors of a tree, always in the same order."""
-    if isinstance(tree, Tensor):
-        yield tree
-    elif isinstance(tree, tuple | list):
-        for part in tree:
-            yield from tensors_of(part)
-    elif is_dataclass(tree):
-        for f in fields(tree):
-            yield from tensors_of(getattr(tree, f.name))
+    found: list[Tensor] = []
+    map_tensors(lambda x: found.append(x) or x, tree)  # type: ignore[func-returns-value]
+    return found
 
 
 def key_of(tree: object) -> Hashable:
@@ -184,21 +176,12 @@ class _Recorded:
     outputs: Any
     copied: tuple[Any, ...]
 
-    def replay(self, inputs: tuple[Any, ...]) -> Any:
-        """The outputs for other inputs of the same key, in memory of their own."""
-        fill(self.inputs, inputs, self.copied)
-        self.copied = inputs
-        self.graph.replay()
-        return map_tensors(torch.clone, self.outputs)
-
 
 def fill(memory: tuple[Any, ...], inputs: tuple[Any, ...], copied: tuple[Any, ...]) -> None:
-    """Copy inputs into memory of the same form.
+    """Copy inputs, trees of the same keys, into memory.
 
-    Args:
-        memory: trees.
-        inputs: trees of the same keys.
-        copied: the inputs before: a dataclass that comes again is there already. Tensors may have been written to.
+    A dataclass that is the same object as in `copied`, the inputs before, is there already; tensors may have been
+    written to since.
     """
     for kept, given, before in zip(memory, inputs, copied, strict=True):
         if given is before and is_dataclass(given):
@@ -215,8 +198,7 @@ class BatchGraphs:
         self._pool: Any = None
 
     def __call__(self, function: Callable[..., Tree], *inputs: Any) -> Tree:
-        """`function(*inputs)` in new tensors; inputs are trees on one CUDA device, what is in a dataclass stays as it
-        is.
+        """`function(*inputs)` in new tensors; inputs are trees on one CUDA device, dataclasses in them never change.
 
         The function asks the host for nothing, and is the same at every call with inputs of these shapes.
         """
@@ -226,7 +208,11 @@ class BatchGraphs:
                 self._recorded.popitem(last=False)
             self._recorded[key] = self._record(function, inputs)
         self._recorded.move_to_end(key)
-        outputs: Tree = self._recorded[key].replay(inputs)
+        recorded = self._recorded[key]
+        fill(recorded.inputs, inputs, recorded.copied)
+        recorded.copied = inputs
+        recorded.graph.replay()
+        outputs: Tree = map_tensors(torch.clone, recorded.outputs)  # the next replay writes over the graph's own
         return outputs
 
     def _record(self, function: Callable[..., Any], inputs: tuple[Any, ...]) -> _Recorded:

@@ -38,6 +38,7 @@ from varestorer.tokenizer.autoencoder import init_weights as init_tokenizer_weig
 from varestorer.tokenizer.quantizer import resize_area, to_map
 from varestorer.transformer import VARTransformer
 from varestorer.transformer.adapters import init_adapters, merge_adapters, plain_state_dict
+from varestorer.transformer.generation import MultiStepGenerator
 from varestorer.transformer.heads import Noise
 from varestorer.utils.color import match_color
 from varestorer.utils.device import to_device
@@ -47,13 +48,14 @@ from varestorer.utils.images import as_picture, from_anything, from_network, is_
 from varestorer.utils.seeds import torch_generator
 from varestorer.utils.tiling import num_tiles, restore_tiled, restore_to_sizes, scaled_size
 from varestorer.weights.bundle import ADAPTERS, CONFIG, is_bundle, read_config, save_bundle
-from varestorer.weights.load import allocate, load_into
+from varestorer.weights.load import allocate, load_into, split_adapters
 from varestorer.weights.resolve import HOW, check_is_whole, is_published, locate, model_of_run, release_of
 from varestorer.weights.runs import is_run, latest_checkpoint, load_run_weights
 
 LOG = logging.getLogger(__name__)
 REDUCE = "area"  # on held-out photographs at x1.5 and x2 better than Lanczos in PSNR and LPIPS
 DEVICE_PIXELS = 2**25  # of a result that is put together on the device; larger ones are on the host
+BATCH = 8
 PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -184,8 +186,7 @@ class System(
     def accept(self, request: Request, uncertainty: bool) -> Request:
         """The request with what is done once for all squares.
 
-        Raises:
-            UserError: something that this system cannot do; says what it has instead.
+        UserError: something that this system cannot do; says what it has instead.
         """
 
     @property
@@ -197,13 +198,8 @@ class System(
 
     def parts(self) -> dict[str, dict[str, Tensor]]:
         """Tensors of each file of a bundle: adapters, where there are any, in one of their own."""
-        network = plain_state_dict(self.transformer)
-        adapters = {name: tensor for name, tensor in network.items() if ".lora_" in name}
-        parts = {
-            "tokenizer": dict(self.tokenizer.state_dict()),
-            "transformer": {name: tensor for name, tensor in network.items() if name not in adapters},
-            ADAPTERS: adapters,
-        }
+        network, adapters = split_adapters(plain_state_dict(self.transformer))
+        parts = {"tokenizer": dict(self.tokenizer.state_dict()), "transformer": network, ADAPTERS: adapters}
         return {part: tensors for part, tensors in parts.items() if tensors}
 
     def initial_state(self) -> dict[str, Tensor]:
@@ -260,8 +256,7 @@ class System(
     def sides_of(self, sizes: Sequence[float] | None, scale: float) -> tuple[int, ...]:
         """Which of `sides` are the enlargements asked for, where the largest is `scale`; None for the largest.
 
-        Raises:
-            UserError: an enlargement that one pass does not give, or none at all.
+        UserError: an enlargement that one pass does not give, or none at all.
         """
         if sizes is None:
             return (self.tile,)
@@ -279,6 +274,11 @@ class System(
         other = copy(self)
         other.schedule = self.schedule.with_side(side // self.tokenizer.stride)
         return other
+
+    @property
+    def generator(self) -> MultiStepGenerator:
+        """Scale by scale generation with these networks."""
+        return MultiStepGenerator(self.transformer, self.tokenizer.quantizer, self.schedule)
 
     def encode(self, images_B3HW: Tensor) -> TokenPyramid:
         """Tokens of images in [0, 1] of side `tile`."""
@@ -334,12 +334,11 @@ class System(
     def restore(self, image: Any, scale: float = ..., **options: Any) -> Restoration: ...
 
     def restore(self, image: Any, scale: float = 4, **options: Any) -> Restoration | list[Restoration]:
-        """Restore an image of any size, or a list of them, and give back what was given.
+        """Restore an image of any size, or a list of them, and give back what was given; see `restore_picture`.
 
         Args:
             image: a path, a PIL image, uint8 NumPy (H, W, 3), or a float tensor (3, H, W) in [0, 1], see
                 `from_anything`; or a list of such.
-            scale: see `restore_picture`, as the options.
         Raises:
             ValueError: an image or a scale of another kind or range; says what was wanted and what came.
             UserError: see `restore_picture`; a file that cannot be read.
@@ -361,7 +360,7 @@ class System(
         color: str = "none",
         tile: int | None = None,
         overlap: int | None = None,
-        batch: int = 8,
+        batch: int = BATCH,
         uncertainty: bool = False,
         fidelity: float = 0.0,
         sizes: Sequence[float] | None = None,
@@ -445,25 +444,18 @@ class System(
         return Restoration(channels[:3], channels[3:] if uncertainty else None, others, tuple(warnings))
 
     @torch.inference_mode()
-    def reconstruct(self, image: Tensor, batch: int = 8) -> Tensor:
+    def reconstruct(self, image: Tensor) -> Tensor:
         """An image of any size after it passed the tokenizer: the ceiling of what restoring can reach.
 
-        Args:
-            image: (3, H, W) float in [0, 1], at full size, see `as_picture`.
-            batch: tiles per forward pass.
-        Returns:
-            (3, H, W) float32 in [0, 1].
-        Raises:
-            ValueError: an image of another kind or range.
-            UserError: a result that is not finite.
+        The image is (3, H, W) float in [0, 1], at full size, see `as_picture`, which says what is refused; likewise the
+        result. UserError: a result that is not finite.
         """
         image = as_picture(image)
 
         def run(tiles_B3tt: Tensor, numbers: list[int]) -> Tensor:
             return to_device(self.decode(self.encode(to_device(tiles_B3tt, self.device)).codes), tiles_B3tt.device)
 
-        size = (image.shape[-2], image.shape[-1])
-        tiled = restore_tiled(image, size, self.tile, self.tile // 4, batch, run)
+        tiled = restore_tiled(image, (image.shape[-2], image.shape[-1]), self.tile, self.tile // 4, BATCH, run)
         check_finite(tiled, "the result")
         return tiled.clamp_(0, 1)
 
@@ -471,35 +463,9 @@ class System(
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
-        cls, pretrained_model_name_or_path: str | Path | None = None, **options: Any
-    ) -> Self:
-        """Load a system of this class, in evaluation mode; `varestorer.systems.load` finds the class by itself.
-
-        Args:
-            pretrained_model_name_or_path: a bundle's folder, a run of scripts/train.py (the averaged weights of its
-                latest checkpoint) or a checkpoint of one, a published file with its companions beside it, or a
-                bundle's or a known release's name on the hub (`owner/name`, `owner/name@revision`); None for "nano",
-                which comes with the package.
-            options: `device`; `merge=True` folds the adapters into the weights (faster, but only for `steps="one"`);
-                `precision="fp32"`, `"bf16"`, or `"auto"` for what suits the device (else as stored);
-                `acceleration=Acceleration(...)`, in place of these two, for more means; `tokenizer_file` and
-                `restorer_file` of a published file, where they lie elsewhere; for the hub `revision`, `token`,
-                `cache_dir`, `local_files_only`, `force_download`.
-        Raises:
-            UsageError: neither a path nor a name that the hub knows.
-            UserError: the path holds no system, or its files do not fit.
-        """
-        release = release_of(pretrained_model_name_or_path)
-        if release is not None and release.system != cls.name:
-            raise UserError(f"{release.name} holds a model of {release.system}, and {cls.name} was asked for")
-        path = locate(pretrained_model_name_or_path, options, cls.from_published)
-        return cls._from_pretrained(model_id=str(path), **options)
-
-    @classmethod
-    def _from_pretrained(  # type: ignore[override]
         cls,
+        pretrained_model_name_or_path: str | Path | None = None,
         *,
-        model_id: str,
         device: torch.device | str = "cpu",
         merge: bool = False,
         precision: str | None = None,
@@ -508,21 +474,31 @@ class System(
         restorer_file: str | None = None,
         **hub: Any,
     ) -> Self:
+        """Load a system of this class, in evaluation mode; `varestorer.systems.load` finds the class by itself.
+
+        Args:
+            pretrained_model_name_or_path: a bundle's folder, a run of scripts/train.py (the averaged weights of its
+                latest checkpoint) or a checkpoint of one, a published file with its companions beside it, or a
+                bundle's or a known release's name on the hub (`owner/name`, `owner/name@revision`); None for "nano",
+                which comes with the package.
+            device: of the networks.
+            merge: fold the adapters into the weights (faster, but only for `steps="one"`).
+            precision: "fp32", "bf16", or "auto" for what suits the device; None: as stored.
+            acceleration: in place of these two, for more means.
+            tokenizer_file, restorer_file: of a published file, where they lie elsewhere.
+            hub: `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`.
+        Raises:
+            UsageError: neither a path nor a name that the hub knows.
+            UserError: the path holds no system, or its files do not fit.
+        """
+        release = release_of(pretrained_model_name_or_path)
+        if release is not None and release.system != cls.name:
+            raise UserError(f"{release.name} holds a model of {release.system}, and {cls.name} was asked for")
+        path = locate(pretrained_model_name_or_path, hub, cls.from_published)
         if acceleration is None and precision is not None:
             acceleration = Acceleration(merge, precision)
         merged = merge if acceleration is None else acceleration.merge
-        path = Path(model_id)
-        if not path.exists():
-            raise UsageError(f"{path} does not exist; {HOW}")
-        if is_bundle(path):
-            system = cls.from_bundle(path, merged)
-        elif is_published(path):
-            check_is_whole(path)
-            system = cls.from_published(path, tokenizer_file, restorer_file)
-        elif is_run(path):
-            system = cls._from_run(path)
-        else:
-            raise UserError(f"{path} holds no model; {HOW}")
+        system = cls._opened(path, merged, tokenizer_file, restorer_file)
         if merged:
             system.merge_adapters()
         system.source = path
@@ -530,8 +506,17 @@ class System(
         return system if acceleration is None else system.accelerate(acceleration)
 
     @classmethod
-    def _from_run(cls, path: Path) -> Self:
-        """The model of a run's config, filled with the run's weights."""
+    def _opened(cls, path: Path, merge: bool, tokenizer_file: str | None, restorer_file: str | None) -> Self:
+        """The system of a path, as `from_pretrained` takes it."""
+        if not path.exists():
+            raise UsageError(f"{path} does not exist; {HOW}")
+        if is_bundle(path):
+            return cls.from_bundle(path, merge)
+        if is_published(path):
+            check_is_whole(path)
+            return cls.from_published(path, tokenizer_file, restorer_file)
+        if not is_run(path):
+            raise UserError(f"{path} holds no model; {HOW}")
         model = OmegaConf.to_container(model_of_run(path))
         system = cls(**{key: value for key, value in model.items() if not str(key).startswith("_")})  # type: ignore
         load_into(system, load_run_weights(path), f"the run {latest_checkpoint(path).parents[2]}")
@@ -569,8 +554,7 @@ class System(
     def from_published(cls, path: Path, tokenizer_file: str | None = None, restorer_file: str | None = None) -> Self:
         """The system of a published file, with its companions beside it unless they are named.
 
-        Raises:
-            UserError: there is no such file of this system, or a companion is missing.
+        UserError: there is no such file of this system, or a companion is missing.
         """
         raise UserError(f"{path} is no published model of {cls.name}: there is none; give a run or a bundle")
 
@@ -587,7 +571,7 @@ class System(
         """An image in [0, 1] as the script of the paper's authors restores it, its faults included.
 
         Args:
-            image_3HW: RGB in [0, 1]; rounded to 8 bits first.
+            image_3HW: rounded to 8 bits first.
             scale: enlargement.
             prompt: text features (T, E), where the model reads text.
             tiled: overlapping squares instead of the whole, squashed to one.

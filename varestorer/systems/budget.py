@@ -87,19 +87,10 @@ class Budget:
 def measure(
     limit: int, device: torch.device, restore: Callable[[int], object], target: str, writing: Writing, budget: Budget
 ) -> Budget | None:
-    """See what restoring needs here.
+    """See what restoring needs here, of `limit` bytes; None where not even one square fits.
 
-    Args:
-        limit: bytes.
-        device: where the networks are.
-        restore: restores so many squares at once.
-        target: name of a result.
-        writing: how results are written.
-        budget: its channels and its largest batch.
-    Returns:
-        None where not even one square fits.
-    Raises:
-        UserError: this device or this system does not tell.
+    `restore` restores so many squares at once; the target is the name of a result; of the budget count its channels and
+    its largest batch. UserError: this device or this system does not tell.
     """
     restore(1)  # kernels and tables that stay
     needs = [peak_memory(partial(restore, number), device) for number in (1, 2)]

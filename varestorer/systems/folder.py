@@ -52,13 +52,9 @@ _BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fm
 
 @dataclass(frozen=True)
 class Restored:
-    """What became of one image.
+    """What became of one image: (3, H, W) in [0, 1], and what else its entry says.
 
-    Attributes:
-        image: (3, H, W) in [0, 1].
-        uncertainty: (H, W) in [0, 1], saved as a heat map.
-        details: what else its entry says.
-        smaller: other sizes of it, by the label of their file.
+    The uncertainty, (H, W) in [0, 1], is saved as a heat map; `smaller` are other sizes by the label of their file.
     """
 
     image: Tensor
@@ -107,18 +103,15 @@ def restore_files(
 ) -> FolderReport:
     """Restore the files of a plan and write `restore.json` beside the results.
 
-    Each image's seed is derived from `seed` and its name, so its result depends neither on the other files
-    nor on their order. Transparency is resized and kept where the format holds it, and so are a color
-    profile, EXIF and resolution; gray is written as one channel, more than 8 bits as 16. Results appear whole or not
-    at all. If the run is interrupted, what was restored by then is written, and so is the report; it keeps earlier
-    entries whose results are still there, and those of runs that write to the same folder at the same time. A result
-    that was made from another file than the one that is there now is made again. One that is left in place, but was
-    made with another seed or other settings or does not say from what, is named.
+    Each image's seed is derived from `seed` and its name, so its result depends neither on the other files nor on their
+    order. Transparency is resized and kept where the format holds it, and so are a color profile, EXIF and resolution;
+    gray is written as one channel, more than 8 bits as 16. Results appear whole or not at all. If the run is
+    interrupted, what was restored by then is written, and so is the report; it keeps earlier entries whose results are
+    still there, and those of runs that write to the same folder at the same time. A result that was made from another
+    file than the one that is there now is made again. One that is left in place, but was made with another seed or
+    other settings or does not say from what, is named.
 
     Args:
-        plan: from `plan_restoration`.
-        restore: restores one image with a seed.
-        seed: of the whole run.
         settings: what else the entries say of how images were restored, e.g. the scale.
         overwrite: restore again what has a result.
         max_pixels: larger inputs are refused; None: above Pillow's limit (about 179 million pixels).
@@ -162,20 +155,19 @@ def restore_files(
 
 
 def _other_settings(entries: Mapping[str, Entry], settings: Mapping[str, Any]) -> dict[str, str]:
-    """Results of skipped entries that say of other settings than these; what an entry does not say is not compared.
+    """Results (output -> "scale=4, not scale=2") of skipped entries that say of other settings than these.
 
-    Returns:
-        output -> "scale=4, not scale=2".
+    What an entry does not say is not compared.
     """
-
-    def words(values: Mapping[str, Any], keys: Iterable[str]) -> str:
-        return " ".join(f"{key}={'null' if values[key] is None else values[key]}" for key in keys)
-
     others = {}
-    for entry in entries.values():
-        keys = [key for key in settings if "skipped" in entry and key in entry and entry[key] != settings[key]]
+    for entry in (entry for entry in entries.values() if "skipped" in entry):
+        keys = [key for key in settings if key in entry and entry[key] != settings[key]]
         if keys:
-            others[entry["output"]] = f"{words(entry, keys)}, not {words(settings, keys)}"
+            made, now = (
+                " ".join(f"{key}={'null' if values[key] is None else values[key]}" for key in keys)
+                for values in (entry, settings)
+            )
+            others[entry["output"]] = f"{made}, not {now}"
     return others
 
 
@@ -245,22 +237,19 @@ class _Runner:
         if work.picture is not None and work.restored is not None:
             with work.failing():
                 self._save(work.job, work.source, work.picture, work.restored)
-                self.entries[work.job.name] = self._entry(work, work.picture, work.restored)
+                entry = {"output": work.job.target, "seconds": round(work.seconds, 4), "seed": self.seed}
+                entry |= {**self.settings, **work.restored.details}
+                if work.restored.uncertainty is not None:
+                    entry["uncertainty"] = work.job.heat_map
+                if work.restored.smaller:
+                    entry["smaller"] = {label: beside(work.job.target, label) for label in work.restored.smaller}
+                if work.picture.note:
+                    logger.info("%s: %s", work.job.name, work.picture.note)
+                    entry["note"] = work.picture.note
+                self.entries[work.job.name] = entry
         if work.failure is not None:
             logger.warning("%s: %s", work.job.name, work.failure)
             self.entries[work.job.name] = {"error": work.failure}
-
-    def _entry(self, work: _Work, picture: Picture, restored: Restored) -> Entry:
-        entry = {"output": work.job.target, "seconds": round(work.seconds, 4), "seed": self.seed, **self.settings}
-        entry |= restored.details
-        if restored.uncertainty is not None:
-            entry["uncertainty"] = work.job.heat_map
-        if restored.smaller:
-            entry["smaller"] = {label: beside(work.job.target, label) for label in restored.smaller}
-        if picture.note:
-            logger.info("%s: %s", work.job.name, picture.note)
-            entry["note"] = picture.note
-        return entry
 
     def _save(self, job: Job, source: str, picture: Picture, restored: Restored) -> None:
         """Write the heat map, the smaller sizes and the image, which comes last; none if one cannot be written."""
@@ -298,8 +287,8 @@ def _read_report(path: Path) -> dict[str, Entry]:
 
 def _of_results(path: Path, entries: Mapping[str, Entry]) -> dict[str, Entry]:
     """The entries whose results exist."""
-    made = {name: entry for name, entry in entries.items() if "error" not in entry}
-    return {name: entry for name, entry in made.items() if (path.parent / entry["output"]).is_file()}
+    results = {name: path.parent / entry["output"] for name, entry in entries.items() if "error" not in entry}
+    return {name: entries[name] for name, result in results.items() if result.is_file()}
 
 
 def _add_to_report(path: Path, before: Mapping[str, Entry], entries: Mapping[str, Entry]) -> None:

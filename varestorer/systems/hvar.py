@@ -23,13 +23,14 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from varestorer.systems.acceleration import Acceleration
-from varestorer.systems.base import Request, RestoredBatch
+from varestorer.systems.base import BATCH, Request, RestoredBatch
 from varestorer.systems.one_step import OneStepConfig, OneStepSystem
+from varestorer.systems.varsr_files import fill_tokenizer
 from varestorer.tokenizer import MultiScaleTokenizer, ScaleSchedule, TokenizerConfig
 from varestorer.tokenizer.quantizer import resize_bicubic, to_tokens
 from varestorer.transformer import Context, TransformerConfig, VARTransformer
 from varestorer.transformer.adapters import adapters_off, assign_plain
-from varestorer.transformer.generation import Generation, MultiStepGenerator, Prefix, SamplingOptions
+from varestorer.transformer.generation import Generation, Prefix, SamplingOptions
 from varestorer.transformer.heads import Noise, keyed_noise
 from varestorer.utils.device import to_device
 from varestorer.utils.errors import UserError
@@ -38,14 +39,7 @@ from varestorer.utils.tiling import restore_to_sizes, scaled_size
 from varestorer.weights.bundle import is_bundle, read_config, shipped
 from varestorer.weights.files import read_tensors
 from varestorer.weights.load import check_part, fill
-from varestorer.weights.published.varsr import (
-    TRANSFORMER_NESTED,
-    VQVAE_NESTED,
-    network_kind,
-    varsr_sizes,
-    varsr_tensors,
-    vqvae_tensors,
-)
+from varestorer.weights.published.varsr import TRANSFORMER_NESTED, network_kind, varsr_sizes, varsr_tensors
 from varestorer.weights.resolve import model_of_run
 from varestorer.weights.runs import is_run
 
@@ -107,38 +101,20 @@ class HVAR(OneStepSystem):
         sizes = TokenizerConfig(**tokenizer)
         self.schedule = self.nested if sizes.reuse != "none" else replace(self.nested, targets=())
         self._options = {"schedule": dict(schedule), "sampling": dict(sampling or {})}
+        own: dict[str, Any] = {"prefix_width": sizes.latent_width, "text_width": 0, "text_length": 0, "num_classes": 1}
+        own |= {"positions": "grid", "position_size": self.schedule.latent_size[0]}
         with torch.device("meta"):
             self.tokenizer = MultiScaleTokenizer(sizes)
-            config = TransformerConfig(**self._derived(sizes, transformer), **transformer)
-            self.transformer = self.make_transformer(config)
-        self._check_sizes()
+            self.transformer = self.make_transformer(sizes, transformer, **own)
+        if any(h != w for h, w in self.nested.targets):
+            raise UserError("images are restored in squares: model.schedule.targets must be squares")
+        self.check_codebook()
+        self.check_networks(len(self.schedule))
         for part, file in self.files.items():
             self._check_file(part, file, new_reading)
         if torch.get_default_device().type != "meta":
             self._fill(seed)
             self.tokenizer.to(memory_format=torch.channels_last)  # convolutions run faster so, on CPU and GPU
-
-    def _derived(self, tokenizer: TokenizerConfig, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Arguments of `TransformerConfig` that follow from the other parts."""
-        derived = {
-            "latent_width": tokenizer.latent_width,
-            "prefix_width": tokenizer.latent_width,
-            "vocabulary": tokenizer.vocabulary,
-            "hidden_width": 4 * given.get("width", TransformerConfig.width),
-            "text_width": 0,
-            "text_length": 0,
-            "num_classes": 1,
-            "num_levels": len(self.schedule),
-            "positions": "grid",
-            "position_size": self.schedule.latent_size[0],
-        }
-        return {name: value for name, value in derived.items() if name not in given}
-
-    def _check_sizes(self) -> None:
-        if any(h != w for h, w in self.nested.targets):
-            raise UserError("images are restored in squares: model.schedule.targets must be squares")
-        self.check_codebook()
-        self.check_networks(len(self.schedule))
 
     # ---- what the network sees and says
 
@@ -158,12 +134,7 @@ class HVAR(OneStepSystem):
         return Context(self.transformer.condition.embedding.weight[:1].expand(batch_size, -1))
 
     def logits(self, inputs_BLZ: Tensor, prefix: Prefix) -> Tensor:
-        """Logits (B, L, V) of all scales, given the true coarser ones and the degraded image.
-
-        Args:
-            inputs_BLZ: of scales 2 to K, see `TokenPyramid.inputs`.
-            prefix: of as many samples.
-        """
+        """Logits (B, L, V) of all scales, given the true coarser ones (`TokenPyramid.inputs`) and the prefix."""
         return self.all_scales(self.transformer, inputs_BLZ, self.context(len(inputs_BLZ)), prefix, is_causal=True)
 
     @torch.no_grad()
@@ -173,9 +144,8 @@ class HVAR(OneStepSystem):
         Squares are in [0, 1], of side `tile`; uniform noise is as of `heads.keyed_noise`, None takes the likeliest
         codes.
         """
-        generator = MultiStepGenerator(self.transformer, self.tokenizer.quantizer, self.schedule)
         prepared, prefix = self.transformer.prepare(self.context(len(lq_B3tt))), self.prefix_of(lq_B3tt)
-        return generator(prepared, self.sampling, noise=noise, prefix=prefix, num_scales=num_scales)
+        return self.generator(prepared, self.sampling, noise=noise, prefix=prefix, num_scales=num_scales)
 
     # ---- sizes
 
@@ -215,7 +185,7 @@ class HVAR(OneStepSystem):
         return RestoredBatch(largest, indices, logits if request.context else None, tuple(smaller))
 
     @torch.inference_mode()
-    def reconstruct_sizes(self, image: Tensor, batch: int = 8) -> list[Tensor]:
+    def reconstruct_sizes(self, image: Tensor) -> list[Tensor]:
         """An image of any size after it passed the tokenizer, at each of the sizes, smallest first; (3, h, w)."""
 
         def run(tiles_B3tt: Tensor, numbers: list[int]) -> list[Tensor]:
@@ -224,7 +194,7 @@ class HVAR(OneStepSystem):
 
         height, width = image.shape[-2:]
         results = [(scaled_size(height, width, side / self.tile), side) for side in self.sides]
-        whole = restore_to_sizes(image, (height, width), self.tile, self.tile // 4, batch, run, results, self.step)
+        whole = restore_to_sizes(image, (height, width), self.tile, self.tile // 4, BATCH, run, results, self.step)
         return [x.clamp_(0, 1) for x in whole]
 
     def _speed_up(self, chosen: Acceleration) -> None:
@@ -247,7 +217,11 @@ class HVAR(OneStepSystem):
     def _check_file(self, part: str, file: Path, new_reading: bool) -> None:
         """Refuse at once a file that is not there, or a part of another reading."""
         check_part(part, file, self.published)
-        theirs = _reading(_config_of(file))
+        theirs: dict[str, Any] = {}  # a published file says nothing
+        if is_run(file):
+            theirs = _reading(OmegaConf.to_container(model_of_run(file)))  # type: ignore[arg-type]
+        elif is_bundle(file):
+            theirs = _reading(read_config(file))
         differing = [name for name, value in theirs.items() if value != self.reading[name]]
         if differing and not new_reading:
             name = differing[0]
@@ -259,32 +233,21 @@ class HVAR(OneStepSystem):
     @torch.no_grad()
     def _fill(self, seed: int) -> None:
         for part, file in self.files.items():
-            if is_run(file) or is_bundle(file):
-                fill(getattr(self, part), part, file)
-            elif part == "tokenizer":
-                tensors, levels = read_tensors(file, VQVAE_NESTED), len(self.tokenizer.config.multipliers)
-                wanted = self.tokenizer.state_dict()
-                assign_plain(self.tokenizer, vqvae_tensors(wanted, levels, tensors, str(file)))
+            if part == "tokenizer":
+                fill_tokenizer(self.tokenizer, file)
+            elif is_run(file) or is_bundle(file):
+                fill(self.transformer, part, file)
             else:
-                assign_plain(
-                    self.transformer,
-                    start_from_var(self.transformer, read_tensors(file, TRANSFORMER_NESTED), str(file)),
-                )
+                var = read_tensors(file, TRANSFORMER_NESTED)
+                assign_plain(self.transformer, start_from_var(self.transformer, var, str(file)))
         self.draw_rest(seed)
 
 
 def start_from_var(transformer: VARTransformer, tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
-    """Weights to start from, out of a published VAR for 256 pixels.
+    """Weights to start from, out of the tensors of a published VAR for 256 pixels (`source`, for messages).
 
     The grid of positions is VAR's last scale, enlarged bicubically; the condition is that of no class; the prefix is
-    embedded as words are; levels that VAR has not are as its last.
-
-    Args:
-        transformer: of this system, on any device.
-        tensors: the file's content.
-        source: the file, for messages.
-    Raises:
-        UserError: no VAR, or one of other sizes.
+    embedded as words are; levels that VAR has not are as its last. UserError: no VAR, or one of other sizes.
     """
     config = transformer.config
     if network_kind(tensors) != "var":
@@ -317,19 +280,9 @@ def enlarged_grid(rows_1NC: Tensor, side: int) -> Tensor:
     return rearrange(resize_bicubic(grid_1Chw, (side, side)), "1 c h w -> 1 (h w) c")
 
 
-def _config_of(file: Path) -> dict[str, Any]:
-    """What a run or a bundle says of its model; nothing of a published file."""
-    if is_run(file):
-        return OmegaConf.to_container(model_of_run(file))  # type: ignore[return-value]
-    return read_config(file) if is_bundle(file) else {}
-
-
 def _reading(config: Mapping[str, Any]) -> dict[str, Any]:
     """The entries of a model's config that decide which tokens an image has."""
-    found = {
-        f"{part}.{key}": config[part][key]
-        for part, keys in (("schedule", ("sides", "targets")), ("tokenizer", ("reuse", "reduce")))
-        for key in keys
-        if key in config.get(part, {})
-    }
+    keys = {"schedule": ("sides", "targets"), "tokenizer": ("reuse", "reduce")}
+    parts = ((part, key, config.get(part, {})) for part, some in keys.items() for key in some)
+    found = {f"{part}.{key}": held[key] for part, key, held in parts if key in held}
     return {name: list(value) if isinstance(value, list | tuple) else value for name, value in found.items()}

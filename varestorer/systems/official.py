@@ -27,7 +27,7 @@ from torch import Tensor
 from varestorer.transformer import TextFeatures
 from varestorer.utils.errors import UserError
 from varestorer.utils.finite import check_finite, spread_nan
-from varestorer.utils.images import as_picture, to_uint8
+from varestorer.utils.images import as_picture, from_levels, to_levels
 from varestorer.utils.tiling import gaussian_weights, scaled_size, tile_positions
 
 DROP_RATE = 0.1  # of the training, left on
@@ -38,47 +38,37 @@ LEAST_WEIGHT = 1e-8  # sums of blending weights are raised to it before the divi
 def restore_official(
     system: Any, image_3HW: Tensor, scale: float = 4, *, prompt: Tensor | None = None, tiled: bool = False
 ) -> Tensor:
-    """Restore an image as the released script does.
+    """Restore an image as the released script does: (3, H', W') float32 in [0, 1], multiples of 1/255.
 
     Draws from two global generators, as that script does: per square one number of Python's `random`, then one
-    `torch.rand` per scale on the CPU. `random.seed` and `torch.manual_seed` make a result repeatable. What the
-    released script's autocast changes on a GPU (bf16 matrix products) is not imitated: this is its float32 arithmetic.
+    `torch.rand` per scale on the CPU. `random.seed` and `torch.manual_seed` make a result repeatable. What the released
+    script's autocast changes on a GPU (bf16 matrix products) is not imitated: this is its float32 arithmetic.
 
     Args:
         system: with the traits of the released student; its square has a side of `system.tile`, released 512.
-        image_3HW: RGB in [0, 1]; rounded to 8 bits first, as if it had been read from a file.
+        image_3HW: RGB in [0, 1], see `as_picture`; rounded to 8 bits first, as if it had been read from a file.
         scale: enlargement.
         prompt: text features (T, E); None for the null text. The released code overwrites it where it drops it;
             here that happens to a copy, made once per call, so the caller's tensor never changes.
         tiled: restore overlapping squares at the size of the result instead of the squashed whole.
-    Returns:
-        (3, H', W') float32 in [0, 1], multiples of 1/255, on the image's device.
     Raises:
-        ValueError: an image of another kind or range, see `as_picture`.
         UserError: a prompt that does not fit the network, or a result that is not finite.
     """
     image_3HW = as_picture(image_3HW)
-    features_TE = _own_features(system, prompt)
-    image_HW3 = rearrange(to_uint8(image_3HW.cpu()), "c h w -> h w c").numpy()
-    enlarged_HW3 = _lanczos(image_HW3, scaled_size(image_3HW.shape[1], image_3HW.shape[2], scale))
-    restored_HW3 = (_tiled if tiled else _squashed)(system, enlarged_HW3, features_TE)
-    return _to_float(restored_HW3).to(image_3HW.device)
-
-
-def _own_features(system: Any, prompt: Tensor | None) -> Tensor:
-    """A copy of the prompt's features, or of the null text, that may be overwritten."""
     null_TE = system.transformer.condition.null_features
     features_TE = null_TE if prompt is None else prompt
     (most, width), shape = null_TE.shape, tuple(features_TE.shape)
     if len(shape) != 2 or not 1 <= shape[0] <= most or shape[1] != width:
         raise UserError(f"a prompt must be features of 1 to {most} tokens of width {width}, got shape {shape}")
-    return features_TE.detach().to(system.device, torch.float32, copy=True)
-
-
-def _squashed(system: Any, image_HW3: np.ndarray, features_TE: Tensor) -> np.ndarray:
-    """The whole image as one square, whatever its aspect."""
-    square_tt3 = _lanczos(image_HW3, (system.tile, system.tile))
-    return _lanczos(restore_square(system, _to_float(square_tt3), features_TE), image_HW3.shape[:2])
+    features_TE = features_TE.detach().to(system.device, torch.float32, copy=True)  # it may be overwritten
+    enlarged_HW3 = _lanczos(to_levels(image_3HW), scaled_size(image_3HW.shape[1], image_3HW.shape[2], scale))
+    if tiled:
+        restored_HW3 = _tiled(system, enlarged_HW3, features_TE)
+    else:  # the whole image as one square, whatever its aspect
+        square_tt3 = _lanczos(enlarged_HW3, (system.tile, system.tile))
+        restored_tt3 = restore_square(system, from_levels(square_tt3), features_TE)
+        restored_HW3 = _lanczos(restored_tt3, enlarged_HW3.shape[:2])
+    return from_levels(restored_HW3).to(image_3HW.device)
 
 
 def _tiled(system: Any, image_HW3: np.ndarray, features_TE: Tensor) -> np.ndarray:
@@ -90,14 +80,14 @@ def _tiled(system: Any, image_HW3: np.ndarray, features_TE: Tensor) -> np.ndarra
     # there is the same. Whether the weights count the padding is not specified; along such a side they cancel, so
     # that only a tie of the rounding may fall the other way.
     padded_HW3 = _pad(padded_HW3, *((0, max(tile - side, 0)) for side in padded_HW3.shape[:2]))
-    weights_tt1 = gaussian_weights(tile, tile).float().numpy()[..., None]
+    weights_tt1 = gaussian_weights(tile).float().numpy()[..., None]
     total_HW3 = np.zeros(padded_HW3.shape, np.float32)
     weight_HW1 = np.zeros((*padded_HW3.shape[:2], 1), np.float32)
     rows, columns = (tile_positions(side, tile, margin) for side in padded_HW3.shape[:2])
     # The order decides which random numbers a tile gets; it is not specified, row by row is assumed.
     for top, left in ((y, x) for y in rows for x in columns):
         place = slice(top, top + tile), slice(left, left + tile)
-        total_HW3[place] += restore_square(system, _to_float(padded_HW3[place]), features_TE) * weights_tt1
+        total_HW3[place] += restore_square(system, from_levels(padded_HW3[place]), features_TE) * weights_tt1
         weight_HW1[place] += weights_tt1
     blended_HW3 = np.rint(total_HW3 / np.maximum(weight_HW1, LEAST_WEIGHT)).clip(0, 255).astype(np.uint8)
     return blended_HW3[margin : margin + height, margin : margin + width]
@@ -105,16 +95,10 @@ def _tiled(system: Any, image_HW3: np.ndarray, features_TE: Tensor) -> np.ndarra
 
 @torch.inference_mode()
 def restore_square(system: Any, square_3tt: Tensor, features_TE: Tensor) -> np.ndarray:
-    """One forward pass: perhaps drop the prompt, clean and tokenize, predict, draw the bits, decode, truncate.
+    """One pass of a square in [0, 1]: perhaps drop the prompt, clean, tokenize, predict, draw bits, decode, truncate.
 
-    Args:
-        system: see `restore_official`.
-        square_3tt: in [0, 1], of side `system.tile`.
-        features_TE: of the prompt; overwritten for good by the null text, one time in ten.
-    Returns:
-        (t, t, 3) uint8.
-    Raises:
-        UserError: the result is not finite.
+    The prompt's features are overwritten for good by the null text, one time in ten. Gives (t, t, 3) uint8; UserError:
+    the result is not finite.
     """
     # The released script always has a prompt; the null text is taken for one, so its number is drawn as well.
     if random.random() < DROP_RATE:
@@ -148,8 +132,3 @@ def _pad(image_HW3: np.ndarray, rows: tuple[int, int], columns: tuple[int, int])
     # Whether sides are judged one by one is not specified; here one that is too short decides for both.
     fits = max(rows) < image_HW3.shape[0] and max(columns) < image_HW3.shape[1]
     return np.pad(image_HW3, (rows, columns, (0, 0)), mode="reflect" if fits else "edge")
-
-
-def _to_float(image_HW3: np.ndarray) -> Tensor:
-    """8-bit pixels as (3, H, W) float32 in [0, 1]."""
-    return rearrange(torch.from_numpy(image_HW3), "h w c -> c h w").contiguous().float() / 255

@@ -19,17 +19,17 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
 from varestorer.utils.color import match_color_8bit
-from varestorer.utils.images import from_network, to_network, to_uint8
+from varestorer.utils.images import from_levels, from_network, to_levels, to_network
 from varestorer.utils.tiling import tile_positions
 
 STRIDE = 16
 TILE, OVERLAP = 32, 8  # latent positions
 SIDE = TILE * STRIDE
+COLOR = "adain"
 VARIANCE = 0.01  # of the tiles' weights, their side taken for 1
 
 Encode = Callable[[Tensor], Tensor]
@@ -38,47 +38,30 @@ Decode = Callable[[Tensor], Tensor]
 """Latents (1, Z, h, w) -> image (1, 3, H, W) in [-1, 1]."""
 
 
-def restore_square(lq_HW3: np.ndarray, encode: Encode, decode: Decode, color: str = "adain") -> np.ndarray:
-    """The whole image as one square, whatever its aspect (`test_varsr`).
-
-    Args:
-        lq_HW3: uint8.
-        encode: of a single tile here.
-        decode: decoder of the tokenizer.
-        color: see `match_color`.
-    Returns:
-        (512, 512, 3) uint8.
-    """
+def restore_square(lq_HW3: np.ndarray, encode: Encode, decode: Decode) -> np.ndarray:
+    """The whole image as one square, whatever its aspect (`test_varsr`): uint8 (H, W, 3) to (512, 512, 3)."""
     # the released script looks at the height alone: an image 512 high has to be 512 wide
     square_HW3 = lq_HW3 if lq_HW3.shape[0] == SIDE else resized(lq_HW3, (SIDE, SIDE))
-    image_HW3 = _to_pixels(decode(encode(_to_network(square_HW3))))
-    return match_color_8bit(image_HW3, square_HW3, color)
+    latents = encode(to_network(from_levels(square_HW3)[None]))
+    image_HW3 = to_levels(from_network(decode(latents))[0])
+    return match_color_8bit(image_HW3, square_HW3, COLOR)
 
 
-def restore_tiled(
-    lq_HW3: np.ndarray, encode: Encode, decode: Decode, scale: int = 4, color: str = "adain"
-) -> np.ndarray:
+def restore_tiled(lq_HW3: np.ndarray, encode: Encode, decode: Decode, scale: int = 4) -> np.ndarray:
     """An image of any size: overlapping tiles, blended as latents and decoded as a whole (`test_tile`).
 
-    Args:
-        lq_HW3: uint8.
-        encode: called once for each row of tiles, from top to bottom.
-        decode: decoder of the tokenizer.
-        scale: enlargement, released 4.
-        color: see `match_color`.
-    Returns:
-        (scale H, scale W, 3) uint8.
+    uint8 (H, W, 3) to (scale H, scale W, 3); tiles are encoded row by row, from top to bottom.
     """
     height, width = lq_HW3.shape[:2]
-    enlarged_13HW = _to_network(resized(lq_HW3, enlarged_size(height, width, scale)))
+    enlarged_13HW = to_network(from_levels(resized(lq_HW3, enlarged_size(height, width, scale)))[None])
     rows, columns = (tile_positions(side // STRIDE, TILE, OVERLAP) for side in enlarged_13HW.shape[-2:])
     latents = []
     for row in rows:
         places = [(slice(x * STRIDE, x * STRIDE + SIDE) for x in (row, column)) for column in columns]
         latents.append(encode(torch.cat([enlarged_13HW[..., y, x] for y, x in places])))
-    image_HW3 = _to_pixels(decode(blend_latents(torch.cat(latents), rows, columns)))
+    image_HW3 = to_levels(from_network(decode(blend_latents(torch.cat(latents), rows, columns)))[0])
     size = (scale * height, scale * width)
-    return match_color_8bit(resized(image_HW3, size), resized(lq_HW3, size), color)
+    return match_color_8bit(resized(image_HW3, size), resized(lq_HW3, size), COLOR)
 
 
 def enlarged_size(height: int, width: int, scale: int = 4) -> tuple[int, int]:
@@ -115,13 +98,3 @@ def blend_latents(tiles_NZhw: Tensor, rows: list[int], columns: list[int]) -> Te
 def resized(image_HW3: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """8-bit pixels at (height, width) by Pillow's bicubic, which rounds to 8 bits between its two passes."""
     return np.array(Image.fromarray(image_HW3).resize((size[1], size[0]), Image.Resampling.BICUBIC))
-
-
-def _to_network(image_HW3: np.ndarray) -> Tensor:
-    """8-bit pixels as (1, 3, H, W) in [-1, 1]."""
-    return to_network(rearrange(torch.from_numpy(image_HW3), "h w c -> 1 c h w").float() / 255)
-
-
-def _to_pixels(image_13HW: Tensor) -> np.ndarray:
-    """(1, 3, H, W) in [-1, 1] as 8-bit pixels, rounded."""
-    return rearrange(to_uint8(from_network(image_13HW)).cpu(), "1 c h w -> h w c").numpy()

@@ -7,7 +7,7 @@ prefix and, as VARestorer's does (section 3.2), as tokens of all scales, each of
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from varestorer.systems.base import Request, RestoredBatch, System
-from varestorer.tokenizer.quantizer import TokenPyramid
+from varestorer.tokenizer import TokenizerConfig, TokenPyramid
 from varestorer.transformer import Context, PreparedCondition, TransformerConfig, VARTransformer
 from varestorer.transformer.adapters import adapters_off, attach_adapters, target_pattern
 from varestorer.transformer.generation import Prefix
@@ -53,11 +53,9 @@ class OneStepConfig:
 
 @dataclass(frozen=True)
 class Conditioned:
-    """What the student sees of the degraded image.
+    """What the student sees of the degraded image: its tokens, and those in front of all scales.
 
-    Attributes:
-        pyramid: its tokens.
-        prefix: tokens in front of all scales, which the teacher reads too.
+    The teacher reads these, too.
     """
 
     pyramid: TokenPyramid
@@ -65,12 +63,7 @@ class Conditioned:
 
 
 class OneStepSystem(System):
-    """A system whose network may have become one-step.
-
-    Attributes:
-        student_config: of the student; without one the class restores as its paper says.
-        title: what the paper calls it.
-    """
+    """A system whose network may have become one-step; without a student it restores as its paper, `title`, says."""
 
     title: ClassVar[str]
     student_config: OneStepConfig
@@ -81,9 +74,11 @@ class OneStepSystem(System):
 
     # ---- networks
 
-    def make_transformer(self, config: TransformerConfig) -> VARTransformer:
-        """The network, with adapters where there is a student."""
-        transformer = VARTransformer(config)
+    def make_transformer(self, tokenizer: TokenizerConfig, given: Mapping[str, Any], **derived: Any) -> VARTransformer:
+        """The network, with adapters where there is a student; what follows from the other parts need not be given."""
+        derived |= {"latent_width": tokenizer.latent_width, "vocabulary": tokenizer.vocabulary}
+        derived |= {"hidden_width": 4 * given.get("width", TransformerConfig.width), "num_levels": len(self.schedule)}
+        transformer = VARTransformer(TransformerConfig(**(derived | dict(given))))
         if self.student_config.has_teacher:
             attach_adapters(transformer, self.student_config.lora_rank, True, self.student_config.lora_targets)
         return transformer
@@ -105,11 +100,8 @@ class OneStepSystem(System):
     ) -> Tensor:
         """p_T(r_k | r_<k, prefix): logits (B, L, V) of all scales, given the photograph's coarser ones; adapters off.
 
-        Args:
-            pyramid: tokens of the photograph.
-            context: of the condition.
-            teacher: a network of its own; None for the system's.
-            condition: of the degraded image.
+        The context is of the condition, which is of the degraded image; the teacher is a network of its own, or None
+        for the system's.
         """
         with adapters_off(self.transformer):
             network, inputs = teacher or self.transformer, pyramid.inputs()

@@ -68,17 +68,17 @@ class Plan:
 
         A picture that does not say what it was made from may be anybody's, and is left alone.
         """
-        return [job for job in self.jobs if overwrite or self._is_to_do(job)]
 
-    def _is_to_do(self, job: Job) -> bool:
-        result = self.output / job.target
-        if not all((self.output / target).exists() for target in job.targets):
-            return True
-        source = made_from(result)
-        try:
-            return source is not None and source != file_sha256(job.source)
-        except UserError:
-            return True  # reading it says what is wrong
+        def is_to_do(job: Job) -> bool:
+            if overwrite or not all((self.output / target).exists() for target in job.targets):
+                return True
+            source = made_from(self.output / job.target)
+            try:
+                return source is not None and source != file_sha256(job.source)
+            except UserError:
+                return True  # reading it says what is wrong
+
+        return [*filter(is_to_do, self.jobs)]
 
 
 def plan_restoration(
@@ -88,9 +88,9 @@ def plan_restoration(
 
     Results are called after the stem of their input, in the same subfolders; of one image the result may be named
     itself. Inputs that differ in nothing but their extension keep it (`a.jpg` and `a.png` become `a.jpg.png` and
-    `a.png.png`). The heat map of `a.png` is `a.uncertainty.png`, what else is asked for `a.<label>.png`, and no
-    result gets such a name. What `scanning.is_skipped`, and results that lie inside the input folder, are no inputs;
-    other files that are no images are rejected, and so are folders that cannot be read.
+    `a.png.png`). The heat map of `a.png` is `a.uncertainty.png`, what else is asked for `a.<label>.png`, and no result
+    gets such a name. What `scanning.is_skipped`, and results that lie inside the input folder, are no inputs; other
+    files that are no images are rejected, and so are folders that cannot be read.
 
     Args:
         source: an image or a folder; `~` is the user's.
@@ -139,38 +139,29 @@ def _files_of(folder: Path, output: Path) -> tuple[dict[str, Path], dict[str, st
     results = output.resolve()
     # an output folder around the input folder holds results beside it, not in it
     is_inside = folder.resolve() in results.parents
-
-    def name_of(path: Path) -> str | None:
-        is_result = is_inside and results in path.resolve().parents
-        return None if is_result else path.relative_to(folder).as_posix()
-
     scan = scan_folder(folder)
-    found, others = split_images(scan)
-    images = {name: path for path in found if (name := name_of(path))}
-    others = [path for path in others if path not in scan.unused and name_of(path)]
-    sides = [path.relative_to(folder).as_posix() for path in others if path.suffix.lower() in SIDE_FILES]
-    report_unused(folder, "side files are left alone", sides)
+    names = {path: path.relative_to(folder).as_posix() for path in [*scan.files, *scan.unused, *scan.unreadable]}
+    found, others = (
+        [path for path in paths if not (is_inside and results in path.resolve().parents)]
+        for paths in split_images(scan)
+    )
+    others = [path for path in others if path not in scan.unused]
+    is_side = {path: path.suffix.lower() in SIDE_FILES for path in others}
+    report_unused(folder, "side files are left alone", [names[path] for path in others if is_side[path]])
     why = "not an image (its extension is none that is read); convert it to PNG or remove it"
-    rejected = {
-        path.relative_to(folder).as_posix(): HEIC_HINT if path.suffix.lower() in HEIC else why
-        for path in others
-        if path.suffix.lower() not in SIDE_FILES
-    }
+    rejected = {names[path]: HEIC_HINT if path.suffix.lower() in HEIC else why for path in others if not is_side[path]}
     for path, problem in scan.unreadable.items():
-        rejected[path.relative_to(folder).as_posix()] = f"this folder cannot be read ({problem}); make it readable"
-    unused = [path.relative_to(folder).as_posix() for path in scan.unused]
+        rejected[names[path]] = f"this folder cannot be read ({problem}); make it readable"
+    unused = [names[path] for path in scan.unused]
     report_unused(folder, "entries are not used, as no files or as folders with another name", unused)
-    return images, rejected
+    return {names[path]: path for path in found}, rejected
 
 
 def target_names(names: Iterable[str], labels: Iterable[str] = (), ending: str = ".png") -> dict[str, str]:
     """Name of each result: `<stem>.png`, or `<name>.png` wherever two files would get the same name.
 
-    Likewise with another ending.
-
-    Files are the results, their heat maps, and those of `labels` beside them.
-
-    Names that differ in case only count as the same: many file systems cannot hold both.
+    Files are the results, their heat maps, and those of `labels` beside them. Names that differ in case only count as
+    the same: many file systems cannot hold both.
     """
     names, labels = list(names), (HEAT_MAP, *labels)
     keeping: set[str] = set()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
@@ -33,13 +34,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TextOptions:
-    """Where the text of images comes from.
+    """Where the text of images comes from: one prompt for all, or captions of each.
 
-    Attributes:
-        prompt: what all images show, or None.
-        use_captions: describe each image instead.
-        text_encoder: folder or hub name; None: flan-t5-xl, for systems that were trained with it.
-        captioner: folder or hub name; None: BLIP's large one.
+    The text encoder and the captioner are folders or hub names; None: flan-t5-xl, for systems that were trained with
+    it, and BLIP's large one.
     """
 
     prompt: str | None = None
@@ -50,11 +48,9 @@ class TextOptions:
 
 @dataclass(frozen=True)
 class Texts:
-    """The text of images.
+    """The text of images: prompts by the name of the job, and features (T, E) on the CPU by the prompt.
 
-    Attributes:
-        prompts: name of the job -> prompt.
-        features: prompt -> features (T, E) on the CPU; empty for systems without text.
+    There are no features for systems without text.
     """
 
     prompts: dict[str, str] = field(default_factory=dict)
@@ -69,12 +65,12 @@ def find_texts(
     scale: float = 4,
     max_pixels: int | None = None,
 ) -> Texts:
-    """The prompt of each job and its features.
+    """The prompt of each job, and its features.
 
     Args:
-        system: what will restore the images.
-        jobs: the images that need a text.
-        options: where it comes from.
+        system: its restorer, if it has one, is moved to the captioner's device; nothing else of it is.
+        jobs: images that cannot be read get no caption: whoever restores them says why.
+        options: where texts come from.
         device: where captioner and text encoder run.
         scale: enlargement of the results.
         max_pixels: largest image that is read, see `load_picture`.
@@ -93,66 +89,18 @@ def find_texts(
         logger.warning("this model was trained without text: %s", what)
         return Texts(prompts)
     if options.use_captions:
-        prompts = caption_images(system, jobs, Captioner(options.captioner or CAPTIONER, device), scale, max_pixels)
-    encoder = TextEncoder(options.text_encoder or TEXT_ENCODER, device)
-    return Texts(prompts, encode_prompts(system, prompts.values(), encoder))
+        captioner = Captioner(options.captioner or CAPTIONER, device)
+        with logging_redirect_tqdm():
+            for job in tqdm(jobs, desc="captions", unit=" images"):
+                with suppress(UserError, MemoryError):
+                    image_3HW = load_picture(job.source, max_pixels).image
+                    prompts[job.name] = captioner.caption(preview(system, image_3HW, scale, device))[0]
+        captioner.release()
+    return Texts(prompts, _encoded(system, prompts.values(), TextEncoder(options.text_encoder or TEXT_ENCODER, device)))
 
 
-def reads_text(system: System, text_encoder: str | None = None) -> bool:
-    """Whether prompts change what a system makes, where the encoder is this one; None: flan-t5-xl."""
-    config = system.transformer.config
-    return not config.num_classes and (text_encoder is not None or config.text_width == DEFAULT_WIDTH)
-
-
-def caption_images(
-    system: VARestorer, jobs: Sequence[Job], captioner: Captioner, scale: float = 4, max_pixels: int | None = None
-) -> dict[str, str]:
-    """Describe the images of jobs, and let go of the captioner.
-
-    Args:
-        system: its restorer, if it has one, is moved to the captioner's device; nothing else of it is.
-        jobs: images that cannot be read are left out: whoever restores them says why.
-        captioner: what describes them.
-        scale: enlargement of the results.
-        max_pixels: largest image that is read, see `load_picture`.
-    Returns:
-        name of the job -> caption.
-    """
-    captions: dict[str, str] = {}
-    with logging_redirect_tqdm():
-        for job in tqdm(jobs, desc="captions", unit=" images"):
-            try:
-                image_3HW = load_picture(job.source, max_pixels).image
-            except (UserError, MemoryError):
-                continue
-            captions[job.name] = captioner.caption(preview(system, image_3HW, scale, captioner.device))[0]
-    captioner.release()
-    return captions
-
-
-@torch.inference_mode()
-def preview(system: VARestorer, image_3HW: Tensor, scale: float, device: torch.device) -> Tensor:
-    """What a captioner is shown of an image in [0, 1]: the result's size, but no side above the system's square.
-
-    Returns:
-        (1, 3, h, w) in [0, 1], cleaned by the system's restorer where there is one.
-    """
-    height, width = image_3HW.shape[-2:]
-    size = scaled_size(height, width, min(scale, system.tile / max(height, width)))
-    small_13hw = resize(image_3HW[None], size).to(device)
-    if system.restorer is None:
-        return small_13hw
-    return system.restorer.to(device)(small_13hw).clamp(0, 1)
-
-
-def encode_prompts(system: VARestorer, prompts: Iterable[str], encoder: TextEncoder) -> dict[str, Tensor]:
-    """Encode each different prompt once, and let go of the encoder.
-
-    Returns:
-        prompt -> features (T, E) on the CPU.
-    Raises:
-        UserError: no text encoder, or one whose features the system does not take.
-    """
+def _encoded(system: VARestorer, prompts: Iterable[str], encoder: TextEncoder) -> dict[str, Tensor]:
+    """Features (T, E) on the CPU of each different prompt; lets go of the encoder."""
     wanted = system.transformer.config.text_width
     different = list(dict.fromkeys(prompts))
     features: dict[str, Tensor] = {}
@@ -166,3 +114,23 @@ def encode_prompts(system: VARestorer, prompts: Iterable[str], encoder: TextEnco
                 )
     encoder.release()
     return features
+
+
+def reads_text(system: System, text_encoder: str | None = None) -> bool:
+    """Whether prompts change what a system makes, where the encoder is this one; None: flan-t5-xl."""
+    config = system.transformer.config
+    return not config.num_classes and (text_encoder is not None or config.text_width == DEFAULT_WIDTH)
+
+
+@torch.inference_mode()
+def preview(system: VARestorer, image_3HW: Tensor, scale: float, device: torch.device) -> Tensor:
+    """What a captioner is shown of an image in [0, 1]: the result's size, but no side above the system's square.
+
+    (1, 3, h, w) in [0, 1], cleaned by the system's restorer where there is one.
+    """
+    height, width = image_3HW.shape[-2:]
+    size = scaled_size(height, width, min(scale, system.tile / max(height, width)))
+    small_13hw = resize(image_3HW[None], size).to(device)
+    if system.restorer is None:
+        return small_13hw
+    return system.restorer.to(device)(small_13hw).clamp(0, 1)

@@ -37,7 +37,7 @@ from varestorer.transformer import (
     VARTransformer,
 )
 from varestorer.transformer.adapters import TARGETS, adapters_off, attach_adapters, target_pattern
-from varestorer.transformer.generation import Generation, MultiStepGenerator, Prefix, SamplingOptions
+from varestorer.transformer.generation import Generation, Prefix, SamplingOptions
 from varestorer.transformer.heads import Noise, keyed_noise
 from varestorer.transformer.layout import MASKS, BlockCausal, prefix_causal_mask
 from varestorer.utils.errors import UsageError, UserError
@@ -117,29 +117,6 @@ class StudentConfig:
                 raise UserError(f"model.student.{name} must be {' or '.join(choices)}, got {getattr(self, name)}")
 
 
-class PreparedTexts:
-    """What the transformer makes of the prompts used last, so that tiles, and images, of one prompt share it."""
-
-    def __init__(self) -> None:
-        self._kept: OrderedDict[int, tuple[Tensor | None, PreparedCondition]] = OrderedDict()
-
-    def of(self, system: VARestorer, features_TE: Tensor | None) -> PreparedCondition:
-        """A prompt, prepared for batches of any size.
-
-        Args:
-            system: its weights and its device are the same at every call.
-            features_TE: of the prompt, known again by being the same tensor; None for no prompt.
-        """
-        key = id(features_TE)
-        if key not in self._kept:
-            while len(self._kept) >= MOST_TEXTS:
-                self._kept.popitem(last=False)
-            # the features are kept as well, as their id might else be that of others later
-            self._kept[key] = (features_TE, system.transformer.prepare(system.text_batch(features_TE, 1)))
-        self._kept.move_to_end(key)
-        return self._kept[key][1]
-
-
 class VARestorer(System):
     """Tokenizer, transformer and restorer, of sizes that fit, with their weights.
 
@@ -157,7 +134,7 @@ class VARestorer(System):
         merge: fold the adapters of a bundle into its base weights as they are read; the quick way to the student alone.
         seed: of the random weights.
     Attributes:
-        texts: prepared ones, kept from image to image where the weights no longer change.
+        texts: prompts used last, prepared, kept from image to image where the weights no longer change.
     """
 
     name = "varestorer"
@@ -171,7 +148,7 @@ class VARestorer(System):
         "transformer": TransformerConfig,
         "student": StudentConfig,
     }
-    texts: PreparedTexts | None = None
+    texts: OrderedDict[int, tuple[Tensor | None, PreparedCondition]] | None = None
 
     def __init__(
         self,
@@ -189,7 +166,10 @@ class VARestorer(System):
         self.files = {part: shipped(file) for part, file in (weights or {}).items() if file}
         for part, file in self.files.items():
             check_part(part, file, self.published)
-        self.restorer = _restorer(restorer, seed)
+        if isinstance(restorer, dict):
+            self.restorer: Restorer | None = new_restorer(**restorer, seed=seed)
+        else:
+            self.restorer = load_restorer(restorer) if restorer else None
         self.schedule = ScaleSchedule.build(**schedule)
         self.student_config = StudentConfig(**(student or {}))
         if merge and self.student_config.lora_rank:
@@ -201,7 +181,7 @@ class VARestorer(System):
                 attach_adapters(self.transformer, chosen.lora_rank, chosen.cross_value_bias, chosen.lora_targets)
         self.check_networks(len(self.schedule) + int(self.student_config.long_input))
         self._schedule_options = dict(schedule)
-        if torch.empty(0).device.type != "meta":  # torch 2.6 tells no default device inside `with torch.device(...)`
+        if torch.get_default_device().type != "meta":
             self._fill(seed, new_adapters)
             self.tokenizer.to(memory_format=torch.channels_last)  # convolutions run faster so, on CPU and GPU
         if isinstance(restorer, str):
@@ -230,13 +210,10 @@ class VARestorer(System):
         teacher: VARTransformer | None = None,
         condition: Condition | None = None,
     ) -> Tensor:
-        """p_T(r_k | r_<k): logits (B, L, Z, 2) of every scale, given the true coarser ones.
+        """p_T(r_k | r_<k): logits (B, L, Z, 2) of every scale, given the photograph's coarser ones.
 
-        Args:
-            pyramid: tokens of the photograph.
-            text: of the prompts; a context must come from the network that is asked.
-            teacher: a network of its own; None for the system's, adapters off.
-            condition: of the degraded image, which this teacher does not see.
+        A context as the text must come from the network that is asked: `teacher`, or the system's with adapters off.
+        This teacher does not see the condition, which is of the degraded image.
         """
         layout = self.transformer.layout(self.schedule, pyramid.codes.device)
         mask = BlockCausal.of(layout)
@@ -287,16 +264,14 @@ class VARestorer(System):
     def restore_batch(
         self, lq_B3HW: Tensor, noise: Noise | None = None, steps: str | int = "one", text: Text | None = None
     ) -> RestoredBatch:
-        """Restore squares of side `tile`.
+        """Restore squares of side `tile`, degraded images in [0, 1] at the size of the result.
 
         Args:
-            lq_B3HW: degraded images in [0, 1] at the size of the result.
             noise: uniform noise for sampling, see `heads.keyed_noise`; None takes the likelier bits.
             steps: "one": the student alone; K: the last K - 1 scales are predicted again by the teacher, given the
                 student's coarser ones; "multi": the teacher predicts all scales with a side above a quarter of the
                 last, given those of the degraded image.
-            text: features of the prompts, or, for one step, what `transformer.prepare` made of them; None for no
-                prompt.
+            text: features of the prompts, or, for one step, what `transformer.prepare` made of them; None for no text.
         Raises:
             UserError: steps that cannot be, or that need a teacher where the adapters are merged.
         """
@@ -323,7 +298,7 @@ class VARestorer(System):
             raise UserError("uncertainty is the one-step student's; use steps=one or K of a distilled model")
         prompt = self.text_features(request.prompt) if isinstance(request.prompt, str) else request.prompt
         is_one_pass = self._is_one_pass(request.steps or "one")
-        context = (self.texts or PreparedTexts()).of(self, prompt) if is_one_pass else None
+        context = self.prepared_text(prompt) if is_one_pass else None
         return replace(request, prompt=prompt, context=context)
 
     @property
@@ -339,7 +314,7 @@ class VARestorer(System):
     def _in_one_pass(self, lq_B3HW: Tensor, noise: Noise | None, text: Text | None) -> RestoredBatch:
         """The student alone; what the host has to do for it is done first, then the device is not interrupted."""
         if text is None and self.texts is not None:
-            text = self.texts.of(self, None)
+            text = self.prepared_text(None)
         if not isinstance(text, PreparedCondition):
             text = self.transformer.prepare(text or self.null_text(len(lq_B3HW)))
         uniforms = self.uniforms(noise, len(lq_B3HW))
@@ -359,26 +334,21 @@ class VARestorer(System):
             coarse = [bits for bits in condition.pyramid.indices if max(bits.shape[-2:]) <= limit]
             generation = self._continue(coarse, text, noise)
         else:
-            num_kept, residual = self._num_kept(steps), self.residual(condition)
+            number = int(steps) if str(steps).isdecimal() else 0
+            if not 1 <= number <= len(self.schedule):
+                raise UserError(f"steps must be one, multi or 1 to {len(self.schedule)}, got {steps}")
+            residual = self.residual(condition)
             logits = self.student_logits(condition, text)
-            known = self.select(logits, self.uniforms(noise, len(lq_B3HW)))[:num_kept]
+            known = self.select(logits, self.uniforms(noise, len(lq_B3HW)))[: len(self.schedule) - number + 1]
             generation = self._continue(known, text, noise)
         codes = spread_nan(generation.codes, condition.pyramid.codes)
         images = from_network(self.student_image(codes, residual))
         return RestoredBatch(images, generation.indices, logits)
 
-    def _num_kept(self, steps: str | int) -> int:
-        """Scales that stay as the student made them."""
-        number = int(steps) if str(steps).isdecimal() else 0
-        if not 1 <= number <= len(self.schedule):
-            raise UserError(f"steps must be one, multi or 1 to {len(self.schedule)}, got {steps}")
-        return len(self.schedule) - number + 1
-
     def _continue(self, known: Sequence[Tensor], text: TextFeatures, noise: Noise | None) -> Generation:
         """The teacher's scale-by-scale prediction of what follows the given scales."""
         with adapters_off(self.transformer):
-            generator = MultiStepGenerator(self.transformer, self.tokenizer.quantizer, self.schedule)
-            return generator(text, SamplingOptions(), noise=noise, known=known)
+            return self.generator(text, SamplingOptions(), noise=noise, known=known)
 
     # ---- without distillation (table 3): multi-step VAR that sees the degraded image as a prefix
 
@@ -413,9 +383,8 @@ class VARestorer(System):
         return self.transformer(tokens, text, layout, mask, asked=asked, prefix_BPC=prefix.tokens_BPC)
 
     def _generate_from_prefix(self, lq_pyramid: TokenPyramid, text: TextFeatures, noise: Noise | None) -> Generation:
-        generator = MultiStepGenerator(self.transformer, self.tokenizer.quantizer, self.schedule)
         options = SamplingOptions(cfg=self.student_config.guidance)
-        return generator(text, options, noise=noise, negative=text, prefix=self.prefix_of(lq_pyramid))
+        return self.generator(text, options, noise=noise, negative=text, prefix=self.prefix_of(lq_pyramid))
 
     # ---- text
 
@@ -429,12 +398,22 @@ class VARestorer(System):
             return self.null_text(batch_size)
         return TextFeatures.from_list([features_TE.to(self.device)] * batch_size)
 
-    def text_features(self, prompt: str) -> Tensor:
-        """Features (T, E) of a prompt by the text encoder of the released models.
+    def prepared_text(self, features_TE: Tensor | None) -> PreparedCondition:
+        """What the transformer makes of a prompt, for batches of any size, so that tiles, and images, share it.
 
-        Raises:
-            UserError: a model that was trained with another encoder; give features then.
+        A prompt is known again by being the same tensor; None for no prompt.
         """
+        kept = OrderedDict() if self.texts is None else self.texts
+        if id(features_TE) not in kept:
+            while len(kept) >= MOST_TEXTS:
+                kept.popitem(last=False)
+            # the features are kept as well, as their id might else be that of others later
+            kept[id(features_TE)] = features_TE, self.transformer.prepare(self.text_batch(features_TE, 1))
+        kept.move_to_end(id(features_TE))
+        return kept[id(features_TE)][1]
+
+    def text_features(self, prompt: str) -> Tensor:
+        """Features (T, E) of a prompt by the text encoder of the released models; UserError: the model had another."""
         if self.transformer.config.text_width != DEFAULT_WIDTH:
             raise UserError(
                 f"this model was trained without {DEFAULT_NAME}: give prompt= the features (T, E) of the encoder it "
@@ -519,7 +498,7 @@ class VARestorer(System):
         if self.restorer is not None and chosen.precision == "bf16":
             self.restorer.use_bf16 = True
         super()._speed_up(chosen)
-        self.texts = PreparedTexts()
+        self.texts = OrderedDict()
 
     @torch.no_grad()
     def _fill(self, seed: int, new_adapters: bool) -> None:
@@ -527,10 +506,3 @@ class VARestorer(System):
         for part, file in self.files.items():
             load_part(self, part, file, new_adapters)
         self.draw_rest(seed)
-
-
-def _restorer(given: str | dict[str, int] | None, seed: int) -> Restorer | None:
-    """The restorer of a file, or a new one of given sizes."""
-    if isinstance(given, dict):
-        return new_restorer(**given, seed=seed)
-    return load_restorer(given) if given else None

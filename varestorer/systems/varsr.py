@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from varestorer.conditioning.prefix_encoder import PrefixEncoder
@@ -25,7 +24,7 @@ from varestorer.systems import official_varsr
 from varestorer.systems.acceleration import Acceleration
 from varestorer.systems.base import Request, RestoredBatch
 from varestorer.systems.one_step import OneStepConfig, OneStepSystem
-from varestorer.systems.varsr_files import PUBLISHED, held_in, network_of, published_sizes, tokenizer_of
+from varestorer.systems.varsr_files import PUBLISHED, fill_tokenizer, network_of, published_sizes
 from varestorer.tokenizer import MultiScaleTokenizer, ScaleSchedule, TokenizerConfig, TokenPyramid
 from varestorer.tokenizer.quantizer import to_map, to_tokens
 from varestorer.transformer import ClassLabels, Context, PreparedCondition, TransformerConfig
@@ -37,11 +36,11 @@ from varestorer.transformer.layout import BlockCausal
 from varestorer.transformer.refiner import Refined, Refiner
 from varestorer.utils.errors import UsageError, UserError
 from varestorer.utils.finite import spread_nan
-from varestorer.utils.images import as_picture, to_network, to_uint8
+from varestorer.utils.images import as_picture, from_levels, to_levels, to_network
 from varestorer.utils.seeds import normal_per_sample, torch_generator
 from varestorer.utils.watch import watch
-from varestorer.weights.bundle import ADAPTERS, shipped
-from varestorer.weights.load import allocate, fitting
+from varestorer.weights.bundle import shipped
+from varestorer.weights.load import allocate, fitting, split_adapters
 
 GROWTHS: dict[str, Callable[[int, int], float]] = {
     "linear": lambda k, last: k / last,
@@ -103,9 +102,8 @@ class SamplingConfig:
 class Draws:
     """What is drawn for a batch.
 
-    Attributes:
-        uniforms: of the codes of each scale, (B, l); None takes the likeliest.
-        normals: of the refiner, its start and one for each step but the last, (B, l, Z); empty for no refiner.
+    `uniforms` are of the codes of each scale, (B, l); None takes the likeliest. `normals` are of the refiner, its start
+    and one for each step but the last, (B, l, Z); empty for no refiner.
     """
 
     uniforms: tuple[Tensor, ...] | None = None
@@ -160,30 +158,20 @@ class VARSR(OneStepSystem):
         self.student_config = OneStepConfig(**(student or {}))
         self._options = {"schedule": dict(schedule), "prefix": prefix, "refiner": refiner}
         sizes = TokenizerConfig(**tokenizer)
-        config = TransformerConfig(**(self._derived(sizes, transformer, prefix is not None) | transformer))
+        start_rows = 1 if prefix is None else 1 + self.schedule.num_tokens_per_scale[-1]
+        own = {"num_classes": 2, "positions": "rope_grid", "start_rows": start_rows}
         with torch.device("meta"):
             self.tokenizer = MultiScaleTokenizer(sizes)
-            self.transformer = self.make_transformer(config)
-            self.prefix_encoder = None if prefix is None else PrefixEncoder(config.width, **prefix)
-            self.refiner = None if refiner is None else Refiner(sizes.latent_width, config.width, **refiner)
-            self.refiner_norm = None if refiner is None else nn.LayerNorm(config.width, eps=EPS)
+            self.transformer = self.make_transformer(sizes, transformer, **own)
+            width = self.transformer.config.width
+            self.prefix_encoder = None if prefix is None else PrefixEncoder(width, **prefix)
+            self.refiner = None if refiner is None else Refiner(sizes.latent_width, width, **refiner)
+            self.refiner_norm = None if refiner is None else nn.LayerNorm(width, eps=EPS)
         self._check_sizes()
         self.qualities: PreparedCondition | None = None
         if torch.get_default_device().type != "meta":
             self._fill(seed)
             self.tokenizer.to(memory_format=torch.channels_last)  # convolutions run faster so, on CPU and GPU
-
-    def _derived(self, tokenizer: TokenizerConfig, transformer: dict[str, Any], has_prefix: bool) -> dict[str, Any]:
-        """Arguments of `TransformerConfig` that follow from the other parts."""
-        return {
-            "latent_width": tokenizer.latent_width,
-            "vocabulary": tokenizer.vocabulary,
-            "hidden_width": 4 * transformer.get("width", TransformerConfig.width),
-            "num_levels": len(self.schedule),
-            "num_classes": 2,
-            "positions": "rope_grid",
-            "start_rows": 1 + (self.schedule.num_tokens_per_scale[-1] if has_prefix else 0),
-        }
 
     def _check_sizes(self) -> None:
         self.check_codebook()
@@ -201,7 +189,6 @@ class VARSR(OneStepSystem):
 
     @property
     def generator(self) -> MultiStepGenerator:
-        """Scale by scale generation with these networks."""
         parts = self.transformer, self.tokenizer.quantizer, self.schedule
         return MultiStepGenerator(*parts, raw_last=self.sampling.raw_last)
 
@@ -242,9 +229,7 @@ class VARSR(OneStepSystem):
     def refiner_condition(self, hidden_BlC: Tensor, indices_Bhw: Tensor) -> tuple[Tensor, Tensor]:
         """z of the tokens of the last scale (B, l, C), and their codes (B, l, Z).
 
-        Args:
-            hidden_BlC: what left the last block; the batch may be a multiple of that of the codes.
-            indices_Bhw: chosen codes.
+        Of what left the last block, (B, l, C), and the chosen codes (b, h, w), where B may be a multiple of b.
         """
         assert self.refiner_norm is not None
         codes_BlZ = to_tokens(self.tokenizer.quantizer.codebook.codes(indices_Bhw))
@@ -302,9 +287,9 @@ class VARSR(OneStepSystem):
         self._check_restores()
         request = super().accept(request, uncertainty)
         if self.is_one_step(request):
-            return replace(request, context=self.transformer.prepare(ClassLabels(self._good(1))))
+            return replace(request, context=self.transformer.prepare(ClassLabels(self._good)))
         with adapters_off(self.transformer):
-            return replace(request, context=self.qualities or self.prepare(self._good(1)))
+            return replace(request, context=self.qualities or self.prepare(self._good))
 
     def restore_squares(self, lq_B3tt: Tensor, numbers: list[int], request: Request) -> RestoredBatch:
         draws = self.draws(numbers, request.seed, request.select == "sample")
@@ -366,7 +351,7 @@ class VARSR(OneStepSystem):
             raise UserError("compat=official of VARSR takes no words, and a whole scale")
         numbers = iter(range(2**31))
         with adapters_off(self.transformer):
-            good = self.prepare(self._good(1))
+            good = self.prepare(self._good)
 
         def encode(tiles_t3HW: Tensor) -> Tensor:
             draws = self.draws([next(numbers) for _ in tiles_t3HW], seed, is_sampled=False)
@@ -377,15 +362,16 @@ class VARSR(OneStepSystem):
                 predicted.refined.check()
             return predicted.codes
 
-        lq_HW3 = rearrange(to_uint8(as_picture(image_3HW).cpu()), "c h w -> h w c").numpy()
+        lq_HW3 = to_levels(as_picture(image_3HW))
         if tiled:
             restored_HW3 = official_varsr.restore_tiled(lq_HW3, encode, self.tokenizer.decode, int(scale))
         else:
             restored_HW3 = official_varsr.restore_square(lq_HW3, encode, self.tokenizer.decode)
-        return rearrange(torch.from_numpy(restored_HW3), "h w c -> c h w").to(image_3HW) / 255
+        return from_levels(restored_HW3).to(image_3HW)
 
-    def _good(self, batch_size: int) -> Tensor:
-        return torch.full((batch_size,), GOOD, device=self.device)
+    @property
+    def _good(self) -> Tensor:
+        return torch.full((1,), GOOD, device=self.device)
 
     def _check_restores(self) -> None:
         if self.prefix_encoder is None:
@@ -394,7 +380,7 @@ class VARSR(OneStepSystem):
     def _speed_up(self, chosen: Acceleration) -> None:
         super()._speed_up(chosen)
         if self.prefix_encoder is not None and not self.student_config.lora_rank:
-            self.qualities = self.prepare(self._good(1))  # the weights rest from now on
+            self.qualities = self.prepare(self._good)  # the weights rest from now on
 
     # ---- the networks: sizes, weights
 
@@ -413,7 +399,7 @@ class VARSR(OneStepSystem):
 
     def network(self) -> dict[str, Tensor]:
         """All but the tokenizer by the names of `weights.published.varsr`: the transformer's have no prefix."""
-        state = {n: t for n, t in plain_state_dict(self).items() if ".lora_" not in n}
+        state, _ = split_adapters(plain_state_dict(self))
         return {name.removeprefix("transformer."): t for name, t in state.items() if not name.startswith("tokenizer.")}
 
     def load_network(self, tensors: dict[str, Tensor]) -> None:
@@ -426,12 +412,9 @@ class VARSR(OneStepSystem):
 
     @classmethod
     def from_published(cls, path: Path, tokenizer_file: str | None = None, restorer_file: str | None = None) -> Self:
-        """The system of a published VARSR.pth, VARSR_C2I.pth or var_d*.pth, and of its tokenizer's file.
+        """The system of a published VARSR.pth, VARSR_C2I.pth or var_d*.pth.
 
-        Args:
-            path: the transformer's file.
-            tokenizer_file: VQVAE.pth, or VAR's vae_ch160v4096z32.pth; None: beside it.
-            restorer_file: there is none.
+        Its tokenizer, VQVAE.pth or VAR's vae_ch160v4096z32.pth, lies beside it unless it is named.
         """
         return cls(**published_sizes(path, tokenizer_file))
 
@@ -440,13 +423,13 @@ class VARSR(OneStepSystem):
         """Weights of each part from its file, or drawn."""
         self._drawn: set[str] = set()
         if file := self.files.get("tokenizer"):
-            assign_plain(self.tokenizer, tokenizer_of(self.tokenizer, file))
+            fill_tokenizer(self.tokenizer, file)
         else:
             self._drawn |= {f"tokenizer.{name}" for name in allocate(self.tokenizer)}
             self.draw_tokenizer(seed)
-        given: dict[str, Tensor] = {}
+        given, held = dict[str, Tensor](), dict[str, Tensor]()
         if file := self.files.get("transformer"):
-            given = network_of(self.network(), [h for h, _ in self.schedule.scales], file)
+            given, held = split_adapters(network_of(self.network(), [h for h, _ in self.schedule.scales], file))
         if given.keys() != self.network().keys():
             self._drawn |= allocate(self)
             self.transformer.init_weights(torch_generator(seed, "transformer"))
@@ -457,11 +440,11 @@ class VARSR(OneStepSystem):
                 self.refiner_norm.reset_parameters()
         self.load_network(given)
         if self.student_config.has_teacher:
-            wanted = plain_state_dict(self.transformer)
-            held = fitting(held_in(self.files.get("transformer"), ADAPTERS), wanted, str(self.files.get("transformer")))
+            _, wanted = split_adapters(plain_state_dict(self.transformer))
             self._drawn |= allocate(self)
             init_adapters(self.transformer, torch_generator(seed, "adapters"))
-            assign_plain(self.transformer, held)
+            if held:
+                assign_plain(self.transformer, fitting(held, wanted, self.files["transformer"]))
 
     def initial_state(self) -> dict[str, Tensor]:
         """The weights that no file can give again: what was drawn at random."""
@@ -472,10 +455,7 @@ class VARSR(OneStepSystem):
 class Predicted:
     """What was predicted for a batch.
 
-    Attributes:
-        codes: the decoder's input, (B, Z, h_K, w_K), with the refiner's residual.
-        generation: the codes of all scales.
-        refined: the refiner's; None without it.
+    `codes` are the decoder's input, (B, Z, h_K, w_K), with the refiner's residual if there is one.
     """
 
     codes: Tensor

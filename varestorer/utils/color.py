@@ -18,18 +18,11 @@ WAVELET_LEVELS = 5
 
 @watch("color")
 def match_color(image_B3HW: Tensor, reference_B3HW: Tensor, method: str) -> Tensor:
-    """Move the colors of images to those of references of the same size.
+    """Move the colors of images (B, 3, H, W) in [0, 1] to those of references of the same size.
 
-    Args:
-        image_B3HW: float in [0, 1].
-        reference_B3HW: float in [0, 1], the same shape.
-        method: "none" changes nothing; "adain" gives each channel the mean and standard deviation of the reference;
-            "wavelet" replaces the low frequencies by those of the reference.
-    Returns:
-        (B, 3, H, W) in [0, 1].
-    Raises:
-        UserError: unknown method.
-        ValueError: shapes differ.
+    The method "none" changes nothing; "adain" gives each channel the mean and standard deviation of the reference;
+    "wavelet" replaces the low frequencies by those of the reference. UserError: unknown method. ValueError: shapes
+    differ.
     """
     if method not in COLOR_METHODS:
         raise UserError(f"color must be one of {', '.join(COLOR_METHODS)}, got {method!r}")
@@ -37,7 +30,10 @@ def match_color(image_B3HW: Tensor, reference_B3HW: Tensor, method: str) -> Tens
         got = f"{tuple(image_B3HW.shape)} and {tuple(reference_B3HW.shape)}"
         raise ValueError(f"image and reference must have the same shape (B, 3, H, W), got {got}")
     if method == "adain":
-        return _adain(image_B3HW, reference_B3HW).clamp(0, 1)
+        mean_B311, wanted_B311 = (x.mean(dim=(-2, -1), keepdim=True) for x in (image_B3HW, reference_B3HW))
+        # 1e-5 on both variances keeps the noise of flat images small
+        variances = [x.var(dim=(-2, -1), correction=0, keepdim=True) + 1e-5 for x in (image_B3HW, reference_B3HW)]
+        return ((image_B3HW - mean_B311) * (variances[1] / variances[0]).sqrt() + wanted_B311).clamp(0, 1)
     if method == "wavelet":
         return (image_B3HW - _low_frequencies(image_B3HW) + _low_frequencies(reference_B3HW)).clamp(0, 1)
     return image_B3HW
@@ -50,14 +46,6 @@ def match_color_8bit(image_HW3: np.ndarray, reference_HW3: np.ndarray, method: s
     )
     matched_13HW = match_color(image_13HW, reference_13HW, method)
     return rearrange((matched_13HW * 255).to(torch.uint8), "1 c h w -> h w c").numpy()
-
-
-def _adain(image_B3HW: Tensor, reference_B3HW: Tensor) -> Tensor:
-    """Adaptive instance normalization; 1e-5 on both variances keeps the noise of flat images small."""
-    mean_B311 = image_B3HW.mean(dim=(-2, -1), keepdim=True)
-    wanted_B311 = reference_B3HW.mean(dim=(-2, -1), keepdim=True)
-    variances = [x.var(dim=(-2, -1), correction=0, keepdim=True) + 1e-5 for x in (image_B3HW, reference_B3HW)]
-    return (image_B3HW - mean_B311) * (variances[1] / variances[0]).sqrt() + wanted_B311
 
 
 def _low_frequencies(image_B3HW: Tensor) -> Tensor:

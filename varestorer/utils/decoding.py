@@ -58,7 +58,7 @@ def decode(file: ImageFile.ImageFile) -> Decoded:
     Raises:
         what Pillow raises for a damaged file (`open_image` turns it into one line).
     """
-    notes = [*_note_frames(file), *_note_heavy_jpeg(file)]
+    notes = _notes(file)
     if file.format == "TIFF":
         check_tiff(file)
     _scale_key(file)
@@ -74,7 +74,11 @@ def decode(file: ImageFile.ImageFile) -> Decoded:
         bands = bands if deep is None else deep
     # Pillow itself converts LAB to sRGB
     profile = None if file.mode == "LAB" else file.info.get("icc_profile")
-    alpha = _alpha(image.mode, bands, file.info.get("transparency"))
+    alpha, key = None, file.info.get("transparency")
+    if image.mode in ("LA", "RGBA"):
+        alpha = _shares(bands[..., -1])
+    elif _is_numeric(image.mode) and isinstance(key, int):  # the one transparent value of 16-bit gray
+        alpha = (bands != key).astype(np.float32)
     rgb, kept_profile, profile_notes = _colors(file, image, bands, profile)
     is_palette_of_grays = file.mode in ("P", "PA") and bool((rgb == rgb[:1]).all())
     is_gray = kept_profile is None and (is_stored_gray or is_palette_of_grays)
@@ -87,8 +91,7 @@ def decode(file: ImageFile.ImageFile) -> Decoded:
 def decode_visible(file: ImageFile.ImageFile) -> np.ndarray:
     """RGB (3, H, W) as `decode` gives it, for those who have no use for transparency.
 
-    Raises:
-        RefusedImageError: nothing of the picture is visible.
+    RefusedImageError: nothing of the picture is visible.
     """
     decoded = decode(file)
     if decoded.alpha_HW is not None and not decoded.alpha_HW.any():
@@ -96,24 +99,19 @@ def decode_visible(file: ImageFile.ImageFile) -> np.ndarray:
     return decoded.rgb_CHW
 
 
-def _note_frames(file: ImageFile.ImageFile) -> list[str]:
-    count = getattr(file, "n_frames", 1)
-    if count == 1:
-        return []
-    parts = {"TIFF": "pages", "MPO": "pictures"}.get(file.format or "")
-    return [f"first of {count} {parts}" if parts else f"animated: first of {count} frames"]
-
-
-def _note_heavy_jpeg(file: ImageFile.ImageFile) -> list[str]:
-    """A word on a JPEG of lower quality than restoration networks are trained on."""
-    table = (getattr(file, "quantization", None) or {}).get(0)
-    if not table:
-        return []
-    percent = 100 * sum(table) / _JPEG_TABLE
-    quality = (200 - percent) / 2 if percent <= 100 else 5000 / percent
-    if quality >= _WEAKEST_JPEG - 0.5:
-        return []
-    return [f"a JPEG of quality {quality:.0f} or so: models learn from {_WEAKEST_JPEG} and more, its blocks may stay"]
+def _notes(file: ImageFile.ImageFile) -> list[str]:
+    """Of several frames, and of a JPEG of lower quality than restoration networks are trained on."""
+    notes = []
+    if (frames := getattr(file, "n_frames", 1)) != 1:
+        parts = {"TIFF": "pages", "MPO": "pictures"}.get(file.format or "")
+        notes.append(f"first of {frames} {parts}" if parts else f"animated: first of {frames} frames")
+    if table := (getattr(file, "quantization", None) or {}).get(0):
+        percent = 100 * sum(table) / _JPEG_TABLE
+        quality = (200 - percent) / 2 if percent <= 100 else 5000 / percent
+        if quality < _WEAKEST_JPEG - 0.5:
+            told = f"models learn from {_WEAKEST_JPEG} and more, its blocks may stay"
+            notes.append(f"a JPEG of quality {quality:.0f} or so: {told}")
+    return notes
 
 
 def _scale_key(file: ImageFile.ImageFile) -> None:
@@ -136,15 +134,10 @@ def _turn_upright(file: ImageFile.ImageFile) -> tuple[int, list[str]]:
 
 
 def _deep_colors(file: ImageFile.ImageFile, bands_HWC: np.ndarray, orientation: int) -> np.ndarray | None:
-    """Colors of 16 bits, of which Pillow keeps the upper 8, by OpenCV; a key has become alpha.
+    """Colors of 16 bits, of which Pillow keeps the upper 8, by OpenCV: uint16 (H, W, 3 or 4), RGB.
 
-    Args:
-        file: decoded.
-        bands_HWC: what Pillow made of it, upright.
-        orientation: of the file.
-    Returns:
-        uint16 (H, W, 3 or 4), RGB; None where its upper bits are not Pillow's, who knows more kinds (multiplied by
-        alpha, planes apart).
+    A key has become alpha. The bands are what Pillow made of the decoded file, upright, the orientation is the file's.
+    None where its upper bits are not Pillow's, who knows more kinds (multiplied by alpha, planes apart).
     """
     import cv2
 
@@ -180,13 +173,6 @@ def _is_numeric(mode: str) -> bool:
 def _shares(values: np.ndarray) -> np.ndarray:
     """Levels of 8 or 16 bits to contiguous float32 in [0, 1]."""
     return np.divide(values, np.float32(np.iinfo(values.dtype).max), dtype=np.float32, order="C")
-
-
-def _alpha(mode: str, bands: np.ndarray, key: object) -> np.ndarray | None:
-    """(H, W) float32 in [0, 1], None without transparency; a key is the one transparent value of 16-bit gray."""
-    if mode in ("LA", "RGBA"):
-        return _shares(bands[..., -1])
-    return (bands != key).astype(np.float32) if _is_numeric(mode) and isinstance(key, int) else None
 
 
 def _is_stored_gray(file: ImageFile.ImageFile) -> bool:
@@ -232,14 +218,9 @@ def _colors(
 ) -> tuple[np.ndarray, bytes | None, list[str]]:
     """(3, H, W) float32 in [0, 1], the profile that belongs to them, and notes.
 
-    An RGB profile is kept with its colors. Those of CMYK, and any of gray, are applied, which gives sRGB: what is
-    written as gray cannot have an RGB profile. A profile that fits neither way is left out.
-
-    Args:
-        file: for its tags.
-        image: from `_simplify`.
-        bands: its values, (H, W) or (H, W, C).
-        profile: of the file.
+    An RGB profile, of the file, is kept with its colors. Those of CMYK, and any of gray, are applied, which gives sRGB:
+    what is written as gray cannot have an RGB profile. A profile that fits neither way is left out. The image is from
+    `_simplify`, the bands are its values, (H, W) or (H, W, C); the file is asked for its tags.
     """
     mode, space = image.mode, _space_of(profile)
     if mode in ("RGB", "RGBA"):
@@ -247,7 +228,9 @@ def _colors(
         rgb = _of_white(file, rgb, bands.dtype == np.uint16) if file.mode == mode else rgb
     elif mode == "CMYK":
         _of_white(file, _shares(bands))
-        rgb, is_applied = _from_cmyk(image, profile if space == "CMYK" else None)
+        converted = _to_srgb(image, profile if space == "CMYK" else None)
+        levels = np.asarray(converted or image.convert("RGB"))
+        rgb, is_applied = _shares(rearrange(levels, "h w c -> c h w")), converted is not None
     else:
         rgb, is_applied = _from_gray(_gray(file, mode, bands), profile if space in ("GRAY", "RGB") else None)
     if is_applied:
@@ -255,13 +238,6 @@ def _colors(
     if space == "RGB" and mode in ("RGB", "RGBA"):
         return rgb, profile, []
     return rgb, None, [f"its color profile ({space or 'damaged'}) does not fit and is left out"] if profile else []
-
-
-def _from_cmyk(image: Image.Image, profile: bytes | None) -> tuple[np.ndarray, bool]:
-    """RGB (3, H, W), and whether the profile could be applied."""
-    converted = _to_srgb(image, profile)
-    bands = np.asarray(converted or image.convert("RGB"))
-    return _shares(rearrange(bands, "h w c -> c h w")), converted is not None
 
 
 def _from_gray(gray_HW: np.ndarray, profile: bytes | None) -> tuple[np.ndarray, bool]:
@@ -349,8 +325,7 @@ WHITE_IS_ZERO = 0
 def check_tiff(file: ImageFile.ImageFile) -> None:
     """Refuse samples that Pillow would decode to other numbers; call before they are.
 
-    Raises:
-        RefusedImageError: signed samples, planes apart of a kind that Pillow mixes up, no word whether 0 is black.
+    RefusedImageError: signed samples, planes apart of a kind that Pillow mixes up, no word whether 0 is black.
     """
     tags = _tags(file)
     if SIGNED in tags.get(SAMPLE_FORMAT, ()):

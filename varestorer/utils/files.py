@@ -28,10 +28,7 @@ def file_sha256(path: str | os.PathLike) -> str:
     """SHA-256 of a file's bytes: what identifies it wherever something is reused because it was done before.
 
     Times do not: unzip, `cp -p` and `rsync -a` put an older file in the place of another, and a backup by hard links
-    changes the time of an entry whose content stays.
-
-    Raises:
-        UserError: it cannot be read, or is no regular file; names it.
+    changes the time of an entry whose content stays. UserError: it cannot be read, or is no regular file; names it.
     """
     path = Path(path)
     try:
@@ -48,11 +45,9 @@ def file_sha256(path: str | os.PathLike) -> str:
 def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     """Give a temporary path beside `path`; rename it onto `path` when the block ends well.
 
-    The temporary name keeps the suffix, for writers that choose the format by it. Parent folders are made.
-    When the block fails the temporary file is removed and an older file at `path` stays as it was.
-
-    Raises:
-        UserError: the file cannot be written (no permission, disk full, ...); names the path.
+    The temporary name keeps the suffix, for writers that choose the format by it. Parent folders are made. When the
+    block fails the temporary file is removed and an older file at `path` stays as it was. UserError: the file cannot be
+    written (no permission, disk full, ...); names the path.
     """
     target = Path(path)
     temporary = temporary_path(target)
@@ -121,8 +116,7 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 def write_json(path: str | os.PathLike, content: Any, indent: int | None = None) -> None:
     """Write a JSON file, letters as they are; reading it gives the same texts, those that are not UTF-8 too.
 
-    Raises:
-        UserError: it cannot be written; names the path.
+    UserError, with the path, if it cannot be written.
     """
     write_text(path, json.dumps(content, indent=indent, ensure_ascii=False) + "\n")
 
@@ -177,8 +171,7 @@ def fitting_name(name: str, ending: str) -> str:
 def expand_user(path: str | os.PathLike) -> Path:
     """A path with the user's folder for `~`; a name that only begins with `~` stays.
 
-    Raises:
-        UsageError: nothing says what the user's folder is (a container without HOME).
+    UsageError: nothing says what the user's folder is (a container without HOME).
     """
     given = Path(path)
     try:

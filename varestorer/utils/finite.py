@@ -32,8 +32,7 @@ def check_finite(x: Tensor, what: str) -> None:
 def check_weights(tensors: Mapping[str, Tensor], source: str) -> None:
     """Refuse weights that are not finite; tensors on the meta device have no values and pass.
 
-    Raises:
-        UserError: names the file and the first such tensor, in the order of their names.
+    UserError: names the file and the first such tensor, in the order of their names.
     """
     looked_at = {name: t for name, t in tensors.items() if not t.is_meta and not name.endswith(MASKS)}
     broken = [name for name in sorted(looked_at) if not is_finite(looked_at[name])]

@@ -51,13 +51,8 @@ def asking_hub(what: str, error_type: type[UserError] = UserError, remedy: str =
 def fetch_folder(name: str, patterns: list[str], **options: Any) -> Path:
     """Files of a repository in the hub's cache, their size said first; where no hub is, those of the cache will do.
 
-    Args:
-        name: `owner/name`.
-        patterns: of the files.
-        options: of `snapshot_download`: `revision`, `cache_dir`, ...
-    Raises:
-        UserError: there is no room.
-        OSError and others: of huggingface_hub, see `asking_hub`.
+    Options are `revision`, `cache_dir`, ... of `snapshot_download`. UserError: there is no room. OSError and others: of
+    huggingface_hub, see `asking_hub`.
     """
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.utils import tqdm

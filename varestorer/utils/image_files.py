@@ -42,16 +42,13 @@ HEIC = (".heic", ".heif")
 HEIC_HINT = "HEIC is read through pillow-heif: pip install pillow-heif (the extra [heic]), or convert it to JPEG"
 
 
-def _register_heif() -> bool:
-    try:
-        import pillow_heif
-    except ImportError:
-        return False
+try:
+    import pillow_heif
+
     pillow_heif.register_heif_opener()
-    return True
-
-
-READS_HEIC = _register_heif()
+    READS_HEIC = True
+except ImportError:
+    READS_HEIC = False
 
 
 class RefusedImageError(ValueError):
@@ -62,14 +59,10 @@ class RefusedImageError(ValueError):
 def open_image(path: str | os.PathLike, max_pixels: int | None = None) -> Iterator[ImageFile.ImageFile]:
     """Open a picture file without decoding it; what Pillow raises inside the block names the file too.
 
-    Pillow's warnings (of sizes, of damaged metadata) are not shown: the result or the error says it. Threads wait
-    for each other: warnings and Pillow's limit of pixels are global.
-
-    Args:
-        path: the file.
-        max_pixels: larger pictures are refused; None: where Pillow itself raises (about 179 million pixels).
-    Raises:
-        UserError: missing, unreadable, empty, truncated, no picture, or too large; one line with a remedy.
+    Pillow's warnings (of sizes, of damaged metadata) are not shown: the result or the error says it. Threads wait for
+    each other: warnings and Pillow's limit of pixels are global. Pictures larger than `max_pixels` are refused; None:
+    where Pillow itself raises (about 179 million pixels). UserError: missing, unreadable, empty, truncated, no picture,
+    or too large; one line with a remedy.
     """
     path = Path(path)
     try:

@@ -43,16 +43,15 @@ _PIXEL_TAGS = {
 }
 
 
-def _readable_extensions() -> frozenset[str]:
-    """Extensions of the formats that the installed Pillow reads."""
-    optional = {"webp": ".webp", "avif": ".avif", "jpg_2000": ".jp2"}
-    known = features.modules.keys() | features.codecs.keys()
-    found = [extension for name, extension in optional.items() if name in known and features.check(name)]
-    found += HEIC if READS_HEIC else ()
-    return frozenset([*".png .apng .jpg .jpeg .jpe .jfif .bmp .gif .tif .tiff .ppm .pgm .pnm".split(), *found])
-
-
-IMAGE_EXTENSIONS = _readable_extensions()
+_OPTIONAL = {"webp": ".webp", "avif": ".avif", "jpg_2000": ".jp2"}  # of what the installed Pillow reads
+_KNOWN = _OPTIONAL.keys() & (features.modules.keys() | features.codecs.keys())
+IMAGE_EXTENSIONS = frozenset(
+    [
+        *".png .apng .jpg .jpeg .jpe .jfif .bmp .gif .tif .tiff .ppm .pgm .pnm".split(),
+        *(_OPTIONAL[name] for name in _KNOWN if features.check(name)),
+        *(HEIC if READS_HEIC else ()),
+    ]
+)
 
 
 @dataclass(frozen=True)
@@ -87,11 +86,8 @@ def load_picture(path: str | os.PathLike, max_pixels: int | None = None) -> Pict
     several frames the first is read; gray and CMYK colors with a profile are converted to sRGB. What is wholly
     transparent has the colors around it, whatever the file holds there.
 
-    Args:
-        path: the file.
-        max_pixels: larger pictures are refused before they are decoded; None: Pillow's limit (about 179 million).
-    Raises:
-        UserError: missing, unreadable, truncated or too large; names the file and the remedy.
+    Larger pictures than `max_pixels` are refused before they are decoded; None: Pillow's limit (about 179 million).
+    UserError, naming the file and the remedy: missing, unreadable, truncated or too large.
     """
     with open_image(path, max_pixels) as file:
         decoded = decode(file)
@@ -133,8 +129,7 @@ class Writing:
     Attributes:
         quality: 1 to 100 of a format that loses; None: 95 of JPEG, 90 of AVIF, and WebP without loss.
         bits: 16 where the format can, which are PNG and TIFF; others have 8.
-        exif: see `Picture`.
-        dpi: likewise.
+        exif, dpi: see `Picture`.
         gps: whether the place of the EXIF is written too.
     """
 
@@ -147,15 +142,7 @@ class Writing:
 
 @dataclass(frozen=True)
 class _Format:
-    """How pictures are written in a format.
-
-    Attributes:
-        name: Pillow's.
-        options: of Pillow's writer.
-        holds_alpha: whether it can.
-        holds_profile: whether it can.
-        holds_16_bits: whether it can.
-    """
+    """How pictures are written in a format: Pillow's name of it, options of Pillow's writer, and what it can hold."""
 
     name: str
     options: dict[str, Any]
@@ -183,13 +170,10 @@ WRITTEN_EXTENSIONS = frozenset(_WRITTEN)
 
 
 def made_from(path: str | os.PathLike) -> str | None:
-    """The `source` that `save_image` wrote into a picture.
+    """The `source` that `save_image` wrote into a picture; None: it does not say, or cannot be read.
 
     It is inside the file (a text of a PNG, the EXIF's software of others), so that it is there as soon as the picture
     is, and goes where the picture goes.
-
-    Returns:
-        None: the picture does not say, or cannot be read.
     """
     try:
         with open_image(path) as file:
@@ -211,7 +195,7 @@ def save_image(
     """Write a picture in [0, 1] with 8 bits, or 16 (rounded, not truncated), whole or not at all.
 
     Args:
-        path: the file; its extension says the format: PNG, TIFF, WebP, AVIF, BMP or JPEG.
+        path: its extension says the format: PNG, TIFF, WebP, AVIF, BMP or JPEG.
         img_CHW: RGB, or one channel of gray; as `as_picture` takes it.
         alpha_1HW: transparency of the same size.
         icc_profile: what the colors mean; None: sRGB.
@@ -229,12 +213,9 @@ def save_image(
         raise ValueError(f"wanted a tensor, one RGB picture (3, H, W) or a gray one (1, H, W), got {got}")
     if alpha_1HW is not None and alpha_1HW.shape != (1, *img_CHW.shape[1:]):
         raise ValueError(f"wanted alpha (1, H, W) of {tuple(img_CHW.shape[1:])}, got shape {tuple(alpha_1HW.shape)}")
-    for holds, given, what in (
-        (format_.holds_alpha, alpha_1HW, "transparency"),
-        (format_.holds_profile, icc_profile, "color profile"),
-    ):
-        if given is not None and not holds:
-            raise ValueError(f"cannot write {path}: {format_.name} holds no {what}; give a name ending in .png")
+    if alpha_1HW is not None and not format_.holds_alpha or icc_profile is not None and not format_.holds_profile:
+        what = "color profile" if format_.holds_alpha or alpha_1HW is None else "transparency"
+        raise ValueError(f"cannot write {path}: {format_.name} holds no {what}; give a name ending in .png")
     parts = [part.detach() for part in (img_CHW, alpha_1HW) if part is not None]
     for part in parts:
         check_finite(part, f"the picture for {path}")
@@ -276,14 +257,10 @@ def _options(format_: _Format, writing: Writing, source: str | None) -> dict[str
 
 
 def as_picture(image: Any) -> Tensor:
-    """Take what a caller gives as a picture, or say what it is instead: values are never guessed to be of a range.
+    """What a caller gives as a picture as float32 on its device, or a word on what it is instead.
 
-    Args:
-        image: (3, H, W) RGB in [0, 1], of any floating type; 0.001 beyond the range is taken for rounding.
-    Returns:
-        (3, H, W) float32 in [0, 1], on its device.
-    Raises:
-        ValueError: no such tensor; says what was wanted, what came and how to convert it.
+    It is (3, H, W) RGB in [0, 1], of any floating type. Values are never guessed to be of a range; 0.001 beyond it is
+    taken for rounding. ValueError: no such tensor; says what was wanted, what came and how to convert it.
     """
     wanted = "wanted one RGB picture: a torch tensor (3, H, W), float, in [0, 1]; got"
     if not isinstance(image, Tensor):
@@ -296,18 +273,14 @@ def as_picture(image: Any) -> Tensor:
 
 
 def from_anything(image: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
-    """What people have pictures in, as a tensor, and how a result of any size becomes what they gave.
+    """What people have pictures in, as (3, H, W) float32 in [0, 1], and how a result becomes what they gave.
 
-    Args:
-        image: a path, a PIL image (upright by its EXIF, transparency kept), uint8 NumPy (H, W, 3), or as `as_picture`.
-    Returns:
-        (3, H, W) float32 in [0, 1]; and a function of such a tensor, which for a path gives a PIL image.
-    Raises:
-        ValueError: anything else.
-        UserError: a file that cannot be read.
+    They have paths, PIL images (upright by their EXIF, transparency kept), uint8 NumPy (H, W, 3), or what `as_picture`
+    takes. The result may be of any size; for a path it becomes a PIL image. ValueError: anything else. UserError: a
+    file that cannot be read.
     """
     if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
-        return rearrange(torch.tensor(image), "h w c -> c h w").float() / 255, to_levels
+        return from_levels(image), to_levels
     if isinstance(image, str | os.PathLike):
         with open_image(image) as file:
             decoded = decode(file)
@@ -333,17 +306,15 @@ def _to_pillow(decoded: Decoded, image_3HW: Tensor) -> Image.Image:
 
 def _shape_hint(image: Tensor) -> str:
     """How to make (3, H, W) of another shape."""
-    if image.numel() == 0:
-        return "it has no pixels"
-    if image.ndim == 4:
-        return "give the pictures of a batch one by one"
-    if image.ndim == 2 or (image.ndim == 3 and image.shape[0] == 1):
-        return "use x.expand(3, -1, -1) for gray"
-    if image.ndim == 3 and image.shape[0] == 4:
-        return "take x[:3], and save the transparency x[3:] with the result"
-    if image.ndim == 3 and image.shape[-1] in (1, 3, 4):
-        return "use x.permute(2, 0, 1), which gives (C, H, W)"
-    return "give its red, green and blue channel first"
+    hints = {
+        "it has no pixels": image.numel() == 0,
+        "give the pictures of a batch one by one": image.ndim == 4,
+        "use x.expand(3, -1, -1) for gray": image.ndim == 2 or (image.ndim == 3 and image.shape[0] == 1),
+        "take x[:3], and save the transparency x[3:] with the result": image.ndim == 3 and image.shape[0] == 4,
+        "use x.permute(2, 0, 1), which gives (C, H, W)": image.ndim == 3 and image.shape[-1] in (1, 3, 4),
+        "give its red, green and blue channel first": True,
+    }
+    return next(hint for hint, is_it in hints.items() if is_it)
 
 
 def _check_values(image: Tensor, what: str) -> None:
@@ -365,12 +336,9 @@ def is_gray(image_3HW: Tensor) -> bool:
 
 
 def heat_map(values_HW: Tensor) -> Tensor:
-    """Colors of values in [0, 1]: 0 is black, 1 pale yellow, the same in every picture.
+    """Colors (3, H, W) of values in [0, 1]: 0 is black, 1 pale yellow, the same in every picture.
 
-    Returns:
-        (3, H, W) float32 in [0, 1].
-    Raises:
-        UserError: values that are not finite.
+    UserError: values that are not finite.
     """
     from matplotlib import colormaps
 
@@ -397,6 +365,11 @@ def to_levels(img_CHW: Tensor | list[Tensor], bits: int = 8) -> np.ndarray:
     return levels
 
 
+def from_levels(levels_HWC: np.ndarray) -> Tensor:
+    """8-bit pixels (H, W, C) of image libraries as (C, H, W) float32 in [0, 1]."""
+    return rearrange(torch.tensor(levels_HWC), "h w c -> c h w").contiguous().float() / 255
+
+
 def holds_alpha(path: str | os.PathLike) -> bool:
     """Whether the format that a file name says holds transparency."""
     return _WRITTEN[Path(path).suffix.lower()].holds_alpha
@@ -414,14 +387,10 @@ def from_network(x: Tensor) -> Tensor:
 
 
 def resize(img: Tensor, size: tuple[int, int], mode: str = "bicubic") -> Tensor:
-    """Resize with antialiasing, clamped to [0, 1] (bicubic and Lanczos overshoot).
+    """Resize pictures (B, 3, H, W) or (3, H, W) with antialiasing, clamped to [0, 1] (bicubic and Lanczos overshoot).
 
-    Args:
-        img: (B, 3, H, W) or (3, H, W) in [0, 1].
-        size: new (height, width), pixels.
-        mode: `bicubic`, `bilinear`, `area` (pixel mixing) or `lanczos` (through Pillow, on the CPU).
-    Returns:
-        Same rank, dtype and device as `img`.
+    The size is (height, width); the mode `bicubic`, `bilinear`, `area` (pixel mixing) or `lanczos` (through Pillow, on
+    the CPU). Rank, type and device stay.
     """
     if mode not in ("bicubic", "bilinear", "area", "lanczos"):
         raise ValueError(f"mode must be bicubic, bilinear, area or lanczos, got {mode!r}")
@@ -429,21 +398,17 @@ def resize(img: Tensor, size: tuple[int, int], mode: str = "bicubic") -> Tensor:
         return img
     x_BCHW = img if img.ndim == 4 else img[None]
     if mode == "lanczos":
-        out = _resize_lanczos(x_BCHW, size)
+        # one channel at a time, as Pillow has no float RGB mode
+        planes = rearrange(x_BCHW.detach().float().cpu(), "b c h w -> (b c) h w").numpy()
+        small = [Image.fromarray(p).resize(size[::-1], Image.Resampling.LANCZOS) for p in planes]
+        out = torch.from_numpy(np.stack([np.asarray(image) for image in small]))
+        out = rearrange(out, "(b c) h w -> b c h w", b=x_BCHW.shape[0]).to(x_BCHW)
     elif mode == "area":
         out = interpolate(x_BCHW, size, mode="area")
     else:
         out = interpolate(x_BCHW, size, mode=mode, align_corners=False, antialias=True)
     out = out.clamp(0, 1)
     return out if img.ndim == 4 else out[0]
-
-
-def _resize_lanczos(x_BCHW: Tensor, size: tuple[int, int]) -> Tensor:
-    """Lanczos-3 in float, one channel at a time (Pillow has no float RGB mode)."""
-    planes = rearrange(x_BCHW.detach().float().cpu(), "b c h w -> (b c) h w").numpy()
-    small = [Image.fromarray(p).resize(size[::-1], Image.Resampling.LANCZOS) for p in planes]
-    out = torch.from_numpy(np.stack([np.asarray(image) for image in small]))
-    return rearrange(out, "(b c) h w -> b c h w", b=x_BCHW.shape[0]).to(x_BCHW)
 
 
 def pad_reflect(img: Tensor, top: int, bottom: int, left: int, right: int) -> Tensor:

@@ -17,7 +17,7 @@ import urllib.error
 import urllib.request
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stdout
+from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cache
@@ -115,16 +115,10 @@ class Metric:
         return metric_id(self.name, self.options)
 
     def __call__(self, image_B3HW: Tensor, reference_B3HW: Tensor | None = None) -> Tensor:
-        """Score images; the same images always get the same scores.
+        """Score images (B, 3, H, W), RGB in [0, 1]: (B,) float64 on the CPU, always the same for the same images.
 
-        Args:
-            image_B3HW: RGB in [0, 1].
-            reference_B3HW: the same shape; needed when `needs_reference`.
-        Returns:
-            (B,) float64 on the CPU.
-        Raises:
-            ValueError: no reference, or one of another shape.
-            any of METRIC_ERRORS: the metric does not accept the images (too small, for example).
+        ValueError: no reference where `needs_reference`, or one of another shape. Any of METRIC_ERRORS: the metric does
+        not accept the images (too small, for example).
         """
         if self.needs_reference and (reference_B3HW is None or reference_B3HW.shape != image_B3HW.shape):
             got = "none" if reference_B3HW is None else tuple(reference_B3HW.shape)
@@ -137,8 +131,7 @@ class Metric:
     def score_folders(self, images: str | Path, references: str | Path) -> float:
         """Score a folder of images against a folder of references (FID); for `DATASET_METRICS` only.
 
-        Raises:
-            any of METRIC_ERRORS: unreadable folder, or too few images.
+        Any of METRIC_ERRORS: an unreadable folder, or too few images.
         """
         inputs = (str(images),) if self.name == "inception_score" else (str(images), str(references))
         with quiet(), isolated_rng(self.seed):
@@ -155,15 +148,13 @@ def create_metric(
     offline: bool | None = None,
     seed: int = 0,
 ) -> Metric:
-    """Build a metric of pyiqa.
+    """Build a metric of pyiqa, by its name, e.g. `psnr`, `lpips`, `maniqa-pipal`.
 
     Args:
-        name: pyiqa's name, e.g. `psnr`, `lpips`, `maniqa-pipal`.
-        options: pyiqa's options for it, e.g. `{"test_y_channel": True, "color_space": "ycbcr"}`.
-        device: where it runs.
+        options: pyiqa's for it, e.g. `{"test_y_channel": True, "color_space": "ycbcr"}`.
         weights_folder: searched for weight files before torch's hub folder.
-        offline: never touch the network. Default: when HF_HUB_OFFLINE is set. When online, pyiqa fetches
-            missing files into torch's hub folder.
+        offline: never touch the network; None: when HF_HUB_OFFLINE is set. When online, pyiqa fetches missing files
+            into torch's hub folder.
         seed: of the patches that some metrics draw.
     Raises:
         MetricUnavailableError: a weight file or a Python package is missing, or the metric cannot be built.
@@ -182,12 +173,8 @@ def create_metric(
     found = {} if weights_folder is None or missing else find_weights(name, weights_folder)
     given = {place: path for place, path in found.items() if not place.startswith("hf:")}
     try:
-        with ExitStack() as stack:
-            stack.enter_context(quiet())
-            stack.enter_context(isolated_rng(seed))
-            stack.enter_context(weights_in_place(given))
-            if not may_download:
-                stack.enter_context(no_downloads())
+        downloads = nullcontext() if may_download else no_downloads()
+        with quiet(), isolated_rng(seed), weights_in_place(given), downloads:
             model = _pyiqa().create_metric(name, device=torch.device(device), **opts)
     except METRIC_ERRORS as error:
         what = f"could not fetch {'; '.join(missing)}" if missing else "cannot be built"
@@ -204,14 +191,10 @@ def create_metric(
 
 
 def weight_files(name: str) -> list[Path]:
-    """The weight files of LPIPS or DISTS for our own networks, without pyiqa; missing ones are fetched when online.
+    """The backbone's file and the metric's own of LPIPS or DISTS (`lpips`, `lpips-vgg`, `dists`), for our own networks.
 
-    Args:
-        name: `lpips`, `lpips-vgg` or `dists`.
-    Returns:
-        The backbone's file and the metric's own.
-    Raises:
-        MetricUnavailableError: one is missing (one line: which, and where it belongs).
+    Without pyiqa; missing ones are fetched when online. MetricUnavailableError: one is missing (one line: which, and
+    where it belongs).
     """
     if missing := missing_weights(name):
         offline = _is_offline()
@@ -328,17 +311,14 @@ def weights_in_place(files: Mapping[str, Path]) -> Iterator[None]:
             link = Path(temporary, place)
             link.parent.mkdir(exist_ok=True)
             link.symlink_to(path.resolve())
-        previous = torch.hub.get_dir()
-        hub = temporary if files else previous
-        if files:
-            torch.hub.set_dir(hub)
-        try:
-            # pyiqa remembers the folder of when it was imported; TORCH_HOME may have been set since
-            with patch.object(download_util, "DEFAULT_CACHE_DIR", str(Path(hub, "pyiqa"))):
-                yield
-        finally:
+        with ExitStack() as stack:
             if files:
-                torch.hub.set_dir(previous)
+                stack.callback(torch.hub.set_dir, torch.hub.get_dir())
+                torch.hub.set_dir(temporary)
+            # pyiqa remembers the folder of when it was imported; TORCH_HOME may have been set since
+            folder = str(Path(torch.hub.get_dir(), "pyiqa"))
+            stack.enter_context(patch.object(download_util, "DEFAULT_CACHE_DIR", folder))
+            yield
 
 
 @contextmanager
@@ -363,8 +343,7 @@ def no_downloads() -> Iterator[None]:
 def ask_network(url: str = "https://huggingface.co") -> tuple[threading.Thread, threading.Event]:
     """Ask the host of the weights for an answer, once, in a thread: name servers may take longer than any timeout.
 
-    Returns:
-        The thread, and what is set once the host has answered.
+    Gives the thread, and what is set once the host has answered.
     """
     answered = threading.Event()
 
@@ -372,11 +351,10 @@ def ask_network(url: str = "https://huggingface.co") -> tuple[threading.Thread, 
         try:
             urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=3).close()
         except urllib.error.HTTPError:
-            answered.set()
+            pass  # an answer too
         except OSError as error:
-            log.debug("%s does not answer: %s", url, reason(error))
-        else:
-            answered.set()
+            return log.debug("%s does not answer: %s", url, reason(error))
+        answered.set()
 
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()

@@ -114,13 +114,10 @@ def missing_package(metric: str) -> str | None:
 
 
 def find_weights(metric: str, folder: str | Path | None = None) -> dict[str, Path]:
-    """Find the weight files of a metric.
+    """The weight files of a metric that exist: table entry -> file, or snapshot folder of a whole repository.
 
-    Args:
-        metric: pyiqa's name; nothing is known of metrics outside the table.
-        folder: searched first: a copy of TORCH_HOME, of its `hub` folder, or the bare files.
-    Returns:
-        Table entry -> file (or snapshot folder of a whole repository), only those that exist.
+    Nothing is known of metrics outside the table. `folder` is searched first: a copy of TORCH_HOME, of its `hub`
+    folder, or the bare files.
     """
     places = {entry: _find(entry, folder) for entry in WEIGHT_FILES.get(metric, ())}
     return {entry: path for entry, path in places.items() if path is not None}
@@ -133,11 +130,10 @@ def missing_weights(metric: str, folder: str | Path | None = None) -> list[str]:
 
 
 def weights_sha256(metric: str, folder: str | Path | None = None) -> str | None:
-    """Identify the weights that a metric reads.
+    """Identify the weights that a metric reads; None without files, or when they are not on this machine.
 
-    Returns:
-        One file: its SHA-256. Several: the SHA-256 of the lines `<sha256>  <file name>` (as `sha256sum`
-        prints them) in the table's order. None without files, or when they are not on this machine.
+    One file: its SHA-256. Several: the SHA-256 of the lines `<sha256> <file name>` (as `sha256sum` prints them) in the
+    table's order.
     """
     files = find_weights(metric, folder)
     if not files or len(files) < len(WEIGHT_FILES[metric]):

@@ -30,11 +30,8 @@ def locked(folder: Path, wait: float = 0) -> Iterator[None]:
     The folder is made, and removed again if nothing is written into it. A file in it carries the lock, and is removed
     at the end. Where the file system knows no locks a warning says so and the work goes on.
 
-    Args:
-        folder: to keep.
-        wait: seconds to wait for another process that has it.
-    Raises:
-        UserError: another process has it, or it cannot be written.
+    `wait` is how many seconds another process that has it is waited for. UserError: another process has it, or it
+    cannot be written.
     """
     path, is_new = folder / LOCK, not folder.exists()
     handle = _taken(path, time.monotonic() + wait)
@@ -79,15 +76,9 @@ def _taken(path: Path, until: float) -> int | None:
             os.close(handle)
             time.sleep(WAIT)
             continue
-        if _is_the_file(handle, path):
-            os.truncate(handle, 0)
-            os.write(handle, f"process {os.getpid()} on {socket.gethostname()}".encode())
-            return handle
-        os.close(handle)  # the one before removed it between our opening and locking
-
-
-def _is_the_file(handle: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(handle), os.stat(path))
-    except FileNotFoundError:
-        return False
+        with suppress(FileNotFoundError):  # or another's: the one before removed it between our opening and locking
+            if os.path.samestat(os.fstat(handle), os.stat(path)):
+                os.truncate(handle, 0)
+                os.write(handle, f"process {os.getpid()} on {socket.gethostname()}".encode())
+                return handle
+        os.close(handle)

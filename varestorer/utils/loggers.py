@@ -149,12 +149,10 @@ Factory = Callable[[Path, Mapping[str, Any]], Logger]
 
 
 def open_loggers(factories: Mapping[str, Factory] | None, folder: Path, config: Mapping[str, Any]) -> Logger:
-    """All loggers of a config; one that cannot start is a warning, and the run goes on without: its folder has all.
+    """All loggers of a config, by name; one that cannot start is a warning, and the run goes on without.
 
-    Args:
-        factories: name -> one of `open_...` below, its options given.
-        folder: of a training run or of an evaluation.
-        config: what it was configured with; of a training it has the git hash and the versions of packages.
+    Its folder has all. The config is what a training run or an evaluation was made with; of a training it has the git
+    hash and the versions of packages.
     """
     opened: list[Logger] = []
     for name, factory in (factories or {}).items():
@@ -176,18 +174,15 @@ def open_wandb(
 ) -> Logger:
     """Start a run of Weights & Biases, or go on with the one this folder had; its files are in `<folder>/wandb`.
 
-    Offline unless there is a key in `WANDB_API_KEY` or `WANDB_MODE` says otherwise (`wandb sync` uploads an offline
-    run later).
-
-    Args:
-        folder: of the run.
-        config: resolved.
-        project: on the server.
-        entity: user or team; None for the key's own.
-        artifacts: send every checkpoint, too.
+    Offline unless there is a key in `WANDB_API_KEY` or `WANDB_MODE` says otherwise (`wandb sync` uploads an offline run
+    later). The entity is a user or a team, None for the key's own; `artifacts` sends every checkpoint, too.
     """
     import wandb
 
+    path = folder / "wandb" / "run_id"
+    if not path.is_file():  # drawn once and kept, so that a resume goes on with it
+        with atomic_write(path) as temporary:
+            temporary.write_text(uuid.uuid4().hex[:8] + "\n", encoding="utf-8")
     mode = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
     run = wandb.init(
         dir=str(folder),
@@ -196,7 +191,7 @@ def open_wandb(
         name=_run_name(folder),
         config=dict(config),
         mode=mode,  # type: ignore[arg-type]  # a plain string from the environment; wandb checks it
-        id=_run_id(folder),
+        id=path.read_text(encoding="utf-8").strip(),
         resume="allow" if mode == "online" else None,
         settings=wandb.Settings(silent=True, console="off"),
     )
@@ -232,12 +227,3 @@ def open_trackio(folder: Path, config: Mapping[str, Any], *, project: str = "var
 
 def _run_name(folder: Path) -> str:
     return "/".join(folder.absolute().parts[-2:])
-
-
-def _run_id(folder: Path) -> str:
-    """The id of this folder's run, drawn once and kept, so that a resume goes on with it."""
-    path = folder / "wandb" / "run_id"
-    if not path.is_file():
-        with atomic_write(path) as temporary:
-            temporary.write_text(uuid.uuid4().hex[:8] + "\n", encoding="utf-8")
-    return path.read_text(encoding="utf-8").strip()

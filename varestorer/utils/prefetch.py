@@ -16,14 +16,9 @@ def prefetch(
 ) -> Iterator[Made]:
     """Yield `make(item)` of each item, in order, made by other threads that are at most `depth` items ahead.
 
-    What `make` raises is raised here, at its item's turn; nothing is begun after that, or once the caller stops.
-
-    Args:
-        make: called in the other threads.
-        items: taken in this thread.
-        depth: things made, or being made, that the caller has not asked for yet.
-        threads: how many work; more than `depth + 1` would have nothing to do.
-        finish: make all of the items that were taken even if this ends early.
+    What `make` raises is raised here, at its item's turn; nothing is begun after that, or once the caller stops. Items
+    are taken in this thread. More than `depth + 1` threads would have nothing to do. `finish`: make all of the items
+    that were taken even if this ends early.
     """
     pool = ThreadPoolExecutor(threads, thread_name_prefix="ahead")
     waiting: deque[Future[Made]] = deque()

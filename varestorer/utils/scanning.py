@@ -16,6 +16,7 @@ import os
 import re
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -83,10 +84,9 @@ def is_skipped(name: str) -> bool:
 
 
 def scan_folder(folder: str | os.PathLike) -> Scan:
-    """Look through a folder and its subfolders, linked ones included; links are followed last, each folder read once.
+    """Look through a folder and its subfolders, linked ones included; UserError: it is no folder.
 
-    Raises:
-        UserError: it is no folder.
+    Links are followed last, each folder read once.
     """
     scan = Scan(Path(folder))
     if not scan.root.is_dir():
@@ -109,9 +109,15 @@ def scan_folder(folder: str | os.PathLike) -> Scan:
             scan.folders.pop(path, None)
             scan.unreadable[path] = error.strerror or str(error)
             continue
-        for entry in entries:
-            if not is_skipped(entry.name):
-                _kind_of(entry, scan, folders, links).append(path / entry.name)
+        for entry in (entry for entry in entries if not is_skipped(entry.name)):
+            try:
+                if entry.is_dir():
+                    kind = links if entry.is_symlink() else folders
+                else:
+                    kind = scan.files if entry.is_file() or entry.is_symlink() else scan.unused
+            except OSError:  # a file, as far as anybody can tell: opening it says what is wrong with it
+                kind = scan.files
+            kind.append(path / entry.name)
     scan.files.sort()
     return scan
 
@@ -139,16 +145,6 @@ def first_names(names: Iterable[str]) -> str:
     return ", ".join(names[:NAMES_SHOWN]) + (", ..." if len(names) > NAMES_SHOWN else "")
 
 
-def _kind_of(entry: os.DirEntry[str], scan: Scan, folders: list[Path], links: list[Path]) -> list[Path]:
-    """The list that an entry belongs to."""
-    try:
-        if entry.is_dir():
-            return links if entry.is_symlink() else folders
-        return scan.files if entry.is_file() or entry.is_symlink() else scan.unused
-    except OSError:  # a file, as far as anybody can tell: opening it says what is wrong with it
-        return scan.files
-
-
 def natural_key(text: str) -> list[tuple[int, int | str]]:
     """Sort key that puts `2.png` before `10.png`."""
     parts = re.split(r"(\d+)", text.lower())
@@ -166,18 +162,16 @@ def split_images(scan: Scan) -> tuple[list[Path], list[Path]]:
 def list_images(folder: str | os.PathLike) -> list[Path]:
     """Find pictures in a folder and its subfolders, linked ones included; files that are none are named in the log.
 
-    Returns:
-        Paths with an extension in `IMAGE_EXTENSIONS`, in natural order of their path inside the folder, but for what
-        `is_skipped`; from the cache if nothing changed since.
-    Raises:
-        UserError: it is no folder, or a folder in it cannot be read.
+    Those with an extension in `IMAGE_EXTENSIONS`, in natural order of their path inside the folder, but for what
+    `is_skipped`; from the cache if nothing changed since. UserError: it is no folder, or a folder in it cannot be read.
     """
     root = Path(folder)
     path = cache_path("folders", root)
     kept = read_cache(path)
-    if kept is not None and _is_unchanged(root, kept["folders"]):
-        report_unused(root, NO_IMAGES, kept["unused"])
-        return [root / name for name in kept["files"]]
+    with suppress(OSError):  # a folder is gone
+        if kept is not None and all(stamp(root / name) == times for name, times in kept["folders"].items()):
+            report_unused(root, NO_IMAGES, kept["unused"])
+            return [root / name for name in kept["files"]]
     scan = scan_folder(root)
     scan.check_readable()
     images, others = split_images(scan)
@@ -220,10 +214,3 @@ def write_cache(path: Path | None, content: dict[str, Any]) -> None:
         write_json(path, {"format": FORMAT, **content})
     except UserError as error:
         log.warning("the list is not remembered: %s (VARESTORER_CACHE names another folder)", reason(error))
-
-
-def _is_unchanged(root: Path, stamps: dict[str, Stamp]) -> bool:
-    try:
-        return all(stamp(root / name) == times for name, times in stamps.items())
-    except OSError:  # one is gone
-        return False

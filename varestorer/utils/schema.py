@@ -44,10 +44,7 @@ def option(
         text: what it does; what null means.
         shown: in place of the default.
         choices: what it may be; null may be allowed beside them.
-        least: the smallest value, of a list that of each item; `most`, `above` and `below` likewise.
-        most: the largest value.
-        above: what a value must be larger than.
-        below: what a value must be smaller than.
+        least, most, above, below: limits of the value, of a list those of each item.
         title: of the part of `--help` that begins with it.
     """
     limits = {"at least": least, "at most": most, "above": above, "below": below}
@@ -60,10 +57,8 @@ def option(
 class CommandOptions:
     """What a command's class says beside its options.
 
-    Attributes:
-        INTRO: what it does, and the ways to call it.
-        NOTES: what it writes, its exit status, examples.
-        GROUPS: folders of `configs/` whose choices the help lists.
+    `INTRO` is what it does, and the ways to call it; `NOTES` what it writes, its exit status, examples; `GROUPS`
+    folders of `configs/` whose choices the help lists.
     """
 
     INTRO: ClassVar[str] = ""
@@ -72,11 +67,10 @@ class CommandOptions:
 
 
 def typed(schema: type[Options], cfg: DictConfig) -> Options:
-    """A config as its dataclass; an unknown key or a value of another type is refused.
+    """A config as its dataclass.
 
-    Raises:
-        omegaconf.errors.OmegaConfBaseException: becomes one line and exit status 2.
-        UsageError: a value outside of what its option may be.
+    What omegaconf raises for an unknown key or a value of another type becomes one line and exit status 2. UsageError:
+    a value outside of what its option may be.
     """
     plain = OmegaConf.to_container(cfg, resolve=True)  # of the class itself a key added with + would pass
     options = cast(Options, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), plain)))

@@ -9,6 +9,7 @@ import hashlib
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,13 +21,9 @@ from varestorer.utils.files import name_bytes
 
 
 def derive_seed(seed: int, *keys: int | str) -> int:
-    """Hash a seed and keys to a new seed, the same on every machine and Python version.
+    """Hash a seed and keys to a new seed in [0, 2**63), the same on every machine and Python version.
 
-    Args:
-        seed: any integer.
-        keys: integers and strings naming the stream; `1` and `"1"` differ, and so do `("a", "b")`, `("ab",)`.
-    Returns:
-        Integer in [0, 2**63).
+    Keys are integers and strings naming the stream; `1` and `"1"` differ, and so do `("a", "b")`, `("ab",)`.
     """
     digest = hashlib.blake2b(digest_size=8)
     for key in (seed, *keys):
@@ -65,45 +62,28 @@ def isolated_rng(seed: int) -> Iterator[None]:
 
 
 def uniform_per_sample(
-    shape: tuple[int, ...], seed: int, keys: Sequence[int] | Tensor, stream: str, device: torch.device | str = "cpu"
-) -> Tensor:
-    """Uniform numbers whose row `b` depends on `(seed, stream, keys[b])` alone.
-
-    The numbers are drawn on the CPU and moved, so that a sample gets the same ones on every device, in
-    every batch and in every process of a distributed run.
-
-    Args:
-        shape: shape of one row, without the batch dimension.
-        seed: seed of the run.
-        keys: B integers, one a sample (e.g. its global number).
-        stream: name of what the numbers are for (e.g. `"bits"`).
-        device: where the result lives.
-    Returns:
-        (B, *shape) float32 in [0, 1).
-    """
-    return _per_sample(Tensor.uniform_, shape, seed, keys, stream, device)
-
-
-def normal_per_sample(
-    shape: tuple[int, ...], seed: int, keys: Sequence[int] | Tensor, stream: str, device: torch.device | str = "cpu"
-) -> Tensor:
-    """Standard normal numbers (B, *shape) float32; arguments as `uniform_per_sample`."""
-    return _per_sample(Tensor.normal_, shape, seed, keys, stream, device)
-
-
-def _per_sample(
-    draw: Callable[..., Tensor],
     shape: tuple[int, ...],
     seed: int,
     keys: Sequence[int] | Tensor,
     stream: str,
-    device: torch.device | str,
+    device: torch.device | str = "cpu",
+    draw: Callable[..., Tensor] = Tensor.uniform_,
 ) -> Tensor:
+    """Uniform numbers (B, *shape) float32 in [0, 1) whose row `b` depends on `(seed, stream, keys[b])` alone.
+
+    They are drawn on the CPU and moved, so that a sample gets the same ones on every device, in every batch and in
+    every process of a distributed run. The keys are B integers, one a sample (e.g. its global number), the stream is
+    the name of what the numbers are for (e.g. `"bits"`), and `draw` fills a row in place.
+    """
     numbers = keys.tolist() if isinstance(keys, Tensor) else [int(key) for key in keys]
     out = torch.empty((len(numbers), *shape), dtype=torch.float32)
     for row, key in zip(out, numbers, strict=True):
         draw(row, generator=torch_generator(seed, stream, key))
     return to_device(out, torch.device(device))
+
+
+normal_per_sample = partial(uniform_per_sample, draw=Tensor.normal_)
+"""Standard normal numbers; arguments as `uniform_per_sample`."""
 
 
 def seed_everything(seed: int, *keys: int | str) -> None:
@@ -118,12 +98,7 @@ def seed_everything(seed: int, *keys: int | str) -> None:
 
 
 def capture_rng() -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """States of this process.
-
-    Returns:
-        `{"python": ..., "numpy": ...}` of plain lists, and uint8 tensors `{"cpu": ..., "cuda": ...}` (`cuda`
-        where there is one).
-    """
+    """States of this process: of Python and NumPy as plain lists, and as uint8 tensors that of the CPU and of CUDA."""
     version, words, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     plain = {

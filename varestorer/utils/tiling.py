@@ -10,11 +10,10 @@ Letters: `B` tiles of a batch, `C` channels, `H W` image, `t` side of a tile (pi
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from fractions import Fraction
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import product
-from math import ceil, floor, inf
+from math import ceil, floor, inf, prod
 from numbers import Real
 
 import torch
@@ -35,25 +34,17 @@ MOST_AGAIN = 0.05  # of the tiles
 
 MAX_RESULT_PIXELS = 2**30  # 12 GiB of float32; beyond it a scale is taken for a slip
 
-Window = Callable[[int, int], Tensor]
-"""(side of a tile, overlap) -> positive weights (t,), float64; they need not sum to one."""
-
 Resample = Callable[[int, int, int, int, torch.device], tuple[slice, Tensor]]
-"""`bicubic` or `bilinear`, with or without a memory."""
+"""One of `ENLARGE`, with or without a memory."""
 
-RunTiles = Callable[[Tensor, list[int]], Tensor]
-"""(tiles_B3tt, their numbers in row-major order) -> restored tiles (B, C, t, t), any number of channels."""
-
-RunTilesToSizes = Callable[[Tensor, list[int]], list[Tensor]]
-"""As `RunTiles`, but the restored tiles come in several sizes, each (B, C, side, side)."""
+RunTiles = Callable[[Tensor, list[int]], list[Tensor]]
+"""(tiles_B3tt, their numbers in row-major order, which key noise) -> restored tiles in each size, (B, C, s, s)."""
 
 
 def scaled_size(height: int, width: int, scale: float) -> tuple[int, int]:
     """Size of an image enlarged `scale` times: rounded half to even, at least one pixel.
 
-    Raises:
-        ValueError: a scale that is no number above 0.
-        UserError: more than `MAX_RESULT_PIXELS`.
+    ValueError: a scale that is no number above 0. UserError: more than `MAX_RESULT_PIXELS`.
     """
     if not isinstance(scale, Real) or isinstance(scale, bool) or not 0 < scale < inf:
         raise ValueError(f"scale must be a number above 0, such as 4 (times larger), got {scale!r}")
@@ -64,16 +55,14 @@ def scaled_size(height: int, width: int, scale: float) -> tuple[int, int]:
 
 
 def tile_positions(length: int, tile: int, overlap: int, step: int = 1) -> list[int]:
-    """First pixels of the tiles that cover `length` pixels, the last one flush with the end.
+    """First pixels of the tiles that cover `length` pixels, increasing, the last one flush with the end.
 
     Args:
-        length: pixels to cover, at least 1.
+        length: pixels to cover, at least 1; one tile may be enough.
         tile: side of a tile, pixels.
         overlap: pixels that neighbors share at least, 0 <= overlap < tile.
         step: positions are multiples of it, a divisor of the tile's side; the last tile may then reach beyond the end,
             and an overlap that leaves less than a step between tiles is lowered.
-    Returns:
-        increasing positions; `[0]` where one tile is enough.
     Raises:
         UserError: an overlap that leaves no step from tile to tile.
     """
@@ -86,101 +75,75 @@ def tile_positions(length: int, tile: int, overlap: int, step: int = 1) -> list[
 
 
 def num_tiles(size: tuple[int, int], tile: int, overlap: int, step: int = 1) -> int:
-    """How many tiles cover (height, width); arguments as of `tile_positions`, which also says what it raises."""
-    rows, columns = (tile_positions(length, tile, overlap, step) for length in size)
-    return len(rows) * len(columns)
+    """How many tiles cover (height, width), see `tile_positions`."""
+    return prod(len(tile_positions(length, tile, overlap, step)) for length in size)
 
 
-def gaussian_window(tile: int, overlap: int = 0) -> Tensor:
-    """The released VARestorer's profile p, exp(-((i - (t-1)/2) / t)^2 / 0.02), over its maximum.
+def gaussian_weights(side: int) -> Tensor:
+    """Weights p(y) p(x) of the released tiled mode, (t, t), float64, largest 1.
 
-    It blends everywhere, so `overlap` changes nothing.
-
-    Returns:
-        weights (t,), float64, largest 1.
+    p is exp(-((i - (t-1)/2) / t)^2 / 0.02) over its maximum.
     """
-    offset = (torch.arange(tile, dtype=torch.float64) - (tile - 1) / 2) / tile
+    offset = (torch.arange(side, dtype=torch.float64) - (side - 1) / 2) / side
     profile = torch.exp(-offset.square() / 0.02)
-    return profile / profile.max()
-
-
-def gaussian_weights(height: int, width: int) -> Tensor:
-    """Weights p(y) p(x) of the released tiled mode, (H, W), float64, largest 1."""
-    return torch.outer(gaussian_window(height), gaussian_window(width))
+    profile /= profile.max()
+    return torch.outer(profile, profile)
 
 
 def ramp_window(tile: int, overlap: int) -> Tensor:
-    """One in the middle and a raised cosine over the `overlap` pixels at both ends.
+    """Weights (t,), float64, in (0, 1]: one in the middle, a raised cosine over the `overlap` pixels at both ends.
 
-    Two ramps facing each other sum to one, so tiles blend inside their overlap only, and the slope is zero
-    where the blend begins and ends.
-
-    Returns:
-        weights (t,), float64, in (0, 1].
+    Two ramps facing each other sum to one, so tiles blend inside their overlap only, and the slope is zero where the
+    blend begins and ends.
     """
     from_edge = torch.arange(tile, dtype=torch.float64) + 0.5
-    from_edge = torch.minimum(from_edge, tile - from_edge)
-    progress = (from_edge / max(overlap, 1)).clamp(max=1.0)
+    progress = (torch.minimum(from_edge, tile - from_edge) / max(overlap, 1)).clamp(max=1.0)
     return torch.sin(progress * torch.pi / 2).square()
 
 
-@dataclass(frozen=True)
-class _Axis:
-    """Tiles along one direction: where they begin, and how they blend.
-
-    Attributes:
-        positions: first pixels of the tiles.
-        weights: of each tile (t,), float64; those of all tiles sum to one at every pixel.
-    """
-
-    positions: list[int]
-    weights: list[Tensor]
-
-    @classmethod
-    def cover(cls, positions: list[int], tile: int, overlap: int, window: Window, device: torch.device) -> "_Axis":
-        profile = window(tile, overlap)
-        total = torch.zeros(positions[-1] + tile, dtype=torch.float64)
-        for start in positions:
-            total[start : start + tile] += profile
-        return cls(positions, [(profile / total[start : start + tile]).to(device) for start in positions])
-
-
-@dataclass(frozen=True)
 class _Grid:
-    """The tiles of an image, numbered row by row. Windows are separable, and so is their sum over the tiles."""
+    """The tiles of an image, numbered row by row, and how they blend. Weights are separable, and so is their sum."""
 
-    rows: _Axis
-    columns: _Axis
-    tile: int
-
-    def corner(self, number: int) -> tuple[int, int]:
-        """First row and column of a tile."""
-        row, column = divmod(number, len(self.columns.positions))
-        return self.rows.positions[row], self.columns.positions[column]
+    def __init__(self, positions: Sequence[list[int]], tile: int, overlap: int, device: torch.device) -> None:
+        """Tiles at these first rows and first columns; their weights sum to one at every pixel."""
+        rows, columns = positions
+        self.corners, self.tile, self.num_columns = [*product(rows, columns)], tile, len(columns)
+        profile, axes = ramp_window(tile, overlap), []
+        for starts in positions:
+            total = torch.zeros(starts[-1] + tile, dtype=torch.float64)
+            for start in starts:
+                total[start : start + tile] += profile
+            axes.append([(profile / total[start : start + tile]).to(device) for start in starts])
+        self.weights = [*product(*axes)]
 
     def touching(self, number: int) -> list[int]:
         """The tiles that share pixels with one, itself included."""
-        top, left = self.corner(number)
-        corners = product(self.rows.positions, self.columns.positions)
-        return [n for n, (y, x) in enumerate(corners) if max(abs(y - top), abs(x - left)) < self.tile]
-
-    def weights(self, number: int) -> Tensor:
-        """Weights of a tile (t, t), float32; those of all tiles sum to one at every pixel."""
-        row, column = divmod(number, len(self.columns.positions))
-        return torch.outer(self.rows.weights[row], self.columns.weights[column]).float()
+        top, left = self.corners[number]
+        return [n for n, (y, x) in enumerate(self.corners) if max(abs(y - top), abs(x - left)) < self.tile]
 
     def area(self, number: int, output_CHW: Tensor) -> Tensor:
         """What of an output a tile covers."""
-        top, left = self.corner(number)
+        top, left = self.corners[number]
         return output_CHW[:, top : top + self.tile, left : left + self.tile]
+
+    def blended(self, output_CHW: Tensor, numbers: list[int], pieces_BCtt: Tensor) -> Tensor:
+        """The output, in place, with a batch of tiles added; without channels yet, it gets those of the tiles."""
+        num_channels = pieces_BCtt.shape[1]
+        if pieces_BCtt.shape != (len(numbers), num_channels, self.tile, self.tile):
+            raise ValueError(f"{len(numbers)} tiles of side {self.tile} came back as {tuple(pieces_BCtt.shape)}")
+        if len(output_CHW) == 0:
+            output_CHW = output_CHW.new_zeros((num_channels, *output_CHW.shape[1:]))
+        for number, piece_Ctt in zip(numbers, pieces_BCtt, strict=True):
+            self.add(piece_Ctt, number, output_CHW)
+        return output_CHW
 
     def add(self, piece_Ctt: Tensor, number: int, output_CHW: Tensor, origin: tuple[int, int] = (0, 0)) -> None:
         """Add a weighted tile, in place, to an output whose first pixel is at `origin`; what lies outside is left."""
-        weighted_Ctt = piece_Ctt.to(output_CHW) * self.weights(number).to(output_CHW.device)
-        starts = [place - first for place, first in zip(self.corner(number), origin, strict=True)]
-        sides = zip(starts, output_CHW.shape[1:], strict=True)
+        weights_tt = torch.outer(*self.weights[number]).float()
+        weighted_Ctt = piece_Ctt.to(output_CHW) * weights_tt.to(output_CHW.device)
+        y, x = (place - first for place, first in zip(self.corners[number], origin, strict=True))
+        sides = zip((y, x), output_CHW.shape[1:], strict=True)
         rows, columns = (slice(max(start, 0), min(start + self.tile, side)) for start, side in sides)
-        y, x = starts
         output_CHW[:, rows, columns] += weighted_Ctt[
             :, rows.start - y : rows.stop - y, columns.start - x : columns.stop - x
         ]
@@ -189,7 +152,7 @@ class _Grid:
 def enlarged_tile(
     image_3HW: Tensor, size: tuple[int, int], top: int, left: int, tile: int, resample: Resample | None = None
 ) -> Tensor:
-    """One square of `resize(image, size)`, made from the pixels that it needs alone.
+    """One square of `resize(image, size)`, made from the pixels that it needs alone: (3, t, t) float32 in [0, 1].
 
     Weights are computed in float64. Torch resizes float32 images with float32 positions, and Pillow takes its box in
     float32: far from the corner, and at scales that are not powers of two, both drift (by 1e-3 near pixel 50,000).
@@ -197,44 +160,28 @@ def enlarged_tile(
     Args:
         image_3HW: float image in [0, 1].
         size: (height, width) of the enlarged image, which may also be a smaller one; its own size only crops.
-        top: first row of the square.
-        left: first column of the square.
+        top, left: first row and column of the square.
         tile: side of the square; beyond the enlarged image it holds the mirror image.
-        resample: `bilinear` or, where None, `bicubic`; the weights of other tiles may be remembered.
-    Returns:
-        (3, t, t) float32 in [0, 1].
+        resample: see `ENLARGE`; None for bicubic. The weights of other tiles may be remembered.
     """
     bottom, right = min(top + tile, size[0]), min(left + tile, size[1])
     if tuple(image_3HW.shape[-2:]) == tuple(size):
         piece = image_3HW[:, top:bottom, left:right].float()
     else:
-        resample = resample or bicubic
+        resample = resample or ENLARGE["bicubic"]
         rows, from_rows = resample(image_3HW.shape[-2], size[0], top, bottom, image_3HW.device)
         columns, from_columns = resample(image_3HW.shape[-1], size[1], left, right, image_3HW.device)
         piece = (from_rows @ image_3HW[:, rows, columns].float() @ from_columns.T).clamp(0, 1)
     return pad_reflect(piece, 0, top + tile - bottom, 0, left + tile - right)
 
 
-def bicubic(length: int, target: int, start: int, stop: int, device: torch.device) -> tuple[slice, Tensor]:
-    """Pixels start to stop of `length` pixels resized to `target` (Keys' kernel, a = -0.5, widened when shrinking).
-
-    Returns:
-        the source pixels needed, S of them, and their weights (stop - start, S), float32, which sum to one.
-    """
-    return _weights(_keys, 2, length, target, start, stop, device)
-
-
-def bilinear(length: int, target: int, start: int, stop: int, device: torch.device) -> tuple[slice, Tensor]:
-    """As `bicubic`, with weights that fall off linearly."""
-    return _weights(lambda x: (1 - x).clamp(min=0), 1, length, target, start, stop, device)
-
-
 def _keys(x: Tensor) -> Tensor:
+    """Keys' kernel, a = -0.5."""
     near, far = (1.5 * x - 2.5) * x**2 + 1, ((2.5 - 0.5 * x) * x - 4) * x + 2
     return torch.where(x < 1, near, torch.where(x < 2, far, 0.0))
 
 
-def _weights(
+def _resampled(
     kernel: Callable[[Tensor], Tensor],
     reach: int,
     length: int,
@@ -243,7 +190,11 @@ def _weights(
     stop: int,
     device: torch.device,
 ) -> tuple[slice, Tensor]:
-    """See `bicubic`; `kernel` of the distance is 0 from `reach` on."""
+    """What pixels start to stop of `length` pixels resized to `target` are made of, by a kernel widened when shrinking.
+
+    The kernel of the distance is 0 from `reach` on. Gives the source pixels needed, S of them, and their weights (stop
+    - start, S), float32, which sum to one.
+    """
     step = length / target
     width = max(step, 1.0)
     center = (torch.arange(start, stop, dtype=torch.float64) + 0.5) * step
@@ -252,7 +203,10 @@ def _weights(
     return source, (weights / weights.sum(dim=1, keepdim=True)).float().to(device)
 
 
-ENLARGE: dict[str, Resample] = {"bicubic": bicubic, "bilinear": bilinear}
+ENLARGE: dict[str, Resample] = {
+    "bicubic": partial(_resampled, _keys, 2),
+    "bilinear": partial(_resampled, lambda x: (1 - x).clamp(min=0), 1),
+}
 
 
 def restore_tiled(
@@ -261,32 +215,14 @@ def restore_tiled(
     tile: int,
     overlap: int,
     batch: int,
-    run: RunTiles,
-    window: Window = ramp_window,
+    run: Callable[[Tensor, list[int]], Tensor],
 ) -> Tensor:
-    """Enlarge an image bicubically and restore it with a function of square tiles.
-
-    Besides input and output only one batch of tiles is held, never the enlarged image.
-
-    Args:
-        image_3HW: float image in [0, 1], any size from 1x1.
-        size: (height, width) of the result.
-        tile: side of the squares `run` takes and returns (pixels).
-        overlap: pixels shared by neighboring tiles, 0 <= overlap < tile.
-        batch: most tiles in one call.
-        run: restores (B, 3, t, t) tiles to (B, C, t, t), given their row-major numbers, which key their noise.
-        window: profile of the blending weights.
-    Returns:
-        (C, *size) float32, not clamped, on the device of the input.
-    Raises:
-        UserError: an impossible overlap or batch, or an image without pixels.
-        ValueError: `run` changed the number or the side of its tiles.
-    """
+    """As `restore_to_sizes`, (C, *size) alone: `run` restores tiles (B, 3, t, t) to (B, C, t, t)."""
 
     def run_to_one(tiles_B3tt: Tensor, numbers: list[int]) -> list[Tensor]:
         return [run(tiles_B3tt, numbers)]
 
-    return restore_to_sizes(image_3HW, size, tile, overlap, batch, run_to_one, [(size, tile)], window=window)[0]
+    return restore_to_sizes(image_3HW, size, tile, overlap, batch, run_to_one, [(size, tile)])[0]
 
 
 def restore_to_sizes(
@@ -295,34 +231,33 @@ def restore_to_sizes(
     tile: int,
     overlap: int,
     batch: int,
-    run: RunTilesToSizes,
+    run: RunTiles,
     results: Sequence[tuple[tuple[int, int], int]],
     step: int = 1,
-    window: Window = ramp_window,
     enlarge: str = "bicubic",
     warn: Callable[[str], None] = LOG.warning,
 ) -> list[Tensor]:
-    """As `restore_tiled`, with a function that restores each tile to several sizes; each is put together in its own.
+    """Enlarge an image, restore it with a function of square tiles, and put it together in each of several sizes.
 
-    Where memory is too little for a batch it is halved, from then on. Tiles that come out unlike their neighbors, see
-    `_Likeness`, are done again, and named if that did not help.
+    Besides input and outputs only one batch of tiles is held, never the enlarged image. Where memory is too little for
+    a batch it is halved, from then on. Tiles that come out unlike their neighbors, see `_Likeness`, are done again, and
+    named if that did not help.
 
     Args:
-        image_3HW: see `restore_tiled`.
+        image_3HW: float image in [0, 1], any size from 1x1.
         size: (height, width) that the image is enlarged to for the tiles.
-        tile: side of the tiles that `run` takes.
-        overlap: of these.
-        batch: see `restore_tiled`.
-        run: restores tiles to the sides that `results` names, in this order.
+        tile: side of the squares that `run` takes, pixels.
+        overlap: pixels shared by neighboring tiles, 0 <= overlap < tile.
+        batch: most tiles in one call.
+        run: restores tiles to the sides that `results` names, in this order, with any number of channels.
         results: of each one (height, width) of the whole, and the side of a tile in it, `tile` at most.
         step: tiles lie at multiples of it, so that their borders are whole pixels in every size.
-        window: see `restore_tiled`.
-        enlarge: "bicubic" or "bilinear".
+        enlarge: one of `ENLARGE`.
         warn: is told of what the user should know.
     Returns:
-        (C, *size) of each result.
+        (C, *size) float32 of each result, not clamped, on the device of the input.
     Raises:
-        UserError: see `restore_tiled`.
+        UserError: an impossible overlap or batch, or an image without pixels.
         ValueError: `run` changed the number of its tiles, or gave another side.
     """
     if batch < 1:
@@ -331,15 +266,13 @@ def restore_to_sizes(
         raise UserError(f"an image (3, H, W) with pixels is needed, got {tuple(image_3HW.shape)} for {tuple(size)}")
     # outer products of float64 weights, which Apple's GPUs do not know
     exact = torch.device("cpu") if image_3HW.device.type == "mps" else image_3HW.device
-    shares = [Fraction(side, tile) for _, side in results]
-    rows, columns = (tile_positions(length, tile, overlap, step) for length in size)
-    corners = [(top, left) for top in rows for left in columns]
+    rows, columns = positions = [tile_positions(length, tile, overlap, step) for length in size]
+    corners = [*product(rows, columns)]
     grids = []
-    for share, (_, side) in zip(shares, results, strict=True):
-        axes = [[int(position * share) for position in positions] for positions in (rows, columns)]
-        shared = round(overlap * share)
-        down, across = (_Axis.cover(axis, side, shared, window, exact) for axis in axes)
-        grids.append(_Grid(down, across, side))
+    for _, side in results:
+        share = Fraction(side, tile)
+        smaller = [[int(position * share) for position in axis] for axis in positions]
+        grids.append(_Grid(smaller, side, round(overlap * share), exact))
     outputs = [image_3HW.new_zeros((0, *whole), dtype=torch.float32) for whole, _ in results]
     resample = lru_cache(maxsize=128)(ENLARGE[enlarge])  # tiles of a row, or of a column, share their weights
     likeness = _Likeness(grids[-1])
@@ -362,8 +295,8 @@ def restore_to_sizes(
             batch = len(numbers) // 2
             warn(f"out of memory with {len(numbers)} squares at once, going on with {batch}")
             continue
-        parts = zip(outputs, grids, restored, strict=True)
-        outputs = [_blended(output_CHW, grid, numbers, pieces) for output_CHW, grid, pieces in parts]
+        parts = zip(grids, outputs, restored, strict=True)
+        outputs = [grid.blended(output_CHW, numbers, pieces) for grid, output_CHW, pieces in parts]
         likeness.note(numbers, restored[-1])
         first += len(numbers)
     _do_again(likeness, outputs, grids, pieces_of, warn)
@@ -391,10 +324,10 @@ def _do_again(
                 restored = pieces_of([neighbor])
                 likeness.note([neighbor], restored[-1])
                 for grid, area, piece_BCtt in zip(grids, areas, restored, strict=True):
-                    grid.add(piece_BCtt[0], neighbor, area, grid.corner(number))
+                    grid.add(piece_BCtt[0], neighbor, area, grid.corners[number])
         odd = [number for number in odd if number in likeness.odd()]
     if odd:
-        places = ["{1},{0}".format(*grids[-1].corner(number)) for number in odd]
+        places = ["{1},{0}".format(*grids[-1].corners[number]) for number in odd]
         more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
         warn(
             f"{len(odd)} of {likeness.total} squares differ from their neighbors in brightness or contrast: "
@@ -409,19 +342,17 @@ class _Likeness:
     """
 
     def __init__(self, grid: _Grid) -> None:
-        self.total = len(grid.rows.positions) * len(grid.columns.positions)
-        self._grid = grid
+        self.total, self._grid = len(grid.corners), grid
         self._looks: dict[tuple[int, int], Tensor] = {}  # (tile, neighbor) -> the tile where the neighbor is too
 
     def note(self, numbers: list[int], restored_BCtt: Tensor) -> None:
         """Remember how tiles look along their borders."""
-        tile, width = self._grid.tile, len(self._grid.columns.positions)
+        tile, width, corners = self._grid.tile, self._grid.num_columns, self._grid.corners
         for number, piece_Ctt in zip(numbers, restored_BCtt, strict=True):
-            top, left = self._grid.corner(number)
             for neighbor in (number - width, number - 1, number + 1, number + width):
                 if not 0 <= neighbor < self.total:
                     continue
-                down, across = (a - b for a, b in zip(self._grid.corner(neighbor), (top, left), strict=True))
+                down, across = (a - b for a, b in zip(corners[neighbor], corners[number], strict=True))
                 if (down and across) or max(abs(down), abs(across)) >= tile - 1:
                     continue
                 rows, columns = (slice(max(step, 0), tile + min(step, 0)) for step in (down, across))
@@ -445,16 +376,3 @@ def _look(part_Chw: Tensor) -> Tensor:
     """Brightness of the channels, and the logarithms of the contrast and of the detail."""
     step = (part_Chw[..., 1:] - part_Chw[..., :-1]).abs().mean()
     return torch.cat([part_Chw.mean(dim=(1, 2)), torch.stack([part_Chw.std(), step]).add(LEAST_CONTRAST).log()])
-
-
-def _blended(output_CHW: Tensor, grid: _Grid, numbers: list[int], restored_BCtt: Tensor) -> Tensor:
-    """The output, in place, with a batch of tiles added; without channels yet, it gets those of the tiles."""
-    tile = grid.tile
-    num_channels = restored_BCtt.shape[1]
-    if restored_BCtt.shape != (len(numbers), num_channels, tile, tile):
-        raise ValueError(f"{len(numbers)} tiles of side {tile} came back as {tuple(restored_BCtt.shape)}")
-    if len(output_CHW) == 0:
-        output_CHW = output_CHW.new_zeros((num_channels, *output_CHW.shape[1:]))
-    for number, piece_Ctt in zip(numbers, restored_BCtt, strict=True):
-        grid.add(piece_Ctt, number, output_CHW)
-    return output_CHW

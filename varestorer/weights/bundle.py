@@ -70,7 +70,12 @@ def save_bundle(system: Any, folder: Path, half: bool = False) -> None:
         tensors_file(folder, leftover).unlink(missing_ok=True)
     for part, tensors in parts.items():
         file = tensors_file(folder, part)
-        stored = _halved(tensors, file) if half else tensors
+        stored = {name: tensor.half() for name, tensor in tensors.items()} if half else tensors
+        beyond = [name for name, tensor in stored.items() if half and not tensor.isfinite().all()]
+        if beyond:
+            raise UserError(
+                f"{file} cannot be stored in fp16: {beyond[0]} holds larger values; store it as fp32 or bf16"
+            )
         save_tensors(file, stored, adapters_metadata(system) if part == ADAPTERS else None)
     files = {f"{part}.safetensors": tensors_file(folder, part).stat().st_size for part in parts}
     config = {
@@ -81,18 +86,10 @@ def save_bundle(system: Any, folder: Path, half: bool = False) -> None:
         "sources": sources(system),
         **({"weak": system.weak} if system.weak else {}),
     }
-    card = model_card(config, files, config["sources"], "fp16" if half else precision(system))
+    blocks = "bf16" if next(system.transformer.blocks.parameters()).dtype == torch.bfloat16 else "fp32"
+    card = model_card(config, files, config["sources"], "fp16" if half else blocks)
     write_text(folder / CARD, card)
     write_json(folder / CONFIG, config, indent=2)
-
-
-def _halved(tensors: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
-    """Tensors in float16; UserError for a value that float16 cannot hold."""
-    stored = {name: tensor.half() for name, tensor in tensors.items()}
-    beyond = [name for name, tensor in stored.items() if not tensor.isfinite().all()]
-    if beyond:
-        raise UserError(f"{file} cannot be stored in fp16: {beyond[0]} holds larger values; store it as fp32 or bf16")
-    return stored
 
 
 def sources(system: Any) -> dict[str, str]:
@@ -115,12 +112,6 @@ def sources(system: Any) -> dict[str, str]:
 def adapters_metadata(system: Any) -> dict[str, str]:
     """What has to be known to put the adapters onto a base again."""
     return {"student": json.dumps(system.config["student"])}
-
-
-def precision(system: Any) -> str:
-    """What the blocks of the transformer are kept in, as `VARestorer.set_precision` names it."""
-    dtype = next(system.transformer.blocks.parameters()).dtype
-    return "bf16" if dtype == torch.bfloat16 else "fp32"
 
 
 def adapter_tensors(system: Any) -> dict[str, Tensor]:
@@ -148,15 +139,10 @@ def student_of(path: Path) -> dict[str, Any] | None:
 
 
 def put_adapters(base: Any, path: Path, student: dict[str, Any], adapters: Mapping[str, Tensor] | None = None) -> Any:
-    """The base's networks with the adapters of a file in place of its own, if it has any.
+    """The base's networks, with the teacher's weights, and the adapters of a file in place of its own, if it has any.
 
-    Args:
-        base: with the teacher's weights.
-        path: a file of adapters.
-        student: from `student_of`.
-        adapters: what the file holds, by plain names; None to read it.
-    Raises:
-        UserError: the base's adapters are merged, or the file does not fit it.
+    The student is from `student_of`; `adapters` are what the file holds, by plain names, None to read it. UserError:
+    the base's adapters are merged, or the file does not fit it.
     """
     if base.student_config.merged:
         raise UserError(
@@ -178,11 +164,8 @@ def put_adapters(base: Any, path: Path, student: dict[str, Any], adapters: Mappi
 def shipped(name: str | Path) -> Path:
     """The bundle of a shipped model where `name` is one's, as in `ckpt=nano`; any other path or name as it is.
 
-    `hub/NAME` is a published file, which is fetched if it is not in the hub's cache. A run, a bundle or a file of that
-    name in the working directory comes first.
-
-    Raises:
-        UserError: the hub does not give it.
+    `hub/NAME` is a published file, which is fetched if it is not in the hub's cache; UserError: the hub does not give
+    it. A run, a bundle or a file of that name in the working directory comes first.
     """
     path = Path(name)
     is_there = path.is_file() or is_run(path) or is_bundle(path)

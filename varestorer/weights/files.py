@@ -58,42 +58,40 @@ class Differences:
     def __str__(self) -> str:
         """The first names of each list and how many there are; empty where there are none."""
         lists = {"missing": self.missing, "unexpected": self.unexpected, "misshapen": self.misshapen}
-        return "; ".join(f"{len(names)} {kind}: {_shorten(names)}" for kind, names in lists.items() if names)
+        more = {kind: f" and {len(names) - MAX_NAMES} more" * (len(names) > MAX_NAMES) for kind, names in lists.items()}
+        told = {kind: ", ".join(names[:MAX_NAMES]) + more[kind] for kind, names in lists.items() if names}
+        return "; ".join(f"{len(lists[kind])} {kind}: {names}" for kind, names in told.items())
 
 
 def read_tensors(path: str | Path, nested: tuple[str, ...] = ()) -> dict[str, Tensor]:
     """Tensors of a `.safetensors` file or of a torch file (opened with `weights_only=True`), mapped into memory.
 
-    Args:
-        path: the file.
-        nested: keys under which a torch file may hold its state dict; each that is there is followed, in turn. The
-            prefix `module.` is taken off where every name has it.
-    Raises:
-        UserError: the file is missing, damaged, holds more than tensors, has no tensors, some that are not finite, or
-            some of a kind that nothing here computes with.
+    `nested` are keys under which a torch file may hold its state dict; each that is there is followed, in turn. The
+    prefix `module.` is taken off where every name has it. UserError: the file is missing, damaged, holds more than
+    tensors, has no tensors, some that are not finite, or some of a kind that nothing here computes with.
     """
     path = Path(path)
     if path.suffix.lower() == ".safetensors":
-        tensors = open_safetensors(path, load_file)
+        tensors = _read_safetensors(path, load_file)
     else:
-        tensors = unwrap(load_torch_file(path, "cpu"), nested, path)
-    _check_kinds(tensors, path)
+        tensors = unwrap(load_torch_file(path, "cpu"), nested)
+    _check_some(tensors, path)
+    wrong = {name: t.dtype for name, t in tensors.items() if t.is_floating_point() and t.dtype not in FLOATS}
+    if wrong:
+        name, dtype = next(iter(wrong.items()))
+        raise UserError(
+            f"{path} holds {len(wrong)} tensors of a kind that cannot be computed with, such as {name} "
+            f"({str(dtype).removeprefix('torch.')}); give the weights in float32, bfloat16 or float16"
+        )
     check_weights(tensors, str(path))
     return tensors
-
-
-def open_safetensors(path: Path, read: Callable[[Path], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Call `read(path)`; UserError if the file is missing or damaged, or has no tensors."""
-    return _some(_read_safetensors(path, read), path)
 
 
 def load_torch_file(path: Path, device: str) -> Any:
     """Content of a torch file; on the device "meta" its tensors are names, shapes and types, and no data are read.
 
-    Raises:
-        UserError: the file is missing, damaged, or holds more than tensors; none of its code is run.
+    UserError: the file is missing, damaged, or holds more than tensors; none of its code is run.
     """
-    _must_exist(path)
     try:
         mmap = zipfile.is_zipfile(path)  # files older than torch 1.6 cannot be mapped
         with utf8_path(path) as plain:
@@ -101,18 +99,20 @@ def load_torch_file(path: Path, device: str) -> Any:
     except pickle.UnpicklingError as error:
         why = "damaged, or it holds more than tensors, whose code is not run"
         raise UserError(f"cannot read weights {path}: {why}") from error
+    except FileNotFoundError as error:
+        raise UserError(f"weights not found: {path}") from error
     except (RuntimeError, EOFError, ValueError, OSError, KeyError) as error:
         raise UserError(f"cannot read weights {path}: damaged ({reason(error)})") from error
 
 
-def unwrap(content: Any, nested: tuple[str, ...], path: Path) -> dict[str, Tensor]:
+def unwrap(content: Any, nested: tuple[str, ...]) -> dict[str, Tensor]:
     """The tensors in a torch file's content, see `read_tensors`."""
     for key in nested:
         content = content[key] if isinstance(content, Mapping) and key in content else content
     tensors = {k: v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, Mapping) else {}
     if all(name.startswith(WRAPPER) for name in tensors):
         tensors = {name.removeprefix(WRAPPER): tensor for name, tensor in tensors.items()}
-    return _some(tensors, path)
+    return tensors
 
 
 def differences(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> Differences:
@@ -144,35 +144,19 @@ def read_metadata(path: Path) -> dict[str, str]:
     return _read_safetensors(path, header)
 
 
+def _check_some(tensors: Mapping[str, Tensor], path: Path) -> None:
+    if not tensors:
+        raise UserError(f"no tensors in {path}: wanted a state dict")
+
+
 def _read_safetensors(path: Path, read: Callable[[Path], Content]) -> Content:
-    _must_exist(path)
     try:
         with utf8_path(path) as plain:
             return read(plain)
+    except FileNotFoundError as error:
+        raise UserError(f"weights not found: {path}") from error
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"cannot read weights {path}: damaged ({reason(error)})") from error
-
-
-def _must_exist(path: Path) -> None:
-    if not path.is_file():
-        raise UserError(f"weights not found: {path}")
-
-
-def _some(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
-    if not tensors:
-        raise UserError(f"no tensors in {path}: wanted a state dict")
-    return tensors
-
-
-def _check_kinds(tensors: dict[str, Tensor], path: Path) -> None:
-    """Refuse numbers of a kind that nothing here computes with, such as float8."""
-    wrong = {name: t.dtype for name, t in tensors.items() if t.is_floating_point() and t.dtype not in FLOATS}
-    if wrong:
-        name, dtype = next(iter(wrong.items()))
-        raise UserError(
-            f"{path} holds {len(wrong)} tensors of a kind that cannot be computed with, such as {name} "
-            f"({str(dtype).removeprefix('torch.')}); give the weights in float32, bfloat16 or float16"
-        )
 
 
 def _of_another_kind(one: Tensor, other: Tensor) -> bool:
@@ -185,27 +169,21 @@ def _describe(tensor: Tensor, other: Tensor) -> str:
     return f"{tuple(tensor.shape)}{kind}"
 
 
-def _shorten(names: list[str]) -> str:
-    shown = ", ".join(names[:MAX_NAMES])
-    return shown if len(names) <= MAX_NAMES else f"{shown} and {len(names) - MAX_NAMES} more"
-
-
 def read_entries(path: str | Path) -> dict[str, Tensor]:
     """Tensors of a file on the meta device; the data are not read, whatever their size.
 
-    Args:
-        path: a `.safetensors` file, or a torch file whose tensors may lie under one of `NESTED` or below each other,
-            and may be named with the prefix `module.`.
-    Raises:
-        UsageError: no such file.
-        UserError: the file is damaged, holds more than tensors or tensors of an unknown type, or has no tensors.
+    Of a torch file they may lie under one of `NESTED` or below each other, and be named with the prefix `module.`.
+    UsageError: no such file. UserError: it is damaged, holds more than tensors or some of an unknown type, or has none.
     """
     path = Path(path)
     if not path.is_file():
         raise UsageError(f"weights not found: {path} is no file")
     if path.suffix.lower() == ".safetensors":
-        return open_safetensors(path, _header)
-    return unwrap(load_torch_file(path, "meta"), NESTED, path)
+        entries = _read_safetensors(path, _header)
+    else:
+        entries = unwrap(load_torch_file(path, "meta"), NESTED)
+    _check_some(entries, path)
+    return entries
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
@@ -226,8 +204,7 @@ def _header(path: Path) -> dict[str, Tensor]:
         if strange:
             known = ", ".join(SAFETENSORS_TYPES)
             raise UserError(f"{path} holds tensors of type {', '.join(strange)}, and only {known} can be checked")
-        return {name: on_meta(s.get_shape(), SAFETENSORS_TYPES[s.get_dtype()]) for name, s in slices.items()}
-
-
-def on_meta(shape: list[int], dtype: torch.dtype) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
+        return {
+            name: torch.empty(s.get_shape(), dtype=SAFETENSORS_TYPES[s.get_dtype()], device="meta")
+            for name, s in slices.items()
+        }

@@ -27,12 +27,8 @@ LOG = logging.getLogger(__name__)
 def check_part(part: str, path: str | Path, published: Mapping[str, str]) -> None:
     """Refuse at once a file of weights that no system could load.
 
-    Args:
-        part: "tokenizer" or "transformer".
-        path: a published file, a bundle, or the folder of a run.
-        published: part -> the published file to get, and where: `System.published`.
-    Raises:
-        UserError: an unknown part, or no such file (says which to get, and the key to set).
+    `published` says of each part, "tokenizer" and "transformer", which published file to get, and where. UserError: an
+    unknown part, or no such file, bundle or run (says which to get, and the key to set).
     """
     if part not in published:
         raise UserError(f"model.weights has the parts {' and '.join(published)}, got {part}")
@@ -44,15 +40,10 @@ def check_part(part: str, path: str | Path, published: Mapping[str, str]) -> Non
 
 
 def load_part(system: Any, part: str, path: str | Path, new_adapters: bool = False) -> None:
-    """Fill a part of a system.
+    """Fill a part of a system, which has it as an attribute, from a published file, a bundle or a run.
 
-    Args:
-        system: has the part as an attribute.
-        part: "tokenizer" or "transformer".
-        path: a published file, a bundle, or the folder of a run that trained or held that part.
-        new_adapters: leave the transformer's adapters as they are, whatever the path holds.
-    Raises:
-        UserError: no such file (says which to get, and the key to set), or one that does not fit.
+    `new_adapters`: leave the transformer's adapters as they are, whatever the path holds. UserError: no such file (says
+    which to get, and the key to set), or one that does not fit.
     """
     check_part(part, path, system.published)
     fill(getattr(system, part), part, Path(path), system.student_config.merged, new_adapters)
@@ -70,15 +61,13 @@ def load_teacher(system: Any, path: str | Path) -> VARTransformer:
 
 def fill(module: Any, part: str, path: Path, fold: bool = False, new_adapters: bool = False) -> None:
     """Fill a part; `fold`: a bundle's adapters go into the base weights."""
-    if is_run(path):
-        _load_from_run(module, part, path, new_adapters)
-    elif is_bundle(path):
-        _load_from_bundle(module, part, path, fold, new_adapters)
+    if is_run(path) or is_bundle(path):
+        _fill_from_ours(module, part, path, fold, new_adapters)
     elif part == "tokenizer":
         load_tokenizer(module, read_tensors(path, nested=("vae",)), str(path))
     else:
         tensors = read_tensors(path)
-        load_transformer(module, _without_adapters(tensors) if new_adapters else tensors, str(path))
+        load_transformer(module, split_adapters(tensors)[0] if new_adapters else tensors, str(path))
 
 
 def load_tokenizer(tokenizer: Any, tensors: Mapping[str, Tensor], source: str) -> None:
@@ -92,65 +81,61 @@ def load_tokenizer(tokenizer: Any, tensors: Mapping[str, Tensor], source: str) -
 def load_transformer(transformer: Any, tensors: Mapping[str, Tensor], source: str) -> None:
     """Fill a transformer from the tensors of a published teacher (its adapters stay as they are) or student."""
     wanted = plain_state_dict(transformer)
-    if not any(".lora_" in name for name in tensors):
-        wanted = _without_adapters(wanted)
+    if not split_adapters(tensors)[1]:
+        wanted, _ = split_adapters(wanted)
     ours = transformer_tensors(wanted, transformer.config.width, tensors, source)
     assign_plain(transformer, in_float32(ours))
 
 
-def _load_from_bundle(module: nn.Module, part: str, bundle: Path, fold: bool, new_adapters: bool) -> None:
-    """Take a part of a bundle in the precision in which it is stored; half precision, which is for storing, widened."""
-    file = tensors_file(bundle, part)
-    given, wanted = _widened(read_tensors(file)), plain_state_dict(module)
-    check_names_and_shapes(_without_adapters(wanted), given, str(file))
-    adapters = {name: tensor for name, tensor in wanted.items() if ".lora_" in name}
-    student = read_config(bundle).get("student") or {"lora_rank": 0, "merged": False}
-    if fold and part == "transformer" and student["lora_rank"] and not student["merged"]:
-        held = _widened(read_tensors(tensors_file(bundle, ADAPTERS)))
-        given = folded(given, held, student["cross_value_bias"])
-    if adapters and student["lora_rank"] and not student["merged"] and not new_adapters:
-        held = _widened(read_tensors(tensors_file(bundle, ADAPTERS)))
-        rank = next(len(tensor) for name, tensor in adapters.items() if name.endswith(".lora_down.weight"))
-        if rank == student["lora_rank"]:  # of another rank, another student is to be trained from this teacher
-            check_names_and_shapes(adapters, held, str(tensors_file(bundle, ADAPTERS)))
-        given |= held
-    assign_plain(module, fitting(given, wanted, f"the bundle {bundle}"))
+def held_in(path: Path, part: str) -> dict[str, Tensor]:
+    """A part of a bundle or a run by plain names; adapters are among those of the transformer.
+
+    Half precision, which is for storing, is widened. Of a run all but the tokenizer counts as the transformer's: it is
+    with VARSR's prefix encoder and refiner.
+    """
+    if is_bundle(path):
+        student = read_config(path).get("student") or {"lora_rank": 0}
+        has_adapters = part == "transformer" and student["lora_rank"] and not student["merged"]
+        held = read_tensors(tensors_file(path, part))
+        held |= read_tensors(tensors_file(path, ADAPTERS)) if has_adapters else {}
+        return {name: tensor.float() if tensor.dtype == torch.float16 else tensor for name, tensor in held.items()}
+    weights = load_run_weights(path).items()
+    own = {name: tensor for name, tensor in weights if name.startswith("tokenizer.") == (part == "tokenizer")}
+    return {plain_name(name.removeprefix(f"{part}.")): tensor for name, tensor in own.items()}
 
 
-def _load_from_run(module: nn.Module, part: str, run: Path, new_adapters: bool) -> None:
-    """Take a part of a run's weights; adapters that the module has not, or has at another rank, are left out."""
-    prefix = f"{part}."
-    held = load_run_weights(run).items()
-    weights = {plain_name(name.removeprefix(prefix)): t for name, t in held if name.startswith(prefix)}
-    weights = _without_adapters(weights) if new_adapters else weights
-    wanted = plain_state_dict(module)
-    given = fitting({name: t for name, t in weights.items() if name in wanted}, wanted, f"the run {run}")
-    missing = [name for name in _without_adapters(wanted) if name not in given]
-    if missing:
-        raise UserError(f"the run {run} does not hold a whole {part}: {missing[0]} and {len(missing) - 1} more missing")
-    misshapen = [name for name, tensor in given.items() if tensor.shape != wanted[name].shape]
-    if misshapen:
-        raise UserError(f"the {part} of the run {run} has other sizes than the model: {misshapen[0]}")
+def _fill_from_ours(module: nn.Module, part: str, path: Path, fold: bool, new_adapters: bool) -> None:
+    """Take a part of a bundle, in the precision in which it is stored, or of a run, which may hold more."""
+    held, wanted = held_in(path, part), plain_state_dict(module)
+    source = str(tensors_file(path, part)) if is_bundle(path) else f"the {part} of the run {path}"
+    given, adapters = split_adapters({n: t for n, t in held.items() if n in wanted or is_bundle(path) or ".lora_" in n})
+    base, places = split_adapters(wanted)
+    check_names_and_shapes(base, given, source)
+    if adapters and fold and is_bundle(path):
+        given = folded(given, adapters, read_config(path)["student"]["cross_value_bias"])
+    elif adapters and places and not new_adapters:
+        given |= fitting(adapters, places, path)
     assign_plain(module, given)
 
 
-def fitting(given: dict[str, Tensor], wanted: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
-    """What was given, without its adapters where they have another rank than is wanted."""
-    adapters = given.keys() - _without_adapters(given).keys()
-    if all(name in wanted and given[name].shape == wanted[name].shape for name in adapters):
-        return given
-    LOG.warning(
-        "the adapters of %s are not of this student's rank and layers and are left out; its teacher is taken", source
-    )
-    return _without_adapters(given)
+def fitting(adapters: dict[str, Tensor], wanted: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """The adapters of a bundle or a run, or none where they have another rank or other layers than is wanted.
+
+    UserError: a bundle lacks some of them.
+    """
+    if not all(name in wanted and tensor.shape == wanted[name].shape for name, tensor in adapters.items()):
+        text = "the adapters of %s are not of this student's rank and layers and are left out; its teacher is taken"
+        LOG.warning(text, path)
+        return {}
+    if is_bundle(path):
+        check_names_and_shapes(wanted, adapters, str(tensors_file(path, ADAPTERS)))
+    return adapters
 
 
-def _without_adapters(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in tensors.items() if ".lora_" not in name}
-
-
-def _widened(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.float() if tensor.dtype == torch.float16 else tensor for name, tensor in tensors.items()}
+def split_adapters(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The tensors by plain names that are no adapters, and those that are."""
+    base = {name: tensor for name, tensor in tensors.items() if ".lora_" not in name}
+    return base, {name: tensor for name, tensor in tensors.items() if ".lora_" in name}
 
 
 def in_float32(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -169,8 +154,7 @@ def allocate(module: nn.Module) -> set[str]:
 def load_into(system: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
     """Copy a run's weights into a system that may have more (those that come from files).
 
-    Raises:
-        UserError: the system has no place for some of them, or another shape.
+    UserError: the system has no place for some of them, or another shape.
     """
     try:
         unexpected = system.load_state_dict(weights, strict=False).unexpected_keys

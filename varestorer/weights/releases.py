@@ -25,13 +25,8 @@ HUB = "hub"
 class PublishedFile:
     """A file, or a whole repository, that somebody published.
 
-    Attributes:
-        name: as it is called beside others.
-        hub: its repository.
-        path: in the repository; empty for all of it.
-        what: it is.
-        license: as far as it was read.
-        sha256, size: (bytes) where they are known.
+    `hub` is its repository, `path` its place there, empty for all of it; the license is as far as it was read; the
+    SHA-256 and the size (bytes) are there where they are known.
     """
 
     name: str
@@ -45,13 +40,9 @@ class PublishedFile:
 
 @dataclass(frozen=True)
 class Release:
-    """Files that make a whole.
+    """Files that make a whole: the repository that is asked for, the paper's system, the files, the network's first.
 
-    Attributes:
-        name: the repository that is asked for.
-        system: of the paper.
-        files: the network's first.
-        needs: what else it wants at times.
+    `needs` is what else it wants at times.
     """
 
     name: str
@@ -92,12 +83,9 @@ def cached(file: PublishedFile, options: Mapping[str, Any] | None = None, revisi
 def fetch(names: Sequence[str], options: Mapping[str, Any] | None = None, revision: str | None = None) -> list[Path]:
     """Published files from the hub's cache; those that are not there are fetched, their sizes said first, and checked.
 
-    Args:
-        names: of `published_files`.
-        options: huggingface_hub's `cache_dir`, `token`, `local_files_only` and `force_download`.
-        revision: of the first file's repository; others are taken as they are now.
-    Raises:
-        UserError: an unknown name, a hub that does not give one, no room for it, or a file that came damaged.
+    Options are huggingface_hub's `cache_dir`, `token`, `local_files_only` and `force_download`; the revision is that of
+    the first file's repository, others are taken as they are now. UserError: an unknown name, a hub that does not give
+    one, no room for it, or a file that came damaged.
     """
     options, known = options or {}, published_files()
     if unknown := [name for name in names if name not in known or not known[name].path]:
@@ -135,8 +123,7 @@ def _say_sizes(files: Sequence[PublishedFile], options: Mapping[str, Any], revis
 def _download(file: PublishedFile, options: Mapping[str, Any], revision: str | None) -> Path:
     """One file into the cache; a transfer that breaks off is taken up where it was.
 
-    Raises:
-        UserError: it does not come, or came damaged (and is removed again).
+    UserError: it does not come, or came damaged (and is removed again).
     """
     from huggingface_hub import hf_hub_download
 

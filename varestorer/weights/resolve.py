@@ -91,13 +91,9 @@ def release_of(name: str | Path | None) -> Release | None:
 def locate(name: str | Path | None, options: Mapping[str, Any], read: ReadPublished | None = None) -> Path:
     """Where a system's files are: a path, a shipped model, or the cache of the hub after fetching them.
 
-    Args:
-        name: see `System.from_pretrained`.
-        options: huggingface_hub's `revision`, `cache_dir`, `token`, ...
-        read: makes a system of a release's files: `from_published` of its class.
-    Raises:
-        UsageError: neither a path nor a name that the hub knows.
-        UserError: a release that cannot be fetched or converted.
+    For the name see `System.from_pretrained`; options are huggingface_hub's `revision`, `cache_dir`, `token`, ...;
+    `read` makes a system of a release's files, as `from_published` of its class. UsageError: neither a path nor a name
+    that the hub knows. UserError: a release that cannot be fetched or converted.
     """
     given = str(named_or_default(name if name is None else expand_user(name)))
     if Path(given).exists() or not is_hub_name(given):
@@ -144,9 +140,7 @@ def stored_precision(path: Path) -> str:
 def companion(part: str, student_file: Path, given: str | None) -> Path:
     """The file of a part that a published student does not hold: as given, or beside it.
 
-    Raises:
-        UsageError: the given one does not exist.
-        UserError: none lies beside the student.
+    UsageError: the given one does not exist. UserError: none lies beside the student.
     """
     name, place = COMPANIONS[part]
     if given is not None:

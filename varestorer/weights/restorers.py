@@ -29,16 +29,18 @@ _REMEDY = (
 def load_restorer(path: str | Path) -> Restorer:
     """Load a restorer from a file, from a run or a bundle, or from a folder that holds the published file.
 
-    Args:
-        path: `.ckpt`, `.pth` or `.safetensors`; the tensors may lie under `state_dict`, named with or without
-            the prefix `module.`. Of a run, the restorer that it trained; of a bundle, or the name of a shipped one,
-            its `restorer.safetensors`.
-    Raises:
-        UserError: no such file, a file that is not a plain set of tensors, or not a 1x RGB restorer.
+    A file is `.ckpt`, `.pth` or `.safetensors`; the tensors may lie under `state_dict`, named with or without the
+    prefix `module.`. Of a run, it is the restorer that it trained; of a bundle, or the name of a shipped one, its
+    `restorer.safetensors`. UserError: no such file, one that is not a plain set of tensors, or not a 1x RGB restorer.
     """
     file = shipped(path)
     if is_run(file):
-        tensors = _of_run(file)
+        prefix = "restorer.network."
+        held = load_run_weights(file).items()
+        tensors = {name.removeprefix(prefix): tensor for name, tensor in held if name.startswith(prefix)}
+        if not tensors:
+            told = f"give a run of nano_restorer, or {RESTORER_FILE}"
+            raise UserError(f"the run {file} has no restorer of its own; {told}")
     else:
         if file.is_dir():
             file = tensors_file(file, RESTORER) if is_bundle(file) else file / RESTORER_FILE
@@ -51,25 +53,11 @@ def load_restorer(path: str | Path) -> Restorer:
         raise UserError(f"{file}: {error}; {_REMEDY}") from error
 
 
-def _of_run(run: Path) -> dict[str, Tensor]:
-    """The tensors of the restorer that a run drew and trained, by its network's names; UserError if it has none."""
-    prefix = "restorer.network."
-    held = load_run_weights(run).items()
-    tensors = {name.removeprefix(prefix): tensor for name, tensor in held if name.startswith(prefix)}
-    if not tensors:
-        raise UserError(f"the run {run} has no restorer of its own; give a run of nano_restorer, or {RESTORER_FILE}")
-    return tensors
-
-
 def restorer_from_state_dict(state_dict: Mapping[str, Any]) -> Restorer:
-    """Build a restorer whose architecture and size are read from its tensors.
+    """Build a restorer whose architecture and size are read from its tensors, named as `load_restorer` says.
 
-    Args:
-        state_dict: tensors by their published names, or wrapped and prefixed as `load_restorer` says; it is
-            left as it is.
-    Raises:
-        UserError: tensors missing, left over or misshapen (they are listed), a derived tensor of another value, or
-            not the tensors of a 1x RGB restorer.
+    UserError: tensors missing, left over or misshapen (they are listed), a derived tensor of another value, or not the
+    tensors of a 1x RGB restorer.
     """
     from spandrel import ImageModelDescriptor, ModelLoader, UnsupportedModelError, canonicalize_state_dict
 
@@ -84,7 +72,11 @@ def restorer_from_state_dict(state_dict: Mapping[str, Any]) -> Restorer:
         raise UserError(f"a restorer must take RGB images and keep their size, got {got}")
     sizes = found.size_requirements
     restorer = Restorer(found.model, multiple=sizes.multiple_of, minimum=sizes.minimum)
-    check_derived(restorer.published_state_dict(), _derived_tensors(restorer), "the restorer")
+    network: Any = restorer.network
+    if any(name.endswith(DERIVED) for name in network.state_dict()):
+        fresh = _tensors_of(type(network), network.hyperparameters)
+        derived = {name: tensor for name, tensor in fresh.items() if name.endswith(DERIVED)}
+        check_derived(restorer.published_state_dict(), derived, "the restorer")
     return restorer
 
 
@@ -93,15 +85,6 @@ def published_restorer_tensors() -> dict[str, Tensor]:
     from spandrel.architectures.SwinIR import SwinIR
 
     return _tensors_of(SwinIR, PUBLISHED_SIZES)
-
-
-def _derived_tensors(restorer: Restorer) -> dict[str, Tensor]:
-    """What a fresh network of the same sizes holds beside its weights, by published names."""
-    network: Any = restorer.network
-    if not any(name.endswith(DERIVED) for name in network.state_dict()):
-        return {}
-    fresh = _tensors_of(type(network), network.hyperparameters)
-    return {name: tensor for name, tensor in fresh.items() if name.endswith(DERIVED)}
 
 
 def _tensors_of(network: type[nn.Module], sizes: Mapping[str, Any]) -> dict[str, Tensor]:

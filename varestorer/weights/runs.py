@@ -76,7 +76,11 @@ def latest_checkpoint(run_dir: str | Path) -> Path:
     if path.name == LATEST and path.parent.name == FOLDER:
         path = path.parents[1]
     if path.name == BEST and path.is_file():
-        path = _best(path)
+        try:
+            path = path.parent / str(read_json(path)["checkpoint"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            steps = f"{path.parent}/step_*"
+            raise UserError(f"{path} names no checkpoint ({reason(error)}); give one of {steps}") from error
     if (path / STATE).is_file():
         problem = damage(path)
         if problem is not None:
@@ -101,17 +105,12 @@ def load_run_weights(path: str | Path) -> dict[str, Tensor]:
     last = latest_checkpoint(path)
     run_dir = last.parents[2]
     weights = load_initial(run_dir) or {}
-    for folder in [*_earlier_stages(run_dir, last), last]:
+    index, _ = place_of(last)
+    newest = (newest_checkpoint(run_dir, folder.name) for folder in _stage_folders(run_dir / FOLDER))
+    earlier = [folder for folder in newest if folder is not None and place_of(folder)[0] < index]
+    for folder in [*sorted(earlier, key=place_of), last]:
         weights.update(read_tensors(folder / "ema.safetensors"))
     return weights
-
-
-def _earlier_stages(run_dir: Path, last: Path) -> list[Path]:
-    """Newest checkpoint of each stage before that of `last`, in order."""
-    index, _ = place_of(last)
-    newest = [newest_checkpoint(run_dir, folder.name) for folder in _stage_folders(run_dir / FOLDER)]
-    found = sorted((folder for folder in newest if folder is not None), key=place_of)
-    return [folder for folder in found if place_of(folder)[0] < index]
 
 
 def _candidates(folder: Path, stage: str | None) -> Iterator[Path]:
@@ -125,14 +124,6 @@ def _candidates(folder: Path, stage: str | None) -> Iterator[Path]:
         else:
             LOG.warning("%s names no checkpoint of this run (%r): looking for the newest", folder / LATEST, name)
     yield from found
-
-
-def _best(path: Path) -> Path:
-    """The checkpoint that a stage's `best` names."""
-    try:
-        return path.parent / str(read_json(path)["checkpoint"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} names no checkpoint ({reason(error)}); give one of {path.parent}/step_*") from error
 
 
 def _stage_folders(folder: Path) -> list[Path]:
@@ -220,7 +211,17 @@ def damage(folder: Path) -> str | None:
         return f"{CHECKSUMS} does not list files"
     if STATE not in expected:
         return f"{CHECKSUMS} does not list {STATE}"
-    return next(filter(None, (_file_damage(folder / name, *entry) for name, entry in expected.items())), None)
+    for path, (size, sha256) in ((folder / name, entry) for name, entry in expected.items()):
+        try:
+            if path.stat().st_size != size:
+                return f"{path.name} has {path.stat().st_size} bytes, should have {size}"
+            if file_sha256(path) != sha256:
+                return f"{path.name} does not match its checksum"
+        except OSError as error:
+            return f"{path.name} cannot be read: {error.strerror or reason(error)}"
+        except UserError as error:
+            return str(error)
+    return None
 
 
 def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
@@ -231,14 +232,3 @@ def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _file_damage(path: Path, size: int, sha256: str) -> str | None:
-    try:
-        if path.stat().st_size != size:
-            return f"{path.name} has {path.stat().st_size} bytes, should have {size}"
-        return None if file_sha256(path) == sha256 else f"{path.name} does not match its checksum"
-    except OSError as error:
-        return f"{path.name} cannot be read: {error.strerror or reason(error)}"
-    except UserError as error:
-        return str(error)

@@ -82,8 +82,8 @@ def test_start_looks_at_a_few_of_many(tmp_path, monkeypatch):
     looked, decoded = [], []
     monkeypatch.setattr(store_module, "HEADERS_TO_CHECK", 5)
     monkeypatch.setattr(store_module, "PIXELS_TO_CHECK", 2 * 64)
-    check, load = store_module._check_file, store_module.load_image
-    monkeypatch.setattr(store_module, "_check_file", lambda p, b: looked.append(p.name) or check(p, b))
+    check, load = store_module._num_pixels, store_module.load_image
+    monkeypatch.setattr(store_module, "_num_pixels", lambda p: looked.append(p.name) or check(p))
     monkeypatch.setattr(store_module, "load_image", lambda p: decoded.append(p.name) or load(p))
     ImageStore(make(tmp_path, 20), "here")
     assert looked == ["000.png", "004.png", "008.png", "012.png", "016.png"]

@@ -25,14 +25,10 @@ MIN_WIDTH = 1e-3
 
 
 def blur(img_CHW: Tensor, kernel: Tensor) -> Tensor:
-    """Correlate every channel with a kernel; the picture is continued by reflection.
+    """Correlate every channel with a kernel (odd size); the picture, which may be smaller, is continued by reflection.
 
-    The work is done by FFT: a 21 x 21 kernel costs no more than a 7 x 7 one. SciPy's is as fast as torch's and
-    stays on one thread: threads for pictures this small cost far more than they save.
-
-    Args:
-        img_CHW: picture, of any size (it may be smaller than the kernel).
-        kernel: (size, size), odd size.
+    The work is done by FFT: a 21 x 21 kernel costs no more than a 7 x 7 one. SciPy's is as fast as torch's and stays on
+    one thread: threads for pictures this small cost far more than they save.
     """
     height, width = img_CHW.shape[-2:]
     reach = kernel.shape[-1] // 2
@@ -68,14 +64,8 @@ def add_gaussian_noise(img_CHW: Tensor, sigma: float, use_gray: bool, rng: np.ra
 def add_poisson_noise(img_CHW: Tensor, scale: float, use_gray: bool, rng: np.random.Generator) -> Tensor:
     """Add shot noise, `scale` times what counting `2^ceil(log2(levels))` photons at white gives, clamped.
 
-    `levels` is the number of different 8-bit levels in the picture, so that flat pictures get more noise
-    (Real-ESRGAN's reference implementation).
-
-    Args:
-        img_CHW: picture.
-        scale: factor on the noise.
-        use_gray: noise of the luma picture, the same in all channels.
-        rng: source of the noise.
+    `levels` is the number of different 8-bit levels in the picture, so that flat pictures get more noise (Real-ESRGAN's
+    reference implementation). `use_gray`: noise of the luma picture, the same in all channels.
     """
     source = (img_CHW * LUMA[:, None, None]).sum(0, keepdim=True) if use_gray else img_CHW
     levels = to_uint8(source).numpy()
@@ -99,14 +89,9 @@ def round_to_8bit(img: Tensor) -> Tensor:
 def gaussian_kernel(
     size: int, sigma_x: float, sigma_y: float | None = None, theta: float = 0.0, beta: float = 1.0
 ) -> Tensor:
-    """Generalized Gaussian exp(-(x' S^-1 x)^beta / 2); `beta` 1 is the Gaussian, above 1 it is flatter.
+    """Generalized Gaussian exp(-(x' S^-1 x)^beta / 2) of an odd side; `beta` 1 is the Gaussian, above 1 it is flatter.
 
-    Args:
-        size: odd side of the kernel.
-        sigma_x: standard deviation along the first axis.
-        sigma_y: along the second axis; None: as `sigma_x` (isotropic).
-        theta: rotation of the axes.
-        beta: shape.
+    Sigmas are standard deviations along the axes, which `theta` turns; without the second it is isotropic.
     """
     return _normalize(torch.exp(-0.5 * _squared_distance(size, sigma_x, sigma_y, theta) ** beta))
 

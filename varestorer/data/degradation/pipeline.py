@@ -126,11 +126,9 @@ class RandomBlur(_Step):
 
 @dataclass(frozen=True)
 class RandomResize(_Step):
-    """Resize up, down or not at all, by a random factor and method.
+    """Resize up, down or not at all (the probabilities), by a random factor and method.
 
-    Attributes:
-        direction_probs: up, down, keep.
-        factor: smallest factor (down) and largest (up); 1 lies between.
+    The factor's range is from the smallest (down) to the largest (up); 1 lies between.
     """
 
     direction_probs: tuple[float, ...] = (0.2, 0.7, 0.1)
@@ -209,14 +207,10 @@ class Degradation(_Step):
     enlarge_modes: tuple[str, ...] = RESAMPLING
 
     def __call__(self, hq_3HW: Tensor, rng: np.random.Generator) -> Tensor:
-        """Spoil a picture.
+        """Spoil a picture, RGB in [0, 1], of any size, best a multiple of `scale`: (3, H, W) float32, 8-bit levels.
 
-        Args:
-            hq_3HW: RGB in [0, 1]; any size, best a multiple of `scale`. The steps are computed in its type: float64
-                gives the same 8-bit levels on all processors, float32 differs in a few.
-            rng: the only source of randomness.
-        Returns:
-            (3, H, W) float32 in [0, 1], 8-bit levels, at the size of the input.
+        The steps are computed in its type: float64 gives the same 8-bit levels on all processors, float32 differs in a
+        few.
         """
         size: tuple[int, int] = (hq_3HW.shape[-2], hq_3HW.shape[-1])
         small = _small_size(size, self.scale)
@@ -254,22 +248,22 @@ class BicubicDegradation:
         return round_to_8bit(resize(small, full))
 
 
-class OneOf:
-    """One of several degradations for each picture.
+def check_weights(key: str, weights: Mapping[str, float], parts: Mapping[str, object], parts_key: str) -> None:
+    """Refuse weights (UserError) that are not those of the parts, by their names, or not positive."""
+    if not parts or parts.keys() != weights.keys() or min(weights.values()) <= 0:
+        wanted = ", ".join(parts) or f"{parts_key}, which are none"
+        raise UserError(f"{key} must hold a positive number for each of {wanted}, got {dict(weights)}")
 
-    Args:
-        degradations: by names of your choice.
-        weights: how often each is taken, by the same names; they need not sum to one.
-    Raises:
-        UserError: weights that are not those of the degradations, or not positive.
+
+class OneOf:
+    """One of several degradations, by names of your choice, for each picture.
+
+    The weights say how often each is taken, by the same names; they need not sum to one. UserError: weights that are
+    not those of the degradations, or not positive.
     """
 
     def __init__(self, degradations: Mapping[str, Degrade], weights: Mapping[str, float]) -> None:
-        if not degradations or degradations.keys() != weights.keys() or min(weights.values()) <= 0:
-            wanted = ", ".join(degradations) or "degradation.degradations, which are none"
-            raise UserError(
-                f"degradation.weights must hold a positive number for each of {wanted}, got {dict(weights)}"
-            )
+        check_weights("degradation.weights", weights, degradations, "degradation.degradations")
         self.degradations = [degradations[name] for name in weights]
         self.shares = np.array([*weights.values()]) / sum(weights.values())
 

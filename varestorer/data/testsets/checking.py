@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from einops import rearrange
-from PIL import ImageFile
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -100,26 +99,22 @@ def known_set(lr: Mapping[str, Path]) -> Benchmark | None:
 
 
 def check_test_set(root: Path, benchmark: Benchmark, scale: int = 4, manifest: Manifest | None = None) -> Check:
-    """Decode every image of a test set and compare it with what the set should be.
+    """Decode every image of a test set and compare it with what the set, `benchmark`, should be.
 
-    Args:
-        root: its folder.
-        benchmark: what it should be. Images of sets with references have to be 8-bit RGB; elsewhere other images
-            are converted when they are read, which no reference contradicts.
-        scale: how much larger the good images are.
-        manifest: of the machine that made the set; the pixels have to be those.
+    Images of sets with references have to be 8-bit RGB; elsewhere other images are converted when they are read, which
+    no reference contradicts. Good images are `scale` times as large. The pixels have to be those of the manifest, of
+    the machine that made the set, if there is one.
     """
     try:
         listing = list_test_set(root, need_pairs=benchmark.reference)
     except UserError as error:
         return Check(problems=[str(error)])
-    checker = _Checker(root, benchmark, scale, listing)
-    checker.check_names()
+    check = _Checker(root, benchmark, scale, listing)
+    check.check_names()
     for name, low, high in tqdm(listing.images, desc="reading", unit=" images", leave=False):
-        checker.check_images(name, low, high if benchmark.reference else None)
+        check.check_images(name, low, high if benchmark.reference else None)
     if manifest is not None:
-        checker.compare(manifest)
-    check = checker.check
+        check.compare(manifest)
     check.offenders = dict(sorted(check.offenders.items(), key=lambda item: natural_key(item[0])))
     return check
 
@@ -129,14 +124,14 @@ def show(size: tuple[int, int]) -> str:
     return f"{size[1]}x{size[0]}"
 
 
-class _Checker:
-    """Fills a `Check`."""
+class _Checker(Check):
+    """Fills itself."""
 
     def __init__(self, root: Path, benchmark: Benchmark, scale: int, listing: Listing) -> None:
         self.root, self.benchmark, self.scale, self.listing = root, benchmark, scale, listing
         sides = {"lr": listing.low_folder, "hr": listing.high_folder if benchmark.reference else None}
         folders = {side: folder for side, folder in sides.items() if folder}
-        self.check = Check(folders=folders, images={side: {} for side in folders})
+        super().__init__(folders=folders, images={side: {} for side in folders})
 
     def check_names(self) -> None:
         """Count, and name the files that do not pair."""
@@ -151,9 +146,9 @@ class _Checker:
         count, wanted = len(self.listing.images), self.benchmark.pairs
         what = "pairs" if self.benchmark.reference else "images"
         if wanted is not None and count != wanted:
-            self.check.problems.append(f"wanted {wanted} {what}, found {count}")
+            self.problems.append(f"wanted {wanted} {what}, found {count}")
         elif not count:
-            self.check.problems.append(f"holds no {what}")
+            self.problems.append(f"holds no {what}")
 
     def check_images(self, name: str, low: Path, high: Path | None) -> None:
         """Read an image or a pair, and check formats and sizes."""
@@ -174,10 +169,10 @@ class _Checker:
         """Compare the pixels with those of the machine that made the set."""
         places = {name: {"lr": low, "hr": high} for name, low, high in self.listing.images}
         gone = sorted(manifest.pairs.keys() - places.keys())
-        self.check.problems += [f"{name} is in the manifest but not in the folder" for name in gone]
+        self.problems += [f"{name} is in the manifest but not in the folder" for name in gone]
         for name, sides in places.items():
             made = manifest.pairs.get(name)
-            for side, images in self.check.images.items():
+            for side, images in self.images.items():
                 path, image = sides[side], images.get(name)
                 if path and made is None:
                     self._blame(path, "is not in the manifest")
@@ -196,11 +191,11 @@ class _Checker:
             self._blame(path, f"is {image.format}, wanted {' or '.join(formats)}: not the released file")
         if self.benchmark.reference and image.mode != "8-bit RGB":
             self._blame(path, f"is {image.mode}, wanted 8-bit RGB")
-        self.check.images[side][name] = image
+        self.images[side][name] = image
         return image
 
     def _blame(self, path: Path, reason: str) -> None:
-        self.check.offenders.setdefault(self._show(path), []).append(reason)
+        self.offenders.setdefault(self._show(path), []).append(reason)
 
     def _show(self, path: Path) -> str:
         return path.relative_to(self.root).as_posix()
@@ -209,26 +204,20 @@ class _Checker:
 def read_image(path: Path) -> ReadImage:
     """Decode an image wholly; UserError, which names it, if it cannot be read."""
     with open_image(path) as file:
-        kind, mode = file.format or "unknown", _mode(file)
+        # Pillow calls 16-bit color RGB too and drops half of it when decoding
+        stored = str(file.tile[0][3]) if file.tile else ""
+        depth = "16-bit" if "16" in stored or "16" in file.mode else "8-bit"
+        kind, mode = file.format or "unknown", f"{depth} {file.mode.partition(';')[0]}"
     pixels_3HW = to_uint8(load_image(path))
     return ReadImage(kind, mode, (pixels_3HW.shape[-2], pixels_3HW.shape[-1]), pixel_hash(pixels_3HW))
-
-
-def _mode(file: ImageFile.ImageFile) -> str:
-    """Depth and mode as stored; Pillow calls 16-bit color RGB too and drops half of it when decoding."""
-    stored = str(file.tile[0][3]) if file.tile else ""
-    depth = "16-bit" if "16" in stored or "16" in file.mode else "8-bit"
-    return f"{depth} {file.mode.partition(';')[0]}"
 
 
 @dataclass(frozen=True)
 class MadePair:
     """One pair of a made set.
 
-    Attributes:
-        source: the photograph, by its path inside its folder.
-        top, left: where the crop lies in it, pixels.
-        lr, hr: hashes of the pixels.
+    Of its photograph (a path inside its folder) the place of the crop is told, pixels; of both images the hash of the
+    pixels.
     """
 
     source: str
@@ -242,11 +231,7 @@ class MadePair:
 class Manifest:
     """What a made set is and how it was made; `manifest.json` in its folder.
 
-    Attributes:
-        options: what was asked for.
-        versions: of what computed it.
-        skipped: photographs left out, with the reason.
-        pairs: by name.
+    What was asked for, versions of what computed it, photographs left out with the reason, and the pairs by name.
     """
 
     options: dict[str, Any]

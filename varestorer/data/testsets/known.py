@@ -1,6 +1,7 @@
 """The public test sets: what each one is, where it comes from and what belongs into its folder."""
 
 from dataclasses import dataclass, field
+from functools import partial
 
 RELEASE = (
     "the test sets that StableSR's authors released: dataset Iceclear/StableSR-TestSets on the Hugging Face hub, one "
@@ -49,52 +50,41 @@ class Benchmark:
     pixels: dict[str, str] = field(default_factory=dict)
 
 
+_released = partial(Benchmark, origin=RELEASE, fetch=FETCH, lq_side=128, formats=("PNG",))
 _BENCHMARKS = (
-    Benchmark(
+    _released(
         name="div2k",
         title="DIV2K-Val: 3,000 synthetic pairs",
         purpose="the main table of most papers: random crops of DIV2K's validation photographs, degraded as in "
         "StableSR's training",
-        origin=RELEASE,
         layout=f"{SIDES} (the archive has gt beside lq); {CROPS}",
         license="S-Lab License 1.0 (non-commercial) for the release, academic research only for DIV2K's photographs",
-        fetch=FETCH,
         root="data/StableSR_testsets/DIV2K_V2_val",
         pairs=3000,
-        lq_side=128,
-        formats=("PNG",),
     ),
-    Benchmark(
+    _released(
         name="realsr",
         title="RealSR: 100 pairs photographed at two focal lengths",
         purpose="real degradation with a reference; the central crops of RealSR's (version 3) x4 test images, by two "
         "cameras",
-        origin=RELEASE,
         layout=f"{SIDES} (the archive has test_HR beside test_LR); {CROPS}",
         license="S-Lab License 1.0 (non-commercial) for the release; the photographs are RealSR's (csjcai/RealSR)",
-        fetch=FETCH,
         root="data/StableSR_testsets/RealSRVal_crop128",
         pairs=100,
-        lq_side=128,
-        formats=("PNG",),
         pixels={
             "lr": "abb1b8b181721aef9e67ee4cbc21f939f7ae53641f29470d4f3e23787b1d1c9e",
             "hr": "b386b3a9b3d87c26074585a86d9355f21c719f16e5959e8a3471007b787f8a10",
         },
     ),
-    Benchmark(
+    _released(
         name="drealsr",
         title="DRealSR: 93 pairs photographed at two focal lengths",
         purpose="real degradation with a reference; the central crops of DRealSR's x4 test images, by five cameras",
-        origin=RELEASE,
         layout=f"{SIDES} (the archive has test_HR beside test_LR); {CROPS}",
         license="S-Lab License 1.0 (non-commercial) for the release; the photographs are DRealSR's (xiezw5/"
         "Component-Divide-and-Conquer-for-Real-World-Image-Super-Resolution)",
-        fetch=FETCH,
         root="data/StableSR_testsets/DrealSRVal_crop128",
         pairs=93,
-        lq_side=128,
-        formats=("PNG",),
     ),
     Benchmark(
         name="reallr200",

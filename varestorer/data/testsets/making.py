@@ -14,7 +14,7 @@ Crops are uniformly random, as in the original: one that shows only sky is part 
 """
 
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from varestorer import __version__
@@ -30,12 +30,12 @@ from varestorer.data.datasets import cut
 from varestorer.data.degradation import Degradation
 from varestorer.data.folders import HQ_HELP, hq_folder, hq_folders
 from varestorer.data.testsets.checking import MANIFEST, MadePair, Manifest, pixel_hash
-from varestorer.data.workers import deaths_explained, watched, worker_options
+from varestorer.data.workers import deaths_explained, in_turn
 from varestorer.utils.errors import UserError
 from varestorer.utils.images import load_image, save_image, to_uint8
 from varestorer.utils.locks import LOCK
 from varestorer.utils.scanning import list_images
-from varestorer.utils.seeds import derive_seed, numpy_generator, torch_generator
+from varestorer.utils.seeds import derive_seed, numpy_generator
 
 PACKAGES = ("torch", "torchvision", "numpy", "scipy", "pillow")
 SAVE_EVERY = 32  # chunks between two states of the manifest
@@ -47,10 +47,8 @@ CHUNK = 16  # pairs of one photograph that are made in a row
 class Recipe:
     """How pairs are made.
 
-    Attributes:
-        crop: side of the good images, pixels; a multiple of the degradation's scale.
-        seed: of crops and degradations.
-        degradation: makes the bad images.
+    `crop` is the side of the good images, pixels, a multiple of the degradation's scale; the seed is of crops and
+    degradations.
     """
 
     crop: int
@@ -62,13 +60,17 @@ class Recipe:
         if self.crop < scale or self.crop % scale:
             raise UserError(f"crop must be a positive multiple of scale {scale}, got {self.crop}")
 
+    def cut(self, photo_3HW: Tensor, cut_out: "CutOut") -> Tensor:
+        """The square that is taken of a photograph, uint8."""
+        return to_uint8(cut(photo_3HW, (cut_out.top, cut_out.left, self.crop, self.crop)))
+
     def make(self, photo_3HW: Tensor, cut_out: "CutOut") -> tuple[Tensor, Tensor]:
         """Make a pair of what `cut_out` takes of a photograph, float32 in [0, 1].
 
         Returns the bad image (3, crop / scale, crop / scale) and the good one (3, crop, crop), 8-bit levels in [0, 1].
         """
         scale = self.degradation.scale
-        hq_3HW = to_uint8(cut(photo_3HW, (cut_out.top, cut_out.left, self.crop, self.crop))).double() / 255
+        hq_3HW = self.cut(photo_3HW, cut_out).double() / 255
         # enlarged by `area`, a whole number of times, every pixel of the small picture is repeated
         degrade = replace(self.degradation, enlarge_modes=("area",))
         rng = numpy_generator(self.seed, "degradation", cut_out.source, cut_out.turn)
@@ -77,13 +79,9 @@ class Recipe:
 
 @dataclass(frozen=True)
 class CutOut:
-    """A square of a photograph.
+    """A square of a photograph (a path inside its folder), at a place in pixels; the name is of the pair.
 
-    Attributes:
-        name: of the pair.
-        source: the photograph, by its path inside its folder.
-        turn: how many earlier pairs show the same photograph.
-        top, left: place of the square, pixels.
+    `turn` is how many earlier pairs show the same photograph.
     """
 
     name: str
@@ -98,14 +96,13 @@ def make_test_set(
 ) -> Manifest:
     """Make pairs in `root`: `hr` and `lr` with PNG files, and `manifest.json`.
 
-    An interrupted run goes on where it stopped. Pairs that are there are read and kept if their pixels are those
-    noted down, and those of their photograph. The number of pairs may be raised later: the first ones stay.
+    An interrupted run goes on where it stopped. Pairs that are there are read and kept if their pixels are those noted
+    down, and those of their photograph. The number of pairs may be raised later: the first ones stay.
 
     Args:
         root: new folder, or one that an earlier run with the same options made.
         source: good photographs, as `hq_images` finds them (of several sides the test side). Unreadable ones and
             those smaller than a crop are left out and noted.
-        recipe: how pairs are made.
         options: what to note of how; an earlier run's have to be equal.
         count: number of pairs; every photograph gives equally many, up to one.
         num_workers: processes that make pairs; 0: this one does. The pairs are the same for any number.
@@ -125,14 +122,19 @@ def make_test_set(
         raise UserError(f"source={source}: none of {len(paths)} photographs can be used: {reasons}")
     _check_plan(root, manifest, cut_outs)
     maker = _PairMaker(root, recipe, paths, cut_outs, manifest.pairs)
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # without workers this process makes them; pictures are too small for more
     with deaths_explained(WORKERS_KEY), tqdm(total=len(cut_outs), desc="making", unit=" pairs") as bar:
         try:
-            for number, made in enumerate(_make_all(maker, num_workers), start=1):
+            for number, made in enumerate(in_turn(maker, num_workers, WORKERS_KEY), start=1):
+                if isinstance(made, UserError):
+                    raise made
                 manifest.pairs |= made
                 bar.update(len(made))
                 if number % SAVE_EVERY == 0:
                     manifest.save(root / MANIFEST)
         finally:
+            torch.set_num_threads(num_threads)
             manifest.save(root / MANIFEST)
     return manifest
 
@@ -140,18 +142,21 @@ def make_test_set(
 def plan_cut_outs(paths: Mapping[str, Path], recipe: Recipe, count: int) -> tuple[list[CutOut], dict[str, str]]:
     """Decide what every pair shows; opens no more photographs than it needs.
 
-    Pairs go round the usable photographs in an order that the seed gives.
-
-    Returns:
-        `count` squares, none if no photograph can be used; photographs left out, with the reason.
+    Pairs go round the usable photographs in an order that the seed gives. Gives `count` squares, none if no photograph
+    can be used, and the photographs left out, with the reason.
     """
     sizes: dict[str, tuple[int, int]] = {}
     skipped: dict[str, str] = {}
     for name in sorted(paths, key=lambda name: derive_seed(recipe.seed, "order", name)):
         try:
-            sizes[name] = _usable_size(paths[name], recipe.crop)
+            height, width = load_image(paths[name]).shape[-2:]
         except UserError as error:
             skipped[name] = str(error)
+            continue
+        if min(height, width) < recipe.crop:
+            skipped[name] = f"{paths[name]} is {width}x{height}, smaller than a crop of {recipe.crop}x{recipe.crop}"
+        else:
+            sizes[name] = height, width
         if len(sizes) == count:
             break
     order = list(sizes)
@@ -170,14 +175,6 @@ def plan_cut_outs(paths: Mapping[str, Path], recipe: Recipe, count: int) -> tupl
 def versions() -> dict[str, str]:
     """Versions of what computes the pixels."""
     return {"varestorer": __version__, **{name: metadata.version(name) for name in PACKAGES}}
-
-
-def _usable_size(path: Path, crop: int) -> tuple[int, int]:
-    """Height and width; UserError if the photograph cannot be decoded or is smaller than a crop."""
-    height, width = load_image(path).shape[-2:]
-    if min(height, width) < crop:
-        raise UserError(f"{path} is {width}x{height}, smaller than a crop of {crop}x{crop}")
-    return height, width
 
 
 def _key(path: Path, folder: Path) -> str:
@@ -217,10 +214,7 @@ def _check_plan(root: Path, manifest: Manifest, cut_outs: list[CutOut]) -> None:
 
 
 class _PairMaker(Dataset[Any]):
-    """Chunks of pairs, each of one photograph; getting one makes its files.
-
-    A UserError comes as a value: torch would bury its message in the traceback of a worker.
-    """
+    """Chunks of pairs, each of one photograph; getting one makes its files."""
 
     def __init__(
         self,
@@ -239,18 +233,13 @@ class _PairMaker(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.chunks)
 
-    def __getitem__(self, number: int) -> dict[str, MadePair] | UserError:
+    def __getitem__(self, number: int) -> dict[str, MadePair]:
         chunk = self.chunks[number]
-        try:
-            photo_3HW = load_image(self.paths[chunk[0].source])
-            for cut_out in chunk:
-                self._check_photograph(photo_3HW, cut_out)
-            made = {cut_out.name: self.known[cut_out.name] for cut_out in chunk if self._is_there(cut_out.name)}
-            return made | {
-                cut_out.name: self._make(photo_3HW, cut_out) for cut_out in chunk if cut_out.name not in made
-            }
-        except UserError as error:
-            return error
+        photo_3HW = load_image(self.paths[chunk[0].source])
+        for cut_out in chunk:
+            self._check_photograph(photo_3HW, cut_out)
+        made = {cut_out.name: self.known[cut_out.name] for cut_out in chunk if self._is_there(cut_out.name)}
+        return made | {cut_out.name: self._make(photo_3HW, cut_out) for cut_out in chunk if cut_out.name not in made}
 
     def _place(self, side: str, name: str) -> Path:
         return self.root / side / f"{name}.png"
@@ -258,8 +247,7 @@ class _PairMaker(Dataset[Any]):
     def _check_photograph(self, photo_3HW: Tensor, cut_out: CutOut) -> None:
         """Refuse a photograph that does not show what the pair that was made of it does."""
         known = self.known.get(cut_out.name)
-        box = (cut_out.top, cut_out.left, self.recipe.crop, self.recipe.crop)
-        if known is not None and pixel_hash(to_uint8(cut(photo_3HW, box))) != known.hr:
+        if known is not None and pixel_hash(self.recipe.cut(photo_3HW, cut_out)) != known.hr:
             raise UserError(
                 f"the photographs changed since make={self.root} was begun: {self.paths[cut_out.source]} does not show "
                 f"what pair {cut_out.name} was made of; bring it back, or give a new folder"
@@ -267,8 +255,11 @@ class _PairMaker(Dataset[Any]):
 
     def _is_there(self, name: str) -> bool:
         """Whether both files hold the pixels that were noted down."""
-        known = self.known.get(name)
-        return known is not None and all(_hash_of(self._place(s, name)) == getattr(known, s) for s in ("lr", "hr"))
+        try:
+            hashes = {side: pixel_hash(to_uint8(load_image(self._place(side, name)))) for side in ("lr", "hr")}
+        except UserError:  # one is missing or broken
+            return False
+        return name in self.known and all(hashes[side] == getattr(self.known[name], side) for side in hashes)
 
     def _make(self, photo_3HW: Tensor, cut_out: CutOut) -> MadePair:
         hashes = {}
@@ -276,27 +267,3 @@ class _PairMaker(Dataset[Any]):
             save_image(self._place(side, cut_out.name), image)
             hashes[side] = pixel_hash(to_uint8(image))
         return MadePair(cut_out.source, cut_out.top, cut_out.left, **hashes)
-
-
-def _hash_of(path: Path) -> str | None:
-    """Hash of a picture file; None if it cannot be read."""
-    try:
-        return pixel_hash(to_uint8(load_image(path)))
-    except UserError:
-        return None
-
-
-def _make_all(maker: _PairMaker, num_workers: int) -> Iterator[dict[str, MadePair]]:
-    """The chunks in turn, by workers or on one thread of this process: pictures are too small for more."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        # without a generator torch draws the workers' seed from the global one
-        generator = torch_generator(0, "making")
-        loader = DataLoader(maker, batch_size=None, generator=generator, **worker_options(num_workers))
-        for made in watched(loader.__iter__, WORKERS_KEY):
-            if isinstance(made, UserError):
-                raise made
-            yield made
-    finally:
-        torch.set_num_threads(num_threads)

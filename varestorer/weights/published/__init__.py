@@ -42,16 +42,11 @@ def from_published(
     derived: Mapping[str, Tensor],
     source: str,
 ) -> dict[str, Tensor]:
-    """Tensors of a published file under our names.
+    """Tensors of a published file (`source`, for messages) under our names.
 
-    Args:
-        wanted: tensors of the shapes that ours must have, by our names.
-        tensors: the file's content.
-        names: ours -> published.
-        derived: published name -> the value it must have; the file must hold these too, and they do not become ours.
-        source: the file, for messages.
-    Raises:
-        UserError: lists what is missing, unexpected or misshapen, or names a derived tensor of another value.
+    `wanted` has tensors of the shapes that ours must have, by our names; `names` are ours -> published. The file must
+    hold the derived tensors, published name -> value, too; they do not become ours. UserError: lists what is missing,
+    unexpected or misshapen, or names a derived tensor of another value.
     """
     shapes = {names[name]: tensor for name, tensor in wanted.items()}
     check_names_and_shapes(shapes | dict(derived), tensors, source)

@@ -22,7 +22,7 @@ from varestorer.tokenizer import MultiScaleTokenizer, TokenizerConfig
 from varestorer.transformer import TransformerConfig, VARTransformer
 from varestorer.transformer.adapters import attach_adapters, plain_state_dict
 from varestorer.utils.errors import UsageError, UserError, reason
-from varestorer.weights.files import Differences, differences, on_meta
+from varestorer.weights.files import Differences, differences
 from varestorer.weights.published import (
     STUDENT_FILE,
     TOKENIZER_FILE,
@@ -194,16 +194,10 @@ def _shape(tensors: Mapping[str, Tensor], kind: str, rank: int, *names: str) -> 
 def tokenizer_tensors(
     wanted: Mapping[str, Tensor], num_levels: int, latent_width: int, tensors: Mapping[str, Tensor], source: str
 ) -> dict[str, Tensor]:
-    """Tensors of a published tokenizer under our names.
+    """Tensors of a published tokenizer (`source`, for messages) under our names.
 
-    Args:
-        wanted: state dict of a `MultiScaleTokenizer` of the same sizes, on any device.
-        num_levels: of its autoencoder.
-        latent_width: of its tokens.
-        tensors: the file's content.
-        source: the file, for messages.
-    Raises:
-        UserError: names what is missing, unexpected or misshapen.
+    `wanted` is the state dict of a `MultiScaleTokenizer` of the same sizes, on any device, with so many levels of its
+    autoencoder. UserError: names what is missing, unexpected or misshapen.
     """
     names = {name: published_tokenizer_name(name, num_levels) for name in wanted}
     tensors = add_infixes(tensors, names.values())
@@ -213,16 +207,10 @@ def tokenizer_tensors(
 def transformer_tensors(
     wanted: Mapping[str, Tensor], width: int, tensors: Mapping[str, Tensor], source: str
 ) -> dict[str, Tensor]:
-    """Tensors of a published teacher, or student (base and adapters), under our plain names.
+    """Tensors of a published teacher, or student (base and adapters, known by their names), under our plain names.
 
-    Args:
-        wanted: a `VARTransformer`'s state dict under plain names (`adapters.plain_state_dict`), on any device; for a
-            teacher's file without the adapters.
-        width: of the transformer.
-        tensors: the file's content; adapters are recognized by their names.
-        source: the file, for messages.
-    Raises:
-        UserError: names what is missing, unexpected or misshapen.
+    `wanted` is a `VARTransformer`'s state dict under plain names, on any device; for a teacher's file without the
+    adapters. UserError: names what is missing, unexpected or misshapen.
     """
     names = transformer_names(wanted, blocks_per_chunk(tensors))
     return from_published(wanted, tensors, names, derived_transformer_buffers(names.values(), width), source)
@@ -303,8 +291,7 @@ class Comparison:
 
     Attributes:
         found: names that are missing, unexpected or misshapen (a shape, or an integer for a floating type).
-        mapped: tensors of the manifest that the file holds in the right shape.
-        total: tensors of the manifest.
+        mapped, total: tensors of the manifest that the file holds in the right shape, and all.
         types: how many tensors of the file are of which type.
         retyped: how many of the mapped are of another floating type than in the manifest.
     """
@@ -320,7 +307,8 @@ def read_manifest(path: str | Path) -> dict[str, Tensor]:
     """A manifest's tensors on the meta device; UsageError without such a file, UserError if it is no manifest."""
     try:
         entries = json.loads(Path(path).read_text(encoding="utf-8"))
-        return {name: on_meta(entry["shape"], getattr(torch, entry["dtype"])) for name, entry in entries.items()}
+        with torch.device("meta"):
+            return {name: torch.empty(x["shape"], dtype=getattr(torch, x["dtype"])) for name, x in entries.items()}
     except FileNotFoundError as error:
         raise UsageError(f"manifest={path} is neither a file nor the name of a published one") from error
     except OSError as error:

@@ -24,6 +24,8 @@ TRANSFORMER_NESTED = ("trainer", "var_wo_ddp")
 VQVAE_NESTED = ("trainer", "vae_local")
 """Where VARSR's files hold the state dict (`files.read_tensors`); VAR's own are flat."""
 
+VQVAE = {"use_attention": True, "use_quant_conv": True, "num_phi": 4, "enlarge": "bicubic", "shrink": "area"}
+"""What makes a tokenizer VAR's."""
 USAGE = "quantize.ema_vocab_hit_SV"
 """How often each code was used in training, of as many scales as that had: no part of the network."""
 LEVELS = "lvl_1L"
@@ -103,15 +105,11 @@ def derived_tensor(name: str, levels_T: Tensor, width: int) -> Tensor | None:
 def varsr_tensors(
     wanted: Mapping[str, Tensor], sides: Sequence[int], tensors: Mapping[str, Tensor], source: str
 ) -> dict[str, Tensor]:
-    """Tensors of a published VAR, VARSR or C2I under our names.
+    """Tensors of a published VAR, VARSR or C2I (`source`, for messages) under our names.
 
-    Args:
-        wanted: state dict of a network of the same sizes, on any device.
-        sides: of the schedule.
-        tensors: the file's content; what follows from the configuration need not be there.
-        source: the file, for messages.
-    Raises:
-        UserError: names what is missing, unexpected or misshapen, or a derived tensor of another value.
+    What follows from the configuration need not be there. `wanted` is the state dict of a network of the same sizes, on
+    any device; the sides are those of its schedule. UserError: names what is missing, unexpected or misshapen, or a
+    derived tensor of another value.
     """
     names = {name: published_varsr_name(name) for name in wanted}
     levels_T, width = sequence_levels(sides, wanted["start"].shape[1]), wanted["start"].shape[-1]
@@ -122,15 +120,10 @@ def varsr_tensors(
 def vqvae_tensors(
     wanted: Mapping[str, Tensor], num_levels: int, tensors: Mapping[str, Tensor], source: str
 ) -> dict[str, Tensor]:
-    """Tensors of a published VQ-VAE under our names.
+    """Tensors of a published VQ-VAE (`source`, for messages), with or without the usage of the codes, under our names.
 
-    Args:
-        wanted: state dict of a tokenizer of the same sizes, on any device.
-        num_levels: of its autoencoder.
-        tensors: the file's content, with or without the usage of the codes.
-        source: the file, for messages.
-    Raises:
-        UserError: names what is missing, unexpected or misshapen.
+    `wanted` is the state dict of a tokenizer of the same sizes, on any device, with so many levels of its autoencoder.
+    UserError: names what is missing, unexpected or misshapen.
     """
     names = {name: published_vqvae_name(name, num_levels) for name in wanted}
     network = {name: tensor for name, tensor in tensors.items() if name != USAGE}
@@ -150,13 +143,10 @@ def network_kind(names: Iterable[str]) -> str | None:
 
 
 def varsr_sizes(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Sizes of a published VAR, VARSR or C2I.
+    """Sizes of a published VAR, VARSR or C2I; UserError, naming it: a tensor that tells a size is missing.
 
-    Returns:
-        width, depth, num_heads, num_codes, code_width, num_classes (rows of the class embedding), num_levels, num_first
-        (tokens of the first block); prefix_channels, refiner_width and refiner_depth, None where there are none.
-    Raises:
-        UserError: a tensor that tells a size is missing; names it.
+    `num_classes` are the rows of the class embedding, `num_first` the tokens of the first block; `prefix_channels`,
+    `refiner_width` and `refiner_depth` are None where there are none.
     """
     prefix = [_rows(tensors, "con_embedding.conv_in.weight")] if "con_embedding.conv_in.weight" in tensors else None
     if prefix is not None:
@@ -180,12 +170,9 @@ def varsr_sizes(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def vqvae_sizes(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Sizes of a published VQ-VAE.
+    """Sizes of a published VQ-VAE, as arguments of `TokenizerConfig`.
 
-    Returns:
-        channels, multipliers, num_encoder_blocks, num_decoder_blocks, num_codes, code_width.
-    Raises:
-        UserError: a tensor that tells a size is missing; names it.
+    UserError: a tensor that tells a size is missing; names it.
     """
     channels = _rows(tensors, "encoder.conv_in.weight")
     num_levels = count_of(tensors, r"encoder\.down\.(\d+)\.")
@@ -196,8 +183,9 @@ def vqvae_sizes(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         "multipliers": tuple(width // channels for width in widths),
         "num_encoder_blocks": count_of(tensors, r"encoder\.down\.0\.block\.(\d+)\."),
         "num_decoder_blocks": count_of(tensors, r"decoder\.up\.0\.block\.(\d+)\."),
-        "num_codes": num_codes,
-        "code_width": code_width,
+        "vocabulary": num_codes,
+        "latent_width": code_width,
+        **VQVAE,
     }
 
 

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from varestorer.parity.golden import GoldenVARSR
 from varestorer.systems.varsr import VARSR
-from varestorer.systems.varsr_files import VQVAE
 from varestorer.tokenizer import MultiScaleTokenizer, TokenizerConfig
 from varestorer.utils.errors import UserError
 from varestorer.weights.published.varsr import (
     LEVELS,
     MASK,
     USAGE,
+    VQVAE,
     network_kind,
     sequence_levels,
     varsr_sizes,
@@ -55,9 +55,8 @@ def system_of(sizes: dict, sides: list[int], device: str = "cpu") -> VARSR:
 
 
 def tokenizer_of_sizes(sizes: dict, device: str = "cpu") -> MultiScaleTokenizer:
-    names = {"code_width": "latent_width", "num_codes": "vocabulary"}
     with torch.device(device):
-        return MultiScaleTokenizer(TokenizerConfig(**{names.get(k, k): v for k, v in sizes.items()} | VQVAE))
+        return MultiScaleTokenizer(TokenizerConfig(**sizes))
 
 
 def manifest(shared: Path, name: str) -> tuple[dict[str, Tensor], set[str]]:
@@ -182,8 +181,9 @@ def test_an_autoencoder_comes_and_goes_whatever_the_usage_of_its_codes() -> None
         "multipliers": (1, 2),
         "num_encoder_blocks": 1,
         "num_decoder_blocks": 2,
-        "num_codes": 6,
-        "code_width": 4,
+        "vocabulary": 6,
+        "latent_width": 4,
+        **VQVAE,
     }
     tokenizer = tokenizer_of_sizes(sizes)
     state = tokenizer.state_dict()

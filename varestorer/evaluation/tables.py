@@ -60,47 +60,35 @@ def printed(cell: Cell) -> str:
 
 @dataclass(frozen=True)
 class Column:
-    """A column.
-
-    Attributes:
-        name: its heading, and the key of its cells.
-        lower_is_better: direction of its figures; None where nothing is best.
-        is_text: words instead of figures.
-    """
+    """A column; its name is the key of its cells too."""
 
     name: str
-    lower_is_better: bool | None = None
-    is_text: bool = False
+    lower_is_better: bool | None = None  # None where nothing is best
+    is_text: bool = False  # words instead of figures
 
     @property
     def heading(self) -> str:
         """The name with an arrow for its direction."""
-        arrow = {None: "", True: " ↓", False: " ↑"}[self.lower_is_better]
-        return self.name + arrow
+        return self.name + {None: "", True: " ↓", False: " ↑"}[self.lower_is_better]
 
 
 @dataclass(frozen=True)
 class TableRow:
-    """A row.
+    """A row; cells that are absent are shown as a dash.
 
-    Attributes:
-        cells: column -> figure or text; those that are absent are shown as a dash.
-        is_ours: whether it is marked as ours.
-        is_ranked: whether it competes for the marks; not where its figures are means over other images.
-        group: rows of one group stand under its name, and only they are compared.
-        scores: column -> image -> score, where they are known: figures whose paired difference is not sure are level.
+    Where `scores` (column -> image -> score) are known, figures whose paired difference is not sure are level.
     """
 
     cells: Mapping[str, Cell]
     is_ours: bool = False
-    is_ranked: bool = True
-    group: str = ""
+    is_ranked: bool = True  # competes for the marks; not where its figures are means over other images
+    group: str = ""  # rows of one group stand together under its name, and only they are compared
     scores: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Shown:
-    """A cell as it is shown: its text, `BEST`, `SECOND`, `TIE` or no mark, and whether it is words."""
+    """A cell as it is shown; its mark is `BEST`, `SECOND`, `TIE` or empty."""
 
     text: str
     mark: str
@@ -109,14 +97,7 @@ class Shown:
 
 @dataclass(frozen=True)
 class Table:
-    """A table.
-
-    Attributes:
-        columns: in order.
-        rows: in order; those of one group together.
-        title: what it shows.
-        notes: sentences under it.
-    """
+    """Columns, rows, a title, and sentences under it."""
 
     columns: tuple[Column, ...]
     rows: tuple[TableRow, ...]
@@ -158,27 +139,16 @@ class Table:
 
     def shown(self) -> list[list[Shown]]:
         """All cells as they are shown, row by row."""
-        return [
-            [self._shown(row.cells.get(c.name), marks.get(c.name, ""), c.is_text) for c in self.columns]
-            for row, marks in zip(self.rows, self.marks(), strict=True)
-        ]
-
-    @staticmethod
-    def _shown(cell: Cell, mark: str, is_text: bool) -> Shown:
-        return Shown(printed(cell) + (f" {LEVEL}" if mark == TIE else ""), mark, is_text)
+        shown = []
+        for row, marks in zip(self.rows, self.marks(), strict=True):
+            level = {name: f" {LEVEL}" for name, mark in marks.items() if mark == TIE}
+            texts = {c.name: printed(row.cells.get(c.name)) + level.get(c.name, "") for c in self.columns}
+            shown.append([Shown(texts[c.name], marks.get(c.name, ""), c.is_text) for c in self.columns])
+        return shown
 
 
 def write_tables(tables: Sequence[Table], title: str, folder: Path, stem: str) -> list[Path]:
-    """Write `<stem>.md`, `<stem>.tex` and `<stem>.html`.
-
-    Args:
-        tables: in order.
-        title: of the pages.
-        folder: made when it is not there.
-        stem: of the files' names.
-    Raises:
-        UserError: a file cannot be written; names it.
-    """
+    """Write `<stem>.md`, `<stem>.tex` and `<stem>.html`; UserError, with its name, if a file cannot be written."""
     texts = {"md": to_markdown(tables, title), "tex": to_latex(tables, title), "html": to_html(tables, title)}
     written = []
     for suffix, text in texts.items():

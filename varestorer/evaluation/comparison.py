@@ -60,17 +60,17 @@ def photographs(samples: Iterable[Mapping[str, Any]]) -> list[Photograph]:
     return found
 
 
-def _bicubic(photo: Photograph) -> Tensor:
-    return resize(photo.lr, (photo.hq.shape[-2], photo.hq.shape[-1]), "bicubic")
-
-
 def _restored(system: System, photo: Photograph, **options: Any) -> Tensor:
     return system.restore(photo.lr, SCALE, **options).image
 
 
 def _framed(system: System, ways: Ways) -> Ways:
     """Ways between the least and the most that can be: bicubic, and what the tokenizer keeps of the photograph."""
-    return {"bicubic": _bicubic, **ways, "tokenizer ceiling": lambda photo: system.reconstruct(photo.hq)}
+
+    def bicubic(photo: Photograph) -> Tensor:
+        return resize(photo.lr, (photo.hq.shape[-2], photo.hq.shape[-1]), "bicubic")
+
+    return {"bicubic": bicubic, **ways, "tokenizer ceiling": lambda photo: system.reconstruct(photo.hq)}
 
 
 def _undistilled(system: OneStepSystem | VARestorer) -> Any:
@@ -134,15 +134,6 @@ WAYS: dict[str, Callable[[Any], Ways]] = {
 }
 
 
-def timed(restore: Callable[[Photograph], Tensor], photo: Photograph, device: torch.device) -> tuple[Tensor, float]:
-    """The image, and the seconds it took with the device's work finished."""
-    start = time.perf_counter()
-    image = restore(photo)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return image, time.perf_counter() - start
-
-
 def compare_methods(
     system: System, photos: Sequence[Photograph], protocol: str, metrics: Sequence[str], ways: Ways
 ) -> tuple[list[dict[str, Any]], dict[str, dict[str, Tensor]]]:
@@ -162,7 +153,11 @@ def compare_methods(
         size = (photo.hq.shape[-2], photo.hq.shape[-1])
         columns = {"LQ": F.interpolate(photo.lr[None], size=size, mode="nearest")[0]}
         for name, restore in ways.items():
-            columns[name], seconds = timed(restore, photo, system.device)
+            start = time.perf_counter()
+            columns[name] = restore(photo)
+            if system.device.type == "cuda":
+                torch.cuda.synchronize(system.device)
+            seconds = time.perf_counter() - start
             scores[name].append(evaluator.score(columns[name], photo.hq).values | {"seconds": seconds})
         pictures[photo.name] = columns | {"HQ": photo.hq}
     return [{"method": name, **_means(found)} for name, found in scores.items()], pictures
@@ -195,8 +190,6 @@ def write_comparison(
         protocol: whose metrics are used, see `evaluation.protocols`.
         metrics: of that protocol, or of pyiqa; those whose weights are not at hand are left out.
         ways: which methods to compare, one of `WAYS`.
-    Returns:
-        the report's path.
     """
     system.to(device).eval()
     rows, pictures = compare_methods(system, photographs(heldout), protocol, metrics, WAYS[ways](system))
@@ -204,11 +197,7 @@ def write_comparison(
     facts: dict[str, Any] = {"parameters": parameter_counts(system)}
     if "one step" in seconds:
         facts["one step against multi-step"] = f"{seconds['multi-step'] / seconds['one step']:.2f} times as fast"
-    return _write(run_dir, title, rows, pictures, facts | _place(protocol, config, device))
-
-
-def _place(protocol: str, config: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    return {"protocol": protocol, "seed": config["seed"], "device": str(device)}
+    return _write(run_dir, title, rows, pictures, facts | {"protocol": protocol, "seed": config["seed"]}, device)
 
 
 def _write(
@@ -217,11 +206,15 @@ def _write(
     rows: Sequence[Mapping[str, Any]],
     pictures: Mapping[str, Mapping[str, Tensor]],
     facts: Mapping[str, Any],
+    device: torch.device,
 ) -> Path:
-    """Write `report.html`, and its rows and facts as `report.json`."""
-    curves = read_curves(run_dir / "metrics.jsonl")
+    """Write `report.html`, and its rows and facts as `report.json`; returns the report's path."""
+    curves: dict[str, list[dict[str, Any]]] = {}
+    for text in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+        line = json.loads(text)
+        curves.setdefault(line["stage"], []).append(line)
     training = ", ".join(f"{stage} {len(c)} steps {c[-1]['seconds']:.0f} s" for stage, c in curves.items())
-    facts = {"training": training, **facts}
+    facts = {"training": training, **facts, "device": str(device)}
     write_run_report(run_dir / "report.html", title, curves, rows, pictures, facts)
     write_json(run_dir / "report.json", {"rows": rows, "facts": facts}, indent=1)
     return run_dir / "report.html"
@@ -239,46 +232,21 @@ def parameter_counts(system: Any) -> str:
     return ", ".join(f"{name} {count / 1e6:.2f} M" for name, count in counts.items())
 
 
-def read_curves(path: Path) -> dict[str, list[dict[str, Any]]]:
-    """The lines of a metrics file by stage, in order."""
-    curves: dict[str, list[dict[str, Any]]] = {}
-    for text in path.read_text(encoding="utf-8").splitlines():
-        line = json.loads(text)
-        curves.setdefault(line["stage"], []).append(line)
-    return curves
-
-
-def plain_twin(system: HVAR) -> HVAR:
-    """The same networks read as a plain residual tokenizer: all scales found at the last size."""
-    config = system.config
-    plain = HVAR(**config | {"tokenizer": config["tokenizer"] | {"reuse": "none"}})
-    plain.load_state_dict(system.state_dict())
-    return plain.to(system.device).eval()
-
-
 def reduced_plain(plain: HVAR, photo: Photograph, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
     """The scales up to each target, summed and decoded at the full size, then reduced: how VAR shows a coarse image."""
     images = []
     for target, size in zip(plain.nested.targets, sizes, strict=True):
         count = sum(h <= target[0] for h, _ in plain.nested.scales)
 
-        def first_scales(image_3HW: Tensor, count: int = count) -> Tensor:
-            indices = plain.encode(image_3HW[None].to(plain.device)).indices[:count]
+        def first_scales(tiles_B3tt: Tensor, numbers: list[int], count: int = count) -> Tensor:
+            indices = plain.encode(tiles_B3tt.to(plain.device)).indices[:count]
             codes = plain.tokenizer.quantizer.indices_to_codes(indices, plain.schedule)
-            return plain.decode(codes)[0].cpu()
+            return plain.decode(codes).cpu()
 
-        images.append(resize(_by_squares(photo.hq, plain.tile, first_scales), size, "area"))
+        whole = (photo.hq.shape[-2], photo.hq.shape[-1])
+        decoded = restore_tiled(photo.hq, whole, plain.tile, plain.tile // 4, 8, first_scales).clamp_(0, 1)
+        images.append(resize(decoded, size, "area"))
     return images
-
-
-def _by_squares(image_3HW: Tensor, side: int, restore: Any) -> Tensor:
-    """An image through a function of squares, by tiles."""
-
-    def run(tiles_B3tt: Tensor, numbers: list[int]) -> Tensor:
-        return torch.stack([restore(tile) for tile in tiles_B3tt])
-
-    size = (image_3HW.shape[-2], image_3HW.shape[-1])
-    return restore_tiled(image_3HW, size, side, side // 4, 8, run).clamp_(0, 1)
 
 
 @torch.inference_mode()
@@ -287,18 +255,17 @@ def compare_sizes(
 ) -> tuple[list[dict[str, Any]], dict[str, dict[str, Tensor]]]:
     """Restore and reconstruct every photograph at every size, and score it against the photograph reduced to it.
 
-    Args:
-        system: gives all sizes in one pass.
-        photos: held out.
-        protocol: whose metrics are used.
-        metrics: of that protocol, or of pyiqa.
-        plain: a system with a plain tokenizer; None for the system's own weights read so.
+    `plain` is a system with a plain tokenizer; None for the system's own weights read so.
+
     Returns:
         a row per method and size (mean metrics), and the pictures of each photograph by column.
     """
     evaluator = Evaluator(load_protocol(protocol), metrics=list(metrics), device=system.device, offline=True)
     label = READ_PLAIN if plain is None else TUNED_PLAIN
-    plain = plain or plain_twin(system)
+    if plain is None:  # all scales are found at the last size then
+        plain = HVAR(**system.config | {"tokenizer": system.config["tokenizer"] | {"reuse": "none"}})
+        plain.load_state_dict(system.state_dict())
+        plain.to(system.device).eval()
     factors = [SCALE * side / system.tile for side in system.sides]
     scores: dict[tuple[str, int], list[dict[str, float]]] = {}
     pictures: dict[str, dict[str, Tensor]] = {}
@@ -350,4 +317,4 @@ def write_sizes(
         "parameters": parameter_counts(system),
         "plain tokenizer": plain or "the same networks, which were tuned for the hierarchy",
     }
-    return _write(run_dir, title, rows, pictures, facts | _place(protocol, config, device))
+    return _write(run_dir, title, rows, pictures, facts | {"protocol": protocol, "seed": config["seed"]}, device)

@@ -36,22 +36,18 @@ def write_run_report(
     rows: Sequence[Mapping[str, Any]],
     pictures: Mapping[str, Mapping[str, Tensor]],
     facts: Mapping[str, Any],
-) -> Path:
-    """Write a self-contained report.
+) -> None:
+    """Write a self-contained report; UserError if the file cannot be written.
 
     Args:
         path: the HTML file.
         title: its heading.
         curves: stage -> lines of `metrics.jsonl`; `loss` is drawn large, its parts beside it.
-        rows: one dict per method; the keys of the first row are the columns. In columns called like a score
-            (PSNR, SSIM, ...) the best value is bold, in those with `second` the smallest.
+        rows: one dict per method; the keys are the columns. In columns called like a score (PSNR, SSIM, ...) the best
+            value is bold, in those with `second` the smallest.
         pictures: photograph's name -> its columns, label -> (3, H, W) in [0, 1], the reference last. Smaller ones are
             enlarged by repeating pixels.
         facts: name -> value: configuration, git hash, wall time; a value may be a dict of its own.
-    Returns:
-        The path.
-    Raises:
-        UserError: the file cannot be written.
     """
     body = [
         *(["<h2>Scores</h2>", html_table(methods_table(rows))] if rows else []),
@@ -63,7 +59,6 @@ def write_run_report(
         html_facts(facts),
     ]
     write_text(path, render("report.html", title=title, body=Markup("\n".join(body))))
-    return Path(path)
 
 
 def methods_table(rows: Sequence[Mapping[str, Any]]) -> Table:
@@ -111,8 +106,8 @@ def html_curves(stage: str, lines: Sequence[Mapping[str, Any]]) -> str:
     url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
     _, losses = series(lines, names[0])
     fall = f"{names[0]} {np.mean(losses[:10]):.4g} (first 10 steps) to {np.mean(losses[-10:]):.4g} (last 10)"
-    summary = f"{len(lines)} steps; {fall}"
-    return f'<h3>{escape(stage)}</h3><p>{escape(summary)}</p><img class="curves" alt="losses" src="{url}">'
+    summary = escape(f"{len(lines)} steps; {fall}")
+    return f'<h3>{escape(stage)}</h3><p>{summary}</p><img class="curves" alt="losses" src="{url}">'
 
 
 def html_facts(facts: Mapping[str, Any]) -> str:

@@ -52,17 +52,11 @@ class Timing:
 
 @dataclass
 class Measured:
-    """What a piece of work took.
-
-    Attributes:
-        whole: seconds.
-        parts: seconds of each part, in the order of the work; what no part holds is `REST`.
-        peak_bytes: the most that a run takes beyond what is there between runs; None where it cannot be told.
-    """
+    """What a piece of work took."""
 
     whole: Timing = field(default_factory=Timing)
-    parts: dict[str, Timing] = field(default_factory=dict)
-    peak_bytes: int | None = None
+    parts: dict[str, Timing] = field(default_factory=dict)  # in the order of the work; what no part holds is `REST`
+    peak_bytes: int | None = None  # beyond what is there between runs; None where it cannot be told
 
 
 class Clock:
@@ -133,6 +127,8 @@ def measure(
 ) -> dict[str, Measured]:
     """Time works in turns (A B A B), so that a machine's moods meet all of them.
 
+    A work that fails, for want of memory or of a compiler's support, is left out with a warning.
+
     Args:
         works: by name.
         repeats: timed runs of each, at least one.
@@ -140,8 +136,6 @@ def measure(
         device: where they work.
         most_seconds: no turn begins later than this, but for one of each work.
         told: is called with the name of a work and the seconds of its first run, as soon as they are known.
-    Returns:
-        by name; a work that fails, for want of memory or of a compiler's support, is left out with a warning.
     """
     clock, found, start = Clock(device), {}, time.monotonic()
 

@@ -38,22 +38,16 @@ COLUMNS = {
 class Run:
     """A variant at one size of batch.
 
-    Attributes:
-        variant: its name.
-        batch: images at once.
-        precision: of the blocks: every part is held against its rate, though the VAE's encoder works in float32
-            whatever the blocks do.
-        measured: seconds and memory.
-        counts: part -> its operations and least bytes.
-        more: further columns of the overview.
+    Every part is held against the rate of the blocks' precision, though the VAE's encoder works in float32 whatever the
+    blocks do.
     """
 
     variant: str
-    batch: int
+    batch: int  # images at once
     precision: str
     measured: Measured
-    counts: Mapping[str, Count]
-    more: dict[str, Cell] = field(default_factory=dict)
+    counts: Mapping[str, Count]  # of each part
+    more: dict[str, Cell] = field(default_factory=dict)  # further columns of the overview
 
     @property
     def seconds(self) -> float:
@@ -171,14 +165,14 @@ class Report:
         device: torch.device,
         options: Any,
     ) -> list[Run]:
-        """Time variants at each size of batch, and print their runs.
+        """Time variants at each size of batch (`options.batch`), and print their runs.
 
         Args:
             works_of: size of batch -> the works of the variants, by name.
             run_of: what is kept of a variant's name, size of batch and measurement.
             rates: of the device.
             device: where they work.
-            options: of the command, see `measure`; `batch`.
+            options: of the command, see `measure`.
         Raises:
             UserError: nothing could be measured.
         """

@@ -28,15 +28,10 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Rates:
-    """What a device does at best.
+    """What a device does at best."""
 
-    Attributes:
-        matrix: precision -> floating-point operations a second of products of matrices.
-        copy: bytes a second, read and written ones together.
-    """
-
-    matrix: dict[str, float]
-    copy: float
+    matrix: dict[str, float]  # precision -> floating-point operations a second of products of matrices
+    copy: float  # bytes a second, read and written ones together
 
     @classmethod
     def of(cls, device: torch.device, precisions: Iterable[str]) -> Rates:

@@ -175,8 +175,7 @@ class Variants:
     def system(self, name: str) -> System:
         """A variant, accelerated; an eager one is left as it is loaded, and so computes the text for each batch.
 
-        Raises:
-            UserError: what this machine cannot do.
+        UserError: what this machine cannot do.
         """
         means = self.chosen[name]
         twin = sharing(self._base(means.merge, means.precision))

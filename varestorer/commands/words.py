@@ -217,8 +217,7 @@ def _is_quoted(value: str) -> bool:
 def expand_home(cfg: DictConfig) -> None:
     """Put the user's folder for `~` wherever a config holds a path in it.
 
-    Raises:
-        UsageError: nothing says what the user's folder is (a container without HOME).
+    UsageError: nothing says what the user's folder is (a container without HOME).
     """
     with open_dict(cfg), read_write(cfg):
         _expand(cfg, "")
@@ -258,8 +257,7 @@ def check_words(words: Sequence[str], keys: Sequence[str]) -> None:
 def check_dashes(words: Sequence[str], keys: Sequence[str]) -> None:
     """Answer options written as other programs have them, `--input x` or `-i x`, with the form that they have here.
 
-    Raises:
-        UsageError: names the right words.
+    UsageError: names the right words.
     """
     right = []
     for word, following in zip(words, [*words[1:], ""], strict=False):

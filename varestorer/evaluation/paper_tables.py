@@ -172,8 +172,7 @@ def table_1(records: Sequence[EvaluationRecord]) -> list[Table]:
 def table_varsr(records: Sequence[EvaluationRecord]) -> list[Table]:
     """Ablations of VARSR (no refiner, no guidance, absolute positions), and what was published under its protocol.
 
-    Raises:
-        UsageError: an evaluation under another protocol.
+    UsageError: an evaluation under another protocol.
     """
     for record in records:
         if record.summary["protocol"] != "varsr":

@@ -90,8 +90,7 @@ class KnownSource:
 def source_keys(what: str) -> dict[str, str]:
     """Which options of `eval` a word of compare= stands for: `method`, `predictions`, `model_path` or `ckpt`.
 
-    Raises:
-        UsageError: nothing is there, or the folder of an evaluation whose settings cannot be read.
+    UsageError: nothing is there, or the folder of an evaluation whose settings cannot be read.
     """
     path = expand_user(what)
     if what == "bicubic":
@@ -282,9 +281,23 @@ class SpandrelSource(KnownSource):
     """
 
     def __init__(self, model_path: str | Path, scale: int = 4, device: torch.device | str = "cpu") -> None:
+        from spandrel import ImageModelDescriptor, ModelLoader, UnsupportedModelError
+
         self.path = expand_user(model_path)
         self.device = torch.device(device)
-        self.model = _load(self.path, self.device)
+        if not self.path.is_file():
+            raise UsageError(f"model_path must be the file of a super-resolution model, and {self.path} is no file")
+        try:
+            model = ModelLoader("cpu").load_from_file(self.path)
+        except UnsupportedModelError as error:
+            known = "its page lists those it loads"
+            raise UsageError(f"spandrel knows no model of the form of {self.path}; {known}") from error
+        except (OSError, ValueError, RuntimeError, LookupError, SafetensorError, pickle.UnpicklingError) as error:
+            raise UsageError(f"model_path={self.path} cannot be read as a model: {reason(error)}") from error
+        if not isinstance(model, ImageModelDescriptor) or (model.input_channels, model.output_channels) != (3, 3):
+            raise UsageError(f"{self.path.name} ({model.architecture.name}) does not turn an RGB image into another")
+        check_weights(dict(model.model.named_parameters()), f"model_path={self.path}")
+        self.model: Any = model.to(self.device).float().eval()
         if self.model.scale not in (1, scale):
             known = f"{self.path.name} ({self.model.architecture.name}) enlarges {self.model.scale} times"
             raise UsageError(f"{known}, and scale={scale} was asked for; use scale={self.model.scale}")
@@ -314,21 +327,3 @@ class SpandrelSource(KnownSource):
     def _run(self, lq_B3hw: Tensor) -> Tensor:
         with torch.inference_mode():
             return self.model(lq_B3hw.to(self.device)).float().cpu()
-
-
-def _load(path: Path, device: torch.device) -> Any:
-    """Spandrel's description of a model of RGB images, in float32."""
-    from spandrel import ImageModelDescriptor, ModelLoader, UnsupportedModelError
-
-    if not path.is_file():
-        raise UsageError(f"model_path must be the file of a super-resolution model, and {path} is no file")
-    try:
-        model = ModelLoader("cpu").load_from_file(path)
-    except UnsupportedModelError as error:
-        raise UsageError(f"spandrel knows no model of the form of {path}; its page lists those it loads") from error
-    except (OSError, ValueError, RuntimeError, LookupError, SafetensorError, pickle.UnpicklingError) as error:
-        raise UsageError(f"model_path={path} cannot be read as a model: {reason(error)}") from error
-    if not isinstance(model, ImageModelDescriptor) or (model.input_channels, model.output_channels) != (3, 3):
-        raise UsageError(f"{path.name} ({model.architecture.name}) does not turn an RGB image into another")
-    check_weights(dict(model.model.named_parameters()), f"model_path={path}")
-    return model.to(device).float().eval()

@@ -88,8 +88,7 @@ def _nearest_head(folded: Tensor) -> Tensor:
 def save_whole(system: Any, path: Path) -> None:
     """Write a one-step model, its adapters folded in, as one file that spandrel loads after `install`.
 
-    Raises:
-        UserError: not a one-step student of VARestorer.
+    UserError: not a one-step student of VARestorer.
     """
     if system.name != "varestorer" or system.student_config.conditioning == "prefix":
         raise UserError("part=whole is for one-step students of varestorer; this model restores in several steps")

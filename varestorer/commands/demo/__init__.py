@@ -21,8 +21,7 @@ QUIET = {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
 def demo(options: DemoOptions) -> int:
     """Serve the page until Ctrl-C.
 
-    Raises:
-        UserError: gradio is not installed, the checkpoint cannot be used, or the port is taken.
+    UserError: gradio is not installed, the checkpoint cannot be used, or the port is taken.
     """
     with tempfile.TemporaryDirectory(prefix="varestorer-demo-", ignore_cleanup_errors=True) as folder:
         os.environ |= QUIET | {"GRADIO_TEMP_DIR": str(Path(folder, "page"))}

@@ -145,6 +145,13 @@ def say(text: str) -> None:
         sys.stdout = Path(os.devnull).open("w", encoding="utf-8")
 
 
+def as_list(value: Any) -> list[str]:
+    """A list of texts that an option holds; one alone is meant as a list of one, null as none."""
+    if value is None:
+        return []
+    return [str(item) for item in value] if isinstance(value, list) else [str(value)]
+
+
 def visible(text: str) -> str:
     """A text with its control characters, but for tabs and line ends, as escapes: names may hold any of them."""
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: f"\\x{ord(found[0]):02x}", text)

@@ -59,7 +59,7 @@ class Evaluator:
         references: whether the data set has any; without them metrics that compare are not even built.
         batch: images scored at once where sizes agree, by the metrics whose scores do not depend on it.
     Raises:
-        UsageError: a metric that pyiqa does not know, or an impossible batch.
+        UsageError: a metric that pyiqa does not know.
     """
 
     def __init__(
@@ -74,8 +74,6 @@ class Evaluator:
         references: bool = True,
         batch: int = 1,
     ) -> None:
-        if batch < 1:
-            raise UsageError(f"batch must be at least 1 image, got {batch}")
         self.protocol = protocol
         self.device = torch.device("cpu" if torch.device(device).type == "mps" else device)
         self.batch = batch

@@ -123,10 +123,14 @@ def read_records(runs: Iterable[str]) -> list[EvaluationRecord]:
     return records
 
 
+def split_label(text: str) -> tuple[str, str]:
+    """`label=what` as its two parts; what is there under the whole name has no label."""
+    label, found, what = text.partition("=")
+    return (label, what) if found and not expand_user(text).exists() else ("", text)
+
+
 def _read_record(run: str) -> EvaluationRecord:
-    label, found, path = run.partition("=")
-    if not found or expand_user(run).exists():
-        label, path = "", run
+    label, path = split_label(run)
     folder = expand_user(path)
     try:
         summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,8 +17,6 @@ from varestorer.evaluation.tables import Cell, Column, Table, TableRow
 from varestorer.systems import load
 from varestorer.utils.errors import UsageError
 from varestorer.utils.files import expand_user
-from varestorer.utils.images import save_image
-from varestorer.utils.seeds import torch_generator
 from varestorer.weights.resolve import locate
 
 METRICS = ("lpips", "dists", "niqe")
@@ -77,20 +73,6 @@ def _license(folder: Path) -> str | None:
     data: dict[str, Any] = (metadata_load(card) if card.is_file() else None) or {}
     name = data.get("license_name") if data.get("license") == "other" else data.get("license")
     return None if name is None else str(name)
-
-
-def seconds_in_turns(models: Mapping[str, SmallModel], repeats: int) -> dict[str, float]:
-    """Median seconds that each takes for one picture of `SIDE` pixels, one after the other, `repeats` times over."""
-    taken: dict[str, list[float]] = {label: [] for label in models}
-    with tempfile.TemporaryDirectory() as folder:
-        picture = Path(folder, "picture.png")
-        save_image(picture, torch.rand(3, SIDE, SIDE, generator=torch_generator(0)))
-        for number in range(repeats + 1):
-            for label, model in models.items():
-                seconds = model.source("picture", picture).seconds
-                if number and seconds is not None:  # the first time warms up
-                    taken[label].append(seconds)
-    return {label: statistics.median(times) for label, times in taken.items()}
 
 
 def table_small(

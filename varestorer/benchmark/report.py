@@ -136,10 +136,11 @@ class Report:
 
     def __init__(self, what: str, model: str, device: torch.device, say: Callable[[str], object]) -> None:
         self.what, self.model, self.say = what, model, say
-        self.place = {"device": device_description(device), "versions": library_versions()}
+        versions = library_versions()
+        self.place = {"device": device_description(device), "versions": versions}
         self.title = f"benchmark {what}: {model} on {self.place['device']}"
         self.tables: list[Table] = []
-        say(f"{self.title}\n" + ", ".join(f"{name} {number}" for name, number in library_versions().items()))
+        say(f"{self.title}\n" + ", ".join(f"{name} {number}" for name, number in versions.items()))
 
     def show(self, table: Table) -> None:
         """Print a table, and keep it."""
@@ -235,6 +236,5 @@ def write_bars(path: Path, runs: Sequence[Run], rates: Rates, title: str) -> Non
     axes.set_xlabel("milliseconds an image, median")
     axes.set_title(title, fontsize=9)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as temporary:
-        figure.savefig(temporary, format="png")
+        figure.savefig(temporary)

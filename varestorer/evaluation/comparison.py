@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from varestorer.evaluation.evaluator import Evaluator
-from varestorer.evaluation.protocols import load_protocol
+from varestorer.evaluation.protocols import PROTOCOLS
 from varestorer.evaluation.report import write_run_report
 from varestorer.systems.base import System
 from varestorer.systems.hvar import HVAR
@@ -32,6 +31,7 @@ from varestorer.utils.images import resize
 from varestorer.utils.tiling import restore_tiled
 
 SCALE = 4
+PROTOCOL = "varestorer"  # whose metrics are used
 UNDISTILLED = "one step, before distillation"
 TUNED_PLAIN, READ_PLAIN = "plain tokenizer", "same tokenizer read plain"
 """Trained without the hierarchy; and trained for it but used without, which is no fair stand-in for the first."""
@@ -135,7 +135,7 @@ WAYS: dict[str, Callable[[Any], Ways]] = {
 
 
 def compare_methods(
-    system: System, photos: Sequence[Photograph], protocol: str, metrics: Sequence[str], ways: Ways
+    system: System, photos: Sequence[Photograph], metrics: Sequence[str], ways: Ways
 ) -> tuple[list[dict[str, Any]], dict[str, dict[str, Tensor]]]:
     """Restore every photograph in every way (by the name of its column), and score it.
 
@@ -144,14 +144,13 @@ def compare_methods(
     Returns:
         a row per method (mean metrics, seconds per image), and the pictures of each photograph by column.
     """
-    evaluator = Evaluator(load_protocol(protocol), metrics=list(metrics), device=system.device, offline=True)
+    evaluator = Evaluator(PROTOCOLS[PROTOCOL], metrics, device=system.device, offline=True)
     scores: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
     pictures: dict[str, dict[str, Tensor]] = {}
     for restore in ways.values():  # the first call pays for memory and kernels
         restore(photos[0])
     for photo in photos:
-        size = (photo.hq.shape[-2], photo.hq.shape[-1])
-        columns = {"LQ": F.interpolate(photo.lr[None], size=size, mode="nearest")[0]}
+        columns = {"LQ": photo.lr}
         for name, restore in ways.items():
             start = time.perf_counter()
             columns[name] = restore(photo)
@@ -174,7 +173,6 @@ def write_comparison(
     device: torch.device,
     heldout: Sequence[Mapping[str, Any]],
     title: str = "varestorer run",
-    protocol: str = "varestorer",
     metrics: Sequence[str] = ("psnr", "ssim"),
     ways: str = "distilled",
 ) -> Path:
@@ -187,17 +185,16 @@ def write_comparison(
         device: where it runs.
         heldout: pairs that were not trained on (`data.heldout_pairs`).
         title: of the page.
-        protocol: whose metrics are used, see `evaluation.protocols`.
-        metrics: of that protocol, or of pyiqa; those whose weights are not at hand are left out.
+        metrics: of `PROTOCOL`, or of pyiqa; those whose weights are not at hand are left out.
         ways: which methods to compare, one of `WAYS`.
     """
     system.to(device).eval()
-    rows, pictures = compare_methods(system, photographs(heldout), protocol, metrics, WAYS[ways](system))
+    rows, pictures = compare_methods(system, photographs(heldout), metrics, WAYS[ways](system))
     seconds = {row["method"]: row["seconds"] for row in rows}
     facts: dict[str, Any] = {"parameters": parameter_counts(system)}
     if "one step" in seconds:
         facts["one step against multi-step"] = f"{seconds['multi-step'] / seconds['one step']:.2f} times as fast"
-    return _write(run_dir, title, rows, pictures, facts | {"protocol": protocol, "seed": config["seed"]}, device)
+    return _write(run_dir, title, rows, pictures, facts, config["seed"], device)
 
 
 def _write(
@@ -206,6 +203,7 @@ def _write(
     rows: Sequence[Mapping[str, Any]],
     pictures: Mapping[str, Mapping[str, Tensor]],
     facts: Mapping[str, Any],
+    seed: int,
     device: torch.device,
 ) -> Path:
     """Write `report.html`, and its rows and facts as `report.json`; returns the report's path."""
@@ -214,7 +212,7 @@ def _write(
         line = json.loads(text)
         curves.setdefault(line["stage"], []).append(line)
     training = ", ".join(f"{stage} {len(c)} steps {c[-1]['seconds']:.0f} s" for stage, c in curves.items())
-    facts = {"training": training, **facts, "device": str(device)}
+    facts = {"training": training, **facts, "protocol": PROTOCOL, "seed": seed, "device": str(device)}
     write_run_report(run_dir / "report.html", title, curves, rows, pictures, facts)
     write_json(run_dir / "report.json", {"rows": rows, "facts": facts}, indent=1)
     return run_dir / "report.html"
@@ -251,7 +249,7 @@ def reduced_plain(plain: HVAR, photo: Photograph, sizes: Sequence[tuple[int, int
 
 @torch.inference_mode()
 def compare_sizes(
-    system: HVAR, photos: Sequence[Photograph], protocol: str, metrics: Sequence[str], plain: HVAR | None = None
+    system: HVAR, photos: Sequence[Photograph], metrics: Sequence[str], plain: HVAR | None
 ) -> tuple[list[dict[str, Any]], dict[str, dict[str, Tensor]]]:
     """Restore and reconstruct every photograph at every size, and score it against the photograph reduced to it.
 
@@ -260,7 +258,7 @@ def compare_sizes(
     Returns:
         a row per method and size (mean metrics), and the pictures of each photograph by column.
     """
-    evaluator = Evaluator(load_protocol(protocol), metrics=list(metrics), device=system.device, offline=True)
+    evaluator = Evaluator(PROTOCOLS[PROTOCOL], metrics, device=system.device, offline=True)
     label = READ_PLAIN if plain is None else TUNED_PLAIN
     if plain is None:  # all scales are found at the last size then
         plain = HVAR(**system.config | {"tokenizer": system.config["tokenizer"] | {"reuse": "none"}})
@@ -282,7 +280,7 @@ def compare_sizes(
             f"{label}, decoded at the size": plain.reconstruct_sizes(photo.hq),
             f"{label}, decoded whole and reduced": reduced_plain(plain, photo, sizes),
         }
-        columns = {"LQ": F.interpolate(photo.lr[None], size=sizes[-1], mode="nearest")[0]}
+        columns = {"LQ": photo.lr}
         for name, images in ways.items():
             for image, side in zip(images, system.sides, strict=True):
                 wanted = resize(photo.hq, (image.shape[-2], image.shape[-1]), "area")
@@ -302,7 +300,6 @@ def write_sizes(
     device: torch.device,
     heldout: Sequence[Mapping[str, Any]],
     title: str = "H-VAR run",
-    protocol: str = "varestorer",
     metrics: Sequence[str] = ("psnr", "ssim"),
     plain: str | None = None,
 ) -> Path:
@@ -312,9 +309,9 @@ def write_sizes(
     """
     system.to(device).eval()
     other = None if plain is None else HVAR.from_pretrained(plain, device=device)
-    rows, pictures = compare_sizes(system, photographs(heldout), protocol, metrics, other)
+    rows, pictures = compare_sizes(system, photographs(heldout), metrics, other)
     facts: dict[str, Any] = {
         "parameters": parameter_counts(system),
         "plain tokenizer": plain or "the same networks, which were tuned for the hierarchy",
     }
-    return _write(run_dir, title, rows, pictures, facts | {"protocol": protocol, "seed": config["seed"]}, device)
+    return _write(run_dir, title, rows, pictures, facts, config["seed"], device)

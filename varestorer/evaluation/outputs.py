@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote
@@ -86,11 +87,9 @@ def write_report(
 
 def record_of(label: str, evaluation: Evaluation) -> EvaluationRecord:
     """As the tables of the papers take it."""
-    columns = {
-        name: {row.name: row.scores[name] for row in evaluation.rows if name in row.scores}
-        for name in evaluation.columns
-    }
-    return EvaluationRecord(label, Path(), evaluation.summary(), columns)
+    rows, names = evaluation.rows, evaluation.columns
+    scores = {name: {row.name: row.scores[name] for row in rows if name in row.scores} for name in names}
+    return EvaluationRecord(label, Path(), evaluation.summary(), scores)
 
 
 def comparison_table(evaluations: Mapping[str, Evaluation], expected_pairs: int | None = None) -> Table:
@@ -192,11 +191,10 @@ def _link(path: Path, out: Path, name: str) -> str:
 
 def plane(rows: Sequence[TableRow]) -> tuple[str, str] | None:
     """The first measures of distortion and perception that our row and another one both have, by the metrics' names."""
-    for distortion in DISTORTION:
-        for perception in PERCEPTION:
-            has = [{distortion, perception} <= _scores(row).keys() for row in rows]
-            if any(found and row.is_ours for found, row in zip(has, rows, strict=True)) and sum(has) > 1:
-                return distortion, perception
+    for names in product(DISTORTION, PERCEPTION):
+        shown = [row for row in rows if set(names) <= _scores(row).keys()]
+        if len(shown) > 1 and any(row.is_ours for row in shown):
+            return names
     return None
 
 

@@ -130,13 +130,11 @@ def worst_tenth(values: Sequence[float], lower_is_better: bool) -> float:
     return float(np.mean(sorted(values, reverse=lower_is_better)[:count]))
 
 
-def paired(
-    one: Mapping[str, float], other: Mapping[str, float], lower_is_better: bool, seed: int = 0
-) -> Difference | None:
+def paired(one: Mapping[str, float], other: Mapping[str, float], lower_is_better: bool) -> Difference | None:
     """Compare two methods on the images that both were scored on; None where there are fewer than two."""
     shared = [name for name in one if name in other]
     if len(shared) < 2:
         return None
     differences = [one[name] - other[name] for name in shared]
     wins = sum(d < 0 if lower_is_better else d > 0 for d in differences)
-    return Difference(float(np.mean(differences)), *mean_interval(differences, seed), wins, len(shared))
+    return Difference(float(np.mean(differences)), *mean_interval(differences), wins, len(shared))

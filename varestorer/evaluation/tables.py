@@ -6,7 +6,7 @@ One model for every table of the project, and its three forms: Markdown, LaTeX, 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -161,26 +161,17 @@ def to_markdown(tables: Sequence[Table], title: str) -> str:
     """GitHub's Markdown; its underline is `<ins>`."""
     parts = [f"# {escape_markdown(title)}"]
     for table in tables:
+        lines = [
+            [escape_markdown(column.heading) for column in table.columns],
+            ["---" if column.is_text else "---:" for column in table.columns],
+        ]
+        for heading, cells in _marked(table, escape_markdown, "**{}**", "<ins>{}</ins>", OURS):
+            lines += [[f"*{heading}*", *("" for _ in table.columns[1:])]] if heading else []
+            lines.append(cells)
         parts += [f"## {escape_markdown(table.title)}"] if table.title else []
-        parts.append("\n".join(_markdown_lines(table)))
+        parts.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
         parts += ["\n".join(f"- {escape_markdown(note)}" for note in table.notes)] if table.notes else []
     return "\n\n".join(parts) + "\n"
-
-
-def _markdown_lines(table: Table) -> list[str]:
-    def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cells) + " |"
-
-    lines = [
-        line([escape_markdown(column.heading) for column in table.columns]),
-        line(["---" if column.is_text else "---:" for column in table.columns]),
-    ]
-    for heading, is_ours, cells in _with_groups(table):
-        if heading:
-            lines.append(line([f"*{escape_markdown(heading)}*", *("" for _ in table.columns[1:])]))
-        texts = [_marked(cell, escape_markdown(cell.text), "**{}**", "<ins>{}</ins>") for cell in cells]
-        lines.append(line([f"{OURS} {texts[0]}" if is_ours else texts[0], *texts[1:]]))
-    return lines
 
 
 def to_text(table: Table) -> str:
@@ -202,15 +193,21 @@ def to_latex(tables: Sequence[Table], title: str) -> str:
     """One `table` each, with the rules of booktabs; to be read into a document by \\input."""
     parts = [f"% {' '.join(title.split())}\n% \\usepackage{{booktabs}}"]
     for table in tables:
-        caption = [rf"\caption{{{escape_latex(table.title)}}}"] if table.title else []
+        lines = [" & ".join(escape_latex(column.heading) for column in table.columns) + r" \\", r"\midrule"]
+        marked = _marked(table, escape_latex, r"\textbf{{{}}}", r"\underline{{{}}}", LATEX_CHARACTERS[OURS])
+        for number, (heading, cells) in enumerate(marked):
+            if heading:
+                lines += [r"\midrule"] if number else []
+                lines.append(rf"\multicolumn{{{len(table.columns)}}}{{l}}{{\textit{{{heading}}}}} \\")
+            lines.append(" & ".join(cells) + r" \\")
         alignment = "".join("l" if column.is_text else "r" for column in table.columns)
         body = [
             r"\begin{table}[t]",
             r"\centering\small",
-            *caption,
+            *([rf"\caption{{{escape_latex(table.title)}}}"] if table.title else []),
             rf"\begin{{tabular}}{{{alignment}}}",
             r"\toprule",
-            *_latex_lines(table),
+            *lines,
             r"\bottomrule",
             r"\end{tabular}",
             *(rf"\par\footnotesize {escape_latex(note)}" for note in table.notes),
@@ -218,19 +215,6 @@ def to_latex(tables: Sequence[Table], title: str) -> str:
         ]
         parts.append("\n".join(body))
     return "\n\n".join(parts) + "\n"
-
-
-def _latex_lines(table: Table) -> list[str]:
-    lines = [" & ".join(escape_latex(column.heading) for column in table.columns) + r" \\", r"\midrule"]
-    for number, (heading, is_ours, cells) in enumerate(_with_groups(table)):
-        if heading:
-            rule = [r"\midrule"] if number else []
-            span = rf"\multicolumn{{{len(table.columns)}}}{{l}}{{\textit{{{escape_latex(heading)}}}}}"
-            lines += [*rule, span + r" \\"]
-        texts = [_marked(cell, escape_latex(cell.text), r"\textbf{{{}}}", r"\underline{{{}}}") for cell in cells]
-        first = f"{LATEX_CHARACTERS[OURS]} {texts[0]}" if is_ours else texts[0]
-        lines.append(" & ".join([first, *texts[1:]]) + r" \\")
-    return lines
 
 
 def to_html(tables: Sequence[Table], title: str) -> str:
@@ -262,5 +246,10 @@ def _with_groups(table: Table) -> list[tuple[str, bool, list[Shown]]]:
     return found
 
 
-def _marked(cell: Shown, text: str, best: str, second: str) -> str:
-    return {BEST: best, SECOND: second}.get(cell.mark, "{}").format(text)
+def _marked(
+    table: Table, escape: Callable[[str], str], best: str, second: str, ours: str
+) -> Iterator[tuple[str, list[str]]]:
+    """(name of the group that begins here or "", marked texts) of each row, escaped."""
+    for heading, is_ours, cells in _with_groups(table):
+        texts = [{BEST: best, SECOND: second}.get(cell.mark, "{}").format(escape(cell.text)) for cell in cells]
+        yield escape(heading), [f"{ours} {texts[0]}" if is_ours else texts[0], *texts[1:]]

@@ -127,15 +127,10 @@ def measure(
 ) -> dict[str, Measured]:
     """Time works in turns (A B A B), so that a machine's moods meet all of them.
 
-    A work that fails, for want of memory or of a compiler's support, is left out with a warning.
-
-    Args:
-        works: by name.
-        repeats: timed runs of each, at least one.
-        warmup: untimed runs before them, at least one, in which compilers and caches do their part.
-        device: where they work.
-        most_seconds: no turn begins later than this, but for one of each work.
-        told: is called with the name of a work and the seconds of its first run, as soon as they are known.
+    Each is run `warmup` times untimed (once at least), in which compilers and caches do their part, then `repeats`
+    times; no turn begins later than `most_seconds`, but for one of each work. `told` is called with the name of a work
+    and the seconds of its first run, as soon as they are known. A work that fails, for want of memory or of a
+    compiler's support, is left out with a warning.
     """
     clock, found, start = Clock(device), {}, time.monotonic()
 

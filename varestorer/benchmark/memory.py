@@ -70,13 +70,9 @@ def run(
 def memory_report(task: Task, optimizer: OptimizerFactory, micro_batch: int, side: int) -> Rows:
     """What a training step under bfloat16 autocast holds at its peak, part by part, on one process.
 
-    Args:
-        task: on the meta device, its frozen weights in the precision they will be kept in (`keep_base_in`).
-        optimizer: as for `fit`.
-        micro_batch: images that go through the networks at once.
-        side: of the images, pixels.
-    Returns:
-        rows whose sum is the peak. Activations are those that are alive then, by the part that made them.
+    The task is on the meta device, its frozen weights in the precision they will be kept in (`keep_base_in`);
+    `micro_batch` images of `side` pixels go through the networks at once. The sum of the rows is the peak; activations
+    are those that are alive then, by the part that made them.
     """
     averaged = sum(parameter.numel() for parameter in task.averaged_parameters().values())
     rows = {("weights", part): size for part, size in weights_by_part(task).items()}

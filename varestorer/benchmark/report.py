@@ -166,16 +166,10 @@ class Report:
         device: torch.device,
         options: Any,
     ) -> list[Run]:
-        """Time variants at each size of batch (`options.batch`), and print their runs.
+        """Time variants at each size of batch (`options.batch`), and print their runs; see `measure`.
 
-        Args:
-            works_of: size of batch -> the works of the variants, by name.
-            run_of: what is kept of a variant's name, size of batch and measurement.
-            rates: of the device.
-            device: where they work.
-            options: of the command, see `measure`.
-        Raises:
-            UserError: nothing could be measured.
+        `works_of` gives the works of the variants at a size of batch, by name, and `run_of` what is kept of a variant's
+        name, size of batch and measurement. UserError: nothing could be measured.
         """
         runs: list[Run] = []
         for batch in options.batch:

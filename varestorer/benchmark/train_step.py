@@ -67,14 +67,9 @@ def precision(words: Words) -> str:
 
 
 class TrainStep:
-    """Optimizer steps of a task on one made-up batch, taken as `stage.Stage` takes them.
+    """Optimizer steps of a task, which is changed, on one made-up batch, taken as `stage.Stage` takes them.
 
-    Args:
-        task: on its device, with any weights; it is changed.
-        optimizer: as for `fit`.
-        batch_size: images of a step.
-        side: of the images, pixels.
-        bf16_base: keep the frozen matrices of the blocks in bfloat16 while a variant computes in it.
+    With `bf16_base` the frozen matrices of the blocks are in bfloat16 while a variant computes in it.
     """
 
     def __init__(

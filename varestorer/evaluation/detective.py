@@ -82,14 +82,6 @@ class Convention:
         )
         return ", ".join(filter(None, parts))
 
-    def is_of(self, pyiqa_name: str, options: Mapping[str, Any]) -> bool:
-        """Whether pyiqa computes it so, with these options."""
-        own = OPTIONS.get(self.channel, {})
-        default = {"psnr": OPTIONS[RGB], "ssim": OPTIONS[YIQ]}.get(pyiqa_name, {})
-        rounds = self.metric == "ssim" and self.channel != RGB
-        plain = Convention(self.metric, self.channel, rounds)
-        return self == plain and self.metric == pyiqa_name and own == (dict(options) or default)
-
 
 @dataclass(frozen=True)
 class Answer:
@@ -194,8 +186,12 @@ def report(figures: Mapping[str, str], answers: Mapping[str, Sequence[Answer]], 
 def _agrees(protocol: str, name: str, answers: Sequence[Answer]) -> bool:
     """Whether a protocol's own way to compute a metric gives the figure."""
     spec = next((spec for spec in PROTOCOLS[protocol].metrics if spec.name == name), None)
-    own = [a for a in answers if spec is not None and a.convention.is_of(spec.pyiqa_name, spec.options)]
-    return bool(own) and own[0].fits
+    if spec is None:
+        return False
+    options = dict(spec.options) or {"psnr": OPTIONS[RGB], "ssim": OPTIONS[YIQ]}.get(spec.pyiqa_name, {})
+    channel = next((channel for channel in OPTIONS if OPTIONS[channel] == options), "")
+    own = Convention(spec.pyiqa_name, channel, is_rounded=spec.pyiqa_name == "ssim" and channel != RGB)
+    return any(answer.fits and answer.convention == own for answer in answers)
 
 
 def _available(name: str, scale: int) -> dict[Convention, Metric | None]:

@@ -40,17 +40,12 @@ class SampleReader:
 
     Files are read while the chunk before is scored. Images are made then too if the source says that it works beside
     the scoring; otherwise at their turn: on a CPU both would share the same cores, and nothing would be won.
-
-    Args:
-        source: gives the image to be scored.
-        keep: folder for the images that the source makes, `<name>.png`; None: they are not kept.
-        reuse: take an image that is in `keep` already, if the one it was made from is still the same file.
     """
 
-    def __init__(self, source: Source, keep: Path | None = None, reuse: bool = False) -> None:
+    def __init__(self, source: Source, keep: Path | None, reuse: bool) -> None:
         self.source = source
-        self.keep = keep
-        self.reuse = reuse
+        self.keep = keep  # folder for the images that the source makes, `<name>.png`; None: they are not kept
+        self.reuse = reuse  # an image that is in `keep` already, if the one it was made from is still the same file
 
     def read(self, chunks: Sequence[Sequence[Pair]]) -> Iterator[list[Sample]]:
         """Samples of each chunk of pairs, in order."""

@@ -115,13 +115,9 @@ def source_keys(what: str) -> dict[str, str]:
 class FolderSource(KnownSource):
     """Images that somebody else made, matched to the data set by name: path inside the folder, or file stem.
 
-    A stem counts only if no other image of the data set has it too: an image is the prediction of one pair.
-
-    Args:
-        folder: searched with its subfolders.
-        pairs: the whole data set, also where only a part is asked for; `match` gives it later.
-    Raises:
-        UsageError: not a folder, or no images in it.
+    A stem counts only if no other image of the data set has it too: an image is the prediction of one pair. So the
+    pairs are the whole data set, also where only a part is asked for; `match` gives them later. UsageError: not a
+    folder, or no images in it or its subfolders.
     """
 
     runs_ahead = True

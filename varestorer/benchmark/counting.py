@@ -39,12 +39,9 @@ RAISED |= {F.l1_loss, Tensor.exp, torch.exp, Tensor.log, torch.log, Tensor.pow, 
 
 @dataclass(frozen=True)
 class Count:
-    """What a part costs.
+    """What a part costs: operations, two for a multiplication with its addition, and the least bytes it must move.
 
-    Attributes:
-        flops: floating-point operations, two for a multiplication with its addition.
-        bytes: the least that it must move: what it reads that it did not make (weights, inputs), each once, and what
-            it makes that outlasts it.
+    It must read what it did not make (weights, inputs), each once, and write what it makes that outlasts it.
     """
 
     flops: int
@@ -62,23 +59,14 @@ def count(work: Work) -> dict[str, Count]:
 
 
 class Ledger(TorchDispatchMode):
-    """Follows the memory of tensors by the part that makes them.
-
-    Args:
-        known: tensors that are not counted as alive, such as weights.
-    Attributes:
-        part: that is at work now.
-        live: part -> bytes of what it made that are alive now.
-        at_peak: the same, when the sum was largest.
-        moved: part -> least bytes, see `Count`.
-    """
+    """Follows the memory of tensors by the part that makes them; `known` ones, such as weights, are never alive."""
 
     def __init__(self, known: tuple[Tensor, ...] = ()) -> None:
         super().__init__()
-        self.part = REST
-        self.live: dict[str, int] = {}
-        self.at_peak: dict[str, int] = {}
-        self.moved: dict[str, int] = {}
+        self.part = REST  # that is at work now
+        self.live: dict[str, int] = {}  # part -> bytes of what it made that are alive now
+        self.at_peak: dict[str, int] = {}  # the same, when the sum was largest
+        self.moved: dict[str, int] = {}  # part -> least bytes, see `Count`
         self._sizes = {tensor.untyped_storage()._cdata: 0 for tensor in known}
         self._read: set[int] = set()
         self._made: set[int] = set()

@@ -52,17 +52,11 @@ class Timing:
 
 @dataclass
 class Measured:
-    """What a piece of work took.
-
-    Attributes:
-        whole: seconds.
-        parts: seconds of each part, in the order of the work; what no part holds is `REST`.
-        peak_bytes: the most that a run takes beyond what is there between runs; None where it cannot be told.
-    """
+    """What a piece of work took."""
 
     whole: Timing = field(default_factory=Timing)
-    parts: dict[str, Timing] = field(default_factory=dict)
-    peak_bytes: int | None = None
+    parts: dict[str, Timing] = field(default_factory=dict)  # in the order of the work; what no part holds is `REST`
+    peak_bytes: int | None = None  # beyond what is there between runs; None where it cannot be told
 
 
 class Clock:
@@ -133,15 +127,10 @@ def measure(
 ) -> dict[str, Measured]:
     """Time works in turns (A B A B), so that a machine's moods meet all of them.
 
-    Args:
-        works: by name.
-        repeats: timed runs of each, at least one.
-        warmup: untimed runs before them, at least one, in which compilers and caches do their part.
-        device: where they work.
-        most_seconds: no turn begins later than this, but for one of each work.
-        told: is called with the name of a work and the seconds of its first run, as soon as they are known.
-    Returns:
-        by name; a work that fails, for want of memory or of a compiler's support, is left out with a warning.
+    Each is run `warmup` times untimed (once at least), in which compilers and caches do their part, then `repeats`
+    times; no turn begins later than `most_seconds`, but for one of each work. `told` is called with the name of a work
+    and the seconds of its first run, as soon as they are known. A work that fails, for want of memory or of a
+    compiler's support, is left out with a warning.
     """
     clock, found, start = Clock(device), {}, time.monotonic()
 

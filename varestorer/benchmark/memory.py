@@ -36,14 +36,7 @@ def run(
 ) -> None:
     """Print, and write if asked, the memory of a training step at each micro-batch; on a GPU it is measured too.
 
-    Args:
-        report: prints.
-        make: the task on the meta device, its base as it is kept in training.
-        optimizer: as for `fit`.
-        micro_batches: images that go through the networks at once.
-        side: of the images, pixels.
-        device: CUDA: where the peak is measured.
-        folder: for the files.
+    `make` gives the task on the meta device, its base as it is kept in training; see `memory_report`.
     """
     columns: dict[int, Rows] = {}
     peaks: dict[int, int] = {}
@@ -77,13 +70,9 @@ def run(
 def memory_report(task: Task, optimizer: OptimizerFactory, micro_batch: int, side: int) -> Rows:
     """What a training step under bfloat16 autocast holds at its peak, part by part, on one process.
 
-    Args:
-        task: on the meta device, its frozen weights in the precision they will be kept in (`precision.keep_base_in`).
-        optimizer: as for `fit`.
-        micro_batch: images that go through the networks at once.
-        side: of the images, pixels.
-    Returns:
-        rows whose sum is the peak. Activations are those that are alive then, by the part that made them.
+    The task is on the meta device, its frozen weights in the precision they will be kept in (`keep_base_in`);
+    `micro_batch` images of `side` pixels go through the networks at once. The sum of the rows is the peak; activations
+    are those that are alive then, by the part that made them.
     """
     averaged = sum(parameter.numel() for parameter in task.averaged_parameters().values())
     rows = {("weights", part): size for part, size in weights_by_part(task).items()}
@@ -142,13 +131,7 @@ def step_memory(task: Task, micro_batch: int, side: int, bf16: bool) -> tuple[di
 def measured_peak(task: Task, optimizer: OptimizerFactory, micro_batch: int, side: int) -> int:
     """Bytes that a task takes at most on a GPU in two steps of two micro-batches, bfloat16 autocast.
 
-    What else the process holds there is left out.
-
-    Args:
-        task: on the GPU, with any weights; it may be changed.
-        optimizer: as for `fit`.
-        micro_batch: images that go through the networks at once.
-        side: of the images, pixels.
+    What else the process holds there is left out. The task, of any weights, is changed; see `memory_report`.
     """
     device = next(task.parameters()).device
     others = torch.cuda.memory_allocated(device) - sum(weights_by_part(task).values())

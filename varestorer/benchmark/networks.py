@@ -60,19 +60,14 @@ def words_of(what: str, name: str) -> frozenset[str]:
 
 @dataclass
 class Source:
-    """Where the measured systems come from.
+    """Where the measured systems come from: a checkpoint (a run, a bundle, a published student), or random weights.
 
-    Attributes:
-        name: of the checkpoint or of the sizes, for the report.
-        model: a config of `configs/model`, as `hydra.utils.instantiate` takes it; of no use beside a checkpoint.
-        ckpt: a run, a bundle or a published student; None for random weights.
-        restorer: "auto", "published": one of the published sizes in front of a system that has none, or "none"; auto
-            is published for the paper's own sizes.
-        seed: of random weights.
+    With the restorer "published" one of the published sizes is in front of a system that has none; "auto" is published
+    for the paper's own sizes.
     """
 
-    name: str
-    model: Mapping[str, Any]
+    name: str  # of the checkpoint or of the sizes, for the report
+    model: Mapping[str, Any]  # a config of `configs/model`, as `hydra.utils.instantiate` takes it
     ckpt: str | Path | None = None
     restorer: str = "none"
     seed: int = 0
@@ -180,8 +175,7 @@ class Variants:
     def system(self, name: str) -> System:
         """A variant, accelerated; an eager one is left as it is loaded, and so computes the text for each batch.
 
-        Raises:
-            UserError: what this machine cannot do.
+        UserError: what this machine cannot do.
         """
         means = self.chosen[name]
         twin = sharing(self._base(means.merge, means.precision))

@@ -38,22 +38,16 @@ COLUMNS = {
 class Run:
     """A variant at one size of batch.
 
-    Attributes:
-        variant: its name.
-        batch: images at once.
-        precision: of the blocks: every part is held against its rate, though the VAE's encoder works in float32
-            whatever the blocks do.
-        measured: seconds and memory.
-        counts: part -> its operations and least bytes.
-        more: further columns of the overview.
+    Every part is held against the rate of the blocks' precision, though the VAE's encoder works in float32 whatever the
+    blocks do.
     """
 
     variant: str
-    batch: int
+    batch: int  # images at once
     precision: str
     measured: Measured
-    counts: Mapping[str, Count]
-    more: dict[str, Cell] = field(default_factory=dict)
+    counts: Mapping[str, Count]  # of each part
+    more: dict[str, Cell] = field(default_factory=dict)  # further columns of the overview
 
     @property
     def seconds(self) -> float:
@@ -142,10 +136,11 @@ class Report:
 
     def __init__(self, what: str, model: str, device: torch.device, say: Callable[[str], object]) -> None:
         self.what, self.model, self.say = what, model, say
-        self.place = {"device": device_description(device), "versions": library_versions()}
+        versions = library_versions()
+        self.place = {"device": device_description(device), "versions": versions}
         self.title = f"benchmark {what}: {model} on {self.place['device']}"
         self.tables: list[Table] = []
-        say(f"{self.title}\n" + ", ".join(f"{name} {number}" for name, number in library_versions().items()))
+        say(f"{self.title}\n" + ", ".join(f"{name} {number}" for name, number in versions.items()))
 
     def show(self, table: Table) -> None:
         """Print a table, and keep it."""
@@ -171,16 +166,10 @@ class Report:
         device: torch.device,
         options: Any,
     ) -> list[Run]:
-        """Time variants at each size of batch, and print their runs.
+        """Time variants at each size of batch (`options.batch`), and print their runs; see `measure`.
 
-        Args:
-            works_of: size of batch -> the works of the variants, by name.
-            run_of: what is kept of a variant's name, size of batch and measurement.
-            rates: of the device.
-            device: where they work.
-            options: of the command, see `measure`; `batch`.
-        Raises:
-            UserError: nothing could be measured.
+        `works_of` gives the works of the variants at a size of batch, by name, and `run_of` what is kept of a variant's
+        name, size of batch and measurement. UserError: nothing could be measured.
         """
         runs: list[Run] = []
         for batch in options.batch:
@@ -241,6 +230,5 @@ def write_bars(path: Path, runs: Sequence[Run], rates: Rates, title: str) -> Non
     axes.set_xlabel("milliseconds an image, median")
     axes.set_title(title, fontsize=9)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as temporary:
-        figure.savefig(temporary, format="png")
+        figure.savefig(temporary)

@@ -46,31 +46,18 @@ PUBLISHED_T5: dict[str, Any] = {
 
 
 def run(report: Report, source: Source, device: torch.device, options: Any, folder: Path) -> bool:
-    """Measure, print, and write benchmark.json, the tables and benchmark.png.
+    """Measure, print, and write benchmark.json, the tables and benchmark.png; says whether all could be measured.
 
-    Args:
-        report: prints.
-        source: of the systems.
-        device: where they run.
-        options: of the command.
-        folder: for the files.
-    Returns:
-        whether everything that was asked for was measured.
-    Raises:
-        UserError: nothing could be measured; a text encoder or a captioner cannot be used.
+    UserError: nothing could be measured; a text encoder or a captioner cannot be used.
     """
-    names = options.variants or default_variants(device)
     chosen = {}
-    for name in names:
+    for name in options.variants or default_variants(device):
         words_of("restore", name)
         chosen[name] = Acceleration.parse(name)
     blank = source.blank(merged=True)
-    parameters, side = num_parameters(blank), blank.tile
-    report.show(
-        cost_table(
-            restoring_counts(blank), parameters, f"one image of {side} x {side} pixels, adapters merged, by count"
-        )
-    )
+    title = f"one image of {blank.tile} x {blank.tile} pixels, adapters merged, by count"
+    parameters = num_parameters(blank)  # counting changes it
+    report.show(cost_table(restoring_counts(blank), parameters, title))
     rates = Rates.of(device, [means.precision for means in chosen.values()])
     report.show_rates(rates)
     variants = Variants(source, device, chosen)
@@ -150,8 +137,7 @@ def picture_runs(
 def beside_restoring(report: Report, device: torch.device, options: Any) -> list[Run]:
     """Time the text encoder (float16 on CUDA, as it is used, else float32) and the captioner, where they are asked for.
 
-    Raises:
-        UsageError: the text encoder's folder holds no T5.
+    UsageError: the text encoder's folder holds no T5.
     """
     works: dict[str, Work] = {}
     if options.captioner is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Iterable
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 
 import torch
 
@@ -28,15 +28,10 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Rates:
-    """What a device does at best.
+    """What a device does at best."""
 
-    Attributes:
-        matrix: precision -> floating-point operations a second of products of matrices.
-        copy: bytes a second, read and written ones together.
-    """
-
-    matrix: dict[str, float]
-    copy: float
+    matrix: dict[str, float]  # precision -> floating-point operations a second of products of matrices
+    copy: float  # bytes a second, read and written ones together
 
     @classmethod
     def of(cls, device: torch.device, precisions: Iterable[str]) -> Rates:
@@ -94,12 +89,7 @@ def device_description(device: torch.device) -> str:
 
 def library_versions() -> dict[str, str]:
     """Versions of Python, of CUDA where it can be used, and of the libraries that do the work."""
-    found = {"python": platform.python_version()}
-    for name in LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
+    found = {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}
     if torch.cuda.is_available():
         found["cuda"] = str(torch.version.cuda)
         found["cudnn"] = str(torch.backends.cudnn.version())

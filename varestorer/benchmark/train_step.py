@@ -67,14 +67,9 @@ def precision(words: Words) -> str:
 
 
 class TrainStep:
-    """Optimizer steps of a task on one made-up batch, taken as `stage.Stage` takes them.
+    """Optimizer steps of a task, which is changed, on one made-up batch, taken as `stage.Stage` takes them.
 
-    Args:
-        task: on its device, with any weights; it is changed.
-        optimizer: as for `fit`.
-        batch_size: images of a step.
-        side: of the images, pixels.
-        bf16_base: keep the frozen matrices of the blocks in bfloat16 while a variant computes in it.
+    With `bf16_base` the frozen matrices of the blocks are in bfloat16 while a variant computes in it.
     """
 
     def __init__(
@@ -93,12 +88,10 @@ class TrainStep:
     def prepared(self, words: Words) -> Iterator[None]:
         """Make the task take steps of a variant inside of the block.
 
-        Args:
-            words: "bf16": under autocast; "checkpoint": compute the blocks again in the backward pass; "compile": the
-                blocks through torch.compile; "slices": decode and compare images one by one
-                (`distillation.StraightThrough.image_slices`); "eager" says nothing.
-        Raises:
-            UsageError: slices of a task that decodes no straight-through bits.
+        Of its words "bf16" is for autocast, "checkpoint" computes the blocks again in the backward pass, "compile"
+        sends them through torch.compile, "slices" decodes and compares images one by one
+        (`distillation.StraightThrough.image_slices`), and "eager" says nothing. UsageError: slices of a task that
+        decodes no straight-through bits.
         """
         task = self.task
         if isinstance(task, DistillationTask):
@@ -154,17 +147,11 @@ def made_up_batch(batch_size: int, side: int, device: torch.device) -> Batch:
 
 
 def pairs_per_second(root: str | None = None, crop: int = 512, num_pairs: int = PAIRS) -> float:
-    """Training pairs that one core makes in a second of its time, with the published degradation.
+    """Training pairs, `crop` pixels wide, that one core makes in a second of its time, with the published degradation.
 
-    Photographs are decoded once and then cached, as in a small data set; with a folder that does not fit the cache
-    decoding is part of what is measured. What else the machine does is not counted, nor is waiting for files.
-
-    Args:
-        root: folder of photographs; None: the embedded ones.
-        crop: side of the pairs, pixels.
-        num_pairs: to measure.
-    Raises:
-        UserError: no photographs.
+    Photographs (of a folder; None: the embedded ones) are decoded once and then cached, as in a small data set; with a
+    folder that does not fit the cache decoding is part of what is measured. What else the machine does is not counted,
+    nor is waiting for files. UserError: no photographs.
     """
     data = PhotoCrops(root, crop, Degradation(), seed=0)
     threads = torch.get_num_threads()

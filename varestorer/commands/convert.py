@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict
+from dataclasses import fields
 from pathlib import Path
 from typing import cast
 
@@ -82,9 +82,8 @@ def write(system: VARestorer, options: ConvertOptions, output: Path) -> None:
 def check_options(options: ConvertOptions) -> None:
     """Refuse options that cannot be, before anything is read: a UsageError that names the key."""
     if options.check is not None:
-        unused = [f"{key}=" for key in changed(options) if key not in ("check", "manifest")]
-        if unused:
-            raise UsageError(f"check= only looks at a file; leave out {' '.join(unused)}")
+        if unused := given(options, *(item.name for item in fields(options) if item.name not in ("check", "manifest"))):
+            raise UsageError(f"check= only looks at a file; leave out {unused}")
         return
     if not options.input or not options.output:
         raise UsageError("no value for input or output: add input=... output=..., or check=...; see --help")
@@ -103,8 +102,8 @@ def check_use(options: ConvertOptions, output: Path) -> None:
         raise UsageError(f"adapters=only writes a folder or a .safetensors file, got output={output}")
     if options.adapters == "peft" and is_published(output):
         raise UsageError(f"adapters=peft writes a folder, got output={output}")
-    if is_onnx(output) and (unused := [f"{key}=" for key in changed(options) if key in ("adapters", "dtype", "part")]):
-        raise UsageError(f"output={output} is always merged and in fp32; leave out {' '.join(unused)}")
+    if is_onnx(output) and (unused := given(options, "adapters", "dtype", "part")):
+        raise UsageError(f"output={output} is always merged and in fp32; leave out {unused}")
     if options.dtype == "fp16" and (options.adapters in ALONE or is_published(output)):
         raise UsageError(f"dtype=fp16 is for storing a whole bundle: output=FOLDER, without adapters={'|'.join(ALONE)}")
     if options.scale not in (1, 4) or (options.scale == 4 and options.part != "restorer"):
@@ -115,15 +114,13 @@ def check_use(options: ConvertOptions, output: Path) -> None:
         return
     if options.adapters in ALONE or not is_published(output):
         raise UsageError(f"part={options.part} goes with a published file: output=FILE.pth or FILE.safetensors")
-    unused = [f"{key}=" for key in changed(options) if key in ("adapters", "dtype")]
-    if unused:
-        raise UsageError(f"part={options.part} is not the transformer; leave out {' '.join(unused)}")
+    if unused := given(options, "adapters", "dtype"):
+        raise UsageError(f"part={options.part} is not the transformer; leave out {unused}")
 
 
-def changed(options: ConvertOptions) -> list[str]:
-    """Keys whose values are not the usual ones."""
-    usual = asdict(ConvertOptions())
-    return [key for key, value in asdict(options).items() if value != usual[key]]
+def given(options: ConvertOptions, *keys: str) -> str:
+    """Those of the keys whose values are not the usual ones, as `key= key=`."""
+    return " ".join(f"{key}=" for key in keys if getattr(options, key) != getattr(ConvertOptions, key))
 
 
 def is_onnx(output: Path) -> bool:

@@ -47,12 +47,10 @@ SETTINGS = (
 
 @dataclass(frozen=True)
 class Command:
-    """One command.
+    """One command, by the name that is typed after `varestorer`; its options are those of this name in `OPTIONS`.
 
-    Attributes:
-        name: as typed after `varestorer`; its options are those of this name in `commands/options.py`.
-        function: takes the composed config, returns the exit status; raises `UserError` if it cannot.
-        options: the class as whose instance, checked, it takes the config; None: as it was composed.
+    Its function takes the composed config (None: as it is, else a checked instance of the class `options`) and returns
+    the exit status; it raises `UserError` if it cannot.
     """
 
     name: str
@@ -79,7 +77,20 @@ class Command:
 
     def _run(self, words: list[str], folder: Path) -> int:
         """Hand the words to Hydra; errors of the job come back as statuses, Hydra's own as exceptions."""
-        job = _Job(self)
+        statuses: list[int] = []
+        process = os.getpid()
+
+        def job(cfg: DictConfig) -> int:
+            """What Hydra calls: once, or for each job of a sweep."""
+            if os.getpid() != process:  # a launcher's process: Hydra brings the exception home
+                return call(self, cfg)
+            try:
+                status = call(self, cfg)
+            except Exception as error:  # noqa: BLE001  # reported; a sweep goes on with its other jobs
+                status = report(error)
+            statuses.append(status)
+            return status
+
         decorated = hydra.main(config_path=str(folder), config_name=self.name, version_base="1.3")(job)
         try:
             with _process_state(hydra_words(self, words, folder)):
@@ -88,12 +99,7 @@ class Command:
             return int(done.code or OK)
         except Exception as error:  # noqa: BLE001  # the last place where an error can become one line
             return report(error, OPTIONS[self.name].GROUPS)
-        return max(job.statuses, default=OK)
-
-    @property
-    def keys(self) -> list[str]:
-        """Its options, but for those of groups."""
-        return [item.name for item in fields(OPTIONS[self.name]) if item.name != "defaults"]  # type: ignore[arg-type]
+        return max(statuses, default=OK)
 
 
 class PlainFormatter(logging.Formatter):
@@ -102,25 +108,6 @@ class PlainFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """The line, control characters as `visible` shows them."""
         return visible(super().format(record))
-
-
-class _Job:
-    """What Hydra calls: once, or for each job of a sweep."""
-
-    def __init__(self, command: Command) -> None:
-        self.command = command
-        self.statuses: list[int] = []
-        self.process = os.getpid()
-
-    def __call__(self, cfg: DictConfig) -> int:
-        if os.getpid() != self.process:  # a launcher's process: Hydra brings the exception home
-            return call(self.command, cfg)
-        try:
-            status = call(self.command, cfg)
-        except Exception as error:  # noqa: BLE001  # reported; a sweep goes on with its other jobs
-            status = report(error)
-        self.statuses.append(status)
-        return status
 
 
 def call(command: Command, cfg: DictConfig) -> int:
@@ -137,7 +124,9 @@ def report(error: BaseException, groups: Sequence[str] = ()) -> int:
     """Write an error to stderr, one line where the user can do something about it; returns its status."""
     if os.environ.get("VARESTORER_TRACEBACK") == "1":
         traceback.print_exception(error)
-    cause = _find(error, UserError)
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, UserError):  # Hydra wraps what a constructor raises
+        cause = cause.__cause__
     if cause is not None:
         _complain(str(cause))
         return int(getattr(cause, "exit_status", FAILED))
@@ -154,6 +143,13 @@ def say(text: str) -> None:
         print(visible(text), flush=True)  # noqa: T201
     except BrokenPipeError:  # the reader, such as `head`, has seen enough; nor may Python flush again at its end
         sys.stdout = Path(os.devnull).open("w", encoding="utf-8")
+
+
+def as_list(value: Any) -> list[str]:
+    """A list of texts that an option holds; one alone is meant as a list of one, null as none."""
+    if value is None:
+        return []
+    return [str(item) for item in value] if isinstance(value, list) else [str(value)]
 
 
 def visible(text: str) -> str:
@@ -209,39 +205,27 @@ def _process_state(words: list[str]) -> Iterator[None]:
 def hydra_words(command: Command, words: Sequence[str], folder: Path) -> list[str]:
     """What Hydra gets to see: our settings, the overrides with their texts quoted, then the options.
 
-    In this order settings can be overridden, and overrides may be written on both sides of an option.
-
-    Args:
-        command: which one.
-        words: as they were typed.
-        folder: of the configs.
-    Raises:
-        UsageError: an unknown option, or a word that is not `key=value`.
+    In this order settings can be overridden, and overrides may be written on both sides of an option. UsageError: an
+    unknown option, or a word that is not `key=value`.
     """
-    check_dashes(words, command.keys)
+    known = [item.name for item in fields(OPTIONS[command.name]) if item.name != "defaults"]  # type: ignore[arg-type]
+    check_dashes(words, known)
     parser = get_args_parser()
-    parser.error = _refuse_option  # type: ignore[method-assign]
+
+    def refuse(message: str) -> NoReturn:
+        raise UsageError(f"{message}; see --help")
+
+    parser.error = refuse  # type: ignore[method-assign]
     given = parser.parse_intermixed_args(list(words))
     options = list(words)
     for override in given.overrides:
         options.remove(override)
     completing = "-sc" in options or "--shell-completion" in options
     if not completing:
-        check_words(given.overrides, command.keys)
+        check_words(given.overrides, known)
     settings = [] if completing else [f"hydra.job.name={command.name}", *SETTINGS]
     keys = Keys(given.config_name or command.name, folder, given.overrides, given.config_dir)
     return [*settings, *(quote_value(word, keys, given.multirun) for word in given.overrides), *options]
-
-
-def _refuse_option(message: str) -> NoReturn:
-    raise UsageError(f"{message}; see --help")
-
-
-def _find(error: BaseException | None, kind: type[BaseException]) -> BaseException | None:
-    """The error, or the one that caused it, of the kind asked for: Hydra wraps what a constructor raises."""
-    while error is not None and not isinstance(error, kind):
-        error = error.__cause__
-    return error
 
 
 def _is_usage(error: BaseException) -> bool:

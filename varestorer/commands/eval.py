@@ -10,7 +10,7 @@ from typing import Any
 
 from hydra.utils import instantiate
 
-from varestorer.commands.entry import FAILED, OK, Command, say
+from varestorer.commands.entry import FAILED, OK, Command, as_list, say
 from varestorer.commands.options import EvalOptions
 from varestorer.data.folders import find_images_or_pairs, find_pairs
 from varestorer.data.testsets.checking import known_set
@@ -20,6 +20,7 @@ from varestorer.evaluation.doubt import check_doubt, measure_doubt, write_doubt
 from varestorer.evaluation.evaluator import Evaluator
 from varestorer.evaluation.outputs import log_evaluation, write_report
 from varestorer.evaluation.pairwise import write_pairwise
+from varestorer.evaluation.paper_tables import split_label
 from varestorer.evaluation.processes import Processes
 from varestorer.evaluation.progress import Progress, write_records
 from varestorer.evaluation.protocols import listed_protocols, load_protocol
@@ -64,7 +65,18 @@ def run_eval(options: EvalOptions) -> int:
     check_options(options)
     processes = Processes.start(options.device)
     try:
-        return _run(options, processes) if options.image is None else _two_files(options, processes)
+        if options.image is not None:
+            return _two_files(options, processes)
+        whole = _pairs(options)
+        if options.compare is not None:
+            return _compare(options, whole, processes)
+        _check_source(options)
+        if options.explain is not None:
+            return _explain(options, whole[: options.limit], _source(options, whole, processes))
+        # the default has the time in it, which each process reads for itself
+        out = processes.of_main(expand_user(options.out))
+        with processes.keeping(out):
+            return _evaluate(options, whole, out, processes)[1]
     finally:
         processes.end()
 
@@ -106,8 +118,7 @@ def _two_files(options: EvalOptions, processes: Processes) -> int:
     if options.explain is not None:
         return _explain(options, [(files[0].name, *files)], lambda name, path: Candidate(load_image(path)))
     check_sizes(image, reference)
-    asked = _metrics(options)
-    evaluator = _evaluator(options, asked, processes, has_references=True)
+    evaluator = _evaluator(options, processes, has_references=True)
     scores = evaluator.score(image, reference)
     unavailable = (
         evaluator.unavailable
@@ -118,7 +129,7 @@ def _two_files(options: EvalOptions, processes: Processes) -> int:
     lines += [f"  {name:8} {value:9.4f}  ({evaluator.ids[name]})" for name, value in scores.values.items()]
     lines += [f"  {name:8} unavailable: {why}" for name, why in unavailable.items()]
     say("\n".join(lines))
-    return FAILED if any(name in unavailable for name in asked or []) else OK
+    return FAILED if any(name in unavailable for name in as_list(options.metrics)) else OK
 
 
 def _explain(options: EvalOptions, pairs: Sequence[Pair], source: Source) -> int:
@@ -129,19 +140,6 @@ def _explain(options: EvalOptions, pairs: Sequence[Pair], source: Source) -> int
     return OK if count == len(pairs) else FAILED
 
 
-def _run(options: EvalOptions, processes: Processes) -> int:
-    whole = _pairs(options)
-    if options.compare is not None:
-        return _compare(options, whole, processes)
-    _check_source(options)
-    if options.explain is not None:
-        return _explain(options, whole[: options.limit], _source(options, whole, processes))
-    # the default has the time in it, which each process reads for itself
-    out = processes.of_main(expand_user(options.out))
-    with processes.keeping(out):
-        return _evaluate(options, whole, out, processes)[1]
-
-
 def _compare(options: EvalOptions, whole: list[Pair], processes: Processes) -> int:
     """Evaluate several methods, each in a folder of its own, and set them side by side."""
     chosen = _chosen(options)
@@ -150,16 +148,14 @@ def _compare(options: EvalOptions, whole: list[Pair], processes: Processes) -> i
             raise UsageError(f"compare: a method cannot be called {label!r}; give NAME=WHAT")
         _check_source(one)
     out = processes.of_main(expand_user(options.out))
-    evaluations, statuses = {}, []
     with processes.keeping(out):
-        for label, one in chosen.items():
-            evaluations[label], status = _evaluate(one, whole, out / label, processes, label)
-            statuses.append(status)
+        done = {label: _evaluate(one, whole, out / label, processes, label) for label, one in chosen.items()}
+        evaluations = {label: evaluation for label, (evaluation, _) in done.items()}
         if processes.is_main:
             files = write_report(evaluations, out, options.dataset.get("pairs"), options.scale)
             files += write_pairwise(evaluations, out, options.scale) if options.pairwise else []
             say(f"wrote {', '.join(path.name for path in files)} to {out}")
-    return max(statuses)
+    return max(status for _, status in done.values())
 
 
 def _chosen(options: EvalOptions) -> dict[str, EvalOptions]:
@@ -171,9 +167,8 @@ def _chosen(options: EvalOptions) -> dict[str, EvalOptions]:
         raise UsageError("compare= must name at least one method, as NAME=WHAT, got []")
     chosen: dict[str, EvalOptions] = {}
     for text in options.compare:
-        label, found, what = text.partition("=")
-        if not found or expand_user(text).exists():
-            label, what = Path(text).stem, text
+        label, what = split_label(text)
+        label = label or Path(text).stem
         if label in chosen:
             raise UsageError(f"compare: two methods are called {label}; give each a name, NAME=WHAT")
         keys: dict[str, Any] = {"compare": None, **source_keys(what)}
@@ -187,38 +182,35 @@ def _evaluate(
     options: EvalOptions, whole: list[Pair], out: Path, processes: Processes, label: str | None = None
 ) -> tuple[Evaluation, int]:
     """Score one method, write what it gives, and say so; with the exit status."""
-    is_smaller = options.size is not None and options.size != options.scale
-    dataset = options.dataset["name"] + (f"_x{options.size:g}" if is_smaller else "")
-    if is_smaller:
-        assert options.size is not None
+    dataset, size = options.dataset["name"], options.size or options.scale
+    if size != options.scale:
+        dataset += f"_x{size:g}"
         with processes.main_first():
-            whole = reduced_references(whole, options.size / options.scale, out / "references")
+            whole = reduced_references(whole, size / options.scale, out / "references")
     pairs = whole[: options.limit]
-    asked = _metrics(options)
     source = _source(options, whole, processes)
-    evaluator = _evaluator(options, asked, processes, has_references=any(hq for _, _, hq in pairs))
+    evaluator = _evaluator(options, processes, has_references=any(hq for _, _, hq in pairs))
     if evaluator.unavailable and processes.is_main:
         log.warning("left out, for they cannot run here: %s", ", ".join(evaluator.unavailable))
-    if options.doubt is not None:
-        assert isinstance(source, SystemSource)
-        check_doubt(source.system, pairs, evaluator, options.doubt)
+    judged = source.system if options.doubt is not None and isinstance(source, SystemSource) else None
+    if judged is not None:
+        check_doubt(judged, pairs, evaluator, str(options.doubt))
     progress = Progress(out, _settings(options, evaluator, source, processes))
     keep = None if options.predictions else progress.images
     evaluation = evaluator.evaluate(pairs, source, dataset, keep, progress=progress, processes=processes)
-    unmet = [name for name in asked or [] if name in evaluation.summary()["unavailable"]]
+    unmet = [name for name in as_list(options.metrics) if name in evaluation.summary()["unavailable"]]
     if processes.is_main:
         method = label or source.method
         files = write_records(evaluation, out, method)
-        enlargement = options.size or options.scale
-        files += write_report({method: evaluation}, out, options.dataset.get("pairs"), enlargement)
+        files += write_report({method: evaluation}, out, options.dataset.get("pairs"), size)
         factories = instantiate(options.logger, _convert_="all")
         log_evaluation(evaluation, method, open_loggers(factories, out, {**asdict(options), "method": method}))
         say(f"{method} on {summary_text(evaluation, unmet)}")
     has_failed = bool(evaluation.failures or unmet)
-    if options.doubt is not None:
-        assert isinstance(source, SystemSource)
+    if judged is not None:
         scored = [pair for pair, row in zip(pairs, evaluation.rows, strict=True) if not row.errors]
-        doubt = measure_doubt(source.system, scored, evaluator, options.doubt, options.scale, options.seed, processes)
+        fallback = str(options.doubt)
+        doubt = measure_doubt(judged, scored, evaluator, fallback, options.scale, options.seed, processes)
         has_failed |= bool(doubt.failures)
         if processes.is_main:
             files += write_doubt(doubt, out, f"{method}, {dataset}")
@@ -330,13 +322,13 @@ def _system(options: EvalOptions, processes: Processes) -> KnownSource:
     return SystemSource(system, options.scale, options.seed, settings, options.steps, options.size)
 
 
-def _evaluator(options: EvalOptions, asked: list[str] | None, processes: Processes, has_references: bool) -> Evaluator:
+def _evaluator(options: EvalOptions, processes: Processes, has_references: bool) -> Evaluator:
     """The metrics that run in every process."""
     batch = 1 if processes.device.type == "cpu" else BATCH_ON_ACCELERATORS
     with processes.main_first():
         evaluator = Evaluator(
             load_protocol(str(options.protocol["name"]), options.protocol.get("metrics")),
-            asked,
+            None if options.metrics is None else as_list(options.metrics),
             device=processes.device,
             weights_folder=options.metric_weights,
             offline=options.offline,
@@ -362,14 +354,6 @@ def _settings(options: EvalOptions, evaluator: Evaluator, source: KnownSource, p
         "device": processes.device.type,
         **source.settings,
     }
-
-
-def _metrics(options: EvalOptions) -> list[str] | None:
-    """`metrics=` as a list; one bare name is meant as a list of one."""
-    if options.metrics is None:
-        return None
-    given = options.metrics if isinstance(options.metrics, list) else [options.metrics]
-    return [str(name) for name in given]
 
 
 COMMAND = Command("eval", run_eval, EvalOptions)

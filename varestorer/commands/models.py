@@ -11,7 +11,7 @@ from pathlib import Path
 import hydra
 from omegaconf import OmegaConf
 
-from varestorer.commands.entry import OK, Command, config_dir, say
+from varestorer.commands.entry import OK, Command, as_list, config_dir, say
 from varestorer.commands.options import ModelsOptions
 from varestorer.conditioning.pretrained import local_folder
 from varestorer.systems import system_class
@@ -44,8 +44,8 @@ def models(options: ModelsOptions) -> int:
         raise UsageError("push=FOLDER and to=OWNER/NAME go together: what is shared, and where")
     if options.push is not None:
         say(push(options.push, str(options.to), options.private))
-    for name in [options.get] if isinstance(options.get, str) else options.get or ():
-        found = get(str(name))
+    for name in as_list(options.get):
+        found = get(name)
         say("\n".join(f"{what}: {path}" for what, path in found.items()) or f"{name} needs no published file")
     if options.push is None and not options.get:
         say("\n".join(overview()))

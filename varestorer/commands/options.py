@@ -18,8 +18,6 @@ from varestorer.utils.schema import DEVICES, DTYPES, CommandOptions, listed, opt
 
 @dataclass
 class RestoreOptions(CommandOptions):
-    """Of `restore`."""
-
     INTRO: ClassVar[str] = """
 Restore images: larger, sharper, and without noise and compression marks.
 
@@ -159,8 +157,6 @@ examples:
 
 @dataclass
 class ConvertOptions(CommandOptions):
-    """Of `convert`."""
-
     INTRO: ClassVar[str] = """
 Convert, merge, check and share weights.
 
@@ -263,8 +259,6 @@ class DatasetRoot:
 
 @dataclass
 class EvalOptions(CommandOptions):
-    """Of `eval`."""
-
     INTRO: ClassVar[str] = """
 Score restored images against their references, per image and on average.
 
@@ -395,8 +389,6 @@ Exit status: 0 all well; 1 an image, or a metric asked for with metrics=, failed
 
 @dataclass
 class TablesOptions(CommandOptions):
-    """Of `tables`."""
-
     INTRO: ClassVar[str] = """
 Assemble a table of a paper: the published rows, and ours beside them.
 
@@ -463,8 +455,6 @@ Exit status: 0 all well; 1 something could not be read or written; 2 the command
 
 @dataclass
 class ParityOptions(CommandOptions):
-    """Of `parity`."""
-
     INTRO: ClassVar[str] = """
 Compare the networks with golden tensors of the published ones.
 
@@ -485,8 +475,6 @@ Exit status: 0 all within tolerance, 1 at least one is over, 2 wrong command or 
 
 @dataclass
 class PrepareDataOptions(CommandOptions):
-    """Of `prepare_data`."""
-
     GROUPS: ClassVar[tuple[str, ...]] = ("dataset",)
 
     INTRO: ClassVar[str] = """
@@ -580,8 +568,6 @@ Exit status: 0 all well; 1 the check found something, or the set could not be ma
 
 @dataclass
 class BenchmarkOptions(CommandOptions):
-    """Of `benchmark`."""
-
     INTRO: ClassVar[str] = """
 How fast the program is, part by part, and what it needs of memory.
 
@@ -686,8 +672,6 @@ class PhotographsRoot:
 
 @dataclass
 class PrecomputeTextOptions(CommandOptions):
-    """Of `precompute_text`."""
-
     INTRO: ClassVar[str] = """
 Make the prompts of training photographs and their text features, so that training needs neither BLIP nor T5.
 
@@ -731,8 +715,6 @@ examples:
 
 @dataclass
 class ModelsOptions(CommandOptions):
-    """Of `models`."""
-
     INTRO: ClassVar[str] = """
 List the models and weights that are known, fetch them ahead, or share a bundle.
 
@@ -767,8 +749,6 @@ examples:
 
 @dataclass
 class DoctorOptions(CommandOptions):
-    """Of `doctor`."""
-
     INTRO: ClassVar[str] = """
 Check an installation: versions, device, precision, missing weights with their hashes and where to get them, disks.
 
@@ -786,8 +766,6 @@ Exit status: 0 nothing is wrong, though something may lack; 1 something is wrong
 
 @dataclass
 class DemoOptions(CommandOptions):
-    """Of `demo`."""
-
     INTRO: ClassVar[str] = """
 A page in the browser: drop photographs, see them before and after, download the results.
 

@@ -98,27 +98,23 @@ def open_encoder(options: PrecomputeTextOptions, device: torch.device) -> tuple[
 
 
 def given_captions(source: Path, names: Sequence[str]) -> dict[str, str]:
-    """Captions that somebody else made.
+    """Captions that somebody else made, by the names of the photographs that have one.
 
-    Args:
-        source: a JSON file `{name: text}`, or a folder of `<name>.txt`; names with or without their extension.
-        names: of the photographs.
-    Returns:
-        name -> caption, for those that have one.
-    Raises:
-        UserError: nothing there, nothing readable, or nothing for any of the photographs.
+    The source is a JSON file `{name: text}`, with or without extensions in the names, or a folder of `<name>.txt`.
+    UserError: nothing there, nothing readable, or nothing for any of the photographs.
     """
     bare = {name: Path(name).with_suffix("").as_posix() for name in names}
     keys = bare
     if source.is_dir():
         captions: dict[str, str] = {}
         for name in names:
+            path = source / f"{bare[name]}.txt"
             try:
-                text = _read_text(source / f"{bare[name]}.txt")
-            except UserError as error:  # the others have theirs
-                LOG.warning("%s", error)
+                captions[name] = plain_text(read_text(path))
+            except FileNotFoundError:
                 continue
-            captions |= {} if text is None else {name: text}
+            except (OSError, ValueError) as error:  # the others have theirs
+                LOG.warning("cannot read the caption %s (%s); wanted a text file in UTF-8", path, reason(error))
         scan = scan_folder(source)
         scan.check_readable()
         there = {path.relative_to(source).as_posix() for path in scan.files if path.suffix == ".txt"}
@@ -145,16 +141,11 @@ def given_captions(source: Path, names: Sequence[str]) -> dict[str, str]:
 def describe(
     photographs: Mapping[str, Path], captions: dict[str, str], captioner: Captioner, file: Path, num_workers: int
 ) -> dict[str, str]:
-    """Describe the photographs that have no caption yet, and let go of the captioner.
+    """Describe the photographs (name -> file) that have no caption yet, and let go of the captioner.
 
-    So are those that are other files now than the ones that it described; captions from elsewhere stay.
+    So are those that are other files now than the ones that it described; captions from elsewhere stay. `captions`
+    grow, and are kept in `file` now and then and at the end, however that comes.
 
-    Args:
-        photographs: name -> file.
-        captions: name -> caption; grows.
-        captioner: what describes them.
-        file: where captions are kept, now and then and at the end, however that comes.
-        num_workers: processes that read the photographs.
     Returns:
         name -> reason, for those that cannot be read.
     """
@@ -166,6 +157,11 @@ def describe(
         if name not in captions or (name in described and _digest(path) != described[name])
     ]
     failed: dict[str, str] = {}
+
+    def save() -> None:
+        write_captions(file, captions)
+        write_captions(notes, described)
+
     try:
         progress = _progress("captions", len(photographs) - len(todo), len(photographs))
         with deaths_explained(WORKERS_KEY), progress as bar:
@@ -178,13 +174,11 @@ def describe(
                     described[name] = _digest(photographs[name])
                     captions[name] = captioner.caption(picture[None].to(captioner.device))[0]
                 if number % SAVE_EVERY == 0:
-                    write_captions(file, captions)
-                    write_captions(notes, described)
+                    save()
                 bar.update()
     finally:
         if todo:
-            write_captions(file, captions)
-            write_captions(notes, described)
+            save()
     captioner.release()
     return failed
 
@@ -229,18 +223,14 @@ def encode(captions: Mapping[str, str], encoder: TextEncoder, writer: TextWriter
             features = {}
             for name, prompt in prompts.items():
                 if prompt:
-                    features[name] = encode_prompt(prompt, encoder, dtype)
+                    features[name] = encoder.encode([prompt])[0].to("cpu", DTYPES[dtype])
+                    if not features[name].isfinite().all():
+                        raise UserError(
+                            f"{prompt!r}: the features are not finite in {dtype}; try dtype=fp32 or device=cpu"
+                        )
                 bar.update()
             writer.add(prompts, features)
     encoder.release()
-
-
-def encode_prompt(prompt: str, encoder: TextEncoder, dtype: str) -> Tensor:
-    """Features (T, E) of a prompt on the CPU; UserError if one is not finite, or too large for `dtype`."""
-    features_TE = encoder.encode([prompt])[0].to("cpu", DTYPES[dtype])
-    if not features_TE.isfinite().all():
-        raise UserError(f"{prompt!r}: the features are not finite in {dtype}; try dtype=fp32 or device=cpu")
-    return features_TE
 
 
 def summary(count: int, failed: Mapping[str, str], out: Path) -> str:
@@ -257,16 +247,6 @@ def _progress(what: str, done: int, total: int) -> Iterator[tqdm]:
     """A bar that warnings do not break."""
     with logging_redirect_tqdm(), tqdm(desc=what, initial=done, total=total, unit=" photographs") as bar:
         yield bar
-
-
-def _read_text(path: Path) -> str | None:
-    """Content of a text file, None if there is none; UserError if it cannot be read."""
-    try:
-        return plain_text(read_text(path))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read the caption {path} ({reason(error)}); wanted a text file in UTF-8") from error
 
 
 COMMAND = Command("precompute_text", precompute_text, PrecomputeTextOptions)

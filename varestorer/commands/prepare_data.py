@@ -129,8 +129,15 @@ def check(benchmark: Benchmark, options: PrepareDataOptions) -> int:
     say("\n".join([f"{benchmark.name}: {benchmark.title}", f"folder: {root}", *findings(found, benchmark)]))
     if manifest is not None:
         say(f"manifest: {path}, {'the same' if found.is_good else 'compared'}; made with {_listed(manifest.versions)}")
-    say(verdict(found, benchmark, root))
-    return OK if found.is_good else FAILED
+    if not found.is_good:
+        counts = f"{len(found.problems)} of the folder, {len(found.offenders)} of files"
+        say(f"verdict: NOT usable as {benchmark.name}; problems named above: {counts}")
+        return FAILED
+    say(
+        f"verdict: good, usable as {benchmark.name}; next:\n"
+        f"  python scripts/eval.py dataset={benchmark.name} data.root={quote(str(root))} ckpt=MODEL"
+    )
+    return OK
 
 
 def findings(found: Check, benchmark: Benchmark) -> list[str]:
@@ -149,17 +156,6 @@ def findings(found: Check, benchmark: Benchmark) -> list[str]:
     lines += [f"problem: {problem}" for problem in found.problems]
     lines += [f"{name}: {'; '.join(reasons)}" for name, reasons in found.offenders.items()]
     return lines
-
-
-def verdict(found: Check, benchmark: Benchmark, root: Path) -> str:
-    """The last line of a check."""
-    if not found.is_good:
-        counts = f"{len(found.problems)} of the folder, {len(found.offenders)} of files"
-        return f"verdict: NOT usable as {benchmark.name}; problems named above: {counts}"
-    return (
-        f"verdict: good, usable as {benchmark.name}; next:\n"
-        f"  python scripts/eval.py dataset={benchmark.name} data.root={quote(str(root))} ckpt=MODEL"
-    )
 
 
 def make(options: PrepareDataOptions) -> list[str]:

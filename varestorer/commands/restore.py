@@ -198,12 +198,10 @@ def fit(
 ) -> tuple[VARestorer, RestoreOptions, Budget]:
     """Choose precision, tile and batch so that restoring keeps to `max_memory`, and say what that leaves.
 
-    Half the bits change a result less than smaller squares do, so they come first.
+    Half the bits change a result less than smaller squares do, so they come first. UserError: not even these fit.
 
     Returns:
         the system, accelerated; the options with the tile and the precision; what pictures have room for.
-    Raises:
-        UserError: not even the smallest squares fit.
     """
     limit = parse_memory(str(options.max_memory))
     own = means(options).on(device).precision
@@ -228,7 +226,11 @@ def fit(
         system.accelerate(acceleration)
         side = tile or system.tile
         way = wishes(chosen) | {"trained_scale": 1, "overlap": 0, "tile": tile, "sizes": None, "prompt": features}
-        probe = partial(restore_row, system, side, way)
+
+        def probe(number: int, system: VARestorer = system, side: int = side, way: dict[str, Any] = way) -> None:
+            """Restore so many squares at once."""
+            system.restore(torch.rand(3, side, number * side), 1, **way | {"batch": number})
+
         found = measure(limit, device, probe, target, writing, budget)
         if found is not None:
             break
@@ -250,11 +252,6 @@ def fit(
         found.largest(scale, options.trained_scale) / 1e6,
     )
     return system, chosen, found
-
-
-def restore_row(system: VARestorer, side: int, way: dict[str, Any], number: int) -> None:
-    """Restore so many squares at once."""
-    system.restore(torch.rand(3, side, number * side), 1, **way | {"batch": number})
 
 
 def batch_of(budget: Budget, options: RestoreOptions, height: int, width: int) -> int:

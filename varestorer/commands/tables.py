@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from varestorer.benchmark.measure import measure
 from varestorer.benchmark.networks import Source, num_parameters, num_trained, restoring_counts
 from varestorer.benchmark.restore import restoring, with_weights
 from varestorer.benchmark.roofline import device_description
-from varestorer.commands.entry import OK, Command, say
+from varestorer.commands.entry import OK, Command, as_list, say
 from varestorer.commands.options import TablesOptions
 from varestorer.evaluation.pairwise import preference_tables, read_answers, read_study
 from varestorer.evaluation.paper_tables import (
@@ -30,12 +31,13 @@ from varestorer.evaluation.paper_tables import (
     table_3,
     table_varsr,
 )
-from varestorer.evaluation.small_models import open_models, seconds_in_turns, table_small
+from varestorer.evaluation.small_models import SIDE, open_models, table_small
 from varestorer.evaluation.tables import Table, to_markdown, write_tables
 from varestorer.systems import SYSTEMS
 from varestorer.utils.device import pick_device
 from varestorer.utils.errors import UsageError, reason
 from varestorer.utils.files import check_writable, expand_user
+from varestorer.utils.seeds import torch_generator
 
 TITLES = {number: f"Table {number} of VARestorer" for number in ("1", "2", "3")} | {
     "varsr": "VARSR and its ablations",
@@ -68,16 +70,20 @@ def _tables(options: TablesOptions, number: str) -> list[Table]:
     if number != "2" and (_model_names() or options.ckpt is not None):
         raise UsageError(f"model= and ckpt= are for table=2; table={number} takes runs=")
     if number == "preference":
-        if len(_listed(options.runs)) != 1:
+        if len(as_list(options.runs)) != 1:
             raise UsageError("table=preference takes one folder in runs=: the out= of eval compare=[...] pairwise=true")
-        study = read_study(_listed(options.runs)[0])
-        return preference_tables(study, read_answers(study, _listed(options.answers)))
+        study = read_study(as_list(options.runs)[0])
+        return preference_tables(study, read_answers(study, as_list(options.answers)))
     if number != "small" and (options.models or options.licenses):
         raise UsageError(f"models= and licenses= are for table=small; table={number} takes runs=")
-    records = read_records(_listed(options.runs))
+    records = read_records(as_list(options.runs))
     if number == "small":
         models = open_models(_labeled("models", options.models), _labeled("licenses", options.licenses))
-        return table_small(records, models, seconds_in_turns(models, options.repeats))
+        picture_3hw = torch.rand(3, SIDE, SIDE, generator=torch_generator(0))
+        works = {label: partial(model.source.make, "picture", picture_3hw) for label, model in models.items()}
+        with torch.no_grad():
+            found = measure(works, options.repeats, 1, torch.device("cpu"))
+        return table_small(records, models, {label: measured.whole.median for label, measured in found.items()})
     if number == "1":
         return table_1(records)
     if number == "varsr":
@@ -140,7 +146,7 @@ def _model_names() -> list[str]:
     """What `model=` names: one config of its group, or several, which the composed config holds mixed together."""
     given = OverridesParser.create().parse_overrides(list(HydraConfig.get().overrides.task))
     values = [override.value() for override in given if override.key_or_group == "model"]
-    return _listed(values[-1]) if values else []
+    return as_list(values[-1]) if values else []
 
 
 def _source(name: str, seed: int) -> Source:
@@ -161,13 +167,6 @@ def _text_encoder(folder: str) -> nn.Module:
             return T5EncoderModel(config).eval()
     except (OSError, ValueError, AttributeError) as error:
         raise UsageError(f"text_encoder={folder} has no config.json of a T5 ({reason(error)})") from error
-
-
-def _listed(value: Any) -> list[str]:
-    """A list of texts; one alone is meant as a list of one, null as none."""
-    if value is None:
-        return []
-    return [str(item) for item in value] if isinstance(value, list) else [str(value)]
 
 
 COMMAND = Command("tables", tables, TablesOptions)

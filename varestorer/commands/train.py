@@ -7,7 +7,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
@@ -49,51 +49,28 @@ def train(cfg: DictConfig) -> int:
     join_cluster_job()
     accelerator = make_accelerator(str(cfg.device))
     check_stages(stages, accelerator.num_processes, accelerator.device)
-    with ExitStack() as kept:
-        scores = image_scores(cfg, stages, accelerator)
-        run = open_run(cfg, stages, accelerator, kept)
-        try:
-            return train_in(run, cfg, stages, scores)
-        except Exception:
-            run.discard_if_unbegun()
-            raise
-
-
-def image_scores(cfg: DictConfig, stages: Mapping[str, DictConfig], accelerator: Accelerator) -> ImageScores:
-    """The metrics that validations score pictures with; the first process fetches their weights."""
     validates = any(typed(TrainerConfig, stage.trainer).validate_every for stage in stages.values())
-    with accelerator.main_process_first():
-        return ImageScores(cfg.scores if validates else (), accelerator.device, accelerator.is_main_process)
-
-
-def train_in(run: Run, cfg: DictConfig, stages: Mapping[str, DictConfig], scores: ImageScores) -> int:
-    """Train the stages in the run's folder."""
-    with run.stop.listening():
+    with accelerator.main_process_first():  # it fetches the weights of the metrics
+        scores = ImageScores(cfg.scores if validates else (), accelerator.device, accelerator.is_main_process)
+    with ExitStack() as kept:
+        run = open_run(cfg, stages, accelerator, kept)
+        kept.enter_context(run.stop.listening())
         try:
             system = build_system(cfg, run)
             for name, stage in stages.items():
                 train_stage(name, stage, system, run, scores)
             written = write_report(cfg, system, run)
             run.mark_finished()
-        except StoppedError as stopped:
-            end_early(stopped, run)
+        except StoppedError as stopped:  # the process ends: a sweep must not go on with its next job
+            if run.is_main:
+                say(f"{stopped}\ngo on with the same command and run_dir={run.run_dir} resume=auto")
+            run.stop.pass_on()
+            raise SystemExit(run.stop.exit_status) from None
         finally:
             run.logger.finish()
     if run.is_main:
         say(summary(run.run_dir, written))
     return OK
-
-
-def end_early(stopped: StoppedError, run: Run) -> NoReturn:
-    """Say where a stopped run was saved, and end the process: a sweep must not go on with its next job.
-
-    Raises:
-        SystemExit: with the signal's status.
-    """
-    if run.is_main:
-        say(f"{stopped}\ngo on with the same command and run_dir={run.run_dir} resume=auto")
-    run.stop.pass_on()
-    raise SystemExit(run.stop.exit_status)
 
 
 def open_run(cfg: DictConfig, stages: Mapping[str, DictConfig], accelerator: Accelerator, kept: ExitStack) -> Run:
@@ -111,7 +88,9 @@ def open_run(cfg: DictConfig, stages: Mapping[str, DictConfig], accelerator: Acc
         kept.enter_context(locked(Path(folder[0])))
     broadcast_object_list(folder)
     run = Run(Path(folder[0]), accelerator, cfg.seed)
-    run.stages, run.accept_other_data, run.is_new = list(stages), cfg.resume_other_data, is_new
+    if is_new:
+        kept.callback(run.discard_if_unbegun)
+    run.stages, run.accept_other_data = list(stages), cfg.resume_other_data
     if run.is_main:
         config = {**whole_config(cfg, stages), "run_dir": folder[0], "environment": environment()}
         check_resumable(run.run_dir / CONFIG, config)
@@ -180,10 +159,8 @@ def stage_configs(cfg: DictConfig, words: Sequence[str]) -> dict[str, DictConfig
     """The whole config as each stage sees it, all checked before anything starts.
 
     A stage's own `trainer`, `optimizer` and `data` go over the run's; what was given on the command line
-    (`trainer.max_steps=2`) goes over both, unless the command line names the stage too.
-
-    Raises:
-        UsageError: no stages, or a value no run could mean.
+    (`trainer.max_steps=2`) goes over both, unless the command line names the stage too. UsageError: no stages, or a
+    value no run could mean.
     """
     if not cfg.stages:
         raise UsageError("nothing to train: the config has no stages; add +experiment=quickstart, see --help")

@@ -14,10 +14,9 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from difflib import get_close_matches
-from enum import Enum
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import hydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -42,23 +41,14 @@ SHORT = {"-i": "input", "-o": "output"}
 INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")  # what Hydra's own -i takes
 
 
-class Kind(Enum):
-    """What a key holds."""
-
-    text = "text"
-    texts = "texts"  # a list
-    other = "other"  # numbers, choices of a group, lists of them, ...
-    unknown = "unknown"
+Kind = Literal["text", "texts", "other"] | None
+"""What a key holds: a text, a list of texts, other values (numbers, choices of a group, ...); None: it is not known."""
 
 
 class Keys:
-    """What the keys of a command hold.
+    """What the keys of a command hold, by its config's name, the folder of configs and `more` of them (`--config-dir`).
 
-    Args:
-        config_name: of its config.
-        folder: of the configs.
-        words: overrides of the command line; groups that they choose bring keys with them.
-        more: another folder of configs (`--config-dir`).
+    Groups that the overrides `words` of the command line choose bring keys with them.
     """
 
     def __init__(self, config_name: str, folder: Path, words: Sequence[str] = (), more: str | None = None) -> None:
@@ -68,13 +58,9 @@ class Keys:
     def kind(self, key: str) -> Kind:
         """What a key holds; a stage's own `data.root` is what `data.root` is."""
         if self._is_group(f"{key}="):
-            return Kind.other
+            return "other"
         parts = key.split(".")
-        while parts:
-            if (found := self._kind_of(parts)) is not Kind.unknown:
-                return found
-            parts = parts[1:]
-        return Kind.unknown
+        return next(filter(None, (self._kind_of(parts[start:]) for start in range(len(parts)))), None)
 
     def _is_group(self, word: str) -> bool:
         name = re.match(r"[+~]*([\w/]+)(@[\w.:]*)?=", word)
@@ -99,8 +85,8 @@ class Keys:
             if isinstance(name, Node) and isinstance(name._value(), str):
                 target = name._value(), parts[depth:]
             node = node._get_node(part, validate_access=False)
-        kind = Kind.unknown if node is None else _kind_of_node(node)
-        return kind if kind is not Kind.unknown or target is None else _kind_of_argument(*target)
+        kind = None if node is None else _kind_of_node(node)
+        return kind if kind or target is None else _kind_of_argument(*target)
 
 
 @cache
@@ -112,19 +98,19 @@ def _composed(config_name: str, folder: Path, choices: tuple[str, ...], more: st
 
 def _kind_of_node(node: Any) -> Kind:
     if isinstance(node, StringNode):
-        return Kind.text
+        return "text"
     if isinstance(node, ListConfig):
         items = node._content if isinstance(node._content, list) else []
         are_texts = bool(items) and all(isinstance(item._value(), str) for item in items)
-        return Kind.texts if are_texts or node._metadata.element_type is str else Kind.other
+        return "texts" if are_texts or node._metadata.element_type is str else "other"
     if isinstance(node, DictConfig):
-        return Kind.unknown if node._is_none() or node._is_missing() else Kind.other
+        return None if node._is_none() or node._is_missing() else "other"
     value = node._value()
     if value is None or node._is_missing():
-        return Kind.unknown if node._metadata.ref_type in (Any, None) else Kind.other
+        return None if node._metadata.ref_type in (Any, None) else "other"
     if isinstance(value, str) and re.fullmatch(r"\$\{[\w.]+\}", value):  # what it refers to may be of any type
-        return Kind.unknown
-    return Kind.text if isinstance(value, str) else Kind.other
+        return None
+    return "text" if isinstance(value, str) else "other"
 
 
 def _kind_of_argument(target: str, parts: Sequence[str]) -> Kind:
@@ -132,26 +118,21 @@ def _kind_of_argument(target: str, parts: Sequence[str]) -> Kind:
     try:
         annotation = str(inspect.signature(get_object(target)).parameters[parts[0]].annotation)
     except Exception:  # noqa: BLE001  # whatever is wrong with it, Hydra tells it when it is called
-        return Kind.unknown
+        return None
     for _ in parts[1:]:
         entry = re.search(r"(?:Mapping|[dD]ict)\[\s*str\s*,(.*)\]", annotation)
         annotation = entry[1] if entry else ""
     names = set(re.findall(r"\w+", annotation))
     if names & {"int", "float", "bool", "dict", "Mapping", "Any"} or not names & {"str", "Path", "PathLike"}:
-        return Kind.unknown
-    return Kind.texts if names & {"list", "Sequence", "Iterable", "tuple"} else Kind.text
+        return None
+    return "texts" if names & {"list", "Sequence", "Iterable", "tuple"} else "text"
 
 
 def quote_value(word: str, keys: Keys | None = None, is_sweep: bool = False) -> str:
     """Quote the value of a `key=value` word whose value is free text or a path.
 
     `prompt=a dog, on grass` becomes `prompt='a dog, on grass'`. A value in quotes already, `null` and `???`
-    stay as they are.
-
-    Args:
-        word: of the command line.
-        keys: what the keys hold; without them only what Hydra cannot read is quoted.
-        is_sweep: whether `key=a,b` means two jobs.
+    stay as they are. Without `keys` only what Hydra cannot read is quoted; in a sweep `key=a,b` means two jobs.
     """
     match = re.fullmatch(r"(\+{0,2})([\w./@]+)=(.*)", word, flags=re.DOTALL)
     if match is None:
@@ -160,10 +141,10 @@ def quote_value(word: str, keys: Keys | None = None, is_sweep: bool = False) -> 
     is_literal = key in LITERAL
     if value.lower() == "null" or value == "???" or _is_quoted(value) or (not is_literal and _is_plain(value)):
         return word
-    kind = Kind.text if is_literal else keys.kind(key) if keys else Kind.unknown
-    if kind is Kind.texts:
+    kind: Kind = "text" if is_literal else keys.kind(key) if keys else None
+    if kind == "texts":
         return f"{plus}{key}={_quote_items(value)}"
-    if kind is Kind.other or (not is_literal and _is_readable(value, kind, is_sweep)):
+    if kind == "other" or (not is_literal and _is_readable(value, kind, is_sweep)):
         return word
     if is_literal:  # OmegaConf reads ${...} in quoted text too; `\` before it says to leave it alone
         value = re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + r"\${", value)
@@ -172,12 +153,8 @@ def quote_value(word: str, keys: Keys | None = None, is_sweep: bool = False) -> 
 
 def _is_plain(value: str) -> bool:
     """Whether Hydra reads a value as the text that it is."""
-    return re.fullmatch(r"[A-Za-z_./][\w./-]*", value, flags=re.ASCII) is not None and value.lower() not in (
-        "true",
-        "false",
-        "nan",
-        "inf",
-    )
+    is_word = re.fullmatch(r"[A-Za-z_./][\w./-]*", value, flags=re.ASCII) is not None
+    return is_word and value.lower() not in ("true", "false", "nan", "inf")
 
 
 def _is_readable(value: str, kind: Kind, is_sweep: bool) -> bool:
@@ -187,10 +164,10 @@ def _is_readable(value: str, kind: Kind, is_sweep: bool) -> bool:
     except HydraException:
         return False
     if not override.is_sweep_override():
-        return kind is Kind.unknown
+        return kind is None
     sweep = override.value()
     if not is_sweep:  # Hydra says what to do about `key=a,b`, but nobody means that by a path
-        return kind is Kind.unknown and not re.search(r"[/\s]", value)
+        return kind is None and not re.search(r"[/\s]", value)
     if not isinstance(sweep, ChoiceSweep) or not sweep.simple_form:
         return True
     return all(isinstance(item, QuotedString) or re.fullmatch(r"[\w.+-]+", str(item)) for item in sweep.list)
@@ -217,8 +194,7 @@ def _is_quoted(value: str) -> bool:
 def expand_home(cfg: DictConfig) -> None:
     """Put the user's folder for `~` wherever a config holds a path in it.
 
-    Raises:
-        UsageError: nothing says what the user's folder is (a container without HOME).
+    UsageError: nothing says what the user's folder is (a container without HOME).
     """
     with open_dict(cfg), read_write(cfg):
         _expand(cfg, "")
@@ -258,8 +234,7 @@ def check_words(words: Sequence[str], keys: Sequence[str]) -> None:
 def check_dashes(words: Sequence[str], keys: Sequence[str]) -> None:
     """Answer options written as other programs have them, `--input x` or `-i x`, with the form that they have here.
 
-    Raises:
-        UsageError: names the right words.
+    UsageError: names the right words.
     """
     right = []
     for word, following in zip(words, [*words[1:], ""], strict=False):
@@ -276,9 +251,7 @@ def check_dashes(words: Sequence[str], keys: Sequence[str]) -> None:
 def describe(error: BaseException, groups: Sequence[str] = ()) -> str:
     """An error of Hydra or OmegaConf in one line; the choices of a group follow on lines of their own.
 
-    Args:
-        error: as it was raised.
-        groups: of configs that the command's config may be extended by: `+experiment=NAME`.
+    The groups are those that the command's config may be extended by: `+experiment=NAME`.
     """
     text = str(error)
     override = re.match(r"Could not override '([^']+)'", text)
@@ -288,7 +261,9 @@ def describe(error: BaseException, groups: Sequence[str] = ()) -> str:
     for cause in (error, error.__cause__):
         if isinstance(cause, ConfigKeyError | ConfigAttributeError):
             key, inner = override[1] if override else "", str(cause.full_key)
-            return _unknown(inner if inner.startswith(f"{key}.") else key or inner, _names(cause))
+            root = OmegaConf.create() if cause.parent_node is None else cause.parent_node._get_root()
+            names = list(_dotted(OmegaConf.to_container(root, resolve=False)))
+            return _unknown(inner if inner.startswith(f"{key}.") else key or inner, names)
     if override and "No match in the defaults list" in text:
         key, added = override[1], re.search(r"use (\+\S+)", text)
         return f"{key!r} needs a +: {added[1]}" if key in groups and added else _unknown(key, [])
@@ -309,14 +284,8 @@ def _unknown(key: str, names: Sequence[str]) -> str:
     return f"no key {key!r}; {f'did you mean {guesses}? ' if guesses else ''}see --help"
 
 
-def _names(error: ConfigKeyError | ConfigAttributeError) -> list[str]:
-    """All keys of the config in which a key was looked for."""
-    if error.parent_node is None:
-        return []
-    return list(_dotted(OmegaConf.to_container(error.parent_node._get_root(), resolve=False)))
-
-
 def _dotted(config: Any, prefix: str = "") -> Iterator[str]:
+    """All keys of a config."""
     for key, value in config.items() if isinstance(config, Mapping) else ():
         if (name := f"{prefix}{key}") != "hydra":
             yield name

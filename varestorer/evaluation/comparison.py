@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from varestorer.evaluation.evaluator import Evaluator
-from varestorer.evaluation.protocols import load_protocol
+from varestorer.evaluation.protocols import PROTOCOLS
 from varestorer.evaluation.report import write_run_report
 from varestorer.systems.base import System
 from varestorer.systems.hvar import HVAR
@@ -32,6 +31,7 @@ from varestorer.utils.images import resize
 from varestorer.utils.tiling import restore_tiled
 
 SCALE = 4
+PROTOCOL = "varestorer"  # whose metrics are used
 UNDISTILLED = "one step, before distillation"
 TUNED_PLAIN, READ_PLAIN = "plain tokenizer", "same tokenizer read plain"
 """Trained without the hierarchy; and trained for it but used without, which is no fair stand-in for the first."""
@@ -60,17 +60,17 @@ def photographs(samples: Iterable[Mapping[str, Any]]) -> list[Photograph]:
     return found
 
 
-def _bicubic(photo: Photograph) -> Tensor:
-    return resize(photo.lr, (photo.hq.shape[-2], photo.hq.shape[-1]), "bicubic")
-
-
 def _restored(system: System, photo: Photograph, **options: Any) -> Tensor:
     return system.restore(photo.lr, SCALE, **options).image
 
 
 def _framed(system: System, ways: Ways) -> Ways:
     """Ways between the least and the most that can be: bicubic, and what the tokenizer keeps of the photograph."""
-    return {"bicubic": _bicubic, **ways, "tokenizer ceiling": lambda photo: system.reconstruct(photo.hq)}
+
+    def bicubic(photo: Photograph) -> Tensor:
+        return resize(photo.lr, (photo.hq.shape[-2], photo.hq.shape[-1]), "bicubic")
+
+    return {"bicubic": bicubic, **ways, "tokenizer ceiling": lambda photo: system.reconstruct(photo.hq)}
 
 
 def _undistilled(system: OneStepSystem | VARestorer) -> Any:
@@ -134,17 +134,8 @@ WAYS: dict[str, Callable[[Any], Ways]] = {
 }
 
 
-def timed(restore: Callable[[Photograph], Tensor], photo: Photograph, device: torch.device) -> tuple[Tensor, float]:
-    """The image, and the seconds it took with the device's work finished."""
-    start = time.perf_counter()
-    image = restore(photo)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return image, time.perf_counter() - start
-
-
 def compare_methods(
-    system: System, photos: Sequence[Photograph], protocol: str, metrics: Sequence[str], ways: Ways
+    system: System, photos: Sequence[Photograph], metrics: Sequence[str], ways: Ways
 ) -> tuple[list[dict[str, Any]], dict[str, dict[str, Tensor]]]:
     """Restore every photograph in every way (by the name of its column), and score it.
 
@@ -153,16 +144,19 @@ def compare_methods(
     Returns:
         a row per method (mean metrics, seconds per image), and the pictures of each photograph by column.
     """
-    evaluator = Evaluator(load_protocol(protocol), metrics=list(metrics), device=system.device, offline=True)
+    evaluator = Evaluator(PROTOCOLS[PROTOCOL], metrics, device=system.device, offline=True)
     scores: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
     pictures: dict[str, dict[str, Tensor]] = {}
     for restore in ways.values():  # the first call pays for memory and kernels
         restore(photos[0])
     for photo in photos:
-        size = (photo.hq.shape[-2], photo.hq.shape[-1])
-        columns = {"LQ": F.interpolate(photo.lr[None], size=size, mode="nearest")[0]}
+        columns = {"LQ": photo.lr}
         for name, restore in ways.items():
-            columns[name], seconds = timed(restore, photo, system.device)
+            start = time.perf_counter()
+            columns[name] = restore(photo)
+            if system.device.type == "cuda":
+                torch.cuda.synchronize(system.device)
+            seconds = time.perf_counter() - start
             scores[name].append(evaluator.score(columns[name], photo.hq).values | {"seconds": seconds})
         pictures[photo.name] = columns | {"HQ": photo.hq}
     return [{"method": name, **_means(found)} for name, found in scores.items()], pictures
@@ -179,7 +173,6 @@ def write_comparison(
     device: torch.device,
     heldout: Sequence[Mapping[str, Any]],
     title: str = "varestorer run",
-    protocol: str = "varestorer",
     metrics: Sequence[str] = ("psnr", "ssim"),
     ways: str = "distilled",
 ) -> Path:
@@ -192,23 +185,16 @@ def write_comparison(
         device: where it runs.
         heldout: pairs that were not trained on (`data.heldout_pairs`).
         title: of the page.
-        protocol: whose metrics are used, see `evaluation.protocols`.
-        metrics: of that protocol, or of pyiqa; those whose weights are not at hand are left out.
+        metrics: of `PROTOCOL`, or of pyiqa; those whose weights are not at hand are left out.
         ways: which methods to compare, one of `WAYS`.
-    Returns:
-        the report's path.
     """
     system.to(device).eval()
-    rows, pictures = compare_methods(system, photographs(heldout), protocol, metrics, WAYS[ways](system))
+    rows, pictures = compare_methods(system, photographs(heldout), metrics, WAYS[ways](system))
     seconds = {row["method"]: row["seconds"] for row in rows}
     facts: dict[str, Any] = {"parameters": parameter_counts(system)}
     if "one step" in seconds:
         facts["one step against multi-step"] = f"{seconds['multi-step'] / seconds['one step']:.2f} times as fast"
-    return _write(run_dir, title, rows, pictures, facts | _place(protocol, config, device))
-
-
-def _place(protocol: str, config: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    return {"protocol": protocol, "seed": config["seed"], "device": str(device)}
+    return _write(run_dir, title, rows, pictures, facts, config["seed"], device)
 
 
 def _write(
@@ -217,11 +203,16 @@ def _write(
     rows: Sequence[Mapping[str, Any]],
     pictures: Mapping[str, Mapping[str, Tensor]],
     facts: Mapping[str, Any],
+    seed: int,
+    device: torch.device,
 ) -> Path:
-    """Write `report.html`, and its rows and facts as `report.json`."""
-    curves = read_curves(run_dir / "metrics.jsonl")
+    """Write `report.html`, and its rows and facts as `report.json`; returns the report's path."""
+    curves: dict[str, list[dict[str, Any]]] = {}
+    for text in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+        line = json.loads(text)
+        curves.setdefault(line["stage"], []).append(line)
     training = ", ".join(f"{stage} {len(c)} steps {c[-1]['seconds']:.0f} s" for stage, c in curves.items())
-    facts = {"training": training, **facts}
+    facts = {"training": training, **facts, "protocol": PROTOCOL, "seed": seed, "device": str(device)}
     write_run_report(run_dir / "report.html", title, curves, rows, pictures, facts)
     write_json(run_dir / "report.json", {"rows": rows, "facts": facts}, indent=1)
     return run_dir / "report.html"
@@ -239,66 +230,40 @@ def parameter_counts(system: Any) -> str:
     return ", ".join(f"{name} {count / 1e6:.2f} M" for name, count in counts.items())
 
 
-def read_curves(path: Path) -> dict[str, list[dict[str, Any]]]:
-    """The lines of a metrics file by stage, in order."""
-    curves: dict[str, list[dict[str, Any]]] = {}
-    for text in path.read_text(encoding="utf-8").splitlines():
-        line = json.loads(text)
-        curves.setdefault(line["stage"], []).append(line)
-    return curves
-
-
-def plain_twin(system: HVAR) -> HVAR:
-    """The same networks read as a plain residual tokenizer: all scales found at the last size."""
-    config = system.config
-    plain = HVAR(**config | {"tokenizer": config["tokenizer"] | {"reuse": "none"}})
-    plain.load_state_dict(system.state_dict())
-    return plain.to(system.device).eval()
-
-
 def reduced_plain(plain: HVAR, photo: Photograph, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
     """The scales up to each target, summed and decoded at the full size, then reduced: how VAR shows a coarse image."""
     images = []
     for target, size in zip(plain.nested.targets, sizes, strict=True):
         count = sum(h <= target[0] for h, _ in plain.nested.scales)
 
-        def first_scales(image_3HW: Tensor, count: int = count) -> Tensor:
-            indices = plain.encode(image_3HW[None].to(plain.device)).indices[:count]
+        def first_scales(tiles_B3tt: Tensor, numbers: list[int], count: int = count) -> Tensor:
+            indices = plain.encode(tiles_B3tt.to(plain.device)).indices[:count]
             codes = plain.tokenizer.quantizer.indices_to_codes(indices, plain.schedule)
-            return plain.decode(codes)[0].cpu()
+            return plain.decode(codes).cpu()
 
-        images.append(resize(_by_squares(photo.hq, plain.tile, first_scales), size, "area"))
+        whole = (photo.hq.shape[-2], photo.hq.shape[-1])
+        decoded = restore_tiled(photo.hq, whole, plain.tile, plain.tile // 4, 8, first_scales).clamp_(0, 1)
+        images.append(resize(decoded, size, "area"))
     return images
-
-
-def _by_squares(image_3HW: Tensor, side: int, restore: Any) -> Tensor:
-    """An image through a function of squares, by tiles."""
-
-    def run(tiles_B3tt: Tensor, numbers: list[int]) -> Tensor:
-        return torch.stack([restore(tile) for tile in tiles_B3tt])
-
-    size = (image_3HW.shape[-2], image_3HW.shape[-1])
-    return restore_tiled(image_3HW, size, side, side // 4, 8, run).clamp_(0, 1)
 
 
 @torch.inference_mode()
 def compare_sizes(
-    system: HVAR, photos: Sequence[Photograph], protocol: str, metrics: Sequence[str], plain: HVAR | None = None
+    system: HVAR, photos: Sequence[Photograph], metrics: Sequence[str], plain: HVAR | None
 ) -> tuple[list[dict[str, Any]], dict[str, dict[str, Tensor]]]:
     """Restore and reconstruct every photograph at every size, and score it against the photograph reduced to it.
 
-    Args:
-        system: gives all sizes in one pass.
-        photos: held out.
-        protocol: whose metrics are used.
-        metrics: of that protocol, or of pyiqa.
-        plain: a system with a plain tokenizer; None for the system's own weights read so.
+    `plain` is a system with a plain tokenizer; None for the system's own weights read so.
+
     Returns:
         a row per method and size (mean metrics), and the pictures of each photograph by column.
     """
-    evaluator = Evaluator(load_protocol(protocol), metrics=list(metrics), device=system.device, offline=True)
+    evaluator = Evaluator(PROTOCOLS[PROTOCOL], metrics, device=system.device, offline=True)
     label = READ_PLAIN if plain is None else TUNED_PLAIN
-    plain = plain or plain_twin(system)
+    if plain is None:  # all scales are found at the last size then
+        plain = HVAR(**system.config | {"tokenizer": system.config["tokenizer"] | {"reuse": "none"}})
+        plain.load_state_dict(system.state_dict())
+        plain.to(system.device).eval()
     factors = [SCALE * side / system.tile for side in system.sides]
     scores: dict[tuple[str, int], list[dict[str, float]]] = {}
     pictures: dict[str, dict[str, Tensor]] = {}
@@ -315,7 +280,7 @@ def compare_sizes(
             f"{label}, decoded at the size": plain.reconstruct_sizes(photo.hq),
             f"{label}, decoded whole and reduced": reduced_plain(plain, photo, sizes),
         }
-        columns = {"LQ": F.interpolate(photo.lr[None], size=sizes[-1], mode="nearest")[0]}
+        columns = {"LQ": photo.lr}
         for name, images in ways.items():
             for image, side in zip(images, system.sides, strict=True):
                 wanted = resize(photo.hq, (image.shape[-2], image.shape[-1]), "area")
@@ -335,7 +300,6 @@ def write_sizes(
     device: torch.device,
     heldout: Sequence[Mapping[str, Any]],
     title: str = "H-VAR run",
-    protocol: str = "varestorer",
     metrics: Sequence[str] = ("psnr", "ssim"),
     plain: str | None = None,
 ) -> Path:
@@ -345,9 +309,9 @@ def write_sizes(
     """
     system.to(device).eval()
     other = None if plain is None else HVAR.from_pretrained(plain, device=device)
-    rows, pictures = compare_sizes(system, photographs(heldout), protocol, metrics, other)
+    rows, pictures = compare_sizes(system, photographs(heldout), metrics, other)
     facts: dict[str, Any] = {
         "parameters": parameter_counts(system),
         "plain tokenizer": plain or "the same networks, which were tuned for the hierarchy",
     }
-    return _write(run_dir, title, rows, pictures, facts | _place(protocol, config, device))
+    return _write(run_dir, title, rows, pictures, facts, config["seed"], device)

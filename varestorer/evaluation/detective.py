@@ -61,23 +61,14 @@ SHOWN = 5
 
 @dataclass(frozen=True)
 class Convention:
-    """One way to compute a figure.
-
-    Attributes:
-        metric: of pyiqa.
-        channel: of PSNR and SSIM, one of `OPTIONS`.
-        is_rounded: whether the luma is rounded, as Matlab's rgb2ycbcr gives it for 8-bit images.
-        border: left out, pixels.
-        is_cropped: whether only the middle of the image is seen, see `CROP`.
-        file: what the restored image was saved as, one of `FILES`; "" for PNG.
-    """
+    """One way to compute a figure by a metric of pyiqa."""
 
     metric: str
-    channel: str = ""
-    is_rounded: bool = False
-    border: int = 0
-    is_cropped: bool = False
-    file: str = ""
+    channel: str = ""  # of PSNR and SSIM, one of `OPTIONS`
+    is_rounded: bool = False  # the luma, as Matlab's rgb2ycbcr gives it for 8-bit images
+    border: int = 0  # left out, pixels
+    is_cropped: bool = False  # only the middle of the image is seen, see `CROP`
+    file: str = ""  # what the restored image was saved as, one of `FILES`; "" for PNG
 
     @property
     def words(self) -> str:
@@ -91,30 +82,15 @@ class Convention:
         )
         return ", ".join(filter(None, parts))
 
-    def is_of(self, pyiqa_name: str, options: Mapping[str, Any]) -> bool:
-        """Whether pyiqa computes it so, with these options."""
-        own = OPTIONS.get(self.channel, {})
-        default = {"psnr": OPTIONS[RGB], "ssim": OPTIONS[YIQ]}.get(pyiqa_name, {})
-        rounds = self.metric == "ssim" and self.channel != RGB
-        plain = Convention(self.metric, self.channel, rounds)
-        return self == plain and self.metric == pyiqa_name and own == (dict(options) or default)
-
 
 @dataclass(frozen=True)
 class Answer:
-    """What a convention gives.
-
-    Attributes:
-        convention: which.
-        mean: over all images.
-        difference: to the figure asked for.
-        fits: whether it is the figure, to one unit of its last digit.
-    """
+    """What a convention gives: the mean over all images, and its difference to the figure asked for."""
 
     convention: Convention
     mean: float
     difference: float
-    fits: bool
+    fits: bool  # it is the figure, to one unit of its last digit
 
 
 def read_figures(text: str) -> dict[str, str]:
@@ -144,20 +120,15 @@ def conventions(metric: str, scale: int) -> Iterator[Convention]:
 def explain(
     pairs: Sequence[Pair], source: Source, figures: Mapping[str, str], scale: int
 ) -> tuple[dict[str, list[Answer]], int]:
-    """Compute every figure in every known way; an image that cannot be read is named in the log and left out.
+    """Compute every figure (metric -> as printed) in every known way; `scale` is that between LQ and reference.
 
-    Args:
-        pairs: of the data set.
-        source: of the restored images.
-        figures: metric -> the figure, as printed.
-        scale: between LQ and reference.
+    An image that cannot be read is named in the log and left out; UserError if none can be, or a figure cannot be
+    computed at all.
+
     Returns:
         metric -> its answers, nearest first; and the number of images they are means over.
-    Raises:
-        UserError: no image can be read, or a figure cannot be computed at all.
     """
     metrics = {name: _available(name, scale) for name in figures}
-    has_references = any(hq is not None for _, _, hq in pairs)
     scores: dict[str, dict[Convention, list[float]]] = {name: {} for name in figures}
     count = 0
     for name, lq_path, hq_path in tqdm(pairs, desc="explaining", unit="image", disable=None):
@@ -179,11 +150,15 @@ def explain(
         raise UserError("no image could be read (see above): nothing to explain")
     answers = {}
     for figure, printed in figures.items():
-        found = [_answer(way, values, printed) for way, values in scores[figure].items() if len(values) == count]
-        if not found:
+        unit = 10.0 ** -len(printed.partition(".")[2])
+        means = {way: fmean(values) for way, values in scores[figure].items() if len(values) == count}
+        if not means:
+            has_references = any(hq is not None for _, _, hq in pairs)
             why = "it could not be computed on all images" if has_references else "the data set has no references"
             raise UserError(f"no convention of {figure} gives a figure here: {why}; leave it out of explain=")
-        answers[figure] = sorted(found, key=lambda answer: abs(answer.difference))
+        gaps = {way: mean - float(printed) for way, mean in means.items()}
+        nearest = sorted(gaps, key=lambda way: abs(gaps[way]))
+        answers[figure] = [Answer(way, means[way], gaps[way], abs(gaps[way]) <= unit) for way in nearest]
     return answers, count
 
 
@@ -211,15 +186,18 @@ def report(figures: Mapping[str, str], answers: Mapping[str, Sequence[Answer]], 
 def _agrees(protocol: str, name: str, answers: Sequence[Answer]) -> bool:
     """Whether a protocol's own way to compute a metric gives the figure."""
     spec = next((spec for spec in PROTOCOLS[protocol].metrics if spec.name == name), None)
-    own = [a for a in answers if spec is not None and a.convention.is_of(spec.pyiqa_name, spec.options)]
-    return bool(own) and own[0].fits
+    if spec is None:
+        return False
+    options = dict(spec.options) or {"psnr": OPTIONS[RGB], "ssim": OPTIONS[YIQ]}.get(spec.pyiqa_name, {})
+    channel = next((channel for channel in OPTIONS if OPTIONS[channel] == options), "")
+    own = Convention(spec.pyiqa_name, channel, is_rounded=spec.pyiqa_name == "ssim" and channel != RGB)
+    return any(answer.fits and answer.convention == own for answer in answers)
 
 
 def _available(name: str, scale: int) -> dict[Convention, Metric | None]:
     """The conventions of a metric that can be computed here, None for maps; why others cannot is logged once.
 
-    Raises:
-        UserError: none can.
+    UserError: none can.
     """
     ways: dict[Convention, Metric | None] = {}
     metrics: dict[str, Metric | None] = {}
@@ -238,12 +216,9 @@ def _available(name: str, scale: int) -> dict[Convention, Metric | None]:
 
 
 class _Views:
-    """One restored image as the conventions see it; what several of them share is computed once.
+    """One restored image in [0, 1] as the conventions see it; what several of them share is computed once.
 
-    Args:
-        image_3HW: restored, in [0, 1].
-        reference_3HW: its reference, if there is one.
-        side: of the square in the middle that some look at, pixels.
+    Some look at a square in the middle of `side` pixels.
     """
 
     def __init__(self, image_3HW: Tensor, reference_3HW: Tensor | None, side: int) -> None:
@@ -323,10 +298,3 @@ def _ssim_map(one_HW: np.ndarray, other_HW: np.ndarray) -> np.ndarray:
 
 
 MAPS = {"psnr": lambda one_HW, other_HW: (one_HW - other_HW) ** 2, "ssim": _ssim_map}
-
-
-def _answer(way: Convention, values: Sequence[float], printed: str) -> Answer:
-    digits = len(printed.partition(".")[2])
-    mean = fmean(values)
-    difference = mean - float(printed)
-    return Answer(way, mean, difference, abs(difference) <= 10.0**-digits)

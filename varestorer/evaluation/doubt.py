@@ -52,50 +52,40 @@ BATCH = 8
 
 @dataclass(frozen=True)
 class Measured:
-    """What one image says.
+    """What the image of a pair says.
 
-    Attributes:
-        name: of the pair.
-        bins: for each scale and each of `BINS` of the probability: symbols, their summed probability, how many are
-            right; (K, BINS, 3).
-        follows: correlation of each scale's map with the squared error of the result, and of their mean, K + 1 numbers.
-        scores: metric -> order -> score at each of `SHARES`.
+    Of each scale and each of `BINS` of the probability `bins` (K, BINS, 3) holds symbols, their summed probability, and
+    how many are right.
     """
 
     name: str
     bins: np.ndarray
-    follows: np.ndarray
-    scores: dict[str, dict[str, list[float]]]
+    follows: np.ndarray  # (K + 1,) correlations of the scales' maps, and of their mean, with the result's squared error
+    scores: dict[str, dict[str, list[float]]]  # metric -> order -> score at each of `SHARES`
 
 
 @dataclass(frozen=True)
 class DoubtReport:
-    """What a data set says of a model's doubt.
+    """What a data set says of a model's doubt."""
 
-    Attributes:
-        fallback: one of `FALLBACKS`.
-        scales: sides of the scales, such as `8 x 8`.
-        images: of the data set.
-        failures: name -> reason.
-    """
-
-    fallback: str
-    scales: tuple[str, ...]
+    fallback: str  # one of `FALLBACKS`
+    scales: tuple[str, ...]  # such as `8 x 8`
     images: tuple[Measured, ...]
-    failures: dict[str, str]
+    failures: dict[str, str]  # name -> reason
 
     @property
     def bins(self) -> np.ndarray:
         """Of all images, see `Measured`."""
         return np.sum([image.bins for image in self.images], axis=0)
 
+    def curves(self) -> dict[str, dict[str, list[float]]]:
+        """Metric -> order -> mean score over the images at each of `SHARES`."""
+        scores = [image.scores for image in self.images]
+        return {m: {o: np.mean([s[m][o] for s in scores], axis=0).tolist() for o in ORDERS} for m in scores[0]}
+
 
 def check_doubt(system: System, pairs: Sequence[Pair], evaluator: Evaluator, fallback: str) -> None:
-    """Refuse, before hours are spent, what `measure_doubt` cannot do.
-
-    Raises:
-        UsageError: no metric to judge by, no references, or a fallback that the system has not.
-    """
+    """Refuse, before hours are spent, what `measure_doubt` cannot do: a UsageError."""
     if not set(METRICS) & evaluator.image_metrics.keys():
         raise UsageError(f"doubt= needs {' or '.join(METRICS)} among the metrics")
     if any(hq is None for _, _, hq in pairs):
@@ -117,9 +107,9 @@ def measure_doubt(
 
     Args:
         system: what is judged, by the restorations that `eval` scores.
-        pairs: name, low-quality file, high-quality file.
+        pairs: all with references.
         evaluator: has PSNR or LPIPS.
-        fallback: "restorer" or "bicubic": what takes the place of doubtful areas.
+        fallback: one of `FALLBACKS`: what takes the place of doubtful areas.
         scale, seed: as of `SystemSource`.
         processes: that share the work; all get the whole report.
     """
@@ -237,12 +227,11 @@ def calibration_table(report: DoubtReport) -> Table:
 
 def coverage_table(report: DoubtReport) -> Table:
     """A row for each share of the area that falls back."""
-    metrics = [*report.images[0].scores]
-    names = [(metric, order) for metric in metrics for order in ORDERS]
+    curves = report.curves()
     rows = []
     for number, share in enumerate(SHARES):
-        cells: dict[str, Any] = {f"{m}, {order}": _mean(report, m, order)[number] for m, order in names}
-        for metric in metrics:
+        cells: dict[str, Any] = {f"{m}, {o}": curve[number] for m, of in curves.items() for o, curve in of.items()}
+        for metric in curves:
             doubt, blind = (
                 {image.name: image.scores[metric][order][number] for image in report.images}
                 for order in ("doubt", "blind")
@@ -252,60 +241,53 @@ def coverage_table(report: DoubtReport) -> Table:
                 cells[f"{metric}, doubt less blind"] = f"{found.mean:+.4f} ({found.low:+.4f} to {found.high:+.4f})"
         rows.append(TableRow({"falls back": f"{share:.0%}", **cells}))
     columns = [Column("falls back", is_text=True)]
-    for metric in metrics:
-        columns += [Column(f"{metric}, {order}") for order in ORDERS] + [Column(f"{metric}, doubt less blind")]
+    columns += [Column(f"{metric}, {order}") for metric in curves for order in (*ORDERS, "doubt less blind")]
     notes = [f"{order}: {meaning}." for order, meaning in ORDERS.items()]
     notes.append(f"{len(report.images)} images; the brackets are 95 % intervals.")
     title = f"What is left where an area falls back to {FALLBACKS[report.fallback]}"
     return Table(tuple(columns), tuple(rows), title, tuple(notes))
 
 
-def _mean(report: DoubtReport, metric: str, order: str) -> list[float]:
-    return [float(x) for x in np.mean([image.scores[metric][order] for image in report.images], axis=0)]
-
-
 def write_doubt(report: DoubtReport, out: Path, title: str) -> list[Path]:
     """Write `doubt.md`, `.tex`, `.html`, `.json` (all numbers of the curves) and `.png`.
 
-    Raises:
-        UserError: no image could be measured, or a file cannot be written.
+    UserError: no image could be measured, or a file cannot be written.
     """
     if not report.images:
         raise UserError("doubt= found no image that could be measured")
     tables = [calibration_table(report), coverage_table(report)]
     written = write_tables(tables, f"Doubt: {title}", out, "doubt")
-    metrics = [*report.images[0].scores]
     content = {
         "n": len(report.images),
         "failures": report.failures,
         "fallback": report.fallback,
         "bins": {scale: bins.tolist() for scale, bins in zip(report.scales, report.bins, strict=True)},
         "shares": SHARES,
-        "curves": {metric: {order: _mean(report, metric, order) for order in ORDERS} for metric in metrics},
+        "curves": report.curves(),
     }
     write_json(out / "doubt.json", content, indent=2)
-    _draw(report, metrics, out / "doubt.png", title)
+    _draw(report, out / "doubt.png", title)
     return [*written, out / "doubt.json", out / "doubt.png"]
 
 
-def _draw(report: DoubtReport, metrics: Sequence[str], path: Path, title: str) -> None:
+def _draw(report: DoubtReport, path: Path, title: str) -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5 * (1 + len(metrics)), 4.6), dpi=110, layout="constrained")
-    first, *others = figure.subplots(1, 1 + len(metrics))
-    for scale, bins in [*zip(report.scales, report.bins, strict=True)][-3:]:
-        seen = bins[bins[:, 0] >= 100]
-        first.plot(seen[:, 1] / seen[:, 0], seen[:, 2] / seen[:, 0], marker=".", linewidth=1, label=scale)
-    bins = report.bins.sum(axis=0)
-    seen = bins[bins[:, 0] >= 100]
-    first.plot(seen[:, 1] / seen[:, 0], seen[:, 2] / seen[:, 0], marker="o", color="black", label="all scales")
+    curves, bins = report.curves(), report.bins.sum(axis=0)
+    figure = Figure(figsize=(5 * (1 + len(curves)), 4.6), dpi=110, layout="constrained")
+    first, *others = figure.subplots(1, 1 + len(curves))
+    looks: list[dict[str, Any]] = 3 * [{"marker": ".", "linewidth": 1}] + [{"marker": "o", "color": "black"}]
+    shown = [*[*zip(report.scales, report.bins, strict=True)][-3:], ("all scales", bins)]
+    for (scale, of_scale), look in zip(shown, looks[-len(shown) :], strict=True):
+        count, probability, right = of_scale[of_scale[:, 0] >= 100].T
+        first.plot(probability / count, right / count, label=scale, **look)
     first.bar((np.arange(BINS) + 0.5) / BINS, bins[:, 0] / bins[:, 0].sum(), 0.9 / BINS, color="0.85", zorder=0)
     first.plot([0, 1], [0, 1], linestyle=":", color="0.4")
     first.set(xlabel="probability of the chosen symbol", ylabel="share that is right (bars: share of symbols)")
     first.legend(fontsize=8)
-    for axes, metric in zip(others, metrics, strict=True):
-        for order, style in zip(ORDERS, ("-", "-.", "--", ":"), strict=True):
-            axes.plot([100 * share for share in SHARES], _mean(report, metric, order), style, marker=".", label=order)
+    for axes, (metric, of_orders) in zip(others, curves.items(), strict=True):
+        for (order, curve), style in zip(of_orders.items(), ("-", "-.", "--", ":"), strict=True):
+            axes.plot([100 * share for share in SHARES], curve, style, marker=".", label=order)
         axes.set(xlabel=f"% of the area from {FALLBACKS[report.fallback]}", ylabel=metric)
         axes.grid(alpha=0.25)
         axes.legend(fontsize=8)

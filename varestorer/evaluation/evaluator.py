@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import math
 import tempfile
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain, repeat
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,7 +59,7 @@ class Evaluator:
         references: whether the data set has any; without them metrics that compare are not even built.
         batch: images scored at once where sizes agree, by the metrics whose scores do not depend on it.
     Raises:
-        UsageError: a metric that pyiqa does not know, or an impossible batch.
+        UsageError: a metric that pyiqa does not know.
     """
 
     def __init__(
@@ -72,8 +74,6 @@ class Evaluator:
         references: bool = True,
         batch: int = 1,
     ) -> None:
-        if batch < 1:
-            raise UsageError(f"batch must be at least 1 image, got {batch}")
         self.protocol = protocol
         self.device = torch.device("cpu" if torch.device(device).type == "mps" else device)
         self.batch = batch
@@ -124,9 +124,9 @@ class Evaluator:
         """
         image_B3HW = _round_trip(images, self.device)
         given = [reference for reference in references if reference is not None]
-        reference_B3HW = _round_trip(given, self.device) if given else None
         if len(given) not in (0, len(images)):
             raise ValueError(f"{len(images)} images need as many references, or none, got {len(given)}")
+        reference_B3HW = _round_trip(given, self.device) if given else None
         found = [Scores() for _ in images]
         for name, metric in self.image_metrics.items():
             is_asked = only is None or name in only
@@ -144,10 +144,10 @@ class Evaluator:
         progress: Progress | None = None,
         processes: Processes = ALONE,
     ) -> Evaluation:
-        """Score a data set; an image that fails is recorded, and the rest goes on.
+        """Score the images that a source gives; one that fails is recorded, and the rest goes on.
 
         The same pairs are scored together however many processes there are and wherever an earlier run stopped, so
-        the figures are the same.
+        the figures are the same. UsageError: no pairs, or `progress` holds scores of others.
 
         Args:
             pairs: name, low-quality file, high-quality file or None.
@@ -156,8 +156,6 @@ class Evaluator:
             keep: folder for the images that the source makes, `<name>.png`.
             progress: what an earlier run did is not done again, and what this one does is noted.
             processes: that share the work; all get all rows, and the first scores of whole folders (FID).
-        Raises:
-            UsageError: no pairs, or `progress` holds scores of others.
         """
         if not pairs:
             raise UsageError(f"data set {dataset!r} has no images to score")
@@ -168,7 +166,8 @@ class Evaluator:
         # all have read what there is before the first writes
         if all(processes.gather([True])) and progress and processes.is_main:
             progress.begin(list(self.image_metrics), rows.values())
-        chunks = self._chunks(pairs, rows)
+        parts = (pairs[start : start + self.batch] for start in range(0, len(pairs), self.batch))
+        chunks = [left for part in parts if (left := [pair for pair in part if pair[0] not in rows])]
         rounds = math.ceil(len(chunks) / processes.size)
         bar = tqdm(total=len(pairs), initial=len(rows), desc=f"evaluate {dataset}", unit="image", disable=None)
         with quiet(), bar:
@@ -194,8 +193,7 @@ class Evaluator:
     def _kept(self, pairs: Sequence[Pair], reader: SampleReader, progress: Progress) -> dict[str, Row]:
         """Rows of an earlier run whose files are there and are the same as then.
 
-        Raises:
-            UsageError: that run has scored images that are not asked for now, and going on would drop their scores.
+        UsageError: it has scored images that are not asked for now, and going on would drop their scores.
         """
         done = progress.kept(list(self.image_metrics))
         others = len(done.keys() - {name for name, _, _ in pairs})
@@ -210,20 +208,18 @@ class Evaluator:
                 rows[name] = replace(done[name], image=image, reference=hq, lq=lq)
         return rows
 
-    def _chunks(self, pairs: Sequence[Pair], rows: Mapping[str, Row]) -> list[list[Pair]]:
-        """Pairs that are scored together, without those that have a row; none is empty."""
-        parts = (pairs[start : start + self.batch] for start in range(0, len(pairs), self.batch))
-        chunks = ([pair for pair in part if pair[0] not in rows] for part in parts)
-        return [chunk for chunk in chunks if chunk]
-
     def _rows(self, samples: Sequence[Sample]) -> list[Row]:
-        """Score the samples of a chunk, those of one size at once."""
-        scores: dict[str, Scores] = {}
-        for group in _same_size(samples):
+        """Score the samples of a chunk, those of one size, with or without references, at once."""
+        rows, groups = {sample.row.name: sample.row for sample in samples}, defaultdict[Any, list[Sample]](list)
+        for sample in samples:
+            if sample.image is not None:
+                groups[sample.image.shape, sample.reference is None].append(sample)
+        for group in groups.values():
             images, references = [s.image for s in group if s.image is not None], [s.reference for s in group]
-            found = self.score_batch(images, references)
-            scores |= {sample.row.name: one for sample, one in zip(group, found, strict=True)}
-        return [_with_scores(sample.row, scores.get(sample.row.name, Scores())) for sample in samples]
+            for sample, found in zip(group, self.score_batch(images, references), strict=True):
+                errors = tuple(f"{metric}: {why}" for metric, why in found.errors.items())
+                rows[sample.row.name] = replace(sample.row, scores=found.values, errors=sample.row.errors + errors)
+        return list(rows.values())
 
     def _dataset_scores(self, rows: Sequence[Row]) -> tuple[dict[str, float], dict[str, str]]:
         """Scores of metrics that compare whole folders, and why those that failed did."""
@@ -268,20 +264,6 @@ def _digests(*files: Path | None) -> str | None:
         return " ".join(file_sha256(file) for file in files if file is not None)
     except UserError:
         return None
-
-
-def _same_size(samples: Sequence[Sample]) -> Iterator[list[Sample]]:
-    """The samples that have an image, in groups of one size, with or without references."""
-    groups: dict[tuple[object, ...], list[Sample]] = {}
-    for sample in samples:
-        if sample.image is not None:
-            groups.setdefault((sample.image.shape, sample.reference is None), []).append(sample)
-    yield from groups.values()
-
-
-def _with_scores(row: Row, scores: Scores) -> Row:
-    errors = tuple(f"{metric}: {why}" for metric, why in scores.errors.items())
-    return replace(row, scores=scores.values, errors=row.errors + errors)
 
 
 def _link_pairs(pairs: Sequence[tuple[Path, Path]], folder: Path) -> tuple[Path, Path]:

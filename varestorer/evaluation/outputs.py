@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote
@@ -57,17 +58,16 @@ LABEL_PLACES = [
 def write_report(
     evaluations: Mapping[str, Evaluation], out: Path, expected_pairs: int | None = None, scale: float = 4
 ) -> list[Path]:
-    """Write `table.md`, `table.tex`, `table.html`, `gallery.html` and `scatter.png`.
+    """Write `table.md`, `table.tex`, `table.html`, `gallery.html` and `scatter.png`; returns the files written.
+
+    A page without pictures and a plot without methods are left out, and the log says so. UserError if a file cannot be
+    read or written.
 
     Args:
         evaluations: the scores by the names of the methods, of one data set under one protocol.
-        out: made when it is not there; older files in it are replaced.
+        out: older files in it are replaced.
         expected_pairs: size of the published test set; over another number of images our means compete for no mark.
         scale: side of the restored images over that of the LQ images.
-    Returns:
-        The files written; a page without pictures and a plot without methods are left out, and the log says so.
-    Raises:
-        UserError: a file cannot be read or written; names it.
     """
     records = [record_of(label, evaluation) for label, evaluation in evaluations.items()]
     first = next(iter(evaluations.values()))
@@ -78,24 +78,18 @@ def write_report(
     page = write_gallery(evaluations, out, scale)
     if page is None:
         log.info("no gallery.html: no scored image has a file")
-    else:
-        written.append(page)
-    comparable = [row for row in comparison.rows if row.is_ranked]
-    if write_scatter(out / SCATTER, comparable, first.columns, title) is None:
+    plot = write_scatter(out / SCATTER, [row for row in comparison.rows if row.is_ranked], first.columns, title)
+    if plot is None:
         wanted = f"one of {', '.join(DISTORTION)} and one of {', '.join(PERCEPTION)}"
         log.info("no %s: it needs %s, of ours and of another method over the same images", SCATTER, wanted)
-    else:
-        written.append(out / SCATTER)
-    return written
+    return [*written, *filter(None, [page, plot and out / SCATTER])]
 
 
 def record_of(label: str, evaluation: Evaluation) -> EvaluationRecord:
     """As the tables of the papers take it."""
-    columns = {
-        name: {row.name: row.scores[name] for row in evaluation.rows if name in row.scores}
-        for name in evaluation.columns
-    }
-    return EvaluationRecord(label, Path(), evaluation.summary(), columns)
+    rows, names = evaluation.rows, evaluation.columns
+    scores = {name: {row.name: row.scores[name] for row in rows if name in row.scores} for name in names}
+    return EvaluationRecord(label, Path(), evaluation.summary(), scores)
 
 
 def comparison_table(evaluations: Mapping[str, Evaluation], expected_pairs: int | None = None) -> Table:
@@ -126,23 +120,15 @@ def comparison_table(evaluations: Mapping[str, Evaluation], expected_pairs: int 
 def write_gallery(evaluations: Mapping[str, Evaluation], out: Path, scale: float = 4) -> Path | None:
     """Write `gallery.html`, which opens from its folder: pictures from elsewhere are copied to `gallery/`.
 
-    Args:
-        evaluations: what was scored, by the titles of its columns; of many images `MAX_PICTURES`, evenly spread.
-        out: its folder.
-        scale: side of the restored image over that of the LQ image.
-    Returns:
-        The page; None when no scored image has a file.
-    Raises:
-        UserError: a picture cannot be read, or the page not be written.
+    Returns the page; None when no scored image has a file. See `write_report`.
     """
     first = next(iter(evaluations.values()))
     shown = shared_rows(evaluations)
     if not shown:
         return None
     pictures = [_picture(rows, out, scale) for rows in shown]
-    introduction = f"{len(shown)} of {len(first.rows)} images, evenly spread."
-    if len(evaluations) > 1:
-        introduction += " Framed is where the methods differ most."
+    differ = " Framed is where the methods differ most." if len(evaluations) > 1 else ""
+    introduction = f"{len(shown)} of {len(first.rows)} images, evenly spread.{differ}"
     title = f"{first.dataset}: {', '.join(evaluations)}"
     page = render("gallery.html", title=title, introduction=introduction, hint=HINT, pictures=pictures)
     write_text(out / GALLERY, page)
@@ -205,26 +191,19 @@ def _link(path: Path, out: Path, name: str) -> str:
 
 def plane(rows: Sequence[TableRow]) -> tuple[str, str] | None:
     """The first measures of distortion and perception that our row and another one both have, by the metrics' names."""
-    for distortion in DISTORTION:
-        for perception in PERCEPTION:
-            has = [{distortion, perception} <= _scores(row).keys() for row in rows]
-            if any(found and row.is_ours for found, row in zip(has, rows, strict=True)) and sum(has) > 1:
-                return distortion, perception
+    for names in product(DISTORTION, PERCEPTION):
+        shown = [row for row in rows if set(names) <= _scores(row).keys()]
+        if len(shown) > 1 and any(row.is_ours for row in shown):
+            return names
     return None
 
 
 def write_scatter(
     path: Path, rows: Sequence[TableRow], lower_is_better: Mapping[str, bool], title: str
 ) -> tuple[str, str] | None:
-    """Draw the methods in the plane that `plane` finds; better is up and right, ours stands out.
+    """Draw the methods as a PNG in the plane that `plane` finds; better is up and right, ours stands out.
 
-    Args:
-        path: a PNG.
-        rows: with a `method` and figures by the names of metrics.
-        lower_is_better: direction of each metric.
-        title: of the picture.
-    Returns:
-        The metrics across and up; None, and nothing is written, when there is no such plane.
+    Returns the metrics across and up; None, and nothing is written, when there is no such plane.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -238,8 +217,8 @@ def write_scatter(
     drawn = sorted((row for row in rows if set(names) <= _scores(row).keys()), key=lambda row: not row.is_ours)
     points = [(_scores(row)[names[0]], _scores(row)[names[1]]) for row in drawn]
     for row, (x, y) in zip(drawn, points, strict=True):
-        marker, size = ("*", 160) if row.is_ours else ("o", 36)
-        axes.scatter([x], [y], color=_color(row), s=size, marker=marker, zorder=4 if row.is_ours else 3)
+        look: dict[str, Any] = {"s": 160, "marker": "*", "zorder": 4} if row.is_ours else {"s": 36, "zorder": 3}
+        axes.scatter([x], [y], color=_color(row), **look)
     for name, side, invert in zip(names, "xy", (axes.invert_xaxis, axes.invert_yaxis), strict=True):
         axes.set(**{f"{side}label": f"{name} (better {'→' if side == 'x' else '↑'})"})
         if lower_is_better[name]:

@@ -29,27 +29,16 @@ SIDE = 512  # pixels of a square: two of them stand side by side on most screens
 
 @dataclass(frozen=True)
 class Study:
-    """What a page asks.
+    """What a page asks."""
 
-    Attributes:
-        name: of just these images and methods.
-        trials: (image, (one method, the other)).
-    """
-
-    name: str
-    trials: list[tuple[str, tuple[str, str]]]
+    name: str  # of just these images and methods
+    trials: list[tuple[str, tuple[str, str]]]  # (image, (one method, the other))
 
 
 def write_pairwise(evaluations: Mapping[str, Evaluation], out: Path, scale: float = 4) -> list[Path]:
     """Write `pairwise.html`, which needs nothing beside it, and `pairwise.json`, which says who is who.
 
-    Args:
-        evaluations: of two methods or more, by name; the images are those of the picture page.
-        out: gets the files.
-        scale: side of the restored image over that of the LQ image.
-    Raises:
-        UsageError: no image that all methods have.
-        UserError: a picture cannot be read, or the page not be written.
+    The images are those of the picture page, see `outputs.write_report`. UsageError: no image that all methods have.
     """
     rows = shared_rows(evaluations)
     if not rows:
@@ -119,39 +108,29 @@ def preference_tables(study: Study, raters: Sequence[Sequence[Mapping[str, Any]]
 
     Intervals are bootstrapped over images: the answers about one image depend on each other.
     """
-    wins: dict[str, dict[str, list[float]]] = {}
-    pairs: dict[tuple[str, str], dict[str, list[float]]] = {}
-    for answer in (answer for answers in raters for answer in answers):
+    answers = [answer for of_rater in raters for answer in of_rater]
+    found: dict[tuple[str, ...], dict[str, list[float]]] = {}  # of methods, and of pairs of them, by image
+    for answer in answers:
         image, (one, other) = study.trials[answer["trial"]]
         won = 0.5 if answer["chosen"] is None else 1.0 - answer["chosen"]
-        pairs.setdefault((one, other), {}).setdefault(image, []).append(won)
-        for method, rate in ((one, won), (other, 1 - won)):
-            wins.setdefault(method, {}).setdefault(image, []).append(rate)
-    rows = []
-    for method, found in wins.items():
-        rates = {image: fmean(values) for image, values in found.items()}
-        cells: dict[str, Cell] = {
-            "method": method,
-            "win rate": f"{fmean(rates.values()):.3f}",
-            "95 %": _interval(rates),
-        }
-        rows.append(TableRow(cells | {"comparisons": sum(map(len, found.values()))}, scores={"win rate": rates}))
-    duels = []
-    for (one, other), found in pairs.items():
-        rates = {image: fmean(values) for image, values in found.items()}
-        answers = [value for values in found.values() for value in values]
-        counts = {word: answers.count(value) for word, value in (("won", 1.0), ("no difference", 0.5), ("lost", 0.0))}
-        shown = {
-            "methods": f"{one} - {other}",
-            **counts,
-            "win rate": f"{fmean(rates.values()):.3f}",
-            "95 %": _interval(rates, 0.5),
-        }
-        duels.append(TableRow(shown))
-    lefts = [a["chosen"] == a["left"] for answers in raters for a in answers if a["chosen"] is not None]
-    images = {image for found in wins.values() for image in found}
+        shares_of: dict[tuple[str, ...], float] = {(one, other): won, (one,): won, (other,): 1 - won}
+        for key, share in shares_of.items():
+            found.setdefault(key, {}).setdefault(image, []).append(share)
+    rows, duels = [], []
+    for key, shares in found.items():
+        rates = {image: fmean(values) for image, values in shares.items()}
+        given = [value for values in shares.values() for value in values]
+        cells: dict[str, Cell] = {"win rate": f"{fmean(rates.values()):.3f}"}
+        if len(key) == 1:
+            cells |= {"method": key[0], "95 %": _interval(rates), "comparisons": len(given)}
+            rows.append(TableRow(cells, scores={"win rate": rates}))
+        else:
+            cells |= {"won": given.count(1.0), "no difference": given.count(0.5), "lost": given.count(0.0)}
+            duels.append(TableRow(cells | {"methods": " - ".join(key), "95 %": _interval(rates, 0.5)}))
+    lefts = [a["chosen"] == a["left"] for a in answers if a["chosen"] is not None]
+    images = {image for image, _ in (study.trials[answer["trial"]] for answer in answers)}
     note = (
-        f"{len(raters)} raters, {len(images)} images, {sum(map(len, raters))} answers to {len(study.trials)} pairs. "
+        f"{len(raters)} raters, {len(images)} images, {len(answers)} answers to {len(study.trials)} pairs. "
         f"Win rate: mean over images, no difference counts half; 95 %: bootstrap over images; {LEVEL} level."
     )
     sides = f"The left picture was chosen in {fmean(lefts):.0%} of {len(lefts)} choices." if lefts else ""

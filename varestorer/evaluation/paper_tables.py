@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from varestorer.data.testsets.known import BENCHMARKS
 from varestorer.evaluation.progress import PER_IMAGE, SUMMARY, read_rows
@@ -51,24 +51,22 @@ OTHER_MACHINES = (
 
 @dataclass(frozen=True)
 class EvaluationRecord:
-    """An evaluation as its folder keeps it.
-
-    Attributes:
-        label: name of its row.
-        folder: where it is.
-        summary: content of its `summary.json`.
-        scores: metric -> image -> score, of its `per_image.csv`.
-    """
+    """An evaluation as its folder keeps it; its label is the name of its row."""
 
     label: str
     folder: Path
-    summary: dict[str, Any]
-    scores: dict[str, dict[str, float]] = field(default_factory=dict)
+    summary: dict[str, Any]  # of `summary.json`
+    scores: dict[str, dict[str, float]] = field(default_factory=dict)  # metric -> image -> score, of `per_image.csv`
 
     @property
     def dataset(self) -> str:
         """Name of the data set."""
         return str(self.summary["dataset"])
+
+    @property
+    def is_of_paper(self) -> bool:
+        """Whether it is on the data set, and under the protocol, of VARestorer's tables 2 and 3."""
+        return self.dataset == "div2k" and self.summary["protocol"] == PAPER_PROTOCOL
 
     @property
     def means(self) -> dict[str, float]:
@@ -81,42 +79,25 @@ class EvaluationRecord:
         return self.summary["n"] == NUM_IMAGES.get(self.dataset, self.summary["n"])
 
 
-@dataclass(frozen=True)
-class StageRecord:
-    """What a part of a network costs for one square.
-
-    Attributes:
-        params: its parameters.
-        flops: floating-point operations, two for a multiplication with its addition.
-        seconds: median on this machine; None where it was not timed.
-    """
+class StageRecord(NamedTuple):
+    """What a part of a network costs for one square; see `SystemRecord`."""
 
     params: int
-    flops: int
+    flops: int  # two for a multiplication with its addition
     seconds: float | None = None
 
 
 @dataclass(frozen=True)
 class SystemRecord:
-    """What a network costs for one square.
-
-    Attributes:
-        label: name of its row.
-        side: of the square it restores at once, pixels.
-        num_trained: parameters that the paper's training changes.
-        stages: its parts.
-        seconds: of the whole, the median on this machine; None where it was not timed.
-        peak_bytes: weights and working memory; None where it cannot be told.
-        where: machine and precision of the measurement.
-    """
+    """What a network costs for one square; seconds are medians, None where it was not timed."""
 
     label: str
-    side: int
-    num_trained: int
+    side: int  # of the square, pixels
+    num_trained: int  # parameters that the paper's training changes
     stages: dict[str, StageRecord]
     seconds: float | None = None
-    peak_bytes: int | None = None
-    where: str = ""
+    peak_bytes: int | None = None  # weights and working memory; None where it cannot be told
+    where: str = ""  # machine and precision of the measurement
 
 
 def read_records(runs: Iterable[str]) -> list[EvaluationRecord]:
@@ -142,10 +123,14 @@ def read_records(runs: Iterable[str]) -> list[EvaluationRecord]:
     return records
 
 
+def split_label(text: str) -> tuple[str, str]:
+    """`label=what` as its two parts; what is there under the whole name has no label."""
+    label, found, what = text.partition("=")
+    return (label, what) if found and not expand_user(text).exists() else ("", text)
+
+
 def _read_record(run: str) -> EvaluationRecord:
-    label, found, path = run.partition("=")
-    if not found or expand_user(run).exists():
-        label, path = "", run
+    label, path = split_label(run)
     folder = expand_user(path)
     try:
         summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
@@ -191,8 +176,7 @@ def table_1(records: Sequence[EvaluationRecord]) -> list[Table]:
 def table_varsr(records: Sequence[EvaluationRecord]) -> list[Table]:
     """Ablations of VARSR (no refiner, no guidance, absolute positions), and what was published under its protocol.
 
-    Raises:
-        UsageError: an evaluation under another protocol.
+    UsageError: an evaluation under another protocol.
     """
     for record in records:
         if record.summary["protocol"] != "varsr":
@@ -205,7 +189,7 @@ def table_varsr(records: Sequence[EvaluationRecord]) -> list[Table]:
 def table_3(records: Sequence[EvaluationRecord]) -> list[Table]:
     """The ablations on DIV2K-Val; UsageError for an evaluation of another data set, or under another protocol."""
     for record in records:
-        if record.dataset != "div2k" or record.summary["protocol"] != PAPER_PROTOCOL:
+        if not record.is_of_paper:
             got = f"{record.dataset} under {record.summary['protocol']}"
             raise UsageError(f"table 3 is on div2k under {PAPER_PROTOCOL}, and {record.folder} is on {got}")
     notes = [LEGEND, f"Rows without a mark: {PAPER}, table 3."]
@@ -227,8 +211,7 @@ def table_2(systems: Sequence[SystemRecord], records: Sequence[EvaluationRecord]
     """
     scores = {record.label: record.means for record in records}
     for record in records:
-        is_known = record.label in [system.label for system in systems]
-        if not is_known or record.dataset != "div2k" or record.summary["protocol"] != PAPER_PROTOCOL:
+        if not record.is_of_paper or record.label not in [system.label for system in systems]:
             raise UsageError(
                 f"table 2 takes MANIQA and MUSIQ of its own networks on div2k under {PAPER_PROTOCOL}, and "
                 f"{record.folder} is {record.label} on {record.dataset} under {record.summary['protocol']}"
@@ -244,27 +227,22 @@ def table_2(systems: Sequence[SystemRecord], records: Sequence[EvaluationRecord]
         TableRow({"method": row["method"], "source": "VARestorer, table 2", **pick(row, published)})
         for row in read_published("varestorer_table2")
     ]
-    rows += [_system_row(system, scores.get(system.label, {})) for system in systems]
+    for system in systems:
+        cells: dict[str, Cell] = {
+            "method": system.label,
+            "trainable (M)": system.num_trained / 1e6,
+            "total (M)": sum(stage.params for stage in system.stages.values()) / 1e6,
+            "side (px)": system.side,
+            "GFLOPs": sum(stage.flops for stage in system.stages.values()) / 1e9,
+            "seconds": system.seconds,
+            "peak (GB)": system.peak_bytes and system.peak_bytes / 1e9,
+            "source": "this run",
+        }
+        rows.append(TableRow({**scores.get(system.label, {}), **cells}, is_ours=True))
     names = ("trainable (M)", "total (M)", "side (px)", "GFLOPs", "seconds", "peak (GB)", "maniqa", "musiq")
     columns = (Column("method", is_text=True), *map(Column, names), Column("source", is_text=True))
     beside = Table(columns, tuple(rows), "Table 2", (OTHER_MACHINES, NOT_1536))
     return [beside, _stages_table(systems)] if systems else [beside]
-
-
-def _system_row(system: SystemRecord, scores: dict[str, float]) -> TableRow:
-    cells: dict[str, Cell] = {
-        "method": system.label,
-        "trainable (M)": system.num_trained / 1e6,
-        "total (M)": sum(stage.params for stage in system.stages.values()) / 1e6,
-        "side (px)": system.side,
-        "GFLOPs": sum(stage.flops for stage in system.stages.values()) / 1e9,
-        "seconds": system.seconds,
-        "peak (GB)": None if system.peak_bytes is None else system.peak_bytes / 1e9,
-        "maniqa": scores.get("maniqa"),
-        "musiq": scores.get("musiq"),
-        "source": "this run",
-    }
-    return TableRow(cells, is_ours=True)
 
 
 def _stages_table(systems: Sequence[SystemRecord]) -> Table:
@@ -308,12 +286,11 @@ def figures_table(record: EvaluationRecord) -> Table:
     """What figures rest on: spread, number of images, pyiqa's id, weights; and what did not run, and why."""
     rows = []
     for name, entry in record.summary["metrics"].items():
-        weights = (entry["weights_sha256"] or "none")[:16]
         mean, std, worst = (
             None if entry.get(key) is None else f"{entry[key]:.4f}" for key in ("mean", "std", "worst_tenth")
         )
-        interval = None if entry.get("ci95") is None else "{:.4f} to {:.4f}".format(*entry["ci95"])
-        cells = {"metric": name, "mean": mean, "95 % of the mean": interval, "std": std, "worst tenth": worst}
+        cells = {"metric": name, "mean": mean, "95 % of the mean": interval(entry), "std": std, "worst tenth": worst}
+        weights = (entry["weights_sha256"] or "none")[:16]
         rows.append(TableRow(cells | {"n": entry["n"], "id": entry["id"], "weights (SHA-256)": weights}))
     columns = (
         Column("metric", is_text=True),
@@ -322,6 +299,11 @@ def figures_table(record: EvaluationRecord) -> Table:
     )
     missing = tuple(f"{name} is not available: {why}" for name, why in record.summary["unavailable"].items())
     return Table(columns, tuple(rows), f"Figures of {record.label} on {record.dataset}", missing)
+
+
+def interval(entry: Mapping[str, Any]) -> str | None:
+    """The 95 % interval of a summary's mean; None of what is scored as a whole."""
+    return None if entry.get("ci95") is None else "{:.4f} to {:.4f}".format(*entry["ci95"])
 
 
 def pairs_table(records: Sequence[EvaluationRecord], metrics: Sequence[str]) -> list[Table]:
@@ -354,29 +336,16 @@ def _metric_columns(records: Sequence[EvaluationRecord], metrics: Sequence[str])
 
 
 def read_published(name: str) -> list[dict[str, str]]:
-    """Read one of the tables that ship with the package.
-
-    Args:
-        name: `varestorer_table1`, `varestorer_table2`, `varestorer_table3_ablation_div2k`, `hvar_table`,
-            `hvar_scales`, `hvar_dpo` or `measured_baselines_realsr`.
-    Returns:
-        One dict per row, column -> text; empty where nothing was reported.
-    """
+    """The rows of a file of `published/`, column -> text; empty where nothing was reported."""
     text = files("varestorer.evaluation").joinpath("published", f"{name}.csv").read_text(encoding="utf-8")
     return list(csv.DictReader(line for line in text.splitlines() if not line.startswith("#")))
 
 
 def published_rows(dataset: str, protocol: str, metrics: Sequence[str]) -> list[TableRow]:
-    """Published rows that may stand beside figures of this data set and protocol.
+    """Published rows with any of the metrics that may stand beside figures of this data set and protocol.
 
-    Args:
-        dataset: `div2k`, `realsr` or `drealsr`, with `_x1` or `_x2` behind it for a smaller result of H-VAR; others
-            have no published rows.
-        protocol: name of the protocol; `varestorer` (that paper's table 1) and `varsr` (H-VAR's tables, which keep to
-            VARSR's protocol) have published rows.
-        metrics: columns wanted; rows without any of them are left out.
-    Returns:
-        Rows with `method`, `source` and the metrics, as printed.
+    There are some of `div2k`, `realsr` and `drealsr` (with `_x1` or `_x2` behind it for a smaller result of H-VAR),
+    under `varestorer` (that paper's table 1) and `varsr` (H-VAR's tables, which keep to VARSR's protocol).
     """
     if protocol == PAPER_PROTOCOL:
         rows = [row for row in read_published("varestorer_table1") if row["dataset"] == dataset]

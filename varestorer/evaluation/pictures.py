@@ -52,21 +52,13 @@ class Crop:
 
 @dataclass(frozen=True)
 class PictureColumn:
-    """One of the pictures that stand side by side.
-
-    Attributes:
-        label: what it is.
-        source: URL of the whole picture.
-        image: its pixels (3, H, W), all columns at one size.
-        is_small: whether the page enlarges it, which then shows its pixels.
-        note: more of it, such as its scores.
-    """
+    """One of the pictures that stand side by side."""
 
     label: str
-    source: str
-    image: Tensor
-    is_small: bool = False
-    note: str = ""
+    source: str  # URL of the whole picture
+    image: Tensor  # (3, H, W), all columns at one size
+    is_small: bool = False  # the page enlarges it, and then shows its pixels
+    note: str = ""  # more of it, such as its scores
 
 
 def html_picture(name: str, note: str, columns: Sequence[PictureColumn], crops: Sequence[Crop]) -> Markup:
@@ -103,16 +95,13 @@ def differing_crops(images: Sequence[Tensor], count: int = 1, multiple: int = 1,
 
 
 def best_crops(energy_HW: Tensor, count: int = 1, multiple: int = 1, side: int | None = None) -> list[Crop]:
-    """Find the squares of the largest sums, a side apart or more.
+    """Find the squares of the largest sums, a side apart or more, best first.
 
     Args:
         energy_HW: not negative; at least `multiple` pixels wide and high.
         count: squares wanted; fewer are found in a small picture.
         multiple: edges of the squares are multiples of this, so that pixels of a smaller picture stay whole.
-        side: of the squares, at most that of the picture; default: a quarter of the shorter side, `MIN_SIDE` to
-            `MAX_SIDE`.
-    Returns:
-        Squares, best first.
+        side: at most that of the picture; default: a quarter of the shorter side, `MIN_SIDE` to `MAX_SIDE`.
     """
     height, width = energy_HW.shape
     side = min(side or min(max(min(height, width) // 4, MIN_SIDE), MAX_SIDE), height, width)

@@ -22,19 +22,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among those of an evaluation.
+    """This process among those of an evaluation; process 0 writes the records and speaks."""
 
-    Attributes:
-        rank: of this process, from 0; process 0 writes the records and speaks.
-        size: how many there are.
-        device: where this one works.
-        state: Accelerate's handle on the others; None for a process alone.
-    """
-
-    rank: int
-    size: int
-    device: torch.device
-    state: PartialState | None = None
+    rank: int  # of this process, from 0
+    size: int  # how many there are
+    device: torch.device  # where this one works
+    state: PartialState | None = None  # Accelerate's handle on the others; None for a process alone
 
     @classmethod
     def start(cls, device: str = "auto") -> Processes:
@@ -42,7 +35,6 @@ class Processes:
         picked = pick_device(device)
         if int(os.environ.get("WORLD_SIZE", "1")) < 2:
             return cls(0, 1, picked)
-
         state = PartialState(cpu=picked.type == "cpu")
         return cls(state.process_index, state.num_processes, state.device, state)
 
@@ -59,7 +51,6 @@ class Processes:
         """The items of all processes, in the order of the processes; all get them, and all have to ask."""
         if self.state is None:
             return items
-
         return list(gather_object(items))
 
     def of_main(self, value: T) -> T:

@@ -28,20 +28,14 @@ class Progress:
 
     Settings are what the figures depend on, by name, as JSON can hold it. UsageError: the folder holds an evaluation
     with other settings; says which.
-
-    Attributes:
-        images: folder of the images that are made.
     """
 
     def __init__(self, folder: str | Path, settings: Mapping[str, Any]) -> None:
         self.folder = Path(folder)
         self.settings = dict(settings)
         self.path = self.folder / PER_IMAGE
-        self.images = self.folder / IMAGES
+        self.images = self.folder / IMAGES  # those that are made
         self.columns: list[str] = []
-        self._refuse_others()
-
-    def _refuse_others(self) -> None:
         remedy = "give another out=, or remove that folder"
         try:
             earlier = json.loads(read_text(self.folder / SETTINGS))
@@ -149,16 +143,9 @@ def _plain(value: Any) -> str:
 
 
 def write_records(evaluation: Evaluation, folder: Path, method: str) -> list[Path]:
-    """Write the records of an evaluation.
+    """Write the records of an evaluation in place of older ones; returns the files.
 
-    Args:
-        evaluation: the scores.
-        folder: made when it is not there; older records in it are replaced.
-        method: what was scored; the name of its row in tables.
-    Returns:
-        The files written.
-    Raises:
-        UserError: a file cannot be written; names it.
+    `method` is the name of its row in tables. UserError if a file cannot be written.
     """
     names = [name for name, metric in evaluation.metrics.items() if not metric.is_of_folders]
     write_rows(folder / PER_IMAGE, names, evaluation.rows)

@@ -19,17 +19,11 @@ LUMA_BT601 = {"test_y_channel": True, "color_space": "ycbcr"}
 
 @dataclass(frozen=True)
 class MetricSpec:
-    """One column of a protocol.
-
-    Attributes:
-        name: the column's name, as in tables.
-        pyiqa_name: pyiqa's name for it; default: the same.
-        options: pyiqa's options that differ from its defaults.
-    """
+    """One column of a protocol."""
 
     name: str
-    pyiqa_name: str = ""
-    options: Mapping[str, Any] = field(default_factory=dict)
+    pyiqa_name: str = ""  # default: the same
+    options: Mapping[str, Any] = field(default_factory=dict)  # of pyiqa, that differ from its defaults
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "pyiqa_name", self.pyiqa_name or self.name)
@@ -37,23 +31,15 @@ class MetricSpec:
 
 @dataclass(frozen=True)
 class Protocol:
-    """A named list of metrics with exact options.
-
-    Attributes:
-        name: `varestorer`, `stablesr_y`, `varsr`, or one's own.
-        metrics: the columns, in the order of the paper's table.
-    """
+    """A named list of metrics with exact options, in the order of the paper's table."""
 
     name: str
     metrics: tuple[MetricSpec, ...]
 
     def select(self, names: Sequence[str] | None = None) -> tuple[MetricSpec, ...]:
-        """The protocol's metrics, or those asked for.
+        """The protocol's metrics, or those asked for: its columns, or other metrics of pyiqa with their defaults.
 
-        Args:
-            names: columns of this protocol, or any other metric of pyiqa by name (then with its defaults).
-        Raises:
-            UsageError: an empty list, or a name given twice.
+        UsageError: an empty list, or a name given twice.
         """
         if names is None:
             return self.metrics
@@ -64,23 +50,17 @@ class Protocol:
 
 
 def load_protocol(name: str, metrics: Mapping[str, Mapping[str, Any] | None] | None = None) -> Protocol:
-    """Get a known protocol, or build one of one's own; `configs/protocol/*.yaml` holds these arguments.
+    """Get one of `PROTOCOLS`, or build one of one's own; `configs/protocol/*.yaml` holds these arguments.
 
-    Args:
-        name: one of `PROTOCOLS`, or a new name together with `metrics`.
-        metrics: column -> options of pyiqa; the key `pyiqa` in it gives pyiqa's name where it differs.
-    Raises:
-        UsageError: unknown name without metrics.
+    `metrics` are columns with options of pyiqa; the key `pyiqa` in these gives its name where it differs. UsageError:
+    unknown name without metrics.
     """
     if metrics is None:
         if name not in PROTOCOLS:
             raise UsageError(f"protocol must be one of {', '.join(PROTOCOLS)}, got {name!r}")
         return PROTOCOLS[name]
-    specs = []
-    for column, given in metrics.items():
-        options = dict(given or {})
-        specs.append(MetricSpec(column, str(options.pop("pyiqa", column)), options))
-    return Protocol(name, tuple(specs))
+    given = {column: dict(options or {}) for column, options in metrics.items()}
+    return Protocol(name, tuple(MetricSpec(c, str(options.pop("pyiqa", c)), options) for c, options in given.items()))
 
 
 def _protocol(name: str, *metrics: MetricSpec | str) -> Protocol:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Mapping, Sequence
-from html import escape
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -36,34 +35,28 @@ def write_run_report(
     rows: Sequence[Mapping[str, Any]],
     pictures: Mapping[str, Mapping[str, Tensor]],
     facts: Mapping[str, Any],
-) -> Path:
-    """Write a self-contained report.
+) -> None:
+    """Write a self-contained report; UserError if the file cannot be written.
 
     Args:
         path: the HTML file.
         title: its heading.
         curves: stage -> lines of `metrics.jsonl`; `loss` is drawn large, its parts beside it.
-        rows: one dict per method; the keys of the first row are the columns. In columns called like a score
-            (PSNR, SSIM, ...) the best value is bold, in those with `second` the smallest.
+        rows: one dict per method; the keys are the columns. In columns called like a score (PSNR, SSIM, ...) the best
+            value is bold, in those with `second` the smallest.
         pictures: photograph's name -> its columns, label -> (3, H, W) in [0, 1], the reference last. Smaller ones are
             enlarged by repeating pixels.
         facts: name -> value: configuration, git hash, wall time; a value may be a dict of its own.
-    Returns:
-        The path.
-    Raises:
-        UserError: the file cannot be written.
     """
-    body = [
-        *(["<h2>Scores</h2>", html_table(methods_table(rows))] if rows else []),
-        *(["<h2>Pictures</h2>", f'<p class="hint">{HINT}</p>'] if pictures else []),
-        *(shown_picture(name, picture) for name, picture in pictures.items()),
-        *(["<h2>Losses</h2>"] if curves else []),
-        *(html_curves(stage, lines) for stage, lines in curves.items() if lines),
-        "<h2>Run</h2>",
-        html_facts(facts),
-    ]
-    write_text(path, render("report.html", title=title, body=Markup("\n".join(body))))
-    return Path(path)
+    shown = {
+        "scores": html_table(methods_table(rows)) if rows else "",
+        "hint": HINT,
+        "pictures": [shown_picture(name, picture) for name, picture in pictures.items()],
+        "curves": [(stage, *drawn) for stage, lines in curves.items() if lines and (drawn := draw_curves(lines))],
+        "facts": facts.items(),
+        "printed": printed,
+    }
+    write_text(path, render("report.html", title=title, **shown))
 
 
 def methods_table(rows: Sequence[Mapping[str, Any]]) -> Table:
@@ -86,16 +79,16 @@ def shown_picture(name: str, picture: Mapping[str, Tensor]) -> Markup:
     return html_picture(name, f"{width} x {height}", columns, detailed_crops(columns[-1].image))
 
 
-def html_curves(stage: str, lines: Sequence[Mapping[str, Any]]) -> str:
-    """The losses of a stage over its steps, with first and last values in words."""
+def draw_curves(lines: Sequence[Mapping[str, Any]]) -> tuple[str, str] | None:
+    """The losses of a stage over its steps: first and last values in words, and the URL of the picture, if any."""
     from matplotlib.figure import Figure
 
     names = [name for name in lines[-1] if name not in NOT_LOSSES and _is_number(lines[-1][name])]
     names.sort(key=lambda name: name != "loss")
-    columns = min(len(names), 4)
-    grid_rows = -(-len(names) // max(columns, 1))
     if not names:
-        return ""
+        return None
+    columns = min(len(names), 4)
+    grid_rows = -(-len(names) // columns)
     figure = Figure(figsize=(3.3 * columns, 2.3 * grid_rows), dpi=110, layout="constrained")
     for number, name in enumerate(names):
         steps, values = series(lines, name)
@@ -108,26 +101,9 @@ def html_curves(stage: str, lines: Sequence[Mapping[str, Any]]) -> str:
         axes.set_xlabel("step", fontsize=7)
     buffer = BytesIO()
     figure.savefig(buffer, format="png")
-    url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
     _, losses = series(lines, names[0])
     fall = f"{names[0]} {np.mean(losses[:10]):.4g} (first 10 steps) to {np.mean(losses[-10:]):.4g} (last 10)"
-    summary = f"{len(lines)} steps; {fall}"
-    return f'<h3>{escape(stage)}</h3><p>{escape(summary)}</p><img class="curves" alt="losses" src="{url}">'
-
-
-def html_facts(facts: Mapping[str, Any]) -> str:
-    """Name and value; a nested mapping becomes a folded block."""
-    lines = []
-    for name, value in facts.items():
-        if isinstance(value, Mapping):
-            text = "\n".join(f"{key}: {inner}" for key, inner in value.items())
-            shown = f"<details><summary>{len(value)} entries</summary><pre>{escape(text)}</pre></details>"
-        elif "\n" in str(value):
-            shown = f"<details><summary>show</summary><pre>{escape(str(value))}</pre></details>"
-        else:
-            shown = escape("" if value is None else printed(value))
-        lines.append(f"<tr><th>{escape(name)}</th><td>{shown}</td></tr>")
-    return f'<table class="facts">{"".join(lines)}</table>'
+    return f"{len(lines)} steps; {fall}", "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def series(lines: Sequence[Mapping[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:

@@ -29,50 +29,29 @@ class Scores:
 
 @dataclass(frozen=True)
 class Row:
-    """One image of an evaluation.
-
-    Attributes:
-        name: of the pair.
-        scores: column -> value; columns that failed are absent.
-        seconds: that generating it took; None when it was given, or not noted.
-        errors: what went wrong, one line each.
-        image: the file that was scored, where there is one.
-        reference: the high-quality file, where there is one.
-        lq: the low-quality file.
-        digests: `file_sha256` of LQ, HQ and scored file, as far as there are any, in a row with spaces between.
-    """
+    """One image of an evaluation, by the name of its pair."""
 
     name: str
-    scores: dict[str, float] = field(default_factory=dict)
-    seconds: float | None = None
-    errors: tuple[str, ...] = ()
-    image: Path | None = None
-    reference: Path | None = None
+    scores: dict[str, float] = field(default_factory=dict)  # by column; those that failed are absent
+    seconds: float | None = None  # that generating it took; None when it was given, or not noted
+    errors: tuple[str, ...] = ()  # a line each
+    image: Path | None = None  # the file that was scored, where there is one
+    reference: Path | None = None  # the high-quality file, where there is one
     lq: Path | None = None
-    digests: str = ""
+    digests: str = ""  # `file_sha256` of LQ, HQ and scored file, as far as there are any, spaces between
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores of a data set under a protocol.
-
-    Attributes:
-        dataset: name of the data set.
-        protocol: name of the protocol.
-        columns: the metrics asked for -> whether lower is better, in the order of the table.
-        metrics: the metrics that ran.
-        rows: one per pair.
-        dataset_scores: metrics of the whole set (FID) -> value.
-        unavailable: metrics that did not run -> reason.
-    """
+    """Scores of a data set under a protocol."""
 
     dataset: str
     protocol: str
-    columns: dict[str, bool]
-    metrics: dict[str, Metric]
-    rows: tuple[Row, ...]
-    dataset_scores: dict[str, float]
-    unavailable: dict[str, str]
+    columns: dict[str, bool]  # the metrics asked for -> whether lower is better, in the order of the table
+    metrics: dict[str, Metric]  # that ran
+    rows: tuple[Row, ...]  # one per pair
+    dataset_scores: dict[str, float]  # of metrics of the whole set (FID)
+    unavailable: dict[str, str]  # metrics that did not run -> reason
 
     @property
     def failures(self) -> list[str]:
@@ -95,18 +74,19 @@ class Evaluation:
         metrics: dict[str, Any] = {}
         for name, metric in self.metrics.items():
             values = [row.scores[name] for row in self.rows if name in row.scores]
-            entry = {"id": metric.id, "weights_sha256": metric.weights}
+            spread: dict[str, Any] = {"std": None, "ci95": None, "worst_tenth": None}
             if name in self.dataset_scores:
-                scored = sum(row.image is not None and not row.errors for row in self.rows)
-                unknown = {"std": None, "ci95": None, "worst_tenth": None}
-                metrics[name] = {"mean": self.dataset_scores[name], **unknown, "n": scored, **entry}
+                mean, count = (
+                    self.dataset_scores[name],
+                    sum(row.image is not None and not row.errors for row in self.rows),
+                )
             elif values:
-                mean, std = statistics.fmean(values), statistics.pstdev(values)
-                worst = worst_tenth(values, self.columns[name])
-                spread = {"std": std, "ci95": [*mean_interval(values)], "worst_tenth": worst}
-                metrics[name] = {"mean": mean, **spread, "n": len(values), **entry}
+                mean, count, worst = statistics.fmean(values), len(values), worst_tenth(values, self.columns[name])
+                spread = {"std": statistics.pstdev(values), "ci95": [*mean_interval(values)], "worst_tenth": worst}
             else:
                 unavailable.setdefault(name, "no image could be scored")
+                continue
+            metrics[name] = {"mean": mean, **spread, "n": count, "id": metric.id, "weights_sha256": metric.weights}
         return {
             "dataset": self.dataset,
             "protocol": self.protocol,
@@ -118,19 +98,12 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Difference:
-    """Scores of one method less those of another, on the images that both have.
-
-    Attributes:
-        mean: of the differences.
-        low, high: 95 % interval of that mean.
-        wins: images on which the first is better.
-        n: images.
-    """
+    """Scores of one method less those of another, on the `n` images that both have."""
 
     mean: float
-    low: float
+    low: float  # and high: 95 % interval of the mean
     high: float
-    wins: int
+    wins: int  # images on which the first is better
     n: int
 
     @property
@@ -157,13 +130,11 @@ def worst_tenth(values: Sequence[float], lower_is_better: bool) -> float:
     return float(np.mean(sorted(values, reverse=lower_is_better)[:count]))
 
 
-def paired(
-    one: Mapping[str, float], other: Mapping[str, float], lower_is_better: bool, seed: int = 0
-) -> Difference | None:
+def paired(one: Mapping[str, float], other: Mapping[str, float], lower_is_better: bool) -> Difference | None:
     """Compare two methods on the images that both were scored on; None where there are fewer than two."""
     shared = [name for name in one if name in other]
     if len(shared) < 2:
         return None
     differences = [one[name] - other[name] for name in shared]
     wins = sum(d < 0 if lower_is_better else d > 0 for d in differences)
-    return Difference(float(np.mean(differences)), *mean_interval(differences, seed), wins, len(shared))
+    return Difference(float(np.mean(differences)), *mean_interval(differences), wins, len(shared))

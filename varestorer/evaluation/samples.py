@@ -23,17 +23,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Sample:
-    """An image with its reference, or the reason why there is none.
+    """An image (3, H, W) in [0, 1] with its reference, or the reason, in its row, why there is none."""
 
-    Attributes:
-        row: its name and files; scores are still to come.
-        image: (3, H, W) in [0, 1], to be scored; None if that failed.
-        reference: (3, H, W) in [0, 1]; None if that failed, or where the data set has none.
-    """
-
-    row: Row
+    row: Row  # scores are still to come
     image: Tensor | None = None
-    reference: Tensor | None = None
+    reference: Tensor | None = None  # None also where the data set has none
 
     def failed(self, error: UserError) -> Sample:
         """The same without images, and with the reason."""
@@ -46,17 +40,12 @@ class SampleReader:
 
     Files are read while the chunk before is scored. Images are made then too if the source says that it works beside
     the scoring; otherwise at their turn: on a CPU both would share the same cores, and nothing would be won.
-
-    Args:
-        source: gives the image to be scored.
-        keep: folder for the images that the source makes, `<name>.png`; None: they are not kept.
-        reuse: take an image that is in `keep` already, if the one it was made from is still the same file.
     """
 
-    def __init__(self, source: Source, keep: Path | None = None, reuse: bool = False) -> None:
+    def __init__(self, source: Source, keep: Path | None, reuse: bool) -> None:
         self.source = source
-        self.keep = keep
-        self.reuse = reuse
+        self.keep = keep  # folder for the images that the source makes, `<name>.png`; None: they are not kept
+        self.reuse = reuse  # an image that is in `keep` already, if the one it was made from is still the same file
 
     def read(self, chunks: Sequence[Sequence[Pair]]) -> Iterator[list[Sample]]:
         """Samples of each chunk of pairs, in order."""
@@ -96,10 +85,16 @@ class SampleReader:
             return sample
         name, lq, digests = sample.row.name, sample.row.lq, sample.row.digests
         lq_digest = digests.partition(" ")[0]
+        kept = None if self.keep is None else self.keep / fitting_name(name, ".png")
         try:
-            candidate = self._made_before(name, lq_digest) or self.source(name, lq)
+            if kept is not None and self.reuse and made_from(kept) == lq_digest:
+                candidate = Candidate(load_image(kept), path=kept)
+            else:
+                candidate = self.source(name, lq)
             check_finite(candidate.image, f"the result for {lq}")
-            path = self._write(candidate, name, lq_digest)
+            if candidate.path is None and kept is not None:
+                save_image(kept, candidate.image, source=lq_digest)
+            path = candidate.path or kept
             digests = f"{digests} {file_sha256(path)}" if path else digests
         except UserError as error:
             return sample.failed(error)
@@ -111,28 +106,11 @@ class SampleReader:
             return made.failed(error)
         return made
 
-    def _made_before(self, name: str, lq_digest: str) -> Candidate | None:
-        if self.keep is None or not self.reuse:
-            return None
-        path = self.keep / fitting_name(name, ".png")
-        return Candidate(load_image(path), path=path) if made_from(path) == lq_digest else None
-
-    def _write(self, candidate: Candidate, name: str, lq_digest: str) -> Path | None:
-        """Write an image that was made here; return the file that holds the image, if any."""
-        if candidate.path is not None or self.keep is None:
-            return candidate.path
-        path = self.keep / fitting_name(name, ".png")
-        save_image(path, candidate.image, source=lq_digest)
-        return path
-
 
 def reduced_references(pairs: Sequence[Pair], factor: float, folder: Path) -> list[Pair]:
-    """The pairs with their references reduced (area), for results that are smaller than the whole.
+    """The pairs with their references reduced (area) by a factor of their sides, for results smaller than the whole.
 
-    Args:
-        pairs: name, low-quality file, high-quality file or None.
-        factor: side of a reduced reference over that of the reference.
-        folder: gets them, `<name>.png`; those of the same files are there already.
+    The folder gets them, `<name>.png`; those of the same files are there already.
     """
     found: list[Pair] = []
     for name, lq, hq in pairs:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import statistics
-import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,55 +11,43 @@ import torch
 from huggingface_hub import metadata_load
 from torch import nn
 
-from varestorer.evaluation.paper_tables import EvaluationRecord, pairs_table
+from varestorer.evaluation.paper_tables import EvaluationRecord, interval, pairs_table
 from varestorer.evaluation.sources import BicubicSource, KnownSource, SpandrelSource, SystemSource
 from varestorer.evaluation.tables import Cell, Column, Table, TableRow
 from varestorer.systems import load
 from varestorer.utils.errors import UsageError
 from varestorer.utils.files import expand_user
-from varestorer.utils.images import save_image
-from varestorer.utils.seeds import torch_generator
 from varestorer.weights.resolve import locate
 
 METRICS = ("lpips", "dists", "niqe")
-BICUBIC = "bicubic"
 SCALE, SIDE = 4, 128
 """Of the picture that is enlarged on the clock; pixels."""
 
 
 @dataclass(frozen=True)
 class SmallModel:
-    """What a model is.
-
-    Attributes:
-        source: enlarges images, on the CPU in float32.
-        parameters: how many.
-        bytes: of its files.
-        license: as its card or its owner says; None where neither does.
-    """
+    """What enlarges images, on the CPU in float32, and what it costs to keep."""
 
     source: KnownSource
     parameters: int
-    bytes: int
-    license: str | None = None
+    bytes: int  # of its files
+    license: str | None = None  # as its card or its owner says
 
 
 def open_models(given: Mapping[str, str], licenses: Mapping[str, str]) -> dict[str, SmallModel]:
-    """Models by their labels.
+    """Models by their labels: "bicubic", files that spandrel loads, or models of ours as `systems.load` takes them.
 
-    Given is "bicubic", a file that spandrel loads, or a model of ours as `systems.load` takes it; licenses are named
-    where no card beside the files does. UsageError: a license of no model, or no such model.
+    UsageError: a license of no model, or no such model.
     """
     if unknown := licenses.keys() - given.keys():
         raise UsageError(f"licenses= names {', '.join(sorted(unknown))}, and models= does not")
-    found = {}
-    for label, name in given.items():
-        model = SmallModel(BicubicSource(SCALE), 0, 0) if name == BICUBIC else _open(name)
-        found[label] = SmallModel(model.source, model.parameters, model.bytes, licenses.get(label, model.license))
-    return found
+    models = {label: _open(name) for label, name in given.items()}
+    return {label: replace(model, license=licenses.get(label, model.license)) for label, model in models.items()}
 
 
 def _open(name: str) -> SmallModel:
+    if name == "bicubic":
+        return SmallModel(BicubicSource(SCALE), 0, 0)
     path = expand_user(name)
     if path.is_file():
         try:
@@ -70,16 +56,15 @@ def _open(name: str) -> SmallModel:
             if "spandrel knows no model" not in str(refused):
                 raise
         else:
-            return SmallModel(source, _size(source.model.model), path.stat().st_size, _license(path.parent))
-    system = load(name, merge=True)
-    place = locate(name, {})
+            return _small_model(source, source.model.model, [path], path.parent)
+    system, place = load(name, merge=True), locate(name, {})
     files = [place] if place.is_file() else [*place.glob("*.safetensors")]
-    total = sum(file.stat().st_size for file in files)
-    return SmallModel(SystemSource(system, SCALE), _size(system), total, _license(place))
+    return _small_model(SystemSource(system, SCALE), system, files, place)
 
 
-def _size(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+def _small_model(source: KnownSource, network: nn.Module, files: Sequence[Path], folder: Path) -> SmallModel:
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    return SmallModel(source, parameters, sum(file.stat().st_size for file in files), _license(folder))
 
 
 def _license(folder: Path) -> str | None:
@@ -90,28 +75,10 @@ def _license(folder: Path) -> str | None:
     return None if name is None else str(name)
 
 
-def seconds_in_turns(models: Mapping[str, SmallModel], repeats: int) -> dict[str, float]:
-    """Median seconds that each takes for one picture of `SIDE` pixels, one after the other, `repeats` times over."""
-    taken: dict[str, list[float]] = {label: [] for label in models}
-    with tempfile.TemporaryDirectory() as folder:
-        picture = Path(folder, "picture.png")
-        save_image(picture, torch.rand(3, SIDE, SIDE, generator=torch_generator(0)))
-        for number in range(repeats + 1):
-            for label, model in models.items():
-                seconds = model.source("picture", picture).seconds
-                if number and seconds is not None:  # the first time warms up
-                    taken[label].append(seconds)
-    return {label: statistics.median(times) for label, times in taken.items()}
-
-
 def table_small(
     records: Sequence[EvaluationRecord], models: Mapping[str, SmallModel], seconds: Mapping[str, float]
 ) -> list[Table]:
-    """A row for each evaluation and model of one label, and the evaluations in pairs.
-
-    Raises:
-        UsageError: evaluations of several data sets.
-    """
+    """A row for each label, and the evaluations in pairs; UsageError for evaluations of several data sets."""
     sets = {record.dataset for record in records}
     if len(sets) > 1:
         raise UsageError(f"table=small is about one data set, got runs= on {', '.join(sorted(sets))}")
@@ -122,9 +89,7 @@ def table_small(
         record, model = scored.get(label), models.get(label)
         if record is not None:
             for metric, entry in record.summary["metrics"].items():
-                interval = entry.get("ci95")
-                cells[metric] = entry["mean"]
-                cells[f"{metric}, 95 %"] = None if interval is None else "{:.4f} to {:.4f}".format(*interval)
+                cells |= {metric: entry["mean"], f"{metric}, 95 %": interval(entry)}
         if model is not None:
             sizes = {"MB": model.bytes / 1e6, "parameters (M)": model.parameters / 1e6, "seconds": seconds.get(label)}
             cells |= {name: size or None for name, size in sizes.items()} | {"license": model.license}

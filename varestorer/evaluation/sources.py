@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -44,37 +44,17 @@ TILE, OVERLAP = 256, 32
 
 @dataclass(frozen=True)
 class Candidate:
-    """An image to be scored.
-
-    Attributes:
-        image: (3, H, W) RGB in [0, 1].
-        seconds: wall time that making it took; None when somebody else made it.
-        path: the file it was read from; None when it was made here.
-    """
+    """An image to be scored, (3, H, W) RGB in [0, 1]."""
 
     image: Tensor
-    seconds: float | None = None
-    path: Path | None = None
+    seconds: float | None = None  # wall time that making it took; None when somebody else made it
+    path: Path | None = None  # the file it was read from; None when it was made here
 
 
 Source = Callable[[str, Path], Candidate]
 
 
-def timed(make: Callable[[], Tensor], lq_path: Path) -> Candidate:
-    """The image (3, H, W) that `make` gives, on the CPU, and the time that took, moving it there included.
-
-    Raises:
-        UserError: too little memory for the image of `lq_path`.
-    """
-    start = time.perf_counter()
-    try:
-        image = make().detach().float().cpu()
-    except torch.OutOfMemoryError as error:
-        raise UserError(f"not enough GPU memory for {lq_path} (try device=cpu)") from error
-    return Candidate(image, seconds=time.perf_counter() - start)
-
-
-class KnownSource(Protocol):
+class KnownSource:
     """A source that the command offers: it says what decides its images.
 
     Attributes:
@@ -86,18 +66,31 @@ class KnownSource(Protocol):
 
     method: str
     settings: dict[str, Any]
-    runs_ahead: bool
+    runs_ahead: bool = False
 
     def __call__(self, name: str, lq_path: Path) -> Candidate:
-        """Give the image for a low-quality one; UserError for an unreadable file, or too little memory for it."""
-        ...
+        """Make the image for a low-quality one; its seconds include moving it to a device and back.
+
+        UserError for an unreadable file, or too little memory for it.
+        """
+        lq_3hw = load_image(lq_path)
+        start = time.perf_counter()
+        try:
+            with torch.no_grad():
+                image = self.make(name, lq_3hw).float().cpu()
+        except torch.OutOfMemoryError as error:
+            raise UserError(f"not enough GPU memory for {lq_path} (try device=cpu)") from error
+        return Candidate(image, seconds=time.perf_counter() - start)
+
+    def make(self, name: str, lq_3hw: Tensor) -> Tensor:
+        """The image (3, H, W) for a low-quality one of this name."""
+        raise NotImplementedError
 
 
 def source_keys(what: str) -> dict[str, str]:
     """Which options of `eval` a word of compare= stands for: `method`, `predictions`, `model_path` or `ckpt`.
 
-    Raises:
-        UsageError: nothing is there, or the folder of an evaluation whose settings cannot be read.
+    UsageError: nothing is there, or the folder of an evaluation whose settings cannot be read.
     """
     path = expand_user(what)
     if what == "bicubic":
@@ -105,9 +98,13 @@ def source_keys(what: str) -> dict[str, str]:
     if path.is_file() and path.name not in (STUDENT_FILE, LATEST, BEST):
         is_varsr = path.suffix.lower() in (".pth", ".safetensors") and network_kind(read_entries(path)) is not None
         return {"ckpt": what} if is_varsr else {"method": "spandrel", "model_path": what}
-    if (path / SUMMARY).is_file():  # of an evaluation
-        made = path / IMAGES
-        return {"predictions": str(made) if made.is_dir() else _scored_folder(path / SETTINGS)}
+    if (path / SUMMARY).is_file():  # of an evaluation, which made its images or scored those of a folder
+        settings = path / SETTINGS
+        try:
+            made = path / IMAGES
+            return {"predictions": str(made if made.is_dir() else json.loads(read_text(settings))["predictions"])}
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise UsageError(f"compare: {settings} does not say where the images are ({reason(error)})") from error
     if path.is_dir() and not is_run(path) and not is_bundle(path) and list_images(path):
         return {"predictions": what}
     if not is_hub_name(what) and not locate(what, {}).exists():
@@ -115,24 +112,12 @@ def source_keys(what: str) -> dict[str, str]:
     return {"ckpt": what}
 
 
-def _scored_folder(settings: Path) -> str:
-    """The folder of images that an evaluation scored and did not make."""
-    try:
-        return str(json.loads(read_text(settings))["predictions"])
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise UsageError(f"compare: {settings} does not say where the images are ({reason(error)})") from error
-
-
-class FolderSource:
+class FolderSource(KnownSource):
     """Images that somebody else made, matched to the data set by name: path inside the folder, or file stem.
 
-    A stem counts only if no other image of the data set has it too: an image is the prediction of one pair.
-
-    Args:
-        folder: searched with its subfolders.
-        pairs: the whole data set, also where only a part is asked for; `match` gives it later.
-    Raises:
-        UsageError: not a folder, or no images in it.
+    A stem counts only if no other image of the data set has it too: an image is the prediction of one pair. So the
+    pairs are the whole data set, also where only a part is asked for; `match` gives them later. UsageError: not a
+    folder, or no images in it or its subfolders.
     """
 
     runs_ahead = True
@@ -200,28 +185,26 @@ def _keys(name: str, lq_path: Path) -> list[str]:
     return [_key(name), f"{folder}{slash}{lq_stem}", *dict.fromkeys([stem, lq_stem])]
 
 
-class BicubicSource:
+class BicubicSource(KnownSource):
     """Bicubic upsampling by `scale` of the low-quality image: the baseline below all others."""
 
     method = "bicubic"
-    runs_ahead = False
 
     def __init__(self, scale: int = 4) -> None:
         self.scale = scale
         self.settings = {"method": "bicubic", "scale": scale}
 
-    def __call__(self, name: str, lq_path: Path) -> Candidate:
+    def make(self, name: str, lq_3hw: Tensor) -> Tensor:
         """Upsample one image."""
-        lq_3hw = load_image(lq_path)
         height, width = lq_3hw.shape[-2:]
-        return timed(lambda: resize(lq_3hw, (height * self.scale, width * self.scale), mode="bicubic"), lq_path)
+        return resize(lq_3hw, (height * self.scale, width * self.scale), mode="bicubic")
 
 
-class SystemSource:
-    """Restores the low-quality image with a system.
+class SystemSource(KnownSource):
+    """Restores the low-quality image with a system of any paper.
 
     Args:
-        system: of any paper.
+        system: ready to restore.
         scale: side of the output over side of the input.
         seed: each image gets a seed of its own, derived from this one and its name.
         settings: what is known of the system, such as the digest of its weights.
@@ -238,42 +221,36 @@ class SystemSource:
         steps: str | int = "one",
         size: float | None = None,
     ) -> None:
-        self.system = system
-        self.sizes = {} if size is None else {"sizes": [size]}
-        self.scale = scale
-        self.seed = seed
-        self.steps = steps
+        self.system, self.scale, self.seed = system, scale, seed
+        sizes = {} if size is None else {"sizes": [size]}
+        self.options: dict[str, Any] = {"steps": None if steps == "one" else steps, **sizes}
         named = (settings or {}).get("ckpt", type(system).__name__)  # not the paper's name: it is another's model
         self.method = f"{named}{'' if steps == 'one' else f', steps={steps}'}"
-        self.settings = {**(settings or {}), "scale": scale, "seed": seed, "steps": str(steps), **self.sizes}
+        self.settings = {**(settings or {}), "scale": scale, "seed": seed, "steps": str(steps), **sizes}
         self.runs_ahead = getattr(getattr(system, "device", None), "type", "cpu") != "cpu"
 
-    def __call__(self, name: str, lq_path: Path) -> Candidate:
-        """Restore one image; the time includes moving it to the device and back."""
-        lq_3hw = load_image(lq_path)
-        options: dict[str, Any] = {"seed": derive_seed(self.seed, name), **self.sizes}
-        options["steps"] = None if self.steps == "one" else self.steps
-        options["trained_scale"] = self.scale  # the network itself is measured
-        with torch.no_grad():
-            return timed(lambda: self.system.restore(lq_3hw, self.scale, **options).image, lq_path)
+    def make(self, name: str, lq_3hw: Tensor) -> Tensor:
+        """Restore one image; as `trained_scale` is the scale, the network itself is measured."""
+        options = {"seed": derive_seed(self.seed, name), "trained_scale": self.scale, **self.options}
+        return self.system.restore(lq_3hw, self.scale, **options).image
 
 
-class ReconstructionSource:
+class ReconstructionSource(KnownSource):
     """Sends the good image through the bits of a system's tokenizer: no restoration by them can be better.
 
     Settings are what is known of the system, such as the digest of its weights.
     """
 
+    method = "tokenizer (reconstruction of HQ)"
+
     def __init__(self, system: System, settings: dict[str, Any]) -> None:
         self.system = system
-        self.method: str = "tokenizer (reconstruction of HQ)"
         self.settings = {"method": "tokenizer", **settings}
         self.runs_ahead = system.device.type != "cpu"
 
-    def __call__(self, name: str, lq_path: Path) -> Candidate:
-        """Reconstruct the image of this path, which is the good one."""
-        hq_3hw = load_image(lq_path)
-        return timed(lambda: self.system.reconstruct(hq_3hw), lq_path)
+    def make(self, name: str, lq_3hw: Tensor) -> Tensor:
+        """Reconstruct an image, which is the good one here."""
+        return self.system.reconstruct(lq_3hw)
 
 
 def weights_digest(module: nn.Module) -> str:
@@ -289,24 +266,34 @@ def weights_digest(module: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-class SpandrelSource:
+class SpandrelSource(KnownSource):
     """Enlarges the low-quality image with a model file that spandrel knows; one of scale 1 cleans the enlarged image.
 
     Weights of any precision run in float32, so that a figure does not depend on the machine.
 
-    Args:
-        model_path: the file (.pth, .safetensors, ...).
-        scale: that is wanted.
-        device: where it runs.
     Raises:
         UsageError: no such file, no model that spandrel knows, or one of another kind or scale.
         UserError: its weights are not finite.
     """
 
     def __init__(self, model_path: str | Path, scale: int = 4, device: torch.device | str = "cpu") -> None:
+        from spandrel import ImageModelDescriptor, ModelLoader, UnsupportedModelError
+
         self.path = expand_user(model_path)
         self.device = torch.device(device)
-        self.model = _load(self.path, self.device)
+        if not self.path.is_file():
+            raise UsageError(f"model_path must be the file of a super-resolution model, and {self.path} is no file")
+        try:
+            model = ModelLoader("cpu").load_from_file(self.path)
+        except UnsupportedModelError as error:
+            known = "its page lists those it loads"
+            raise UsageError(f"spandrel knows no model of the form of {self.path}; {known}") from error
+        except (OSError, ValueError, RuntimeError, LookupError, SafetensorError, pickle.UnpicklingError) as error:
+            raise UsageError(f"model_path={self.path} cannot be read as a model: {reason(error)}") from error
+        if not isinstance(model, ImageModelDescriptor) or (model.input_channels, model.output_channels) != (3, 3):
+            raise UsageError(f"{self.path.name} ({model.architecture.name}) does not turn an RGB image into another")
+        check_weights(dict(model.model.named_parameters()), f"model_path={self.path}")
+        self.model: Any = model.to(self.device).float().eval()
         if self.model.scale not in (1, scale):
             known = f"{self.path.name} ({self.model.architecture.name}) enlarges {self.model.scale} times"
             raise UsageError(f"{known}, and scale={scale} was asked for; use scale={self.model.scale}")
@@ -318,13 +305,8 @@ class SpandrelSource:
         }
         self.runs_ahead = self.device.type != "cpu"
 
-    def __call__(self, name: str, lq_path: Path) -> Candidate:
-        """Enlarge one image, whole or in tiles."""
-        lq_3hw = load_image(lq_path)
-        return timed(lambda: self.enlarge(lq_3hw), lq_path)
-
-    def enlarge(self, lq_3hw: Tensor) -> Tensor:
-        """(3, h, w) in [0, 1] to (3, h * scale, w * scale) on the CPU."""
+    def make(self, name: str, lq_3hw: Tensor) -> Tensor:
+        """(3, h, w) in [0, 1] to (3, h * scale, w * scale) on the CPU, whole or in tiles."""
         height, width = (self.scale * side for side in lq_3hw.shape[-2:])
         if self.scale > 1:
             lq_3hw = resize(lq_3hw, (height, width), mode="bicubic")
@@ -341,21 +323,3 @@ class SpandrelSource:
     def _run(self, lq_B3hw: Tensor) -> Tensor:
         with torch.inference_mode():
             return self.model(lq_B3hw.to(self.device)).float().cpu()
-
-
-def _load(path: Path, device: torch.device) -> Any:
-    """Spandrel's description of a model of RGB images, in float32."""
-    from spandrel import ImageModelDescriptor, ModelLoader, UnsupportedModelError
-
-    if not path.is_file():
-        raise UsageError(f"model_path must be the file of a super-resolution model, and {path} is no file")
-    try:
-        model = ModelLoader("cpu").load_from_file(path)
-    except UnsupportedModelError as error:
-        raise UsageError(f"spandrel knows no model of the form of {path}; its page lists those it loads") from error
-    except (OSError, ValueError, RuntimeError, LookupError, SafetensorError, pickle.UnpicklingError) as error:
-        raise UsageError(f"model_path={path} cannot be read as a model: {reason(error)}") from error
-    if not isinstance(model, ImageModelDescriptor) or (model.input_channels, model.output_channels) != (3, 3):
-        raise UsageError(f"{path.name} ({model.architecture.name}) does not turn an RGB image into another")
-    check_weights(dict(model.model.named_parameters()), f"model_path={path}")
-    return model.to(device).float().eval()

@@ -6,7 +6,7 @@ One model for every table of the project, and its three forms: Markdown, LaTeX, 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -60,47 +60,35 @@ def printed(cell: Cell) -> str:
 
 @dataclass(frozen=True)
 class Column:
-    """A column.
-
-    Attributes:
-        name: its heading, and the key of its cells.
-        lower_is_better: direction of its figures; None where nothing is best.
-        is_text: words instead of figures.
-    """
+    """A column; its name is the key of its cells too."""
 
     name: str
-    lower_is_better: bool | None = None
-    is_text: bool = False
+    lower_is_better: bool | None = None  # None where nothing is best
+    is_text: bool = False  # words instead of figures
 
     @property
     def heading(self) -> str:
         """The name with an arrow for its direction."""
-        arrow = {None: "", True: " ↓", False: " ↑"}[self.lower_is_better]
-        return self.name + arrow
+        return self.name + {None: "", True: " ↓", False: " ↑"}[self.lower_is_better]
 
 
 @dataclass(frozen=True)
 class TableRow:
-    """A row.
+    """A row; cells that are absent are shown as a dash.
 
-    Attributes:
-        cells: column -> figure or text; those that are absent are shown as a dash.
-        is_ours: whether it is marked as ours.
-        is_ranked: whether it competes for the marks; not where its figures are means over other images.
-        group: rows of one group stand under its name, and only they are compared.
-        scores: column -> image -> score, where they are known: figures whose paired difference is not sure are level.
+    Where `scores` (column -> image -> score) are known, figures whose paired difference is not sure are level.
     """
 
     cells: Mapping[str, Cell]
     is_ours: bool = False
-    is_ranked: bool = True
-    group: str = ""
+    is_ranked: bool = True  # competes for the marks; not where its figures are means over other images
+    group: str = ""  # rows of one group stand together under its name, and only they are compared
     scores: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Shown:
-    """A cell as it is shown: its text, `BEST`, `SECOND`, `TIE` or no mark, and whether it is words."""
+    """A cell as it is shown; its mark is `BEST`, `SECOND`, `TIE` or empty."""
 
     text: str
     mark: str
@@ -109,14 +97,7 @@ class Shown:
 
 @dataclass(frozen=True)
 class Table:
-    """A table.
-
-    Attributes:
-        columns: in order.
-        rows: in order; those of one group together.
-        title: what it shows.
-        notes: sentences under it.
-    """
+    """Columns, rows, a title, and sentences under it."""
 
     columns: tuple[Column, ...]
     rows: tuple[TableRow, ...]
@@ -158,27 +139,16 @@ class Table:
 
     def shown(self) -> list[list[Shown]]:
         """All cells as they are shown, row by row."""
-        return [
-            [self._shown(row.cells.get(c.name), marks.get(c.name, ""), c.is_text) for c in self.columns]
-            for row, marks in zip(self.rows, self.marks(), strict=True)
-        ]
-
-    @staticmethod
-    def _shown(cell: Cell, mark: str, is_text: bool) -> Shown:
-        return Shown(printed(cell) + (f" {LEVEL}" if mark == TIE else ""), mark, is_text)
+        shown = []
+        for row, marks in zip(self.rows, self.marks(), strict=True):
+            level = {name: f" {LEVEL}" for name, mark in marks.items() if mark == TIE}
+            texts = {c.name: printed(row.cells.get(c.name)) + level.get(c.name, "") for c in self.columns}
+            shown.append([Shown(texts[c.name], marks.get(c.name, ""), c.is_text) for c in self.columns])
+        return shown
 
 
 def write_tables(tables: Sequence[Table], title: str, folder: Path, stem: str) -> list[Path]:
-    """Write `<stem>.md`, `<stem>.tex` and `<stem>.html`.
-
-    Args:
-        tables: in order.
-        title: of the pages.
-        folder: made when it is not there.
-        stem: of the files' names.
-    Raises:
-        UserError: a file cannot be written; names it.
-    """
+    """Write `<stem>.md`, `<stem>.tex` and `<stem>.html`; UserError, with its name, if a file cannot be written."""
     texts = {"md": to_markdown(tables, title), "tex": to_latex(tables, title), "html": to_html(tables, title)}
     written = []
     for suffix, text in texts.items():
@@ -191,26 +161,17 @@ def to_markdown(tables: Sequence[Table], title: str) -> str:
     """GitHub's Markdown; its underline is `<ins>`."""
     parts = [f"# {escape_markdown(title)}"]
     for table in tables:
+        lines = [
+            [escape_markdown(column.heading) for column in table.columns],
+            ["---" if column.is_text else "---:" for column in table.columns],
+        ]
+        for heading, cells in _marked(table, escape_markdown, "**{}**", "<ins>{}</ins>", OURS):
+            lines += [[f"*{heading}*", *("" for _ in table.columns[1:])]] if heading else []
+            lines.append(cells)
         parts += [f"## {escape_markdown(table.title)}"] if table.title else []
-        parts.append("\n".join(_markdown_lines(table)))
+        parts.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
         parts += ["\n".join(f"- {escape_markdown(note)}" for note in table.notes)] if table.notes else []
     return "\n\n".join(parts) + "\n"
-
-
-def _markdown_lines(table: Table) -> list[str]:
-    def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cells) + " |"
-
-    lines = [
-        line([escape_markdown(column.heading) for column in table.columns]),
-        line(["---" if column.is_text else "---:" for column in table.columns]),
-    ]
-    for heading, is_ours, cells in _with_groups(table):
-        if heading:
-            lines.append(line([f"*{escape_markdown(heading)}*", *("" for _ in table.columns[1:])]))
-        texts = [_marked(cell, escape_markdown(cell.text), "**{}**", "<ins>{}</ins>") for cell in cells]
-        lines.append(line([f"{OURS} {texts[0]}" if is_ours else texts[0], *texts[1:]]))
-    return lines
 
 
 def to_text(table: Table) -> str:
@@ -232,15 +193,21 @@ def to_latex(tables: Sequence[Table], title: str) -> str:
     """One `table` each, with the rules of booktabs; to be read into a document by \\input."""
     parts = [f"% {' '.join(title.split())}\n% \\usepackage{{booktabs}}"]
     for table in tables:
-        caption = [rf"\caption{{{escape_latex(table.title)}}}"] if table.title else []
+        lines = [" & ".join(escape_latex(column.heading) for column in table.columns) + r" \\", r"\midrule"]
+        marked = _marked(table, escape_latex, r"\textbf{{{}}}", r"\underline{{{}}}", LATEX_CHARACTERS[OURS])
+        for number, (heading, cells) in enumerate(marked):
+            if heading:
+                lines += [r"\midrule"] if number else []
+                lines.append(rf"\multicolumn{{{len(table.columns)}}}{{l}}{{\textit{{{heading}}}}} \\")
+            lines.append(" & ".join(cells) + r" \\")
         alignment = "".join("l" if column.is_text else "r" for column in table.columns)
         body = [
             r"\begin{table}[t]",
             r"\centering\small",
-            *caption,
+            *([rf"\caption{{{escape_latex(table.title)}}}"] if table.title else []),
             rf"\begin{{tabular}}{{{alignment}}}",
             r"\toprule",
-            *_latex_lines(table),
+            *lines,
             r"\bottomrule",
             r"\end{tabular}",
             *(rf"\par\footnotesize {escape_latex(note)}" for note in table.notes),
@@ -248,19 +215,6 @@ def to_latex(tables: Sequence[Table], title: str) -> str:
         ]
         parts.append("\n".join(body))
     return "\n\n".join(parts) + "\n"
-
-
-def _latex_lines(table: Table) -> list[str]:
-    lines = [" & ".join(escape_latex(column.heading) for column in table.columns) + r" \\", r"\midrule"]
-    for number, (heading, is_ours, cells) in enumerate(_with_groups(table)):
-        if heading:
-            rule = [r"\midrule"] if number else []
-            span = rf"\multicolumn{{{len(table.columns)}}}{{l}}{{\textit{{{escape_latex(heading)}}}}}"
-            lines += [*rule, span + r" \\"]
-        texts = [_marked(cell, escape_latex(cell.text), r"\textbf{{{}}}", r"\underline{{{}}}") for cell in cells]
-        first = f"{LATEX_CHARACTERS[OURS]} {texts[0]}" if is_ours else texts[0]
-        lines.append(" & ".join([first, *texts[1:]]) + r" \\")
-    return lines
 
 
 def to_html(tables: Sequence[Table], title: str) -> str:
@@ -292,5 +246,10 @@ def _with_groups(table: Table) -> list[tuple[str, bool, list[Shown]]]:
     return found
 
 
-def _marked(cell: Shown, text: str, best: str, second: str) -> str:
-    return {BEST: best, SECOND: second}.get(cell.mark, "{}").format(text)
+def _marked(
+    table: Table, escape: Callable[[str], str], best: str, second: str, ours: str
+) -> Iterator[tuple[str, list[str]]]:
+    """(name of the group that begins here or "", marked texts) of each row, escaped."""
+    for heading, is_ours, cells in _with_groups(table):
+        texts = [{BEST: best, SECOND: second}.get(cell.mark, "{}").format(escape(cell.text)) for cell in cells]
+        yield escape(heading), [f"{ours} {texts[0]}" if is_ours else texts[0], *texts[1:]]

@@ -44,11 +44,8 @@ def export(system: VARestorer, path: Path) -> None:
     Bits are torch's but for ties: nano's on 24 squares of RealSR differed in 7 of 744,960 (torch's own, one by one
     and by eight, in 1), and no pixel by more than 0.02 levels.
 
-    Args:
-        system: in float32; its adapters are folded in, so that no teacher is left.
-        path: the file. Its metadata say `tile`, the side of the square (pixels).
-    Raises:
-        UserError: not a one-step student of VARestorer, too large a one, or the extra `[onnx]` is not there.
+    The system's adapters are folded in, so that no teacher is left. Metadata of the file say `tile`, the side of the
+    square (pixels). UserError: not a one-step student of VARestorer, too large a one, or no extra `[onnx]`.
     """
     if system.name != "varestorer" or system.student_config.conditioning == "prefix":
         raise UserError("output=FILE.onnx is for one-step students of varestorer; this model restores in several steps")

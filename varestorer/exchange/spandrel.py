@@ -36,13 +36,7 @@ def save_enlarging(system: Any, path: Path) -> None:
     one size, so this is the 3 x 3 that comes nearest to it on average over photographs. Inside three pictures of RealSR
     the result was 0.7 to 0.8 levels (root mean square) from the restorer's, and as near to the photographs. With all
     kernels 7 x 7 it would be 0.01 to 0.2 levels, at four times the cost. The rim of a picture, beyond which an RCAN
-    sees black, is up to 15 levels from the restorer's.
-
-    Args:
-        system: with such a restorer.
-        path: the file.
-    Raises:
-        UserError: it has none, or one of another kind.
+    sees black, is up to 15 levels from the restorer's. UserError: the system has none, or one of another kind.
     """
     network: Any = getattr(system.restorer, "network", None)
     sizes = getattr(network, "hyperparameters", {})
@@ -88,8 +82,7 @@ def _nearest_head(folded: Tensor) -> Tensor:
 def save_whole(system: Any, path: Path) -> None:
     """Write a one-step model, its adapters folded in, as one file that spandrel loads after `install`.
 
-    Raises:
-        UserError: not a one-step student of VARestorer.
+    UserError: not a one-step student of VARestorer.
     """
     if system.name != "varestorer" or system.student_config.conditioning == "prefix":
         raise UserError("part=whole is for one-step students of varestorer; this model restores in several steps")

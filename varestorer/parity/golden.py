@@ -31,17 +31,11 @@ FEW = 1e-3  # share of 8-bit levels that may be off by one
 
 @dataclass(frozen=True)
 class Check:
-    """One golden tensor compared.
+    """One golden tensor compared."""
 
-    Attributes:
-        name: file and tensor.
-        error: largest absolute difference (inf for another shape).
-        tolerance: largest that is right: 0 for bits and indices, 1 level for uint8 images.
-    """
-
-    name: str
-    error: float
-    tolerance: float
+    name: str  # file and tensor
+    error: float  # largest absolute difference (inf for another shape)
+    tolerance: float  # largest that is right: 0 for bits and indices, 1 level for uint8 images
 
     @property
     def ok(self) -> bool:
@@ -156,21 +150,20 @@ class Group:
     stem: str
     io: dict[str, Tensor]
 
-    def near(self, name: str, ours: Tensor, tolerance: float, is_relative: bool = False) -> Iterator[Check]:
-        """One tensor, if the file has it.
+    def near(
+        self, name: str, ours: Tensor, tolerance: float, is_relative: bool = False, least: float = LEAST
+    ) -> Iterator[Check]:
+        """One tensor, of the same number of elements, if the file has it.
 
-        Args:
-            name: in the file.
-            ours: of the same number of elements.
-            tolerance: of the largest absolute difference, or
-            is_relative: of that over the golden tensor's largest entry.
+        The tolerance is of the largest absolute difference, or of that over the golden tensor's largest entry (over
+        `least`, where that is larger).
         """
         if name not in self.io:
             return
         wanted = self.io[name].double()
         error = largest_error(ours.detach().reshape(wanted.shape) if ours.numel() == wanted.numel() else ours, wanted)
         if is_relative:
-            error /= max(wanted.abs().max().item(), LEAST)
+            error /= max(wanted.abs().max().item(), least)
         yield Check(f"{self.stem}/{name}", error, tolerance)
 
     def each(self, name: str, ours: Sequence[Tensor], tolerance: float) -> Iterator[Check]:

@@ -135,7 +135,7 @@ def _kept(model: VARTransformer) -> AbstractContextManager[dict[str, Tensor]]:
 def compare_student(golden: InfinityFolder) -> Iterator[Check]:
     """Text path, block intermediates, logits on the long and short input, bits, images."""
     tensors, schedule = golden.student_tensors, golden.schedule
-    student, tokenizer = golden.student(), golden.tokenizer()
+    student, tokenizer = golden.network("student"), golden.tokenizer()
     text = golden.text(tensors)
     context = student.context(text)
     assert context.modulation_B6C is not None and context.memory_BTC is not None
@@ -195,7 +195,7 @@ def _compare_selection(golden: InfinityFolder, tokenizer: MultiScaleTokenizer, l
 
 def compare_teacher(golden: InfinityFolder) -> Iterator[Check]:
     """Teacher-forced logits, intermediates and losses."""
-    tensors, schedule, teacher = golden.teacher_tensors, golden.schedule, golden.teacher()
+    tensors, schedule, teacher = golden.teacher_tensors, golden.schedule, golden.network("teacher_weights")
     layout = teacher.layout(schedule, torch.device("cpu"))
     pyramid: TokenPyramid = golden.tokenizer().encode(golden.tokenizer_tensors["input/image"], schedule)
     context = teacher.context(golden.text(tensors))
@@ -215,7 +215,7 @@ def compare_teacher(golden: InfinityFolder) -> Iterator[Check]:
 
 def compare_generation(golden: InfinityFolder) -> Iterator[Check]:
     """Greedy multi-step generation under every setting of guidance, and the area variant."""
-    teacher, tokenizer = golden.teacher(), golden.tokenizer()
+    teacher, tokenizer = golden.network("teacher_weights"), golden.tokenizer()
     prompt = TextFeatures.from_list(golden.text(golden.teacher_tensors).to_list()[:1])
     negative = TextFeatures.from_list([golden.teacher_tensors["input/neg_text"]])
     runs = golden.multi_step | {"multi_area_cfg": golden.multi_step["multi_cfg"]}
@@ -293,20 +293,13 @@ class InfinityFolder(GoldenFolder):
         load_tokenizer(tokenizer, weights, "vae.safetensors")
         return tokenizer
 
-    def teacher(self) -> VARTransformer:
-        """The base network with the folder's weights."""
-        return self._network(self.tensors("teacher_weights"), "teacher_weights.safetensors")
-
-    def student(self) -> VARTransformer:
-        """Base and adapters with the folder's weights, with the traits of the released student."""
-        return self._network(self.student_tensors, "student.safetensors")
-
-    def _network(self, tensors: dict[str, Tensor], source: str) -> VARTransformer:
-        weights = self.state_dict(tensors)
+    def network(self, stem: str) -> VARTransformer:
+        """The base network, with adapters as the released student has them where the file holds some."""
+        weights = self.state_dict(self.tensors(stem))
         model = VARTransformer(TransformerConfig(**transformer_sizes(weights))).eval().requires_grad_(False)
         if rank := adapter_rank(weights):
             attach_adapters(model, rank, cross_value_bias=False)
-        load_transformer(model, weights, source)
+        load_transformer(model, weights, f"{stem}.safetensors")
         return model
 
     def text(self, tensors: dict[str, Tensor]) -> TextFeatures:

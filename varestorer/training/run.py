@@ -47,7 +47,6 @@ class Run:
         logger: gets the same numbers and pictures.
         stop: whether a signal asked the run to stop.
         accept_other_data: a resume may go on with other data than those of its checkpoints.
-        is_new: nobody else had written into the folder before.
     """
 
     def __init__(self, run_dir: Path, accelerator: Accelerator, seed: int = 0, logger: Logger | None = None) -> None:
@@ -61,7 +60,7 @@ class Run:
         self.logger: Logger = logger or Logger()
         self.stop = StopRequest()
         self.stages: list[str] = []
-        self.accept_other_data = self.is_new = False
+        self.accept_other_data = False
         self._start = time.monotonic()
         run_dir.mkdir(parents=True, exist_ok=True)
         if self.is_main:
@@ -181,8 +180,8 @@ class Run:
                 temporary.write_text(f"{datetime.now().astimezone().isoformat()}\n", encoding="utf-8")
 
     def discard_if_unbegun(self) -> None:
-        """Remove a new folder in which no step was taken: a refused command leaves nothing behind."""
-        if self.is_main and self.is_new and not any((self.run_dir / name).exists() for name in (METRICS, NONFINITE)):
+        """Remove the folder if no step was taken: a refused command leaves nothing behind."""
+        if self.is_main and not any((self.run_dir / name).exists() for name in (METRICS, NONFINITE)):
             shutil.rmtree(self.run_dir, ignore_errors=True)
 
     def _append(self, name: str, line: Mapping[str, Any]) -> None:

@@ -87,11 +87,11 @@ def test_files_that_are_no_models(tensors: dict[str, Tensor] | None, message: st
 
 
 def test_too_little_memory_is_a_user_error(model_path: Path, lq: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(image: Tensor) -> Tensor:
+    def fail(name: str, image: Tensor) -> Tensor:
         raise torch.OutOfMemoryError
 
     source = SpandrelSource(model_path, 2)
-    monkeypatch.setattr(source, "enlarge", fail)
+    monkeypatch.setattr(source, "make", fail)
     with pytest.raises(UserError, match=r"not enough GPU memory for .*lq\.png"):
         source("lq", lq)
 

@@ -81,7 +81,7 @@ def golden(shared: Path) -> InfinityFolder:
 
 @pytest.fixture(scope="module")
 def golden_system(golden: InfinityFolder) -> VARestorer:
-    student, tokenizer = golden.student(), golden.tokenizer()
+    student, tokenizer = golden.network("student"), golden.tokenizer()
     system = VARestorer(
         schedule={"size": golden.config["nscale"], "aspect": golden.config["ratio"]},
         tokenizer=vars(tokenizer.config),

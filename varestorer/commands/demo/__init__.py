@@ -10,24 +10,19 @@ from contextlib import suppress
 from pathlib import Path
 from threading import Event
 
-from omegaconf import DictConfig
-
 from varestorer.commands.entry import OK, Command, say
 from varestorer.commands.options import DemoOptions
 from varestorer.utils.errors import UserError, reason
-from varestorer.utils.schema import typed
 
 # read by gradio when it is imported; it tells nobody that it was started
 QUIET = {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
 
 
-def demo(cfg: DictConfig) -> int:
+def demo(options: DemoOptions) -> int:
     """Serve the page until Ctrl-C.
 
-    Raises:
-        UserError: gradio is not installed, the checkpoint cannot be used, or the port is taken.
+    UserError: gradio is not installed, the checkpoint cannot be used, or the port is taken.
     """
-    options = typed(DemoOptions, cfg)
     with tempfile.TemporaryDirectory(prefix="varestorer-demo-", ignore_cleanup_errors=True) as folder:
         os.environ |= QUIET | {"GRADIO_TEMP_DIR": str(Path(folder, "page"))}
         try:
@@ -38,10 +33,7 @@ def demo(cfg: DictConfig) -> int:
 
         page = Page(Studio(options, Path(folder)))
         logging.getLogger("httpx").setLevel(logging.WARNING)  # gradio looks whether its own page is there
-        for number in (
-            signal.SIGTERM,
-            signal.SIGINT,
-        ):  # background jobs ignore the second; the folder must go
+        for number in (signal.SIGTERM, signal.SIGINT):  # background jobs ignore the second; the folder must go
             signal.signal(number, signal.default_int_handler)
         address = page.serve()
         say(f"the page is at {address}{'' if page.is_local else ', for all who reach it'}; Ctrl-C ends it")
@@ -51,4 +43,4 @@ def demo(cfg: DictConfig) -> int:
     return OK
 
 
-COMMAND = Command("demo", demo)
+COMMAND = Command("demo", demo, DemoOptions)

@@ -55,11 +55,7 @@ class Page:
             self._connect()
 
     def serve(self) -> str:
-        """Start the server in a thread of its own; returns the page's address.
-
-        Raises:
-            UserError: no port is free.
-        """
+        """Start the server in a thread of its own; returns the page's address. UserError: no port is free."""
         options = self.studio.options
         place = {"server_name": options.host, "server_port": options.port, "inbrowser": options.browser}
         off = {"share": False, "ssr_mode": False, "enable_monitoring": False, "mcp_server": False, "quiet": True}

@@ -133,14 +133,38 @@ def test_a_folder_with_awkward_names(
 
 
 def test_options_reach_the_system(system: Enlarger, photos: Path, tmp_path: Path) -> None:
-    more = ["select=sample", "color=wavelet", "tile=32", "overlap=8", "batch=3", "scale=3.0", "fidelity=0.25"]
+    more = [
+        "select=sample",
+        "color=wavelet",
+        "tile=32",
+        "overlap=8",
+        "batch=3",
+        "scale=3.0",
+        "fidelity=0.25",
+        "reduce=2",
+    ]
     assert COMMAND.main(words(photos, tmp_path / "out", *more)) == 0
     wanted = {"select": "sample", "color": "wavelet", "tile": 32, "overlap": 8, "batch": 3, "scale": 3}
-    wanted |= {"prompt": None, "uncertainty": False, "fidelity": 0.25}
+    wanted |= {"prompt": None, "uncertainty": False, "fidelity": 0.25, "reduce": 2}
     assert wanted.items() <= system.calls[0].items() and "steps" not in system.calls[0]  # the system's own way
     assert system.is_merged
     entry = entries_of(tmp_path / "out")["a.png"]
-    assert entry["prompt"] is None and entry["fidelity"] == 0.25
+    assert entry["prompt"] is None and entry["fidelity"] == 0.25 and entry["reduce"] == 2
+
+
+@pytest.mark.parametrize(("word", "times"), [("scale=1", 1), ("reduce=2", 0)])
+def test_large_photographs_are_told_once_how_they_are_done_sooner(
+    system: Enlarger,
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    word: str,
+    times: int,
+) -> None:
+    monkeypatch.setattr("varestorer.commands.restore.LARGE", 4)
+    assert COMMAND.main(words(photos, tmp_path / "out", word)) == 0
+    assert len(system.calls) > 1 and capsys.readouterr().err.count("scale=1 reduce=2 keeps their size") == times
 
 
 def test_a_model_says_what_it_is_poor_at_when_it_is_asked_for(
@@ -413,7 +437,10 @@ def test_compat_gets_prompt_tiles_and_both_global_generators_seeded(
         ("prompt=a dog caption=auto", "prompt and caption=auto contradict"),
         ("steps=multi uncertainty=true", "uncertainty= and fidelity="),
         ("fidelity=1.5", "fidelity must be"),
-        ("fidelity=0.5 sizes=[1,4]", "fidelity= is for one size"),
+        ("fidelity=0.5 sizes=[1,4]", "fidelity= and reduce= are for one size"),
+        ("reduce=2 sizes=[1,4]", "fidelity= and reduce= are for one size"),
+        ("reduce=0", "reduce must be at least 1"),
+        ("compat=official reduce=2", "leave out reduce=2"),
         ("compat=official select=sample", "leave out select=sample"),
         ("compat=official steps=2 color=adain", "leave out steps=2 color=adain"),
         ("compat=official uncertainty=true batch=4", "leave out batch=4 uncertainty=True"),
@@ -485,7 +512,13 @@ def test_input_and_output_are_needed(capsys: pytest.CaptureFixture[str]) -> None
 
 @pytest.mark.parametrize(
     ("word", "size"),
-    [("scale=2", (10, 6)), ("width=30", (30, 18)), ("height=9", (15, 9)), ("megapixels=0.00006", (10, 6))],
+    [
+        ("scale=2", (10, 6)),
+        ("reduce=2", (20, 12)),
+        ("width=30", (30, 18)),
+        ("height=9", (15, 9)),
+        ("megapixels=0.00006", (10, 6)),
+    ],
 )
 def test_the_size_that_is_asked_for_comes_out_as_a_file(
     bundle: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], word: str, size: tuple[int, int]

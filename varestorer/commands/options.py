@@ -59,6 +59,12 @@ examples:
     height: int | None = option(None, "likewise", "PIXELS", least=1)
     megapixels: float | None = option(None, "likewise", "N", above=0)
     trained_scale: float = option(4, "what the model was trained for: less than it is made at it, and reduced", above=0)
+    reduce: int = option(
+        1,
+        "the image is made so many times smaller first; scale still counts from its own size. scale=1 reduce=2 cleans "
+        "what a telephone took at its own size",
+        least=1,
+    )
     sizes: list[float] | None = option(
         None,
         "enlargements that are written, for models that give several in one pass (H-VAR: a quarter of scale, half and "

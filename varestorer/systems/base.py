@@ -44,7 +44,7 @@ from varestorer.utils.color import match_color
 from varestorer.utils.device import to_device
 from varestorer.utils.errors import UsageError, UserError
 from varestorer.utils.finite import check_finite
-from varestorer.utils.images import as_picture, from_anything, from_network, is_gray, resize, to_network
+from varestorer.utils.images import as_picture, from_anything, from_network, is_gray, pad_reflect, resize, to_network
 from varestorer.utils.seeds import torch_generator
 from varestorer.utils.tiling import num_tiles, restore_tiled, restore_to_sizes, scaled_size
 from varestorer.weights.bundle import ADAPTERS, CONFIG, is_bundle, read_config, save_bundle
@@ -118,6 +118,13 @@ class Request:
     def __post_init__(self) -> None:
         if self.select not in ("argmax", "sample"):
             raise UserError(f"select must be argmax or sample, got {self.select!r}")
+
+
+def smaller_copy(image_3HW: Tensor, times: int) -> Tensor:
+    """An image so many times smaller; what its sides lack of a multiple is mirrored at their ends."""
+    height, width = image_3HW.shape[-2:]
+    padded = pad_reflect(image_3HW, 0, -height % times, 0, -width % times)
+    return resize(padded, (padded.shape[-2] // times, padded.shape[-1] // times), REDUCE)
 
 
 def whole_number(value: float) -> float:
@@ -333,22 +340,32 @@ class System(
     @overload
     def restore(self, image: Any, scale: float = ..., **options: Any) -> Restoration: ...
 
-    def restore(self, image: Any, scale: float = 4, **options: Any) -> Restoration | list[Restoration]:
+    def restore(
+        self, image: Any, scale: float = 4, *, reduce: int = 1, **options: Any
+    ) -> Restoration | list[Restoration]:
         """Restore an image of any size, or a list of them, and give back what was given; see `restore_picture`.
 
         Args:
             image: a path, a PIL image, uint8 NumPy (H, W, 3), or a float tensor (3, H, W) in [0, 1], see
                 `from_anything`; or a list of such.
+            scale: enlargement, above 0, of the image as it was given.
+            reduce: the image is made so many times smaller first, by area, and noise, blur and blocks of JPEG with it.
+                Not with `sizes`.
+            options: see `restore_picture`.
         Raises:
             ValueError: an image or a scale of another kind or range; says what was wanted and what came.
-            UserError: see `restore_picture`; a file that cannot be read.
+            UserError: see `restore_picture`; a file that cannot be read; `reduce` is no whole number from 1.
         """
+        if reduce < 1 or reduce != int(reduce) or (reduce > 1 and options.get("sizes")):
+            raise UserError(f"reduce must be 1, 2, 3 and so on, and 1 with sizes, got {reduce}")
         if isinstance(image, list):
-            return [self.restore(one, scale, **options) for one in tuple(image)]
+            return [self.restore(one, scale, reduce=reduce, **options) for one in tuple(image)]
         picture, back = from_anything(image)
-        result = self.restore_picture(picture, scale, **options)
+        rows, columns = scaled_size(*picture.shape[-2:], scale)
+        result = self.restore_picture(smaller_copy(picture, reduce), scale * reduce, **options)
+        maps = result.uncertainty_KHW if result.uncertainty_KHW is None else result.uncertainty_KHW[:, :rows, :columns]
         smaller = {size: back(one) for size, one in result.smaller.items()}
-        return Restoration(back(result.image), result.uncertainty_KHW, smaller, result.warnings)
+        return Restoration(back(result.image[:, :rows, :columns]), maps, smaller, result.warnings)
 
     @torch.inference_mode()
     def restore_picture(

@@ -66,6 +66,7 @@ def test_progress_tells_squares_and_the_time_left(studio: Studio, tmp_path: Path
     assert isinstance(result, Result) and result.size == "48 x 40" and result.picture.name == "a_x4.png"
     assert result.overlay is not None and 0 <= result.span[0] < result.span[1] <= 1
     assert studio.preview(file, studio.first, 1.5).endswith("to 18 x 15 pixels, squares: 4, about 0 s")
+    assert studio.preview(file, studio.first, 1, 2).endswith("to 12 x 10 pixels, squares: 1, about 0 s")
 
 
 def test_what_fails_is_a_line_without_folders(studio: Studio, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ from varestorer.transformer.heads import gumbel, keyed_noise
 from varestorer.transformer.layout import long_layout
 from varestorer.utils.errors import UserError
 from varestorer.utils.files import write_json
-from varestorer.utils.images import is_gray, resize, to_levels, to_uint8
+from varestorer.utils.images import is_gray, pad_reflect, resize, to_levels, to_uint8
 from varestorer.utils.seeds import torch_generator
 from varestorer.weights.bundle import adapter_tensors, put_adapters, save_adapters, student_of
 from varestorer.weights.runs import sealed_folder, write_tensors
@@ -121,6 +122,28 @@ def test_less_than_the_trained_scale_is_made_at_it_and_reduced(tiny_system: VARe
     assert torch.equal(tiny_system.restore(photo, scale).image, wanted)
     plain = tiny_system.restore(photo, scale, trained_scale=scale).image
     assert plain.shape == wanted.shape and not torch.equal(plain, wanted)
+
+
+@pytest.mark.parametrize(("reduce", "scale"), [(2, 1), (2, 2), (4, 1), (3, 1.5)])
+def test_an_image_may_be_reduced_first_and_sizes_count_from_its_own(
+    tiny_system: VARestorer, reduce: int, scale: float
+) -> None:
+    photo = image(13, 9)
+    result = tiny_system.restore(photo, scale, reduce=reduce, uncertainty=True)
+    rows, columns = -(-13 // reduce), -(-9 // reduce)
+    small = pad_reflect(photo, 0, rows * reduce - 13, 0, columns * reduce - 9)
+    small = small.unfold(1, reduce, reduce).unfold(2, reduce, reduce).mean(dim=(-2, -1))
+    wanted = tiny_system.restore(small, scale * reduce, uncertainty=True)
+    size = round(13 * scale), round(9 * scale)
+    assert result.image.shape[1:] == size and result.uncertainty_KHW is not None
+    assert torch.allclose(result.image, wanted.image[:, : size[0], : size[1]], atol=1e-4)
+    assert wanted.uncertainty_KHW is not None and result.uncertainty_KHW.shape[1:] == size
+
+
+@pytest.mark.parametrize("options", [{"reduce": 0}, {"reduce": 1.5}, {"reduce": 2, "sizes": [4]}])
+def test_what_an_image_cannot_be_reduced_by_is_refused(tiny_system: VARestorer, options: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="reduce must be 1, 2, 3 and so on, and 1 with sizes"):
+        tiny_system.restore(image(8, 8), **options)
 
 
 def test_each_kind_of_picture_comes_back_as_it_came(tiny_system: VARestorer, tmp_path: Path) -> None:

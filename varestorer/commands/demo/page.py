@@ -19,7 +19,17 @@ from varestorer.utils.images import IMAGE_EXTENSIONS
 
 LOG = logging.getLogger(__name__)
 FORMATS = RestoreOptions.__dataclass_fields__["format"].metadata["choices"]
-WISHES = ("scale", "prompt", "color", "steps", "select", "seed", "uncertainty", "fidelity")  # parts of the page
+WISHES = (
+    "scale",
+    "reduce",
+    "prompt",
+    "color",
+    "steps",
+    "select",
+    "seed",
+    "uncertainty",
+    "fidelity",
+)  # parts of the page
 RESTORED, GUESSED = "restored", "where it guessed"
 OWN_QUALITY = {"jpg": 95, "webp": 90, "avif": 90}
 CSS = """
@@ -74,6 +84,8 @@ class Page:
         self.files = gr.File(file_count="multiple", file_types=kinds, label="Photographs", height=150)
         self.plan = gr.Markdown(elem_id="plan")
         self.scale = gr.Slider(1, 8, 4, step=0.5, label="Times larger")
+        info = "keeps a telephone's photograph at its size, and cleans it, at 2 and once as large"
+        self.reduce = gr.Radio([1, 2, 3, 4], value=1, label="Times smaller first", info=info)
         models = [(f"{system}: {name}", name) for system, names in self.studio.choices.items() for name in names]
         info = "or the path of a folder or file, or a hub name" if self.is_local else None
         free = {"allow_custom_value": self.is_local, "info": info}
@@ -112,8 +124,8 @@ class Page:
         looks, saved = [self.slider, self.legend, self.view], [self.saving, self.quality, self.one, self.all]
         wishes = {getattr(self, key) for key in WISHES}
         wanted = {self.results, self.chosen, self.view, self.format, self.quality}
-        ahead = [self.files.change, self.scale.change, self.ckpt.change]
-        gr.on(ahead, self.look_ahead, [self.files, self.ckpt, self.scale], self.plan, **quiet)
+        ahead = [self.files.change, self.scale.change, self.reduce.change, self.ckpt.change]
+        gr.on(ahead, self.look_ahead, [self.files, self.ckpt, self.scale, self.reduce], self.plan, **quiet)
         of_model = [self.status, self.prompt, self.steps]
         gr.on([self.blocks.load, self.ckpt.change], self.choose_model, self.ckpt, of_model, **loud)
         changed = [self.status, self.results, self.chosen, *looks, self.gallery, self.start, self.stop, *saved]
@@ -127,9 +139,9 @@ class Page:
         self.quality.release(self.offer, wanted, saved, show_progress_on=[self.one], **loud)
         self.blocks.unload(self.leave)
 
-    def look_ahead(self, files: list[str] | None, ckpt: str, scale: float) -> str:
+    def look_ahead(self, files: list[str] | None, ckpt: str, scale: float, reduce: int) -> str:
         """How large the pictures become, before it is done."""
-        lines = [self.studio.preview(file, ckpt, scale) for file in files or [] if self.may_use(ckpt)]
+        lines = [self.studio.preview(file, ckpt, scale, reduce) for file in files or [] if self.may_use(ckpt)]
         return "\n".join(lines if len(lines) < 2 else [f"- {line}" for line in lines])
 
     def may_use(self, ckpt: str) -> bool:

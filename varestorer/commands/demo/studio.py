@@ -106,7 +106,7 @@ class Studio:
         fixed: dict[str, Any] = {"input": "", "output": "", "batch": batch, "precision": self.options.precision}
         return RestoreOptions(ckpt=ckpt, **fixed, **wishes)
 
-    def preview(self, file: str, ckpt: str, scale: float) -> str:
+    def preview(self, file: str, ckpt: str, scale: float, reduce: int = 1) -> str:
         """How large a file becomes, and about how long that takes; or what is wrong with it."""
         name = Path(file).name
         try:
@@ -114,9 +114,8 @@ class Studio:
             with open_image(file) as picture:
                 is_turned = picture.getexif().get(ExifTags.Base.Orientation) in TURNED
                 height, width = picture.size if is_turned else picture.size[::-1]
-            larger, whole = (
-                scaled_size(height, width, max(scale, least)) for least in (0, RestoreOptions.trained_scale)
-            )
+            least = RestoreOptions.trained_scale / reduce  # it is made at, and reduced
+            larger, whole = (scaled_size(height, width, max(scale, one)) for one in (0, least))
             squares = num_tiles(whole, model.system.tile, model.system.tile // 4, model.system.step)
         except UserError as error:
             return str(error).replace(file, name)

@@ -361,7 +361,7 @@ class System(
         if isinstance(image, list):
             return [self.restore(one, scale, reduce=reduce, **options) for one in tuple(image)]
         picture, back = from_anything(image)
-        rows, columns = scaled_size(*picture.shape[-2:], scale)
+        rows, columns = scaled_size(picture.shape[-2], picture.shape[-1], scale)
         result = self.restore_picture(smaller_copy(picture, reduce), scale * reduce, **options)
         maps = result.uncertainty_KHW if result.uncertainty_KHW is None else result.uncertainty_KHW[:, :rows, :columns]
         smaller = {size: back(one) for size, one in result.smaller.items()}

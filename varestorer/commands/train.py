@@ -27,7 +27,7 @@ from varestorer.training.run import Run, choose_run_dir, environment
 from varestorer.training.scores import ImageScores
 from varestorer.training.stopping import StoppedError
 from varestorer.training.task import Batch
-from varestorer.utils.errors import UsageError, UserError
+from varestorer.utils.errors import UsageError, UserError, reason
 from varestorer.utils.locks import locked
 from varestorer.utils.loggers import open_loggers
 from varestorer.utils.schema import check, typed
@@ -61,9 +61,9 @@ def train(cfg: DictConfig) -> int:
                 train_stage(name, stage, system, run, scores)
             written = write_report(cfg, system, run)
             run.mark_finished()
-        except StoppedError as stopped:  # the process ends: a sweep must not go on with its next job
+        except StoppedError as error:  # the process ends: a sweep must not go on with its next job
             if run.is_main:
-                say(f"{stopped}\ngo on with the same command and run_dir={run.run_dir} resume=auto")
+                say(f"{reason(error)}\ngo on with the same command and run_dir={run.run_dir} resume=auto")
             run.stop.pass_on()
             raise SystemExit(run.stop.exit_status) from None
         finally:

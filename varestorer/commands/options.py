@@ -62,7 +62,7 @@ examples:
     reduce: int = option(
         1,
         "the image is made so many times smaller first; scale still counts from its own size. scale=1 reduce=2 cleans "
-        "what a telephone took at its own size",
+        "a telephone's photograph at its own size",
         least=1,
     )
     sizes: list[float] | None = option(

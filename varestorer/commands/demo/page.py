@@ -84,7 +84,7 @@ class Page:
         self.files = gr.File(file_count="multiple", file_types=kinds, label="Photographs", height=150)
         self.plan = gr.Markdown(elem_id="plan")
         self.scale = gr.Slider(1, 8, 4, step=0.5, label="Times larger")
-        about = "2, and once as large, cleans what a telephone took at its own size"
+        about = "choose 2, and 1 time larger, to clean a telephone's photograph at its own size"
         self.reduce = gr.Radio([1, 2, 3, 4], value=1, label="Times smaller first", info=about)
         models = [(f"{system}: {name}", name) for system, names in self.studio.choices.items() for name in names]
         info = "or the path of a folder or file, or a hub name" if self.is_local else None

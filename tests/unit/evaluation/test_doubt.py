@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiny_sizes import HVAR_SIZES, VARSR_SIZES
 
 from varestorer.evaluation.doubt import (
     BINS,
@@ -21,7 +22,10 @@ from varestorer.evaluation.doubt import (
 from varestorer.evaluation.evaluator import Evaluator
 from varestorer.evaluation.protocols import PROTOCOLS
 from varestorer.evaluation.results import Pair
+from varestorer.systems.base import System
+from varestorer.systems.hvar import HVAR
 from varestorer.systems.varestorer import VARestorer
+from varestorer.systems.varsr import VARSR
 from varestorer.tokenizer import ScaleSchedule
 from varestorer.utils.errors import UsageError
 from varestorer.utils.images import load_image, resize, save_image
@@ -88,6 +92,14 @@ def test_the_ends_of_the_curve_are_the_restoration_and_the_enlarged_input(
     assert {file.name for file in files} == {f"doubt.{end}" for end in ("md", "tex", "html", "json", "png")}
     content = json.loads((tmp_path / "out/doubt.json").read_text())
     assert content["n"] == 2 and np.array(content["bins"]["4 x 4"]).shape == (BINS, 3)
+
+
+@pytest.mark.parametrize("system", [VARSR(**VARSR_SIZES), HVAR(**HVAR_SIZES)], ids=["varsr", "hvar"])
+def test_the_other_papers_are_judged_as_well(system: System, pairs: list[Pair]) -> None:
+    report = measure_doubt(system.eval(), pairs[:1], evaluator("psnr"), "bicubic")
+    assert len(calibration_table(report).rows) == len(system.schedule) + 1
+    assert 0 <= calibration_error(report.bins[-1]) <= 1
+    assert len({curve[0] for curve in report.images[0].scores["psnr"].values()}) == 1
 
 
 def test_what_cannot_be_judged_is_refused(tiny_system: VARestorer, pairs: list[Pair]) -> None:

@@ -103,5 +103,5 @@ def table_small(
         f"seconds: medians for {SIDE} -> {SCALE * SIDE} pixels on the CPU, float32, {torch.get_num_threads()} threads, "
         "all models in turns; MB: files as stored; 95 %: interval of the mean."
     )
-    table = Table((*columns, Column("license", is_text=True)), tuple(rows), "Small models", tuple(notes))
+    table = Table((*columns, Column("license", is_text=True)), tuple(rows), "Scores, size and speed", tuple(notes))
     return [table, *pairs_table(records, METRICS)]

@@ -74,6 +74,11 @@ def test_weights_that_do_not_fit_leave_no_run_but_what_was_there(
     assert note.exists() != is_new and (folder / "run").exists() != is_new
 
 
+def test_nor_does_a_folder_with_the_time_in_its_name_stay(folder: Path) -> None:
+    assert TRAIN.main([*WORDS, "model.weights={tokenizer: nano, transformer: null}", "data=embedded"]) == 1
+    assert (folder / "outputs").is_dir() and not [*(folder / "outputs").glob("*/*")]
+
+
 @pytest.mark.parametrize(("name", "hub"), [("hvar", "FoundationVision/var"), ("varsr_isr", "qyp2000/VARSR")])
 def test_the_file_to_get_is_that_of_the_paper(
     folder: Path, capsys: pytest.CaptureFixture[str], name: str, hub: str

@@ -84,7 +84,7 @@ def open_run(cfg: DictConfig, stages: Mapping[str, DictConfig], accelerator: Acc
         job_dir = cluster_job_dir()
         resume = cfg.resume == "auto" or job_dir is not None
         folder = [str(choose_run_dir(experiment_name(cfg), cfg.run_dir or job_dir, resume))]
-        is_new = not Path(folder[0]).exists()
+        is_new = not any(Path(folder[0]).glob("*"))  # one with the time in its name was just made
         kept.enter_context(locked(Path(folder[0])))
     broadcast_object_list(folder)
     run = Run(Path(folder[0]), accelerator, cfg.seed)

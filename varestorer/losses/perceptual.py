@@ -8,7 +8,7 @@ Shapes: B batch, C channels, H W image, h w one level.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import lru_cache, partial
 from itertools import pairwise
 from math import ceil
@@ -87,15 +87,6 @@ def perceptual_loss(perceptual: str) -> PerceptualLoss:
     }
     parts = [(makers[name](), share) for name, share in perceptual_parts(perceptual)]
     return parts[0][0] if len(parts) == 1 and parts[0][1] == 1 else SumLoss(parts)
-
-
-def in_phases(step: int, *images_B3HW: Tensor) -> Iterator[Tensor]:
-    """The images without their first rows and columns, of which each step leaves out other numbers, 0 to 3.
-
-    AlexNet looks at every fourth pixel, and networks of patches write squares of four: in one phase for ever, a mesh
-    can lie where LPIPS never looks.
-    """
-    return (image[..., step % 4 :, step // 4 % 4 :] for image in images_B3HW)
 
 
 class MetricLoss(nn.Module):

@@ -13,7 +13,6 @@ from varestorer.losses.perceptual import (
     DISTSLoss,
     LPIPSLoss,
     MSSSIMLoss,
-    in_phases,
     ms_ssim,
     num_scales,
     perceptual_loss,
@@ -200,9 +199,3 @@ def test_names_of_losses_may_be_added_and_look_at_a_share_of_the_batch() -> None
     for wrong in ("psnr", "ms_ssim+psnr", "ms_ssim/0", "ms_ssim/half"):
         with pytest.raises(ValueError, match="must be of .*, got '" + wrong.replace("+", ".")):
             perceptual_loss(wrong)
-
-
-def test_sixteen_steps_show_a_picture_in_all_phases_of_squares_of_four() -> None:
-    image = torch.arange(64.0).reshape(1, 1, 8, 8)
-    corners = {tuple(x[0, 0, 0, 0].item() for x in in_phases(step, image, -image)) for step in range(1, 17)}
-    assert corners == {(8.0 * down + right, -8.0 * down - right) for down in range(4) for right in range(4)}

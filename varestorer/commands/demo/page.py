@@ -19,17 +19,8 @@ from varestorer.utils.images import IMAGE_EXTENSIONS
 
 LOG = logging.getLogger(__name__)
 FORMATS = RestoreOptions.__dataclass_fields__["format"].metadata["choices"]
-WISHES = (
-    "scale",
-    "reduce",
-    "prompt",
-    "color",
-    "steps",
-    "select",
-    "seed",
-    "uncertainty",
-    "fidelity",
-)  # parts of the page
+# parts of the page
+WISHES = ("scale", "reduce", "prompt", "color", "steps", "select", "seed", "uncertainty", "fidelity")
 RESTORED, GUESSED = "restored", "where it guessed"
 OWN_QUALITY = {"jpg": 95, "webp": 90, "avif": 90}
 CSS = """

@@ -12,8 +12,8 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
-from varestorer.losses.perceptual import in_phases, perceptual_loss
-from varestorer.losses.pixel import mesh_loss, mse_loss
+from varestorer.losses.perceptual import perceptual_loss
+from varestorer.losses.pixel import mse_loss
 from varestorer.losses.tokens import distribution_matching_loss
 from varestorer.systems.varestorer import VARestorer
 from varestorer.training.task import Batch, Task, train_only, weighted_sum
@@ -28,12 +28,11 @@ from varestorer.weights.load import load_teacher
 
 @dataclass(frozen=True)
 class DistillationWeights:
-    """Weights of the parts of the loss; the defaults are the paper's, which has no `losses.pixel.mesh_loss`."""
+    """Weights of the parts of the loss; the defaults are the paper's."""
 
     kl: float = 0.1
     perceptual: float = 0.25
     mse: float = 0.5
-    mesh: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -127,47 +126,33 @@ class DistillationTask(Task):
         if teacher is not None:
             with self.watch("KL"):
                 parts["kl"] = distribution_matching_loss(teacher, student, system.schedule, head, **vars(self.kl))
-        if self._compares_images:
+        if self.weights.perceptual or self.weights.mse:
             with self.watch("image losses"):
                 codes = system.codes(head.straight_through(student, noise, self.straight_through.tau))
-                parts |= self._image_losses(codes, system.residual(condition), to_network(hq), step)
+                parts |= self._image_losses(codes, system.residual(condition), to_network(hq))
         # 0.1 L_KL + 0.25 L_perc + 0.5 L_MSE
         return {"loss": weighted_sum(self.weights, parts), **parts}
 
-    @property
-    def _compares_images(self) -> bool:
-        return bool(self.weights.perceptual or self.weights.mse or self.weights.mesh)
-
     def _noise(self, system: VARestorer, keys: Tensor) -> Tensor | None:
         """Uniform numbers of the logits' shape for Gumbel noise on the student's logits; None for no noise."""
-        if not (self.straight_through.gumbel and self.training and self._compares_images):
+        if not (self.straight_through.gumbel and self.training and (self.weights.perceptual or self.weights.mse)):
             return None
         shape = (system.schedule.num_tokens, *system.transformer.head.symbol_shape())
         return uniform_per_sample(shape, self.seed, keys, "gumbel", system.device)
 
-    def _image_losses(
-        self, codes_BZhw: Tensor, residual_B3HW: Tensor | None, hq_B3HW: Tensor, step: int
-    ) -> dict[str, Tensor]:
-        """Losses of the student's image against HQ, both in [-1, 1]; gradients go through the codes."""
+    def _image_losses(self, codes_BZhw: Tensor, residual_B3HW: Tensor | None, hq_B3HW: Tensor) -> dict[str, Tensor]:
+        """L_MSE and L_perc of the student's image, both in [-1, 1]; gradients go through the codes."""
         if not self.straight_through.image_slices:
-            return self._compare(codes_BZhw, residual_B3HW, hq_B3HW, step)
+            return self._compare(codes_BZhw, residual_B3HW, hq_B3HW)
         residuals = [None] * len(codes_BZhw) if residual_B3HW is None else residual_B3HW.split(1)
         slices = zip(codes_BZhw.split(1), residuals, hq_B3HW.split(1), strict=True)
-        each = [torch.utils.checkpoint.checkpoint(self._compare, *one, step, use_reentrant=False) for one in slices]
+        each = [torch.utils.checkpoint.checkpoint(self._compare, *one, use_reentrant=False) for one in slices]
         return {name: torch.stack([losses[name] for losses in each]).mean() for name in each[0]}
 
-    def _compare(
-        self, codes_BZhw: Tensor, residual_B3HW: Tensor | None, hq_B3HW: Tensor, step: int
-    ) -> dict[str, Tensor]:
+    def _compare(self, codes_BZhw: Tensor, residual_B3HW: Tensor | None, hq_B3HW: Tensor) -> dict[str, Tensor]:
         image = self.system.student_image(codes_BZhw, residual_B3HW)
         losses = {"mse": mse_loss(image, hq_B3HW)}
-        if self.weights.mesh:
-            losses["mesh"] = mesh_loss(image, hq_B3HW)
-        if self.perceptual is not None:
-            has_patches = self.system.tokenizer.config.patch_size > 1
-            seen = in_phases(step if has_patches else 0, image, hq_B3HW)
-            losses["perceptual"] = self.perceptual(*seen)
-        return losses
+        return losses if self.perceptual is None else losses | {"perceptual": self.perceptual(image, hq_B3HW)}
 
     def restored(self, batch: Batch) -> dict[str, Tensor]:
         """The student in one step, without noise."""

@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 
 from varestorer.systems.varestorer import VARestorer
-from varestorer.tokenizer import TokenizerConfig
 from varestorer.training.task import Batch
 from varestorer.training.tasks.distillation import DistillationTask
 from varestorer.transformer import VARTransformer
@@ -96,23 +95,6 @@ def test_without_image_losses_nothing_is_decoded(tiny_system: VARestorer, monkey
 def test_without_kl_the_teacher_is_not_asked(tiny_system: VARestorer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(VARestorer, "teacher_logits", lambda *_: pytest.fail("asked"))
     assert "kl" not in task_of(tiny_system)(batch_of(0), 1)
-
-
-def test_a_mesh_is_weighed_too_and_patches_are_seen_in_all_phases(
-    tiny_system: VARestorer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    task = task_of(tiny_system, {"kl": 0.0, "perceptual": 0.5, "mse": 0.0, "mesh": 2.0})
-    seen: list[tuple[int, ...]] = []
-    task.perceptual = lambda image, target: seen.append(tuple(image.shape[-2:])) or image.mean()  # type: ignore[func-returns-value]
-    losses = task(batch_of(1, 2), 7)
-    assert losses["mesh"] > 0
-    assert losses["loss"].item() == pytest.approx(0.5 * losses["perceptual"].item() + 2 * losses["mesh"].item())
-    image = batch_of(1)["hq"]
-    monkeypatch.setattr(tiny_system, "student_image", lambda codes, residual: codes)
-    monkeypatch.setattr(tiny_system.tokenizer, "config", TokenizerConfig(patch_size=1))  # as the released one
-    task._compare(image, None, image, 7)
-    side = image.shape[-1]
-    assert seen == [(side - 3, side - 1), (side, side)]
 
 
 def test_images_compared_one_by_one_give_the_same_losses_and_gradients(tiny_system: VARestorer) -> None:

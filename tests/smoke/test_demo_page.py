@@ -160,6 +160,13 @@ def test_what_cannot_be_is_said_and_the_rest_goes_on(visit: Open, tmp_path: Path
     assert sorted(ZipFile(io.BytesIO(content)).namelist()) == ["good_x4.png", "other_x4.png"]
 
 
+def test_a_large_photograph_keeps_its_size_unless_told_otherwise(visit: Open, tmp_path: Path) -> None:
+    page = visit()
+    bring(page, picture(tmp_path / "telephone.png", side=1740))
+    page.locator("#plan").get_by_text("1740 x 1740 to 1740 x 1740 pixels").wait_for()
+    assert page.get_by_role("radio", name="2", exact=True).is_checked()
+
+
 def test_cancelling_stops_and_leaves_the_page_ready(visit: Open, tmp_path: Path) -> None:
     page = visit()
     bring(page, picture(tmp_path / "large.png", side=400))

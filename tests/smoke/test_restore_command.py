@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import skimage.data
 import torch
 from PIL import Image
 from text_models import save_blip, save_t5
@@ -36,6 +37,7 @@ class Enlarger:
     restorer = None
     tile, tiles, schedule = 64, (32, 64), range(10)
     source: Path | None = None
+    weak: dict[str, str] = {}
     check_source, check_official = VARestorer.check_source, VARestorer.check_official
     restore_official = VARestorer.restore_official
 
@@ -175,6 +177,21 @@ def test_a_model_says_what_it_is_poor_at_when_it_is_asked_for(
     shown = capsys.readouterr()
     text = shown.out + shown.err
     assert "this model is poor at select=sample: it guesses" in text and "blushes" not in text
+
+
+def test_a_face_is_told_of_where_the_model_draws_faces_badly(
+    system: Enlarger, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pictures = {"person.png": skimage.data.astronaut()[:256, 100:356], "cat.png": skimage.data.chelsea()}
+    (tmp_path / "in").mkdir()
+    for name, levels in pictures.items():
+        Image.fromarray(levels).save(tmp_path / "in" / name)
+    system.weak = {"faces": "it squints"}
+    assert COMMAND.main(words(tmp_path / "in", tmp_path / "out", "scale=1")) == 0
+    told = "it seems to show a face, which this model is poor at: it squints"
+    assert capsys.readouterr().err.count(told) == 1
+    entries = entries_of(tmp_path / "out")
+    assert entries["person.png"]["warnings"] == [told] and "warnings" not in entries["cat.png"]
 
 
 def test_uncertainty_is_the_mean_over_scales_beside_the_result(system: Enlarger, photos: Path, tmp_path: Path) -> None:

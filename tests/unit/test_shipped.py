@@ -107,6 +107,6 @@ def test_it_restores_better_than_bicubic(restored: tuple[torch.Tensor, ...], met
 
 def test_what_the_shipped_model_is_poor_at_goes_with_it(tmp_path: Path) -> None:
     nano = VARestorer.from_pretrained()
-    assert {"select=sample", "steps=multi"} <= nano.weak.keys()
+    assert {"select=sample", "steps=multi", "faces"} <= nano.weak.keys()
     nano.save_pretrained(tmp_path / "copy")
     assert VARestorer.from_pretrained(tmp_path / "copy").weak == nano.weak

@@ -82,6 +82,24 @@ def test_what_fails_is_a_line_without_folders(studio: Studio, tmp_path: Path) ->
         restored(studio, files[2], color="red")
 
 
+def test_large_photographs_are_suggested_their_own_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "LARGE", 120)
+    (tmp_path / "b.png").write_bytes(b"no picture")
+    small, large = photo(tmp_path / "a.png"), photo(tmp_path / "c.png", 11, 12)
+    assert room.suggested([small, str(tmp_path / "b.png")]) is None
+    assert room.suggested([small, large]) == (1, 2)
+
+
+def test_what_a_model_says_of_a_picture_comes_with_its_result(
+    studio: Studio, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("varestorer.commands.restore.shows_face", lambda image: True)
+    studio.model(studio.first).system.weak = {"faces": "it squints"}
+    (result,) = restored(studio, photo(tmp_path / "a.png"))
+    assert isinstance(result, Result)
+    assert result.warnings == ("it seems to show a face, which this model is poor at: it squints",)
+
+
 def test_fidelity_stays_with_the_input(studio: Studio, tmp_path: Path) -> None:
     file = photo(tmp_path / "a.png")
     own, faithful = (load_image(restored(studio, file, fidelity=share)[0].picture) for share in (0.0, 1.0))

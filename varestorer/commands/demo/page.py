@@ -12,7 +12,7 @@ import gradio as gr
 from matplotlib import colormaps
 from matplotlib.colors import to_hex
 
-from varestorer.commands.demo.studio import CancelledError, Result, Studio
+from varestorer.commands.demo.studio import CancelledError, Result, Studio, suggested
 from varestorer.commands.options import RestoreOptions
 from varestorer.utils.errors import UserError, reason
 from varestorer.utils.images import IMAGE_EXTENSIONS
@@ -115,6 +115,7 @@ class Page:
         looks, saved = [self.slider, self.legend, self.view], [self.saving, self.quality, self.one, self.all]
         wishes = {getattr(self, key) for key in WISHES}
         wanted = {self.results, self.chosen, self.view, self.format, self.quality}
+        self.files.upload(self.suggest, self.files, [self.scale, self.reduce], **quiet)
         ahead = [self.files.change, self.scale.change, self.reduce.change, self.ckpt.change]
         gr.on(ahead, self.look_ahead, [self.files, self.ckpt, self.scale, self.reduce], self.plan, **quiet)
         of_model = [self.status, self.prompt, self.steps]
@@ -129,6 +130,11 @@ class Page:
         self.format.input(self.choose_format, wanted, saved, show_progress_on=[self.one], **loud)
         self.quality.release(self.offer, wanted, saved, show_progress_on=[self.one], **loud)
         self.blocks.unload(self.leave)
+
+    def suggest(self, files: list[str] | None) -> Changes:
+        """For large photographs, the size that they have: four times larger they would be refused, or take hours."""
+        sizes = suggested(files or [])
+        return {self.scale: gr.skip()} if sizes is None else {self.scale: sizes[0], self.reduce: sizes[1]}
 
     def look_ahead(self, files: list[str] | None, ckpt: str, scale: float, reduce: int) -> str:
         """How large the pictures become, before it is done."""
@@ -254,6 +260,6 @@ def legend(span: tuple[float, float]) -> str:
 
 def report(done: list[Result], failed: list[str], total: int) -> str:
     """What became of the pictures."""
-    if len(done) == total == 1:
-        return f"{done[0].name}: {done[0].size} pixels"
-    return "\n\n".join([*(f"**{line}**" for line in failed), f"{len(done)} of {total} restored"])
+    said = [*(f"**{line}**" for line in failed), *(f"{one.name}: {text}" for one in done for text in one.warnings)]
+    whole = f"{done[0].name}: {done[0].size} pixels" if len(done) == total == 1 else f"{len(done)} of {total} restored"
+    return "\n\n".join([*said, whole])

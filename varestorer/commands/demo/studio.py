@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import tempfile
 import time
@@ -19,7 +20,7 @@ from PIL import ExifTags
 from torch import Tensor
 
 from varestorer.commands.options import DemoOptions, RestoreOptions
-from varestorer.commands.restore import bind, check_fit, means
+from varestorer.commands.restore import LARGE, bind, check_fit, means
 from varestorer.systems import load
 from varestorer.systems.base import Request
 from varestorer.systems.folder import Restored, restore_files
@@ -58,7 +59,8 @@ class Model:
 
 @dataclass(frozen=True)
 class Result:
-    """A restored picture: the PNG; what the page shows of it; what the ends of the overlay's colors mean (entropy)."""
+    """A restored picture: the PNG; what the page shows of it; what the ends of the overlay's colors mean (entropy);
+    what the visitor should know of it."""
 
     name: str
     picture: Path
@@ -67,6 +69,7 @@ class Result:
     overlay: Path | None
     span: tuple[float, float]
     size: str
+    warnings: tuple[str, ...] = ()
 
 
 class Studio:
@@ -111,9 +114,7 @@ class Studio:
         name = Path(file).name
         try:
             model = self.model(ckpt)
-            with open_image(file) as picture:
-                is_turned = picture.getexif().get(ExifTags.Base.Orientation) in TURNED
-                height, width = picture.size if is_turned else picture.size[::-1]
+            height, width = size_of(file)
             least = RestoreOptions.trained_scale / reduce  # it is made at, and reduced
             larger, whole = (scaled_size(height, width, max(scale, one)) for one in (0, least))
             squares = num_tiles(whole, model.system.tile, model.system.tile // 4, model.system.step)
@@ -156,6 +157,7 @@ class Studio:
         wanted = TextOptions(options.prompt if model.reads_text else None, text_encoder=self.options.text_encoder)
         texts = find_texts(model.system, [job], wanted, self.device, options.scale)
         maps: list[Tensor | None] = []
+        warnings: list[str] = []
 
         @contextmanager
         def squares(*_: Any) -> Iterator[Callable[[int, int], None]]:
@@ -183,6 +185,7 @@ class Studio:
             chosen = replace(options, uncertainty=has_map)
             restored = bind(model.system, chosen, texts, squares=squares)(image_3HW, job, seed)
             maps.append(restored.uncertainty)
+            warnings.extend(restored.details.get("warnings", ()))
             return replace(restored, uncertainty=None)
 
         if stop.is_set():
@@ -192,7 +195,7 @@ class Studio:
         if report.failed:
             why = report.failed[job.name].replace(str(file), file.name)
             return why if file.name in why else f"{file.name}: {why}"
-        return views(job, folder, maps[0])
+        return replace(views(job, folder, maps[0]), warnings=tuple(warnings))
 
     def forget(self, results: Sequence[Result]) -> None:
         """Remove a visitor's pictures."""
@@ -218,6 +221,25 @@ class Studio:
                 is_single = [one.name for one in written].count(path.name) == 1
                 file.write(path, path.name if is_single else f"{number}_{path.name}")
         return written[0].parent / "restored.zip"
+
+
+def size_of(file: str) -> tuple[int, int]:
+    """Height and width of a picture as it is looked at; UserError: it is none."""
+    with open_image(file) as picture:
+        is_turned = picture.getexif().get(ExifTags.Base.Orientation) in TURNED
+        height, width = picture.size if is_turned else picture.size[::-1]
+        return height, width
+
+
+def suggested(files: Sequence[str]) -> tuple[float, int] | None:
+    """Times larger and times smaller first, for pictures one of which is large already; None: as the visitor likes."""
+    for file in files:
+        try:
+            if math.prod(size_of(file)) > LARGE:
+                return 1, 2
+        except UserError:
+            continue  # said where it is looked at
+    return None
 
 
 def views(job: Job, folder: Path, uncertainty_HW: Tensor | None) -> Result:

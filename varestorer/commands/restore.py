@@ -342,7 +342,7 @@ def bind(
 def shows_face(image_3HW: Tensor) -> bool:
     """Whether a picture, in [0, 1], seems to show a face from the front, of an eighth of its longer side or more.
 
-    By the cascade that scikit-image carries: of local binary patterns, which takes a fifth of a second.
+    By the cascade that scikit-image carries: of local binary patterns.
     """
     from skimage.data import lbp_frontal_face_cascade_filename
     from skimage.feature import Cascade
